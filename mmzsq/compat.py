@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """What released OpenMMLab packages need on today's PyTorch, each with its reason.
 
-MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 are used as released; nothing of them is forked. :func:`install` runs
-when ``mmzsq`` is imported, may run any number of times, and leaves alone whatever works without it:
+MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 are used as released; nothing of them is forked.
+:func:`install` runs when ``mmzsq`` is imported, may run any number of times, and leaves alone
+whatever works without it:
 
 * ``mmcv.ops`` without a compiler: :func:`provide_mmcv_ops`;
-* checkpoints that load with ``weights_only=True``: :func:`allow_mmengine_checkpoints`;
-* bases named ``mmzsq::...`` in configs: :func:`register_config_prefix`.
+* checkpoints that load with ``weights_only=True``: :func:`allow_mmengine_checkpoints` and
+  :mod:`mmzsq.checkpoint`;
+* bases of installed packages, ``mmzsq::...`` among them: :func:`resolve_package_bases`.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+from mmengine.config import Config
 from mmengine.config import utils as config_utils
 from mmengine.logging import HistoryBuffer
-from torch import Tensor
 
+from mmzsq.checkpoint import SAFE_LOADING, register_checkpoint_loaders
 from mmzsq.errors import UserError
+from mmzsq.torchvision_ops import EXTENSION, TorchvisionOps
 
-EXTENSION = 'mmcv._ext'
+HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def install() -> None:
@@ -38,177 +42,104 @@ def install() -> None:
     """
     provide_mmcv_ops()
     allow_mmengine_checkpoints()
-    register_config_prefix()
+    register_checkpoint_loaders()
+    resolve_package_bases()
 
 
 def provide_mmcv_ops() -> None:
     """Serve ``mmcv._ext`` from torchvision when MMCV has no compiled operators.
 
-    ``import mmdet.models`` imports ``mmcv.ops``, each file of which looks its operators up in the compiled module
-    ``mmcv._ext``. ``mmcv-lite`` has none, and compiling the full package takes over half an hour. Most detectors call
-    only ``nms`` and ``roi_align``, which torchvision has. A compiled module, even one that fails to load, is left as it
-    is.
+    ``import mmdet.models`` imports ``mmcv.ops``, each file of which looks its operators up in the
+    compiled module ``mmcv._ext``. ``mmcv-lite`` has none, and compiling the full package takes over
+    half an hour. A compiled module, even one that fails to load, is left as it is.
 
     Raises:
         UserError: If no MMCV is installed at all.
     """
     if EXTENSION in sys.modules:
         return
-    try:
-        compiled = importlib.util.find_spec(EXTENSION)
-    except ModuleNotFoundError as error:
-        raise UserError('mmcv is not installed. Install it without a compiler: pip install mmcv-lite==2.1.0') from error
-    if compiled is None:
+    if importlib.util.find_spec('mmcv') is None:
+        raise UserError(
+            'mmcv is not installed. Install it without a compiler: pip install mmcv-lite==2.1.0'
+        )
+    if importlib.util.find_spec(EXTENSION) is None:
         sys.modules[EXTENSION] = TorchvisionOps()
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Name what MMEngine's own checkpoints hold besides tensors, so that torch loads them with ``weights_only=True``.
+    """Declare safe what MMEngine's checkpoints hold besides tensors.
 
-    MMEngine 0.10.7 saves its message hub in every checkpoint: ``HistoryBuffer`` objects around numpy arrays. torch 2.6
-    made ``weights_only=True`` the default of ``torch.load`` and refuses them unless they are declared safe. All that is
-    declared here only builds arrays and numbers. Older torch has no such list and nothing is done.
+    MMEngine 0.10.7 saves its message hub in every checkpoint: ``HistoryBuffer`` objects around
+    numpy arrays. torch 2.6 made ``weights_only=True`` the default of ``torch.load`` and refuses
+    what is not declared safe. All that is declared here only builds arrays and numbers. Older torch
+    cannot declare it, and nothing is done.
     """
-    add_safe_globals = getattr(torch.serialization, 'add_safe_globals', None)
-    if add_safe_globals is None:
+    if not SAFE_LOADING:
         return
-    multiarray = np.zeros(1).__reduce__()[0].__module__
     reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(code)) for code in np.typecodes['AllInteger'] + 'efd?']
-    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes])
-    # numpy 2 renamed numpy.core to numpy._core: a checkpoint names whichever wrote it.
-    for module in {'numpy.core.multiarray', 'numpy._core.multiarray'} - {multiarray}:
-        add_safe_globals([(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')])
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    # numpy 2 renamed numpy.core to numpy._core: a checkpoint names the one of its writer.
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        allowed += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
+    # A pickle refers to a method by getattr, which nobody should allow as it is.
+    allowed += [(_history_statistic, 'builtins.getattr')]
+    torch.serialization.add_safe_globals(allowed)
 
 
-def register_config_prefix() -> None:
-    """Let ``_base_`` name this package's configs, as in ``'mmzsq::_base_/zsq_w4a8.py'``.
+def resolve_package_bases() -> None:
+    """Find bases such as ``'mmzsq::_base_/zsq_w4a8.py'`` where Python finds the package.
 
-    MMEngine resolves ``package::path`` for the packages of a fixed table only.
+    MMEngine resolves ``package::path`` for the packages of a fixed table, asks ``pkg_resources``
+    (gone from setuptools 82) where they are, and looks in the wrong place for an editable install.
+    What is not found as Python would import it is left to MMEngine.
     """
     config_utils.MODULE2PACKAGE.setdefault('mmzsq', 'mmzsq')
+    original = Config._get_cfg_path
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, name = cfg_path.partition('::')
+        if not separator:
+            return original(cfg_path, filename)
+        root = package_configs(package)
+        if root is not None and (root / name).is_file():
+            # Our own types carry their scope, and a `_scope_` key would be unknown in `zsq`.
+            return str(root / name), None if package == 'mmzsq' else package
+        if package == 'mmzsq':
+            raise UserError(_no_such_config(name, root))
+        return original(cfg_path, filename)
+
+    Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
-class TorchvisionOps(ModuleType):
-    """The module ``mmcv._ext`` with the signatures of MMCV's compiled operators and torchvision behind them.
-
-    Every name can be looked up, because ``mmcv.ops`` looks all of its operators up on import; one that is not served
-    raises when it is called.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(EXTENSION, 'MMCV operators served by torchvision (see mmzsq.compat).')
-        # Without a spec, importlib.util.find_spec(EXTENSION) raises; without a loader MMEngine knows it is not compiled.
-        self.__spec__ = ModuleSpec(EXTENSION, loader=None)
-        self.nms = nms
-        self.roi_align_forward = roi_align_forward
-        self.roi_align_backward = roi_align_backward
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Return a function that raises when called; private names are absent, as in any module."""
-        if name.startswith('_'):
-            raise AttributeError(name)
-
-        def missing(*args: Any, **kwargs: Any) -> None:
-            raise UserError(
-                f'this model calls the compiled operator {name!r}, which mmcv-lite does not have. Install the full '
-                'package in its place: pip uninstall mmcv-lite && pip install mmcv==2.1.0'
-            )
-
-        return missing
-
-
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Greedy non-maximum suppression with the signature of MMCV's ``nms``.
+def package_configs(package: str) -> Path | None:
+    """Folder with the configs that an OpenMMLab package ships.
 
     Args:
-        boxes: Boxes as xyxy pixels, (N, 4), any floating type.
-        scores: Scores, (N,).
-        iou_threshold: A box that overlaps a better one by more than this is dropped.
-        offset: 0, or 1 when a box from x1 to x2 is ``x2 - x1 + 1`` pixels wide.
+        package: Name as in ``import``, for example ``'mmdet'``.
 
     Returns:
-        Indices of the boxes kept, best first, (K,), int64.
+        ``<package>/.mim/configs``, or None when the package is not installed or ships none.
     """
-    boxes = _at_least_fp32(boxes)
-    if offset:
-        boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), dim=1)
-    return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / '.mim' / 'configs'
+    return folder if folder.is_dir() else None
 
 
-def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """RoIAlign into ``output``, with the signature of MMCV's operator.
-
-    torchvision has no bf16 kernel and sums fp16 in fp16, so both are computed in fp32.
-
-    Args:
-        input: Feature map, (N, C, H, W).
-        rois: Image index and box as xyxy in pixels of the network input, (R, 5).
-        output: Written: (R, C, aligned_height, aligned_width).
-        argmax_y: Unused, of max pooling.
-        argmax_x: Unused, of max pooling.
-        aligned_height: Bins in y.
-        aligned_width: Bins in x.
-        spatial_scale: Feature map pixels per pixel of the network input.
-        sampling_ratio: Samples per bin and axis; 0 takes as many as the bin has pixels.
-        pool_mode: 1 for average.
-        aligned: Whether pixel centres are at half-integer coordinates.
-
-    Raises:
-        UserError: If ``pool_mode`` asks for maximum, which torchvision does not have.
-    """
-    if pool_mode != 1:
-        raise UserError(
-            "roi_align with pool_mode='max' needs compiled operators. Set pool_mode='avg', or: "
-            'pip uninstall mmcv-lite && pip install mmcv==2.1.0'
-        )
-    features = _at_least_fp32(input)
-    size = (aligned_height, aligned_width)
-    output.copy_(
-        torchvision.ops.roi_align(features, rois.to(features.dtype), size, spatial_scale, sampling_ratio, aligned)
-    )
+def _no_such_config(name: str, root: Path | None) -> str:
+    if root is None:
+        return 'mmzsq was installed without its configs: install it again, pip install mmzsq'
+    known = [path.relative_to(root).as_posix() for path in sorted(root.rglob('*.py'))]
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f' Did you mean one of {", ".join(nearest)}?' if nearest else ''
+    return f'mmzsq ships no config {name!r}.{hint} All of them are under {root}.'
 
 
-def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Gradient of :func:`roi_align_forward` into ``grad_input``, (N, C, H, W); the arguments are as there."""
-    grad = _at_least_fp32(grad_output)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            grad,
-            rois.to(grad.dtype),
-            spatial_scale,
-            aligned_height,
-            aligned_width,
-            *grad_input.shape,
-            sampling_ratio,
-            aligned,
-        )
-    )
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _history_statistic(owner: type, name: str) -> Callable[..., Any]:
+    if owner is HistoryBuffer and name in HISTORY_STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f'the file refers to the attribute {name!r} of {owner!r}')

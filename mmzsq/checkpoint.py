@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints read without running code from the file: MMEngine's ``.pth``, and ``.safetensors``.
+
+:func:`register_checkpoint_loaders` puts these loaders in the place of MMEngine's own, so that
+``load_from``, ``--resume`` and ``init_cfg`` go through them. Beside files and URLs they take
+``mmzsq://NAME`` for the weights that the package ships in ``mmzsq/assets``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, get_local_rank
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.utils import digit_version
+from safetensors import SafetensorError, safe_open
+
+from mmzsq.errors import UserError
+
+ASSETS = Path(__file__).parent / 'assets'
+SCHEME = 'mmzsq://'
+
+#: Since torch 2.6 a checkpoint of MMEngine can be loaded with ``weights_only=True``.
+SAFE_LOADING: bool = digit_version(torch.__version__) >= digit_version('2.6')
+
+_mmengine_load_from_local = mmengine_checkpoint.load_from_local
+
+
+def register_checkpoint_loaders() -> None:
+    """Make MMEngine read local files, URLs and ``mmzsq://NAME`` by the loaders of this module."""
+    # MMEngine names the loader in its log by what follows 'load_from_'.
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
+    CheckpointLoader.register_scheme(SCHEME, load_from_mmzsq, force=True)
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint file.
+
+    Args:
+        filename: Path of a ``.safetensors`` file or of what ``torch.save`` wrote.
+        map_location: Where tensors go, as in ``torch.load``.
+
+    Returns:
+        The checkpoint; of a ``.safetensors`` file ``{'state_dict': ..., 'meta': ...}``.
+
+    Raises:
+        UserError: If the file is missing, damaged, or holds objects that are not plain data.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f'checkpoint {filename} does not exist: check load_from or the command line'
+        )
+    if path.suffix == '.safetensors':
+        return load_safetensors(path, map_location)
+    if not SAFE_LOADING:
+        return _mmengine_load_from_local(str(path), map_location)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        if zipfile.is_zipfile(path):
+            raise UserError(_foreign_objects(path)) from error
+        raise UserError(_damaged(path, error)) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:
+    """Read a ``.safetensors`` file in the form of an MMEngine checkpoint.
+
+    Args:
+        path: The file. Values of its metadata are JSON; ``dataset_meta`` holds the class names.
+        map_location: A device or its name; anything else reads to the CPU.
+
+    Returns:
+        ``{'state_dict': {name: tensor}, 'meta': {key: value}}``.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    device = str(map_location) if isinstance(map_location, str | torch.device) else 'cpu'
+    try:
+        with safe_open(path, framework='pt', device=device) as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(_damaged(path, error)) from error
+    return {'state_dict': state_dict, 'meta': {k: _json_or_text(v) for k, v in metadata.items()}}
+
+
+def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Download a checkpoint into torch's cache, once per node, and read it.
+
+    Args:
+        filename: A http or https URL.
+        map_location: As in :func:`load_from_local`.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If the file cannot be downloaded or read.
+    """
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(urlparse(filename).path)
+    if get_local_rank() == 0 and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(filename, str(path))
+        except (URLError, OSError) as error:
+            raise UserError(
+                f'cannot download {filename} ({error}). Download it by other means and put it at '
+                f'{path}, or set load_from to where it is.'
+            ) from error
+    barrier()
+    return load_from_local(str(path), map_location)
+
+
+def load_from_mmzsq(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read weights that the package ships.
+
+    Args:
+        filename: ``'mmzsq://NAME'``.
+        map_location: As in :func:`load_from_local`.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If there is no such file; the message lists those there are.
+    """
+    path = ASSETS / filename.removeprefix(SCHEME)
+    if path.parent != ASSETS or not path.is_file():
+        shipped = sorted(file.name for file in ASSETS.glob('*.safetensors'))
+        raise UserError(f'mmzsq ships no weights {path.name!r}, only: {", ".join(shipped)}')
+    return load_from_local(str(path), map_location)
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f'checkpoint {path} cannot be read, it may be cut off or not a checkpoint: {error}'
+
+
+def _foreign_objects(path: Path) -> str:
+    found = ', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return (
+        f'checkpoint {path} holds objects that could run code when loaded: {found}. Only tensors '
+        'and plain data are loaded. Convert a YOLOv5 file by tools/model_converters/'
+        "ultralytics_to_mmzsq.py; from any other, save its 'state_dict' alone."
+    )
