@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets and transforms."""
+
+from mmzsq.datasets.shapes import ShapesDataset
+
+__all__ = ['ShapesDataset']
