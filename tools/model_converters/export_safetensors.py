@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export the weights of a training checkpoint to one ``.safetensors`` file with its class names.
+
+    python tools/model_converters/export_safetensors.py work_dirs/NAME/epoch_12.pth NAME.safetensors
+
+What is written is the checkpoint's ``state_dict``: with MMEngine's EMA hook these are the averaged
+weights. Optimizer, schedules and logs stay behind. ``load_from`` reads the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from mmzsq.checkpoint import load_from_local
+from mmzsq.errors import UserError
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('checkpoint', type=Path, help='what training saved')
+    parser.add_argument('out', type=Path, help='the .safetensors file to write')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Export, or say in one message why not."""
+    args = parse_args()
+    try:
+        export_safetensors(args.checkpoint, args.out)
+    except UserError as error:
+        raise SystemExit(f'error: {error}') from None
+
+
+def export_safetensors(checkpoint: Path, out: Path) -> None:
+    """Write the weights and class names of a checkpoint; ``out`` appears whole or not at all.
+
+    Args:
+        checkpoint: A checkpoint of MMEngine's Runner.
+        out: The file to write, its name ending in ``.safetensors``.
+
+    Raises:
+        UserError: If the checkpoint lacks weights or class names, or ``out`` has another ending.
+    """
+    if out.suffix != '.safetensors':
+        raise UserError(f'{out} must end in .safetensors')
+    loaded = load_from_local(str(checkpoint), map_location='cpu')
+    if 'state_dict' not in loaded:
+        raise UserError(f'{checkpoint} has no state_dict: give a checkpoint that training saved')
+    dataset_meta = loaded.get('meta', {}).get('dataset_meta', {})
+    if 'classes' not in dataset_meta:
+        raise UserError(
+            f'{checkpoint} does not name its classes (meta.dataset_meta.classes): '
+            'give a checkpoint that training saved'
+        )
+    tensors = {
+        name: value.detach().clone().contiguous() for name, value in loaded['state_dict'].items()
+    }
+    metadata = {'dataset_meta': json.dumps({'classes': list(dataset_meta['classes'])})}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f'.{out.name}.{os.getpid()}')
+    try:
+        save_file(tensors, unfinished, metadata)
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    main()
