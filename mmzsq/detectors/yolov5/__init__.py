@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YOLOv5 v6.0 and later: backbone, neck, head, loss and weights."""
+
+from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
+from mmzsq.detectors.yolov5.backbone import YOLOv5CSPDarknet
+from mmzsq.detectors.yolov5.ciou import complete_iou
+from mmzsq.detectors.yolov5.detector import YOLOv5
+from mmzsq.detectors.yolov5.head import YOLOv5Head
+from mmzsq.detectors.yolov5.neck import YOLOv5PAFPN
+
+__all__ = [
+    'PaddedTargets',
+    'YOLOv5',
+    'YOLOv5CSPDarknet',
+    'YOLOv5Head',
+    'YOLOv5PAFPN',
+    'complete_iou',
+    'pad_targets',
+]
