@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization-aware layers with learned steps, for any eager model.
+
+    config = QuantizationConfig.from_dict(dict(type='mmzsq.LSQ', w_bits=4, a_bits=8))
+    report = prepare(model, config, run=lambda: model(image))
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    print(report.to_table())
+
+Knows nothing of detectors, synthesis, distillation or runners.
+"""
+
+from mmzsq.quantization.calibrate import (
+    calibrating,
+    quantizers,
+    set_quantization,
+    step_parameters,
+)
+from mmzsq.quantization.config import QuantizationConfig
+from mmzsq.quantization.fake_quantize import fake_quantize, quantize
+from mmzsq.quantization.modules import (
+    QuantConv2d,
+    QuantizedLayer,
+    QuantLinear,
+    quantized_layers,
+    register_quantized,
+)
+from mmzsq.quantization.prepare import prepare
+from mmzsq.quantization.quantizers import LSQ, LSQPlus
+from mmzsq.quantization.report import LayerReport, QuantizationReport
+
+__all__ = [
+    'LSQ',
+    'LSQPlus',
+    'LayerReport',
+    'QuantConv2d',
+    'QuantLinear',
+    'QuantizationConfig',
+    'QuantizationReport',
+    'QuantizedLayer',
+    'calibrating',
+    'fake_quantize',
+    'prepare',
+    'quantize',
+    'quantized_layers',
+    'quantizers',
+    'register_quantized',
+    'set_quantization',
+    'step_parameters',
+]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving quantizers their first steps, switching them, and finding what they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmzsq.errors import UserError
+from mmzsq.quantization.modules import QuantizedLayer, quantized_layers
+from mmzsq.quantization.quantizers import LSQ
+from mmzsq.quantization.statistics import ActivationStatistics
+from mmzsq.quantization.step_search import Grid
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ]]:
+    """Names and quantizers of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LSQ):
+            yield name, module
+
+
+def set_quantization(model: nn.Module, enabled: bool) -> None:
+    """Switch all quantizers of a model on, or off, which leaves the float model.
+
+    Args:
+        model: A prepared model.
+        enabled: Whether weights and inputs are quantized.
+    """
+    for _, quantizer in quantizers(model):
+        quantizer.enabled = enabled
+
+
+def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What quantizers learn: steps, and the zero points of LSQ+.
+
+    They want their own learning rate and no weight decay. All of their names hold
+    ``'_quantizer.'``.
+
+    Args:
+        model: A prepared model.
+
+    Yields:
+        Name and parameter.
+    """
+    for prefix, quantizer in quantizers(model):
+        for name, parameter in quantizer.named_parameters(prefix=prefix):
+            yield name, parameter
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Initialise quantizers from the batches that run through the model inside.
+
+    While inside, quantizers without steps pass values on in float and remember them; at the end
+    their steps are set: of weights from the weights, of inputs from what was seen, by all processes
+    together if ``torch.distributed`` is initialised. Every rank ends with the same steps.
+    Quantizers that have steps work as always and keep them. If the body raises, nothing is set.
+
+    Args:
+        model: A prepared model. Every rank enters and leaves with the same model.
+
+    Raises:
+        UserError: If a layer saw no input on any rank.
+
+    Example:
+        >>> with torch.no_grad(), calibrating(model):  # doctest: +SKIP
+        ...     for images in batches:
+        ...         model(images)
+    """
+    pending = [(n, m) for n, m in quantized_layers(model) if not _is_ready(m)]
+    statistics: dict[str, ActivationStatistics] = {}
+    with ExitStack() as undo:
+        for name, layer in pending:
+            seen = statistics[name] = ActivationStatistics(layer.weight.device)
+            undo.enter_context(_watching(layer.input_quantizer, seen))
+            undo.enter_context(_switched_off(layer.weight_quantizer))
+        yield
+    unseen = [name for name, seen in statistics.items() if not seen.gather().count]
+    if unseen:
+        raise UserError(
+            f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these layers inside `with '
+            'calibrating(model):`, or keep them float with `zsq.quantizer.skip`.'
+        )
+    for name, layer in pending:
+        _initialise(layer, statistics.pop(name))
+
+
+def _is_ready(layer: QuantizedLayer) -> bool:
+    return layer.weight_quantizer.ready and layer.input_quantizer.ready
+
+
+@contextmanager
+def _switched_off(quantizer: LSQ) -> Iterator[None]:
+    before = quantizer.enabled
+    quantizer.enabled = before and quantizer.ready
+    try:
+        yield
+    finally:
+        quantizer.enabled = before
+
+
+@contextmanager
+def _watching(quantizer: LSQ, seen: ActivationStatistics) -> Iterator[None]:
+    """Let ``quantizer`` pass values on while ``seen`` takes them in."""
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.update(args[0])
+
+    handle = quantizer.register_forward_pre_hook(watch)
+    try:
+        with _switched_off(quantizer):
+            yield
+    finally:
+        handle.remove()
+
+
+def _initialise(layer: QuantizedLayer, seen: ActivationStatistics) -> None:
+    if not layer.weight_quantizer.ready:
+        grid = layer.weight_quantizer.grid_of_weight(layer.weight)
+        layer.weight_quantizer.set_grid(_from_first_rank(grid))
+    if not layer.input_quantizer.ready:
+        grid = layer.input_quantizer.grid_of_activations(seen)
+        layer.input_quantizer.set_grid(_from_first_rank(grid))
+
+
+def _from_first_rank(grid: Grid) -> Grid:
+    """Equal inputs give equal grids, but not to the last bit on unlike devices."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return grid
+    both = torch.stack(grid)
+    dist.broadcast(both, src=0)
+    return Grid(*both)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to quantize and how: the ``zsq.quantizer`` section of a config, checked and typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+from mmzsq.errors import UserError, check_keys
+from mmzsq.quantization.quantizers import INITS, LSQ, SCHEMES, STEPS, check_bits, check_choice
+from mmzsq.registry import QUANTIZERS, SCOPE
+
+WHERE = 'zsq.quantizer'
+SAME = 'same'
+
+Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings')
+
+
+class Bits(NamedTuple):
+    """Bits of a layer's weight and input."""
+
+    w_bits: int
+    a_bits: int
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How weights are quantized.
+
+    Attributes:
+        scheme: ``'signed'``, the only one: an offset of weights costs integer hardware a sum over
+            every input.
+        per_channel: One step for each output channel instead of one for all.
+        init: ``'mse'`` or ``'lsq'``, see :class:`~mmzsq.quantization.LSQ`.
+        narrow: Leave out -2^(b-1), so that a BN with negative gamma folds into the same integer
+            type. ``None``: only at 8 bits, where it costs nothing; fewer bits have room for the
+            flipped value in int8.
+    """
+
+    scheme: str = 'signed'
+    per_channel: bool = True
+    init: str = 'mse'
+    narrow: bool | None = None
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """How the inputs of layers are quantized, one step for each tensor.
+
+    Attributes:
+        scheme: ``'offset'``, ``'signed'`` or ``'unsigned'``, see :class:`~mmzsq.quantization.LSQ`.
+        init: ``'mse'`` or ``'lsq'``.
+    """
+
+    scheme: str = 'offset'
+    init: str = 'mse'
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What to quantize and how.
+
+    The defaults are the best recipe measured. To repeat the paper to the letter:
+    ``weight=dict(per_channel=False, init='lsq', narrow=False), activation=dict(scheme='signed',
+    init='lsq'), step='linear', first_bits=None, last_bits=None``.
+
+    A layer's bits are decided in this order: ``skip``, then ``overrides``, then ``first_bits`` and
+    ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern is a layer's name, or that of a module
+    that holds it, with the wildcards of ``fnmatch`` (``*`` also matches dots).
+
+    Attributes:
+        type: Registered quantizer, ``'mmzsq.LSQ'`` or ``'mmzsq.LSQPlus'``.
+        w_bits: Of weights, 2 to 8.
+        a_bits: Of the inputs of layers, 2 to 8.
+        weight: See :class:`WeightSettings`.
+        activation: See :class:`ActivationSettings`.
+        step: ``'log'`` or ``'linear'``, what is learnt of a step.
+        grad_scale: Scale step gradients by 1 / sqrt(n * qmax).
+        first_bits: Weight and input bits of layers that see the model's input; ``None`` keeps them
+            float, ``'same'`` treats them as any other layer.
+        last_bits: The same for layers that make the model's output.
+        skip: Patterns of layers that stay float.
+        overrides: Pattern to bits of weight and input: one number for both, ``dict(w_bits=..,
+            a_bits=..)``, or ``None`` for float. Of several that match, the last one counts.
+    """
+
+    type: str = 'mmzsq.LSQ'
+    w_bits: int = 8
+    a_bits: int = 8
+    weight: WeightSettings = field(default_factory=WeightSettings)
+    activation: ActivationSettings = field(default_factory=ActivationSettings)
+    step: str = 'log'
+    grad_scale: bool = True
+    first_bits: int | str | None = 8
+    last_bits: int | str | None = 8
+    skip: Sequence[str] = ()
+    overrides: Mapping[str, Bits | None] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any]) -> QuantizationConfig:
+        """Read the ``zsq.quantizer`` section.
+
+        Args:
+            cfg: Keys are the attributes of this class; ``weight`` and ``activation`` are dicts of
+                theirs.
+
+        Returns:
+            The checked configuration.
+
+        Raises:
+            UserError: If a key is unknown or a value is not allowed.
+        """
+        check_keys(cfg, [f.name for f in fields(cls)], WHERE)
+        values = dict(cfg)
+        values['weight'] = _section(WeightSettings, cfg.get('weight', {}), 'weight')
+        values['activation'] = _section(ActivationSettings, cfg.get('activation', {}), 'activation')
+        values['skip'] = _patterns(cfg.get('skip', ()))
+        overrides = cfg.get('overrides', {})
+        if not isinstance(overrides, Mapping):
+            raise UserError(
+                f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.'
+            )
+        values['overrides'] = {p: _override(p, bits) for p, bits in overrides.items()}
+        config = cls(**values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        check_bits(f'{WHERE}.w_bits', self.w_bits)
+        check_bits(f'{WHERE}.a_bits', self.a_bits)
+        check_choice(f'{WHERE}.weight.scheme', self.weight.scheme, ('signed',))
+        check_choice(f'{WHERE}.weight.init', self.weight.init, INITS)
+        check_choice(f'{WHERE}.activation.scheme', self.activation.scheme, SCHEMES)
+        check_choice(f'{WHERE}.activation.init', self.activation.init, INITS)
+        check_choice(f'{WHERE}.step', self.step, STEPS)
+        _check_bool(f'{WHERE}.grad_scale', self.grad_scale)
+        _check_bool(f'{WHERE}.weight.per_channel', self.weight.per_channel)
+        if self.weight.narrow is not None:
+            _check_bool(f'{WHERE}.weight.narrow', self.weight.narrow)
+        for key, bits in (('first_bits', self.first_bits), ('last_bits', self.last_bits)):
+            if bits is not None and bits != SAME:
+                check_bits(f'{WHERE}.{key} (2 to 8, None for float, or {SAME!r})', bits)
+        if self.quantizer_class.learns_zero_point and self.activation.scheme != 'offset':
+            raise UserError(
+                f"{WHERE}.type {self.type!r} learns a zero point, so {WHERE}.activation.scheme must be 'offset', not "
+                f'{self.activation.scheme!r}.'
+            )
+
+    @property
+    def quantizer_class(self) -> type[LSQ]:
+        """The class that ``type`` names.
+
+        Raises:
+            UserError: If no quantizer of that name is registered.
+        """
+        name = str(self.type).removeprefix(f'{SCOPE}.')
+        found = QUANTIZERS.module_dict.get(name)
+        if found is None:
+            known = ', '.join(repr(f'{SCOPE}.{key}') for key in sorted(QUANTIZERS.module_dict))
+            raise UserError(f'{WHERE}.type is {self.type!r}, but must be one of {known}.')
+        return found
+
+    @property
+    def needs_roles(self) -> bool:
+        """Whether first or last layers are treated unlike the others."""
+        return not self.first_bits == self.last_bits == SAME
+
+    def weight_quantizer(self, bits: int, out_channels: int) -> LSQ:
+        """A new quantizer for the weight of one layer.
+
+        Args:
+            bits: 2 to 8.
+            out_channels: First dimension of the weight.
+        """
+        narrow = self.weight.narrow
+        return self.quantizer_class(
+            bits=bits,
+            scheme=self.weight.scheme,
+            num_steps=out_channels if self.weight.per_channel else 1,
+            init=self.weight.init,
+            step=self.step,
+            grad_scale=self.grad_scale,
+            narrow=bits == 8 if narrow is None else narrow,
+        )
+
+    def input_quantizer(self, bits: int) -> LSQ:
+        """A new quantizer for the input of one layer.
+
+        Args:
+            bits: 2 to 8.
+        """
+        return self.quantizer_class(
+            bits=bits,
+            scheme=self.activation.scheme,
+            init=self.activation.init,
+            step=self.step,
+            grad_scale=self.grad_scale,
+        )
+
+    def bits_of(self, name: str, roles: Sequence[str]) -> tuple[Bits | None, str]:
+        """Decide the bits of one layer.
+
+        Args:
+            name: Of the layer.
+            roles: ``'first'``, ``'last'``, both or none.
+
+        Returns:
+            Its bits, ``None`` for float, and the reason: the setting that decided, or ``''`` for an
+            ordinary layer.
+        """
+        for pattern in self.skip:
+            if matches(name, pattern):
+                return None, f'skip {pattern!r}'
+        for pattern, bits in reversed(list(self.overrides.items())):
+            if matches(name, pattern):
+                return bits, f'overrides {pattern!r}'
+        by_role = {'first': self.first_bits, 'last': self.last_bits}
+        for role in roles:
+            role_bits = by_role[role]
+            if role_bits is None:
+                return None, f'{role} layer'
+            if isinstance(role_bits, int):
+                return Bits(role_bits, role_bits), f'{role} layer'
+        return Bits(self.w_bits, self.a_bits), ''
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` names a layer or a module that holds it.
+
+    Example:
+        >>> matches('bbox_head.convs.0', 'bbox_head'), matches('backbone.stem', '*.stem'),
+        matches('necks', 'neck') (True, True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
+
+
+def _section(cls: type[Section], cfg: Any, key: str) -> Section:
+    if not isinstance(cfg, Mapping):
+        raise UserError(f'{WHERE}.{key} is {cfg!r}, but must be a dict.')
+    check_keys(cfg, [f.name for f in fields(cls)], f'{WHERE}.{key}')
+    return cls(**cfg)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+        raise UserError(f'{WHERE}.skip is {value!r}, but must be a list of patterns.')
+    return tuple(value)
+
+
+def _override(pattern: str, value: Any) -> Bits | None:
+    where = f'{WHERE}.overrides[{pattern!r}]'
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        check_keys(value, Bits._fields, where)
+        missing = [key for key in Bits._fields if key not in value]
+        if missing:
+            raise UserError(f'{where} lacks {" and ".join(missing)}.')
+        bits = Bits(**value)
+    else:
+        bits = Bits(value, value)
+    check_bits(f'{where} w_bits', bits.w_bits)
+    check_bits(f'{where} a_bits', bits.a_bits)
+    return bits
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f'{name} is {value!r}, but must be True or False.')

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of learned step size quantization, as pure functions of tensors.
+
+    y = s * clip(round(x / s), qmin - z, qmax - z)
+
+with a real step ``s > 0`` and an integer zero point ``z``, so that zero is always on the grid and
+``clip(round(x / s) + z, qmin, qmax)`` is the integer that hardware computes (ONNX
+``QuantizeLinear``: round half to even). The backward is that of Esser et al., "Learned Step Size
+    Quantization", 2019, https://arxiv.org/abs/1902.08153, equations 3 and 5; the gradient of the
+zero point is that of Bhalgat et al., "LSQ+", 2020, https://arxiv.org/abs/2004.09576, in integer
+units.
+
+The math runs in fp32 whatever the type of ``x``. Kernels that fuse it belong beside this file and
+are tested against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def fake_quantize(
+    x: Tensor,
+    step: Tensor,
+    qmin: int,
+    qmax: int,
+    zero_point: Tensor | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """Round ``x`` to the grid of an integer type, and learn that grid.
+
+    Gradients: ``x`` gets the straight-through estimate inside the range and zero outside; ``step``
+        gets the sum of
+    ``grad_scale * dy * d`` with ``d = qmin - z`` below the range, ``qmax - z`` above it and
+    ``round(x/s) - x/s`` inside; ``zero_point`` gets the sum of ``-grad_scale * dy * s`` over the
+    clipped elements.
+
+    Args:
+        x: Real values of any floating type and shape.
+        step: Width of one level, positive fp32, as many dimensions as ``x`` and broadcastable to
+            it, such as (1, 1, 1, 1) for one step or (C, 1, 1, 1) for one per output channel.
+        qmin: Lowest integer.
+        qmax: Highest integer.
+        zero_point: The integer that stands for zero, in fp32, shaped as ``step``; ``None`` is zero.
+        grad_scale: Factor on the gradients of ``step`` and ``zero_point``.
+
+    Returns:
+        The rounded values, in the type and shape of ``x``.
+
+    Example:
+        >>> x = torch.tensor([-0.9, -0.3, 0.0, 0.26, 5.0])
+        >>> fake_quantize(x, torch.tensor([0.5]), qmin=-2, qmax=1)
+        tensor([-1.0000, -0.5000,  0.0000,  0.5000,  0.5000])
+    """
+    output: Tensor = _FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
+    return output
+
+
+def quantize(
+    x: Tensor, step: Tensor, qmin: int, qmax: int, zero_point: Tensor | None = None
+) -> Tensor:
+    """The integers behind :func:`fake_quantize`.
+
+    Args:
+        x: Real values.
+        step: See :func:`fake_quantize`.
+        qmin: Lowest integer.
+        qmax: Highest integer.
+        zero_point: See :func:`fake_quantize`.
+
+    Returns:
+        ``clip(round(x / step) + zero_point, qmin, qmax)`` as int32, shaped as ``x``. ``(integers -
+        zero_point) * step`` is the output of :func:`fake_quantize`.
+    """
+    integers = torch.round(x.detach() / step.detach())
+    if zero_point is not None:
+        integers = integers + zero_point.detach()
+    return integers.clamp(qmin, qmax).to(torch.int32)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even with the gradient of the identity."""
+    return x + (x.round() - x).detach()
+
+
+def clamp_ste(x: Tensor, low: float, high: float | None = None) -> Tensor:
+    """Clamp with the gradient of the identity, so that a parameter at a bound can leave it."""
+    return x + (x.clamp(low, high) - x).detach()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Few elementwise kernels: only ``x``, ``step`` and ``zero_point`` are saved, and masks are
+    made in the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        zero_point: Tensor | None,
+        qmin: int,
+        qmax: int,
+        grad_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, step, zero_point)
+        ctx.qmin, ctx.qmax, ctx.grad_scale = qmin, qmax, grad_scale
+        # A step with dimensions promotes a bf16 ``x`` to fp32 inside the division.
+        levels = (x / step).round_()
+        return _clip(levels, zero_point, qmin, qmax).mul_(step).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, step, zero_point = ctx.saved_tensors
+        needs_x, needs_step, needs_zero_point = ctx.needs_input_grad[:3]
+        levels = x / step
+        clipped = _clip(levels.clone(), zero_point, ctx.qmin, ctx.qmax)
+        inside = clipped == levels
+        grad_x = grad_step = grad_zero_point = None
+        if needs_x:
+            grad_x = grad_output * inside
+        if needs_step:
+            slope = clipped.round_().sub_(levels.mul_(inside)).mul_(grad_output)
+            grad_step = slope.sum_to_size(step.shape) * ctx.grad_scale
+        if needs_zero_point:
+            outside = grad_output.float() * ~inside
+            grad_zero_point = outside.sum_to_size(step.shape) * step * -ctx.grad_scale
+        return grad_x, grad_step, grad_zero_point, None, None, None
+
+
+def _clip(levels: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    """Clip real-valued levels in place to those the integer range can express."""
+    if zero_point is None:
+        return levels.clamp_(qmin, qmax)
+    return levels.clamp_(qmin - zero_point, qmax - zero_point)

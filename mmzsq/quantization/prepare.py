@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turning a float model into one that simulates integer arithmetic: which layers, with how many
+bits."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from mmzsq.errors import UserError
+from mmzsq.quantization.config import WHERE, Bits, QuantizationConfig, matches
+from mmzsq.quantization.modules import (
+    QuantizedLayer,
+    make_quantized,
+    quantizable_bases,
+    quantized_class,
+)
+from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
+from mmzsq.quantization.trace import Trace, trace
+
+
+def prepare(
+    model: nn.Module, config: QuantizationConfig, run: Callable[[], Any] | None = None
+) -> QuantizationReport:
+    """Swap the layers of a model for quantized ones, in place.
+
+    Works on any eager model: layers are swapped by their class, nothing is traced or rewritten.
+    Steps have no values yet; see :func:`mmzsq.quantization.calibrating`.
+
+    Args:
+        model: A float model. It stays on its device and in its modes.
+        config: What to quantize and how.
+        run: Runs ``model`` on one input, best a small one, and returns its raw outputs. It is
+            called once, in eval mode, to find first and last layers and to count operations. It may
+            be ``None`` if ``config.first_bits`` and ``config.last_bits`` are ``'same'``; then no
+            operations are reported.
+
+    Returns:
+        A report of every layer that has a weight.
+
+    Raises:
+        UserError: If no layer can be quantized, a pattern matches no layer, the model is prepared
+            already, or first and last layers are asked for and cannot be found.
+    """
+    layers = {name: module for name, module in model.named_modules() if _has_filters(module)}
+    if any(isinstance(layer, QuantizedLayer) for layer in layers.values()):
+        raise UserError('The model has quantized layers already; `prepare` takes a float model.')
+    _check_patterns([*config.skip, *config.overrides], layers)
+    if run is None and config.needs_roles:
+        raise UserError(
+            f'First and last layers are found by running the model: pass `run` to `prepare`, or set {WHERE}.first_bits '
+            f"and {WHERE}.last_bits to 'same'."
+        )
+    known = {n: m for n, m in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    seen = Trace() if run is None else trace(model, known, run)
+
+    rows = [_convert(name, layer, config, seen, run is not None) for name, layer in layers.items()]
+    if not any(row.quantized for row in rows):
+        reasons = sorted({row.reason for row in rows})
+        raise UserError(
+            f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.'
+        )
+    return QuantizationReport(model, rows)
+
+
+def _convert(
+    name: str, layer: nn.Module, config: QuantizationConfig, seen: Trace, has_run: bool
+) -> LayerReport:
+    float_class = type(layer)
+    roles = [role for role, names in (('first', seen.first), ('last', seen.last)) if name in names]
+    cls, bits, reason = _plan(name, layer, config, roles, seen, has_run)
+    if cls is not None and bits is not None:
+        make_quantized(
+            layer,
+            cls,
+            config.weight_quantizer(bits.w_bits, layer.weight.shape[0]),
+            config.input_quantizer(bits.a_bits),
+        )
+    return LayerReport(
+        name=name,
+        type=float_class.__name__,
+        role=', '.join(roles),
+        weights=layer.weight.numel(),
+        w_bits=bits.w_bits if bits else FLOAT_BITS,
+        a_bits=bits.a_bits if bits else FLOAT_BITS,
+        reason=reason,
+        macs=seen.macs.get(name, 0) if has_run else None,
+    )
+
+
+def _plan(
+    name: str,
+    layer: nn.Module,
+    config: QuantizationConfig,
+    roles: Sequence[str],
+    seen: Trace,
+    has_run: bool,
+) -> tuple[type[QuantizedLayer] | None, Bits | None, str]:
+    """The class to swap in and its bits, both ``None`` for float, and the reason."""
+    cls = quantized_class(layer)
+    if cls is None:
+        bases = quantizable_bases(layer)
+        kind = f'a {bases[0]} that may compute something else, ' if bases else ''
+        return None, None, f'{kind}no quantized class is registered for {type(layer).__name__}'
+    if has_run and name not in seen.macs:
+        return None, None, 'did not run: unused, or its weight is read without calling it'
+    bits, reason = config.bits_of(name, roles)
+    return cls if bits else None, bits, reason
+
+
+def _has_filters(module: nn.Module) -> bool:
+    """Whether a module holds a weight of two dimensions or more itself."""
+    weight = getattr(module, 'weight', None)
+    return isinstance(weight, nn.Parameter) and weight.dim() >= 2
+
+
+def _check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if any(matches(name, pattern) for name in names):
+            continue
+        nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+        hint = f'; the nearest layer is {nearest[0]!r}' if nearest else ''
+        raise UserError(f'{WHERE}: the pattern {pattern!r} matches no layer of the model{hint}.')

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of every layer, and what it saves: the report of
+:func:`mmzsq.quantization.prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmzsq.quantization.modules import quantized_layers
+from mmzsq.quantization.quantizers import LSQ
+
+FLOAT_BITS = 32
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer with a weight.
+
+    Attributes:
+        name: In the model.
+        type: Name of its float class.
+        role: ``'first'``, ``'last'``, ``'first, last'`` or ``''``.
+        weights: Number of weights.
+        w_bits: Of the weight, 32 if it stayed float.
+        a_bits: Of the input, 32 if it stayed float.
+        reason: Why it stayed float, or which setting gave it other bits; ``''`` for an ordinary
+            quantized layer.
+        macs: Multiply-accumulate operations in the run, ``None`` if nothing is known.
+    """
+
+    name: str
+    type: str
+    role: str
+    weights: int
+    w_bits: int
+    a_bits: int
+    reason: str
+    macs: int | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer was swapped."""
+        return self.w_bits < FLOAT_BITS
+
+
+class QuantizationReport:
+    """Every layer of a prepared model, its size and its bit operations.
+
+    Model size counts parameters and floating point buffers in their own type, quantized weights at
+    their bits, and steps and zero points at 32 bits. Bit operations (BOPs) are multiply-accumulates
+    times weight bits times input bits, with 32 bits for float, of the layers listed, in one call of
+    ``run``.
+
+    Args:
+        model: The prepared model; steps are read from it when asked for.
+        layers: In the order of ``named_modules``.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
+        self._model = model
+        self.layers = layers
+
+    @property
+    def size_before(self) -> float:
+        """Size of the float model in MB (10^6 bytes)."""
+        return _float_bits(self._model) / 8 / MEGABYTE
+
+    @property
+    def size_after(self) -> float:
+        """Size of the quantized model in MB (10^6 bytes)."""
+        bits = _float_bits(self._model)
+        for _, layer in quantized_layers(self._model):
+            weight = layer.weight
+            bits -= weight.numel() * (8 * weight.element_size() - layer.weight_quantizer.bits)
+            bits += _grid_bits(layer.weight_quantizer) + _grid_bits(layer.input_quantizer)
+        return bits / 8 / MEGABYTE
+
+    @property
+    def bops_before(self) -> int | None:
+        """Bit operations of the float model in one run, ``None`` without a run."""
+        if all(layer.macs is None for layer in self.layers):
+            return None
+        return sum((layer.macs or 0) * FLOAT_BITS**2 for layer in self.layers)
+
+    @property
+    def bops_after(self) -> int | None:
+        """Bit operations of the quantized model in one run, ``None`` without a run."""
+        if self.bops_before is None:
+            return None
+        return sum((layer.macs or 0) * layer.w_bits * layer.a_bits for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types.
+
+        Returns:
+            ``model`` with sizes and BOPs, and ``layers``, a list of dicts: the attributes of
+            :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
+            ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
+            (lists, ``None`` before calibration or where the scheme has none).
+        """
+        quantized = dict(quantized_layers(self._model))
+        layers = []
+        for layer in self.layers:
+            row = asdict(layer)
+            if layer.quantized:
+                row['weight'] = _describe(quantized[layer.name].weight_quantizer)
+                row['input'] = _describe(quantized[layer.name].input_quantizer)
+            layers.append(row)
+        model = {
+            'size_before_mb': self.size_before,
+            'size_after_mb': self.size_after,
+            'bops_before': self.bops_before,
+            'bops_after': self.bops_after,
+        }
+        return {'model': model, 'layers': layers}
+
+    def to_table(self) -> str:
+        """The report as text: a line for each layer and two for the model."""
+        header = ('layer', 'type', 'weights', 'w', 'a', 'weight step', 'input step', 'zero', 'note')
+        rows = [header, *map(_row, self.to_dict()['layers'])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines.append(f'model size: {self.size_before:.2f} MB -> {self.size_after:.2f} MB')
+        if self.bops_before is not None and self.bops_after is not None:
+            lines.append(
+                f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G'
+            )
+        return '\n'.join(lines)
+
+
+def _row(layer: dict[str, Any]) -> tuple[str, ...]:
+    note = ', '.join(filter(None, (layer['role'], layer['reason'])))
+    name = (layer['name'], layer['type'], str(layer['weights']))
+    if 'weight' not in layer:
+        return (*name, 'fp', 'fp', '-', '-', '-', note)
+    weight, source = layer['weight'], layer['input']
+    return (
+        *name,
+        f'{weight["bits"]} {weight["scheme"]}' + (' per channel' if weight['per_channel'] else ''),
+        f'{source["bits"]} {source["scheme"]}',
+        _span(weight['steps']),
+        _span(source['steps']),
+        _span(source['zero_points']),
+        note,
+    )
+
+
+def _span(values: list[float] | None) -> str:
+    if values is None:
+        return '-'
+    low, high = min(values), max(values)
+    return f'{low:.3g}' if low == high else f'{low:.3g}..{high:.3g}'
+
+
+def _describe(quantizer: LSQ) -> dict[str, Any]:
+    zero_point = quantizer.integer_zero_point
+    return {
+        'scheme': quantizer.scheme,
+        'bits': quantizer.bits,
+        'qmin': quantizer.qmin,
+        'qmax': quantizer.qmax,
+        'per_channel': quantizer.num_steps > 1,
+        'steps': quantizer.step.tolist() if quantizer.ready else None,
+        'zero_points': zero_point.tolist() if quantizer.ready and zero_point is not None else None,
+    }
+
+
+def _float_bits(model: nn.Module) -> int:
+    """Bits of parameters and floating point buffers, without those of quantizers."""
+    tensors: set[Tensor] = set()
+    for module in model.modules():
+        if not isinstance(module, LSQ):
+            tensors.update(module.parameters(recurse=False), module.buffers(recurse=False))
+    return sum(t.numel() * t.element_size() * 8 for t in tensors if t.is_floating_point())
+
+
+def _grid_bits(quantizer: LSQ) -> int:
+    return FLOAT_BITS * quantizer.num_steps * (1 if quantizer.zero_point is None else 2)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantizer remembers of the activations it saw: exact extremes and mean, and a uniform
+sample of the values.
+
+The sample is a set of independent reservoirs of size one (Vitter, "Random Sampling with a
+Reservoir", 1985): after each batch every slot holds a uniform draw from all values so far. Memory
+is bounded whatever the image size or the number of batches, and a fixed seed makes the sample the
+same on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SAMPLE_SIZE = 2**17
+
+
+class ActivationStatistics:
+    """Running statistics of one activation tensor.
+
+    Attributes:
+        sample: Values seen, (SAMPLE_SIZE,) fp32, each slot a uniform draw from all of them.
+        low: Least value seen, fp64 scalar tensor.
+        high: Greatest value seen, fp64 scalar tensor.
+        abs_sum: Sum of absolute values, fp64 scalar tensor.
+        count: Number of values seen.
+
+    Args:
+        device: Where the statistics live.
+        seed: Of the sample.
+    """
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.sample = torch.zeros(SAMPLE_SIZE, device=device)
+        self.low = torch.tensor(torch.inf, dtype=torch.float64, device=device)
+        self.high = torch.tensor(-torch.inf, dtype=torch.float64, device=device)
+        self.abs_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.count = 0
+        self._seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean absolute value of all values seen, fp64 scalar tensor."""
+        return self.abs_sum / self.count
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            x: Activations of any shape.
+        """
+        if x.numel() == 0:
+            return
+        values = x.detach().reshape(-1)
+        self.low = torch.minimum(self.low, values.amin())
+        self.high = torch.maximum(self.high, values.amax())
+        self.abs_sum = self.abs_sum + values.abs().sum(dtype=torch.float64)
+        self.count += values.numel()
+        draw = torch.randint(values.numel(), (SAMPLE_SIZE,), generator=self._generator)
+        replace = torch.rand(SAMPLE_SIZE, generator=self._generator) < values.numel() / self.count
+        drawn = values[draw.to(values.device)].to(self.sample)
+        self.sample = torch.where(replace.to(self.sample.device), drawn, self.sample)
+
+    def gather(self) -> ActivationStatistics:
+        """Replace the statistics of this process by those of all processes, the same on each.
+
+        A collective call: every rank makes it, in the same order. Without a process group nothing
+        happens.
+
+        Returns:
+            Itself.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        summary = torch.stack(
+            [self.low, self.high, self.abs_sum, torch.full_like(self.low, self.count)]
+        )
+        own = torch.cat([summary, self.sample.double()])
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        ranks = torch.stack(everyone)
+        counts = ranks[:, 3]
+        self.low, self.high = ranks[:, 0].amin(), ranks[:, 1].amax()
+        self.abs_sum, self.count = ranks[:, 2].sum(), int(counts.sum())
+        if self.count:
+            generator = torch.Generator().manual_seed(self._seed)
+            rank = torch.multinomial(
+                counts.cpu(), SAMPLE_SIZE, replacement=True, generator=generator
+            )
+            slot = torch.arange(SAMPLE_SIZE)
+            self.sample = ranks[rank.to(ranks.device), 4 + slot.to(ranks.device)].float()
+        return self

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First values of steps and zero points, from the values that a quantizer will see.
+
+``mean_abs_step`` is LSQ's own rule (Esser et al., 2019, section 2.1). ``search_step`` finds the
+step, and where it is free the zero point, of least squared error. The error of one candidate costs
+one binary search per level instead of one pass over the
+values: values are sorted once, and with prefix sums of ``x`` the error of all values that round to
+    level ``v`` is
+
+    sum (x - v)^2 = sum x^2 - 2 v sum x + v^2 count
+
+which is exact, so thousands of candidates are tried for each of thousands of channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Candidate steps, as fractions of the step that clips nothing: geometric, because an error curve is
+# smooth in log s.
+COARSE_RATIOS = (0.02, 1.0, 100)
+# Second pass around the best of the first, as factors on its step: a little over the distance of
+# two coarse candidates.
+FINE_RATIOS = (0.96, 1.042, 13)
+# Zero points of the first pass: all of them up to five bits, evenly spread above.
+COARSE_ZERO_POINTS = 33
+# Levels held at once while candidates are tried (64 MiB in fp64).
+CHUNK = 2**23
+
+
+class Grid(NamedTuple):
+    """A step for each row and the zero point that belongs to it, both fp32 of shape (C,)."""
+
+    step: Tensor
+    zero_point: Tensor
+
+
+def mean_abs_step(mean_abs: Tensor, qmax: int) -> Tensor:
+    """LSQ's first step ``2 * mean|x| / sqrt(qmax)``.
+
+    Args:
+        mean_abs: Mean absolute value of each row, shape (C,).
+        qmax: Highest integer.
+
+    Returns:
+        Steps of shape (C,), positive: a row of zeros takes the mean step of the others, see
+        :func:`fill_dead`.
+    """
+    return fill_dead(2.0 * mean_abs / qmax**0.5)
+
+
+def fill_dead(step: Tensor) -> Tensor:
+    """Give rows that hold only zeros, whose step would be zero, the mean of the other steps, or one
+    if there is none.
+
+    Args:
+        step: Steps, shape (C,), zero or not finite where nothing is known.
+
+    Returns:
+        Positive, finite steps of shape (C,).
+    """
+    alive = torch.isfinite(step) & (step > torch.finfo(torch.float32).tiny)
+    mean = torch.where(alive, step, 0.0).sum() / alive.sum().clamp(min=1)
+    return torch.where(alive, step, torch.where(alive.any(), mean, torch.ones_like(mean)))
+
+
+def search_step(
+    values: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, zero_points: Sequence[int]
+) -> Grid:
+    """Find the grid of least squared error for each row.
+
+    Args:
+        values: (C, N) fp32, a row for each step that is sought.
+        low: Least value of each row, shape (C,), which may lie outside a row that is a sample.
+        high: Greatest value of each row, shape (C,).
+        qmin: Lowest integer.
+        qmax: Highest integer.
+        zero_points: Zero points to choose from, ascending, within ``qmin..qmax``.
+
+    Returns:
+        The best step and zero point of each row. Rows of zeros are filled by :func:`fill_dead`.
+    """
+    rows = _SortedRows(values)
+    spread = min(len(zero_points), COARSE_ZERO_POINTS)
+    position = torch.linspace(0, len(zero_points) - 1, spread, device=values.device)
+    allowed = torch.tensor(zero_points, device=values.device, dtype=torch.float32)
+    zero_point = allowed[position.round().long()]
+    ratio = _geometric(COARSE_RATIOS, values.device)
+    widest = _widest_step(low[:, None], high[:, None], qmin - zero_point, qmax - zero_point)
+    best = rows.best(
+        (widest[:, :, None] * ratio).flatten(1),
+        zero_point.repeat_interleave(ratio.numel()).expand(len(values), -1),
+        qmin,
+        qmax,
+    )
+
+    gap = -(-len(zero_points) // spread)
+    shift = torch.arange(1 - gap, gap, device=values.device, dtype=torch.float32)
+    ratio = _geometric(FINE_RATIOS, values.device)
+    near = (best.zero_point[:, None] + shift).clamp(zero_points[0], zero_points[-1])
+    best = rows.best(
+        (best.step[:, None] * ratio).repeat(1, shift.numel()),
+        near.repeat_interleave(ratio.numel(), dim=1),
+        qmin,
+        qmax,
+    )
+    return Grid(fill_dead(best.step), best.zero_point)
+
+
+def _geometric(bounds: tuple[float, float, int], device: torch.device) -> Tensor:
+    first, last, count = bounds
+    return torch.logspace(0, 1, count, base=last / first, device=device) * first
+
+
+def _widest_step(low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """The smallest step that clips nothing on the sides that have levels: (C, 1) ends and (Z,)
+    levels give (C, Z).""" below = torch.where(lowest < 0, low.clamp(max=0) / lowest, 0.0)
+    above = torch.where(highest > 0, high.clamp(min=0) / highest, 0.0)
+    return torch.maximum(below, above)
+
+
+class _SortedRows:
+    """Rows of values, prepared so that the squared error of any grid is cheap."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.float().sort(dim=1).values
+        sums = self.values.double().cumsum(dim=1)
+        self.sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)
+
+    def best(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Grid:
+        """The candidate of least error of each row.
+
+        Args:
+            step: (C, K) candidates.
+            zero_point: (C, K) candidates.
+            qmin: Lowest integer.
+            qmax: Highest integer.
+        """
+        width = max(1, CHUNK // (len(step) * (qmax - qmin + 1)))
+        errors = [
+            self.error(s, z, qmin, qmax)
+            for s, z in zip(step.split(width, dim=1), zero_point.split(width, dim=1), strict=True)
+        ]
+        best = torch.cat(errors, dim=1).argmin(dim=1, keepdim=True)
+        return Grid(step.gather(1, best).squeeze(1), zero_point.gather(1, best).squeeze(1))
+
+    def error(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Squared error of every candidate, less the sum of squares of the row, which is common to
+        them all.""" codes = torch.arange(qmin, qmax + 1, device=step.device)
+        levels = (codes - zero_point[..., None]) * step[..., None]
+        edges = (codes[:-1] + 0.5 - zero_point[..., None]) * step[..., None]
+        found = torch.searchsorted(self.values, edges.flatten(1).contiguous())
+        sums = self.sums.gather(1, found).view_as(edges)
+        counts = found.view_as(edges)
+        zero = torch.zeros_like(counts[..., :1])
+        counts = torch.diff(counts, prepend=zero, append=zero + self.values.shape[1])
+        sums = torch.diff(
+            sums, prepend=zero.double(), append=self.sums[:, -1:, None].expand_as(zero)
+        )
+        levels = levels.double()
+        return (levels * (levels * counts - 2.0 * sums)).sum(dim=-1)
