@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmzsq.detectors.yolov5.layers import (
     ACT_CFG,
-    INIT_CFG,
     NORM_CFG,
     SPPF,
     scale_depth,
@@ -52,7 +51,7 @@ class YOLOv5CSPDarknet(BaseModule):
         widths = [scale_width(width, widen_factor) for width in self.widths]
         self.stem = ConvModule(3, widths[0], 6, stride=2, padding=2, **cfg)
         stages = []
-        for width_in, width, depth in zip(widths, widths[1:], self.depths, strict=False):
+        for width_in, width, depth in zip(widths[:-1], widths[1:], self.depths, strict=True):
             stages.append(
                 nn.Sequential(
                     ConvModule(width_in, width, 3, stride=2, padding=1, **cfg),
