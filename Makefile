@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` install into .venv on first use; nothing else is needed than Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.tests
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: setup.py requirements/runtime.txt requirements/mmcv-lite.txt | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install -r requirements/mmcv-lite.txt
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.runtime requirements/tests.txt
+	$(BIN)/python -m pip install -r requirements/tests.txt
+	touch $@

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a checkpoint, float or quantized, on the test data of its config.
+
+``python -m mmzsq.test CONFIG CHECKPOINT`` has the options of MMDetection's ``tools/test.py`` but
+``--tta``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+
+from mmzsq import cli
+from mmzsq.errors import UserError
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    args = _parse_args()
+    if args.out is not None and Path(args.out).suffix not in ('.pkl', '.pickle'):
+        raise UserError(f'--out writes a pickle: name it *.pkl or *.pickle, not {args.out}')
+    cfg = cli.load_config(args)
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        if cfg.get(key) is None:
+            raise UserError(f'config {args.config} has no {key}: there is nothing to evaluate on')
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        if 'visualization' not in cfg.get('default_hooks', {}):
+            raise UserError("--show needs default_hooks.visualization: dict(type='VisualizationHook')")
+        cfg = trigger_visualization_hook(cfg, args)
+    runner = cli.build_runner(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+def _parse_args() -> argparse.Namespace:
+    options = cli.parser('Evaluate a checkpoint, float or quantized, on the test data.')
+    options.add_argument(
+        'checkpoint', help='path or URL of a .pth or .safetensors, or mmzsq://NAME'
+    )
+    options.add_argument('--out', metavar='FILE.pkl', help='write all predictions')
+    options.add_argument('--show', action='store_true', help='show predictions in a window')
+    options.add_argument(
+        '--show-dir', help='paint predictions into this folder, under the work directory'
+    )
+    options.add_argument(
+        '--wait-time', type=float, default=2, metavar='SECONDS', help='of each window (default: 2)'
+    )
+    return options.parse_args()
+
+
+if __name__ == '__main__':
+    cli.run(main)

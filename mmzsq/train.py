@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a detector, or quantize one without data if the config has a ``zsq`` section.
+
+``python -m mmzsq.train CONFIG`` has the options of MMDetection's ``tools/train.py`` and runs its
+configs. Unlike there, bases may be named ``mmzsq::...``, because this package is imported before
+the config is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mmengine.config import Config
+
+from mmzsq import cli
+from mmzsq.config import compose
+from mmzsq.errors import UserError
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    args = _parse_args()
+    cfg = cli.load_config(args)
+    if args.amp:
+        _enable_amp(cfg)
+    if args.auto_scale_lr:
+        _enable_auto_scale_lr(cfg)
+    if 'zsq' in cfg:
+        # Before --resume, which puts a checkpoint in the place of the teacher.
+        cfg = compose(cfg)
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    cli.build_runner(cfg).train()
+
+
+def _parse_args() -> argparse.Namespace:
+    options = cli.parser('Train a detector, or quantize one if the config has a zsq section.')
+    options.add_argument('--amp', action='store_true', help='train in mixed precision')
+    options.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the number of processes (not of a zsq section)',
+    )
+    options.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or from the last one in the work directory',
+    )
+    return options.parse_args()
+
+
+def _enable_amp(cfg: Config) -> None:
+    if 'zsq' in cfg:
+        cfg.merge_from_dict({'zsq.train.amp': True})
+    elif 'optim_wrapper' in cfg:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    else:
+        raise UserError('--amp needs a config with an optim_wrapper')
+
+
+def _enable_auto_scale_lr(cfg: Config) -> None:
+    if 'zsq' in cfg:
+        raise UserError('--auto-scale-lr is not for a zsq section: set zsq.train.optimizer.lr')
+    scaling = cfg.get('auto_scale_lr')
+    if scaling is None or 'base_batch_size' not in scaling:
+        raise UserError(
+            'set the batch size that the learning rate was chosen for, to scale it by: '
+            'auto_scale_lr = dict(base_batch_size=...)'
+        )
+    scaling.enable = True
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Evaluate under Slurm: GPUS=8 tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT
+# GPUS (8) is the number of processes, GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS as for srun.
+set -euo pipefail
+if [ $# -lt 4 ]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]" >&2
+    exit 2
+fi
+
+export PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}"
+read -ra SRUN_OPTIONS <<< "${SRUN_ARGS:-}"
+exec srun \
+    --partition="$1" \
+    --job-name="$2" \
+    --gres=gpu:"${GPUS_PER_NODE:-8}" \
+    --ntasks="${GPUS:-8}" \
+    --ntasks-per-node="${GPUS_PER_NODE:-8}" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} \
+    python -u "$(dirname "$0")/test.py" "$3" "$4" --launcher slurm "${@:5}"
