@@ -48,8 +48,7 @@ def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         Name and parameter.
     """
     for prefix, quantizer in quantizers(model):
-        for name, parameter in quantizer.named_parameters(prefix=prefix):
-            yield name, parameter
+        yield from quantizer.named_parameters(prefix=prefix)
 
 
 @contextmanager
@@ -83,8 +82,9 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     unseen = [name for name, seen in statistics.items() if not seen.gather().count]
     if unseen:
         raise UserError(
-            f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these layers inside `with '
-            'calibrating(model):`, or keep them float with `zsq.quantizer.skip`.'
+            f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these '
+            'layers inside `with calibrating(model):`, or keep them float with '
+            '`zsq.quantizer.skip`.'
         )
     for name, layer in pending:
         _initialise(layer, statistics.pop(name))

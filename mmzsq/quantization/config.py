@@ -15,6 +15,7 @@ from mmzsq.registry import QUANTIZERS, SCOPE
 WHERE = 'zsq.quantizer'
 SAME = 'same'
 
+QuantizerClass = type[LSQ]
 Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings')
 
 
@@ -144,12 +145,12 @@ class QuantizationConfig:
                 check_bits(f'{WHERE}.{key} (2 to 8, None for float, or {SAME!r})', bits)
         if self.quantizer_class.learns_zero_point and self.activation.scheme != 'offset':
             raise UserError(
-                f"{WHERE}.type {self.type!r} learns a zero point, so {WHERE}.activation.scheme must be 'offset', not "
-                f'{self.activation.scheme!r}.'
+                f'{WHERE}.type {self.type!r} learns a zero point, so {WHERE}.activation.scheme '
+                f"must be 'offset', not {self.activation.scheme!r}."
             )
 
     @property
-    def quantizer_class(self) -> type[LSQ]:
+    def quantizer_class(self) -> QuantizerClass:
         """The class that ``type`` names.
 
         Raises:

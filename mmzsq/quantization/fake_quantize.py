@@ -93,11 +93,10 @@ def clamp_ste(x: Tensor, low: float, high: float | None = None) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few elementwise kernels: only ``x``, ``step`` and ``zero_point`` are saved, and masks are
-    made in the backward."""
+    """Few elementwise kernels: only the inputs are saved, and masks are made in the backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         step: Tensor,
@@ -114,7 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, step, zero_point = ctx.saved_tensors

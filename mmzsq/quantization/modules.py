@@ -9,7 +9,7 @@ says which one stands for a float layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers as mmcv_layers
@@ -56,6 +56,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
         weight = self.weight_quantizer(self.weight)
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 
@@ -65,6 +66,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """Linear layer with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
@@ -105,9 +107,14 @@ def make_quantized(
         input_quantizer: Of its input.
     """
     layer.__class__ = cls
-    device = layer.weight.device
+    device = weight_of(layer).device
     layer.weight_quantizer = weight_quantizer.to(device).train(layer.training)
     layer.input_quantizer = input_quantizer.to(device).train(layer.training)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer that has one."""
+    return cast(Tensor, layer.weight)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turning a float model into one that simulates integer arithmetic: which layers, with how many
-bits."""
+"""From a float model to one that simulates integers: which layers, with how many bits."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmzsq.errors import UserError
 from mmzsq.quantization.config import WHERE, Bits, QuantizationConfig, matches
@@ -17,6 +16,7 @@ from mmzsq.quantization.modules import (
     make_quantized,
     quantizable_bases,
     quantized_class,
+    weight_of,
 )
 from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
 from mmzsq.quantization.trace import Trace, trace
@@ -51,8 +51,8 @@ def prepare(
     _check_patterns([*config.skip, *config.overrides], layers)
     if run is None and config.needs_roles:
         raise UserError(
-            f'First and last layers are found by running the model: pass `run` to `prepare`, or set {WHERE}.first_bits '
-            f"and {WHERE}.last_bits to 'same'."
+            'First and last layers are found by running the model: pass `run` to `prepare`, or set '
+            f"{WHERE}.first_bits and {WHERE}.last_bits to 'same'."
         )
     known = {n: m for n, m in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
     seen = Trace() if run is None else trace(model, known, run)
@@ -76,14 +76,14 @@ def _convert(
         make_quantized(
             layer,
             cls,
-            config.weight_quantizer(bits.w_bits, layer.weight.shape[0]),
+            config.weight_quantizer(bits.w_bits, weight_of(layer).shape[0]),
             config.input_quantizer(bits.a_bits),
         )
     return LayerReport(
         name=name,
         type=float_class.__name__,
         role=', '.join(roles),
-        weights=layer.weight.numel(),
+        weights=weight_of(layer).numel(),
         w_bits=bits.w_bits if bits else FLOAT_BITS,
         a_bits=bits.a_bits if bits else FLOAT_BITS,
         reason=reason,
@@ -114,7 +114,7 @@ def _plan(
 def _has_filters(module: nn.Module) -> bool:
     """Whether a module holds a weight of two dimensions or more itself."""
     weight = getattr(module, 'weight', None)
-    return isinstance(weight, nn.Parameter) and weight.dim() >= 2
+    return isinstance(weight, Tensor) and weight.dim() >= 2
 
 
 def _check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:

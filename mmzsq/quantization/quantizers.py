@@ -44,7 +44,7 @@ def check_bits(name: str, value: Any) -> None:
         UserError: Names the key, the value and what is allowed.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
-        raise UserError(f'{name} is {value!r}, but must be an integer from {BITS[0]} to {BITS[-1]}.')
+        raise UserError(f'{name} is {value!r}, but must be an integer from 2 to 8.')
 
 
 @QUANTIZERS.register_module()
@@ -136,8 +136,8 @@ class LSQ(nn.Module):
 
     @property
     def integer_zero_point(self) -> Tensor | None:
-        """The integers that stand for zero, fp32 of shape (num_steps,); ``None`` if the scheme has
-        none.""" return self.zero_point
+        """The integers that stand for zero, fp32 (num_steps,); ``None`` if they are all zero."""
+        return self.zero_point
 
     @property
     def ready(self) -> bool:
@@ -167,8 +167,8 @@ class LSQ(nn.Module):
         if not self.ready:
             raise UserError(
                 'A quantizer has no step yet. Run some batches through the model inside `with '
-                'mmzsq.quantization.calibrating(model):`, load a quantized checkpoint, or switch quantization off with '
-                '`set_quantization(model, False)`.'
+                'mmzsq.quantization.calibrating(model):`, load a quantized checkpoint, or switch '
+                'quantization off with `set_quantization(model, False)`.'
             )
         step, zero_point = self._grid_for(x)
         scale = 1.0
@@ -249,6 +249,7 @@ class LSQ(nn.Module):
         self._ready = bool(self.initialized)
 
     def extra_repr(self) -> str:
+        """Bits, scheme and number of steps."""
         return f'bits={self.bits}, scheme={self.scheme!r}, num_steps={self.num_steps}'
 
 
@@ -269,7 +270,7 @@ class LSQPlus(LSQ):
 
     @property
     def integer_zero_point(self) -> Tensor | None:
-        """The learnt zero points, rounded and inside ``qmin..qmax``, with gradient to what is
-        learnt.""" if self.zero_point is None:
+        """The learnt zero points, rounded and clamped with a straight-through gradient."""
+        if self.zero_point is None:
             return None
         return clamp_ste(round_ste(self.zero_point.float()), self.qmin, self.qmax)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of every layer, and what it saves: the report of
-:func:`mmzsq.quantization.prepare`."""
+"""What became of every layer and what it saves: the report that ``prepare`` returns."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantizer remembers of the activations it saw: exact extremes and mean, and a uniform
-sample of the values.
+"""What is kept of the activations seen: exact extremes and mean, and a sample of the values.
 
 The sample is a set of independent reservoirs of size one (Vitter, "Random Sampling with a
 Reservoir", 1985): after each batch every slot holds a uniform draw from all values so far. Memory

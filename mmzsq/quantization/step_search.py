@@ -54,14 +54,13 @@ def mean_abs_step(mean_abs: Tensor, qmax: int) -> Tensor:
 
 
 def fill_dead(step: Tensor) -> Tensor:
-    """Give rows that hold only zeros, whose step would be zero, the mean of the other steps, or one
-    if there is none.
+    """Give rows that hold only zeros, which have no step of their own, the mean of the others.
 
     Args:
         step: Steps, shape (C,), zero or not finite where nothing is known.
 
     Returns:
-        Positive, finite steps of shape (C,).
+        Positive, finite steps of shape (C,); ones if no row has a step.
     """
     alive = torch.isfinite(step) & (step > torch.finfo(torch.float32).tiny)
     mean = torch.where(alive, step, 0.0).sum() / alive.sum().clamp(min=1)
@@ -117,8 +116,8 @@ def _geometric(bounds: tuple[float, float, int], device: torch.device) -> Tensor
 
 
 def _widest_step(low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """The smallest step that clips nothing on the sides that have levels: (C, 1) ends and (Z,)
-    levels give (C, Z).""" below = torch.where(lowest < 0, low.clamp(max=0) / lowest, 0.0)
+    """The least step that clips nothing on sides that have levels, (C, Z) of (C, 1) and (Z,)."""
+    below = torch.where(lowest < 0, low.clamp(max=0) / lowest, 0.0)
     above = torch.where(highest > 0, high.clamp(min=0) / highest, 0.0)
     return torch.maximum(below, above)
 
@@ -149,8 +148,8 @@ class _SortedRows:
         return Grid(step.gather(1, best).squeeze(1), zero_point.gather(1, best).squeeze(1))
 
     def error(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Squared error of every candidate, less the sum of squares of the row, which is common to
-        them all.""" codes = torch.arange(qmin, qmax + 1, device=step.device)
+        """Squared error of every candidate, less what all share: the row's sum of squares."""
+        codes = torch.arange(qmin, qmax + 1, device=step.device)
         levels = (codes - zero_point[..., None]) * step[..., None]
         edges = (codes[:-1] + 0.5 - zero_point[..., None]) * step[..., None]
         found = torch.searchsorted(self.values, edges.flatten(1).contiguous())

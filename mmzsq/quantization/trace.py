@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from mmzsq.errors import UserError
+from mmzsq.quantization.modules import weight_of
 
 
 @dataclass
@@ -77,39 +78,38 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
 
     roots = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
     result.last = set(_nearest(roots, made_by))
-    result.first = {name for name, node in inputs if not any(True for _ in _nearest([node], made_by))}
+    result.first = {name for name, node in inputs if not set(_nearest([node], made_by))}
     if not result.last:
         raise UserError(
-            'No first and last layers were found: `run` returned nothing that depends on a convolution or linear layer '
-            'through autograd. Return the raw outputs of the heads (in MMDetection `mode="tensor"`), not predictions.'
+            'No first and last layers were found: `run` returned nothing that depends on a '
+            'convolution or linear layer through autograd. Return the raw outputs of the heads (in '
+            'MMDetection `mode="tensor"`), not predictions.'
         )
     return result
 
 
 def _macs(layer: nn.Module, source: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates of one call: each output value of a convolution or linear layer takes
-    one filter.""" weight = layer.weight
-    if getattr(layer, 'transposed', False):
-        return source.numel() * weight[0].numel()
-    return output.numel() * weight[0].numel()
+    """Multiply-accumulates of one call: one filter for each output value."""
+    values = source if getattr(layer, 'transposed', False) else output
+    return values.numel() * weight_of(layer)[0].numel()
 
 
 @contextmanager
 def _differentiable_eval(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode, and gradients for the weights of ``layers``, for a while."""
+    """Eval mode, and gradients for the parameters of ``layers``, for a while."""
     training = {module: module.training for module in model.modules()}
-    weights = {layer.weight: layer.weight.requires_grad for layer in layers}
+    required = {p: p.requires_grad for layer in layers for p in layer.parameters()}
     model.eval()
     try:
-        for weight in weights:
-            weight.requires_grad_(True)
+        for parameter in required:
+            parameter.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for weight, required in weights.items():
-            weight.requires_grad_(required)
-        for module, mode in training.items():
-            module.training = mode
+        for parameter, before in required.items():
+            parameter.requires_grad_(before)
+        for module, before in training.items():
+            module.training = before
 
 
 def _tensors(nest: Any) -> Iterator[Tensor]:
@@ -128,8 +128,8 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
 
 
 def _nearest(roots: Iterable[Node | None], made_by: Mapping[Node, str]) -> Iterator[str]:
-    """Walk the autograd graph backwards from ``roots`` and yield each layer met, without going past
-    it.""" stack = [node for node in roots if node is not None]
+    """Walk the graph backwards from ``roots`` and yield each layer met, not going past it."""
+    stack = [node for node in roots if node is not None]
     visited: set[Node] = set()
     while stack:
         node = stack.pop()
