@@ -12,6 +12,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 
+import mmzsq  # noqa: F401  before any test imports mmdet or mmcv.ops
+
 REPO = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))

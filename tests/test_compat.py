@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Released OpenMMLab packages work on this PyTorch: no compiler, no unsafe loading."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import mmcv.ops
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from mmzsq import compat, torchvision_ops
+from mmzsq.errors import UserError
+
+served_by_torchvision = pytest.mark.skipif(
+    not isinstance(sys.modules.get('mmcv._ext'), torchvision_ops.TorchvisionOps),
+    reason='a compiled mmcv is installed',
+)
+
+
+def plain_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, offset: int) -> list[int]:
+    """Greedy NMS written out, one pair of boxes at a time."""
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind='stable'):
+        for j in kept:
+            low = np.maximum(boxes[i, :2], boxes[j, :2])
+            high = np.minimum(boxes[i, 2:], boxes[j, 2:])
+            overlap = np.prod(np.clip(high - low + offset, 0, None))
+            areas = [np.prod(boxes[k, 2:] - boxes[k, :2] + offset) for k in (i, j)]
+            if overlap / (sum(areas) - overlap) > threshold:
+                break
+        else:
+            kept.append(int(i))
+    return kept
+
+
+@served_by_torchvision
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_nms_keeps_what_the_plain_algorithm_keeps(dtype: torch.dtype, offset: int) -> None:
+    corner = torch.randint(0, 24, (60, 2))
+    boxes = torch.cat((corner, corner + torch.randint(1, 12, (60, 2))), 1).to(dtype)
+    scores = torch.linspace(0.1, 0.9, 60)[torch.randperm(60)].to(dtype)
+    # A threshold that no ratio of small areas equals, so rounding cannot decide.
+    _, kept = mmcv.ops.nms(boxes, scores, iou_threshold=0.3701, offset=offset)
+    expected = plain_nms(boxes.double().numpy(), scores.double().numpy(), 0.3701, offset)
+    assert kept.tolist() == expected
+    assert 0 < len(expected) < 60
+
+
+@served_by_torchvision
+def test_nms_of_no_boxes_is_empty() -> None:
+    dets, kept = mmcv.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    assert dets.shape == (0, 5)
+    assert kept.shape == (0,)
+
+
+@served_by_torchvision
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_roi_align_of_a_ramp_is_the_centre_of_each_bin(dtype: torch.dtype) -> None:
+    ramp = torch.arange(32.0).expand(1, 1, 32, 32).to(dtype)
+    roi = torch.tensor([[0.0, 8.0, 8.0, 40.0, 40.0]], dtype=dtype)
+    # Box 8..40 at scale 1/2 spans 4..20; bins of 4 have centres 6, 10, 14, 18; aligned: minus 1/2.
+    out = mmcv.ops.roi_align(ramp, roi, (4, 4), 0.5, 2, 'avg', True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out[0, 0], torch.tensor([5.5, 9.5, 13.5, 17.5], dtype=dtype).expand(4, 4)
+    )
+
+
+@served_by_torchvision
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+def test_roi_align_gradient_is_that_of_its_output(sampling_ratio: int, aligned: bool) -> None:
+    features = torch.rand(2, 2, 7, 9, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 1.3, 0.7, 12.1, 9.9], [1, 3.0, 2.0, 17.0, 13.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: mmcv.ops.roi_align(x, rois, (2, 3), 0.5, sampling_ratio, 'avg', aligned),
+        features,
+    )
+
+
+@served_by_torchvision
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_roi_align_gradient_in_16_bits_is_the_rounded_fp32_one(dtype: torch.dtype) -> None:
+    rois = torch.tensor([[0.0, 1.0, 2.0, 14.0, 12.0], [0.0, 0.0, 0.0, 8.0, 8.0]])
+    grads = []
+    for kind in (torch.float32, dtype):
+        features = torch.zeros(1, 3, 8, 8, dtype=kind, requires_grad=True)
+        mmcv.ops.roi_align(features, rois.to(kind), (3, 3), 0.5, 2, 'avg', True).sum().backward()
+        grads.append(features.grad)
+    assert grads[1].dtype == dtype
+    torch.testing.assert_close(grads[1], grads[0].to(dtype))
+    assert grads[0].sum() > 0
+
+
+@served_by_torchvision
+def test_an_operator_that_is_not_served_says_what_to_install() -> None:
+    with pytest.raises(UserError, match=r"'modulated_deform_conv_forward'.*pip install mmcv==2\.1"):
+        torchvision_ops.TorchvisionOps().modulated_deform_conv_forward(torch.zeros(1))
+    with pytest.raises(UserError, match="pool_mode='max'"):
+        mmcv.ops.roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), (2, 2), 1.0, 0, 'max')
+
+
+def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter with folders put before all others on its path."""
+    inserts = ''.join(f'sys.path.insert(0, {str(folder)!r})\n' for folder in path)
+    return subprocess.run(
+        [sys.executable, '-c', f'import sys\n{inserts}{code}'],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_compiled_mmcv_is_left_as_it_is(tmp_path: Path, repo: Path) -> None:
+    package = tmp_path / 'mmcv'
+    package.mkdir()
+    (package / '__init__.py').write_text("__version__ = '2.1.0'\n")
+    (package / '_ext.py').write_text("nms = 'compiled'\n")
+    result = python('import mmzsq, mmcv._ext as e\nprint(e.nms, e.__file__)', repo, tmp_path)
+    assert result.stdout.split() == ['compiled', str(package / '_ext.py')], result.stderr
+
+
+def test_a_compiled_mmcv_that_does_not_load_is_not_hidden(tmp_path: Path, repo: Path) -> None:
+    package = tmp_path / 'mmcv'
+    package.mkdir()
+    (package / '__init__.py').write_text("__version__ = '2.1.0'\n")
+    (package / '_ext.py').write_text("raise ImportError('undefined symbol')\n")
+    result = python('import mmzsq, mmcv._ext', repo, tmp_path)
+    assert 'undefined symbol' in result.stderr
+
+
+def test_no_mmcv_at_all_is_told_with_the_command_to_run(repo: Path) -> None:
+    result = python("sys.modules['mmcv'] = None\nimport mmzsq", repo)
+    assert 'UserError: mmcv is not installed' in result.stderr
+    assert 'pip install mmcv-lite==2.1.0' in result.stderr
+
+
+def test_mmengine_sees_that_the_operators_are_not_compiled() -> None:
+    from mmengine.utils.dl_utils import mmcv_full_available
+
+    stand_in = isinstance(sys.modules['mmcv._ext'], torchvision_ops.TorchvisionOps)
+    assert mmcv_full_available() is not stand_in
+
+
+def test_installing_twice_changes_nothing() -> None:
+    before = Config._get_cfg_path, sys.modules['mmcv._ext']
+    compat.install()
+    assert before == (Config._get_cfg_path, sys.modules['mmcv._ext'])
+
+
+needs_safe_loading = pytest.mark.skipif(
+    not compat.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe'
+)
+
+
+@needs_safe_loading
+def test_log_history_and_numpy_values_load_with_weights_only(tmp_path: Path) -> None:
+    history = HistoryBuffer([0.5, 0.25], [1, 3])
+    saved = {
+        'history': history,
+        'float': np.float32(2.5),
+        'int': np.int64(7),
+        'flags': np.eye(2) > 0,
+    }
+    torch.save(saved, tmp_path / 'hub.pth')
+    loaded = torch.load(tmp_path / 'hub.pth', weights_only=True)
+    assert loaded['history'].mean() == history.mean() == 0.1875
+    assert loaded['history'].statistics('max') == 0.5
+    assert (loaded['float'], loaded['int']) == (2.5, 7)
+    np.testing.assert_array_equal(loaded['flags'], saved['flags'])
+
+
+@needs_safe_loading
+def test_a_file_of_numpy_1_loads(tmp_path: Path) -> None:
+    torch.save(np.arange(3.0), tmp_path / 'new.pth')
+    with ZipFile(tmp_path / 'new.pth') as new, ZipFile(tmp_path / 'old.pth', 'w') as old:
+        for entry in new.infolist():
+            # The pickle names modules by lines of text, so a shorter name may replace a longer.
+            data = new.read(entry).replace(b'numpy._core', b'numpy.core')
+            old.writestr(entry.filename, data)
+    loaded = torch.load(tmp_path / 'old.pth', weights_only=True)
+    np.testing.assert_array_equal(loaded, np.arange(3.0))
+
+
+@needs_safe_loading
+@pytest.mark.parametrize('target', [(HistoryBuffer, '__init__'), (torch.Tensor, 'numpy')])
+def test_a_file_cannot_reach_other_attributes(tmp_path: Path, target: tuple[type, str]) -> None:
+    class Reach:
+        def __reduce__(self) -> tuple:
+            return getattr, target
+
+    torch.save(Reach(), tmp_path / 'reach.pth')
+    with pytest.raises(Exception, match='refers to the attribute'):
+        torch.load(tmp_path / 'reach.pth', weights_only=True)
+
+
+def config(folder: Path, text: str) -> Config:
+    """Write a config and read it."""
+    path = folder / 'leaf.py'
+    path.write_text(text)
+    return Config.fromfile(path)
+
+
+def test_a_base_of_mmdet_needs_no_pkg_resources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
+    cfg = config(tmp_path, "_base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'")
+    assert cfg.model.type == 'YOLOX'
+
+
+def test_a_base_of_this_package_resolves_anywhere(tmp_path: Path, repo: Path) -> None:
+    name = min((repo / 'configs').rglob('*.py')).relative_to(repo / 'configs').as_posix()
+    path, scope = Config._get_cfg_path(f'mmzsq::{name}', str(tmp_path / 'leaf.py'))
+    assert Path(path).read_text() == (repo / 'configs' / name).read_text()
+    assert scope is None
+
+
+def test_a_misspelt_base_names_the_nearest(tmp_path: Path, repo: Path) -> None:
+    name = min((repo / 'configs').rglob('*.py')).relative_to(repo / 'configs').as_posix()
+    with pytest.raises(UserError, match=name):
+        config(tmp_path, f"_base_ = 'mmzsq::{name[:-4]}x.py'")
+
+
+def test_a_base_of_a_package_that_is_missing_fails_as_in_mmengine(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match='does not support to load nowhere'):
+        config(tmp_path, "_base_ = 'nowhere::some/config.py'")
