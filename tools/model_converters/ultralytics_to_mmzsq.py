@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert an Ultralytics YOLOv5 checkpoint to the names of mmzsq, running nothing from the file.
+
+    python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
+
+Takes detectors of YOLOv5 v6.0 and later, of any size and any classes. The class names are stored
+with the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmzsq.detectors.ultralytics import read_ultralytics
+from mmzsq.detectors.yolov5.weights import convert_yolov5
+from mmzsq.errors import UserError
+from mmzsq.weights import check_suffix, save_weights
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('checkpoint', type=Path, help="Ultralytics' .pt file")
+    parser.add_argument('out', type=Path, help='the .safetensors or .pth file to write')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert, or say in one message why not."""
+    args = parse_args()
+    try:
+        sys.stdout.write(f'{convert(args.checkpoint, args.out)}\n')
+    except UserError as error:
+        raise SystemExit(f'error: {error}') from None
+
+
+def convert(checkpoint: Path, out: Path) -> str:
+    """Convert a checkpoint.
+
+    Args:
+        checkpoint: Ultralytics' ``.pt`` file.
+        out: The file to write, ``.safetensors`` or ``.pth``.
+
+    Returns:
+        What was converted, in one line.
+
+    Raises:
+        UserError: If the checkpoint is refused or no YOLOv5 detector, or ``out`` ends otherwise.
+    """
+    check_suffix(out)
+    source = read_ultralytics(checkpoint)
+    converted = convert_yolov5(source.tensors)
+    if len(source.classes) != converted.num_classes:
+        raise UserError(
+            f'{checkpoint} names {len(source.classes)} classes, but its head has '
+            f'{converted.num_classes}'
+        )
+    save_weights(converted.state_dict, source.classes, out)
+    parameters = sum(tensor.numel() for tensor in converted.state_dict.values())
+    return (
+        f'{out}: YOLOv5-{converted.size}, {converted.num_classes} classes, '
+        f'{len(converted.state_dict)} tensors, {parameters / 1e6:.2f} M values'
+    )
+
+
+if __name__ == '__main__':
+    main()
