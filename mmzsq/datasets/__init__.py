@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets and transforms."""
 
+from mmzsq.datasets.calibration import CalibrationDataset
 from mmzsq.datasets.shapes import ShapesDataset
 
-__all__ = ['ShapesDataset']
+__all__ = ['CalibrationDataset', 'ShapesDataset']

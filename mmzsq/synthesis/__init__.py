@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic images and their labels: where they start, what they become, how they are kept."""
 
+from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.label_samplers import (
     AdaptiveLabelSampler,
     LabelSampler,
@@ -12,6 +13,7 @@ from mmzsq.synthesis.label_samplers import (
 
 __all__ = [
     'AdaptiveLabelSampler',
+    'CalibrationSet',
     'LabelSampler',
     'MultiBoxSampler',
     'RelabelCounts',

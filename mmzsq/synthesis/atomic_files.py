@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that ``path`` holds the old content or all of the new, even after a power cut.
+    """Write a file so that ``path`` holds its old content or all of the new, whatever happens.
 
     Args:
         path: The file, in a directory that exists.
@@ -55,8 +56,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: If the disk is full or the place not writable; what ``path`` held is kept.
     """
-    # The process in the name keeps two runs by mistake in one place from writing one file together.
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    # A name of its own, lest two runs that share the directory by mistake write into one file.
+    unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
     with disk_errors(path):
         try:
             with open(unfinished, 'wb') as file:
@@ -70,9 +71,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         _sync_directory(path.parent)
 
 
-def write_json_atomically(path: Path, content: Any) -> None:
-    """Write JSON as :func:`write_atomically` does."""
-    write_atomically(path, json.dumps(content, indent=1).encode() + b'\n')
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """Encode JSON with a newline at its end; ``indent`` is that of :func:`json.dumps`."""
+    return json.dumps(content, indent=indent).encode() + b'\n'
 
 
 def delete(path: Path) -> None:
@@ -89,14 +90,14 @@ def delete(path: Path) -> None:
 def delete_unfinished(directory: Path, names: set[str]) -> None:
     """Delete what killed processes left of the files ``names`` in ``directory``."""
     for path in directory.glob('.*.tmp'):
-        name, _process, _suffix = path.name[1:].rsplit('.', 2)
+        name, _unique, _suffix = path.name[1:].rsplit('.', 2)
         if name in names:
             path.unlink(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of ``content``, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sync_directory(path: Path) -> None:
