@@ -64,7 +64,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         model: A prepared model. Every rank enters and leaves with the same model.
 
     Raises:
-        UserError: If a layer saw no input on any rank.
+        UserError: If a layer saw no input on any rank, or one that is not finite.
 
     Example:
         >>> with torch.no_grad(), calibrating(model):  # doctest: +SKIP
@@ -79,12 +79,20 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             undo.enter_context(_watching(layer.input_quantizer, seen))
             undo.enter_context(_switched_off(layer.weight_quantizer))
         yield
-    unseen = [name for name, seen in statistics.items() if not seen.gather().count]
+    for seen in statistics.values():
+        seen.gather()
+    unseen = [name for name, seen in statistics.items() if not seen.count]
     if unseen:
         raise UserError(
             f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these '
             'layers inside `with calibrating(model):`, or keep them float with '
             '`zsq.quantizer.skip`.'
+        )
+    broken = [name for name, seen in statistics.items() if not seen.is_finite]
+    if broken:
+        raise UserError(
+            f'The input of {", ".join(broken)} was infinite or NaN while calibrating: check the '
+            'checkpoint and the images, or run without autocast.'
         )
     for name, layer in pending:
         _initialise(layer, statistics.pop(name))

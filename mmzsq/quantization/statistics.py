@@ -45,6 +45,11 @@ class ActivationStatistics:
         """Mean absolute value of all values seen, fp64 scalar tensor."""
         return self.abs_sum / self.count
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no infinite value and no NaN was seen."""
+        return bool(torch.isfinite(self.abs_sum))
+
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in one batch.
@@ -64,17 +69,14 @@ class ActivationStatistics:
         drawn = values[draw.to(values.device)].to(self.sample)
         self.sample = torch.where(replace.to(self.sample.device), drawn, self.sample)
 
-    def gather(self) -> ActivationStatistics:
+    def gather(self) -> None:
         """Replace the statistics of this process by those of all processes, the same on each.
 
         A collective call: every rank makes it, in the same order. Without a process group nothing
         happens.
-
-        Returns:
-            Itself.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            return self
+            return
         summary = torch.stack(
             [self.low, self.high, self.abs_sum, torch.full_like(self.low, self.count)]
         )
@@ -86,10 +88,9 @@ class ActivationStatistics:
         self.low, self.high = ranks[:, 0].amin(), ranks[:, 1].amax()
         self.abs_sum, self.count = ranks[:, 2].sum(), int(counts.sum())
         if self.count:
-            generator = torch.Generator().manual_seed(self._seed)
+            generator = torch.Generator().manual_seed(self._seed + 1)
             rank = torch.multinomial(
                 counts.cpu(), SAMPLE_SIZE, replacement=True, generator=generator
             )
             slot = torch.arange(SAMPLE_SIZE)
             self.sample = ranks[rank.to(ranks.device), 4 + slot.to(ranks.device)].float()
-        return self

@@ -112,9 +112,12 @@ def _differentiable_eval(model: nn.Module, layers: Iterable[nn.Module]) -> Itera
             module.training = before
 
 
-def _tensors(nest: Any) -> Iterator[Tensor]:
+def _tensors(nest: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """All tensors of a nest; ``within`` holds the ids of what is around it, against cycles."""
     if isinstance(nest, Tensor):
         yield nest
+        return
+    if id(nest) in within:
         return
     children: Iterable[Any] = ()
     if isinstance(nest, Mapping):
@@ -124,7 +127,7 @@ def _tensors(nest: Any) -> Iterator[Tensor]:
     elif hasattr(nest, '__dict__') and not isinstance(nest, (type, nn.Module)):
         children = vars(nest).values()
     for child in children:
-        yield from _tensors(child)
+        yield from _tensors(child, (*within, id(nest)))
 
 
 def _nearest(roots: Iterable[Node | None], made_by: Mapping[Node, str]) -> Iterator[str]:
