@@ -29,7 +29,9 @@ def main() -> None:
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
-            raise UserError("--show needs default_hooks.visualization: dict(type='VisualizationHook')")
+            raise UserError(
+                "--show needs default_hooks.visualization: dict(type='VisualizationHook')"
+            )
         cfg = trigger_visualization_hook(cfg, args)
     runner = cli.build_runner(cfg)
     if args.out is not None:
