@@ -13,7 +13,6 @@ import argparse
 from mmengine.config import Config
 
 from mmzsq import cli
-from mmzsq.config import compose
 from mmzsq.errors import UserError
 
 
@@ -25,9 +24,6 @@ def main() -> None:
         _enable_amp(cfg)
     if args.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
-    if 'zsq' in cfg:
-        # Before --resume, which puts a checkpoint in the place of the teacher.
-        cfg = compose(cfg)
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

@@ -105,11 +105,9 @@ def test_resume_goes_on_from_the_last_or_a_given_checkpoint(
     ]
 
 
-def test_resume_keeps_the_teacher(call: Tool, recorded: list[Any]) -> None:
-    call(train, 'zero_shot.py', '--resume')
-    cfg = recorded[0][1]
-    assert (cfg.resume, cfg.load_from) == (True, None)
-    assert cfg.model.teacher == 'teacher.pth'
+def test_amp_reaches_the_student(call: Tool, recorded: list[Any]) -> None:
+    call(train, 'zero_shot.py', '--amp')
+    assert recorded[0][1].zsq.train.amp is True
 
 
 def test_test_evaluates_the_checkpoint(call: Tool, recorded: list[Any]) -> None:
@@ -132,7 +130,7 @@ def test_generate_builds_the_set_alone(call: Tool, recorded: list[Any]) -> None:
         (train, ['no_base.py'], 'FileNotFoundError'),
         (train, ['twice.py'], 'Duplicate key is not allowed among bases'),
         (train, ['no_import.py'], 'not_a_package'),
-        (train, ['zero_shot.py', '--cfg-options', 'zsq.quantiser.w_bits=4'], "'quantizer'"),
+        (train, ['student.py', '--cfg-options', 'zsq.quantiser.w_bits=4'], "'quantizer'"),
         (train, ['zero_shot.py', '--auto-scale-lr'], 'zsq.train.optimizer'),
         (train, ['detector.py', '--auto-scale-lr'], 'base_batch_size'),
         (test, ['detector.py', 'c.pth', '--out', 'results.json'], '*.pkl'),
@@ -155,6 +153,7 @@ def test_a_mistake_is_one_message_and_code_2(
         'no_base.py': "_base_ = 'missing.py'",
         'twice.py': "_base_ = ['detector.py', 'zero_shot.py']",
         'no_import.py': "custom_imports = dict(imports=['not_a_package'])",
+        'student.py': "_base_ = 'zero_shot.py'\nrunner_type = 'mmzsq.ZeroShotRunner'",
         'no_test.py': "model = dict(type='YOLOX')",
     }.items():
         (folder / name).write_text(text)
