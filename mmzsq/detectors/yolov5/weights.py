@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmzsq.detectors.yolov5.backbone import YOLOv5CSPDarknet
 from mmzsq.detectors.yolov5.head import YOLOv5Head
@@ -110,7 +110,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        parts = {
+        parts: dict[str, nn.Module] = {
             'backbone': YOLOv5CSPDarknet(*size),
             'neck': YOLOv5PAFPN(*size),
             'bbox_head': YOLOv5Head(num_classes, size.widen_factor),

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YOLOv5 x on COCO."""
+
+_base_ = './yolov5-l_coco.py'
+
+model = dict(
+    backbone=dict(deepen_factor=1.33, widen_factor=1.25),
+    neck=dict(deepen_factor=1.33, widen_factor=1.25),
+    bbox_head=dict(widen_factor=1.25),
+)
