@@ -245,7 +245,7 @@ def _section(cls: type[Section], cfg: Any, key: str) -> Section:
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) for p in value):
         raise UserError(f'{WHERE}.skip is {value!r}, but must be a list of patterns.')
     return tuple(value)
 

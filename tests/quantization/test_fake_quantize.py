@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer's arithmetic against PyTorch's learnable op, a hand-worked example and properties."""
+"""The arithmetic against PyTorch's learnable op, a hand-worked example and properties."""
 
 from __future__ import annotations
 

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers are swapped, with how many bits, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mmcv.cnn
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmzsq.errors import UserError
+from mmzsq.quantization import (
+    QuantConv2d,
+    QuantizationConfig,
+    QuantizedLayer,
+    QuantLinear,
+    calibrating,
+    prepare,
+    quantized_layers,
+    set_quantization,
+)
+
+
+def _config(**kwargs: Any) -> QuantizationConfig:
+    return QuantizationConfig.from_dict(kwargs)
+
+
+def test_layers_are_swapped_by_their_exact_class(model: nn.Module, images: Tensor) -> None:
+    """Float classes that compute or are used otherwise stay float, each with its reason."""
+    report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(images))
+    assert {name for name, _ in quantized_layers(model)} == {
+        'stem', 'block.0', 'block.1', 'embed', 'cls', 'reg',
+    }  # fmt: skip
+    assert type(model.stem) is QuantConv2d
+    assert isinstance(model.stem, nn.Conv2d)
+    assert type(model.embed) is QuantLinear
+    reasons = {layer.name: layer.reason for layer in report.layers if not layer.quantized}
+    assert set(reasons) == {'standardised', 'attention.out_proj', 'unused'}
+    assert 'no quantized class is registered for WeightStandardised' in reasons['standardised']
+    assert 'NonDynamicallyQuantizableLinear' in reasons['attention.out_proj']
+    assert reasons['unused'].startswith('did not run')
+
+
+def test_wrappers_of_mmcv_count_as_the_layers_they_wrap() -> None:
+    """They are what many heads of MMDetection are made of."""
+    model = nn.Sequential(mmcv.cnn.Conv2d(3, 4, 1), nn.Flatten(), mmcv.cnn.Linear(16, 2))
+    prepare(model, _config(first_bits='same', last_bits='same'))
+    assert type(model[0]) is QuantConv2d
+    assert type(model[2]) is QuantLinear
+
+
+def test_first_and_last_layers_are_found(model: nn.Module, images: Tensor) -> None:
+    """Through shortcuts, in-place activations and a head that runs on two levels."""
+    report = prepare(model, _config(w_bits=4, a_bits=5), run=lambda: model(images))
+    assert {layer.name: layer.role for layer in report.layers if layer.role} == {
+        'stem': 'first', 'cls': 'last', 'reg': 'last',
+    }  # fmt: skip
+    bits = {layer.name: (layer.w_bits, layer.a_bits) for layer in report.layers}
+    assert bits['stem'] == bits['cls'] == bits['reg'] == (8, 8)
+    assert bits['block.0'] == bits['embed'] == (4, 5)
+    assert bits['unused'] == (32, 32)
+
+
+def test_first_and_last_can_stay_float_or_be_ordinary(model: nn.Module, images: Tensor) -> None:
+    """None and 'same', with frozen weights, which autograd would not follow by itself."""
+    model.requires_grad_(False)
+    config = _config(w_bits=3, a_bits=3, first_bits=None, last_bits='same')
+    report = prepare(model, config, run=lambda: model(images))
+    rows = {layer.name: layer for layer in report.layers}
+    assert (rows['stem'].quantized, rows['stem'].reason) == (False, 'first layer')
+    assert rows['cls'].w_bits == 3
+    assert not model.embed.weight.requires_grad
+
+
+def test_patterns_decide_before_the_rule(model: nn.Module, images: Tensor) -> None:
+    """Skip, then overrides of which the last match counts; a module's name covers its layers."""
+    config = _config(
+        w_bits=4,
+        a_bits=4,
+        skip=['*.1'],
+        overrides={'block': 6, 'cls': dict(w_bits=2, a_bits=7), 'reg': 5, '?eg': None},
+    )
+    report = prepare(model, config, run=lambda: model(images))
+    rows = {layer.name: layer for layer in report.layers}
+    assert (rows['block.0'].w_bits, rows['block.0'].a_bits) == (6, 6)
+    assert (rows['block.1'].quantized, rows['block.1'].reason) == (False, "skip '*.1'")
+    assert (rows['cls'].w_bits, rows['cls'].a_bits) == (2, 7)
+    assert (rows['reg'].quantized, rows['reg'].reason) == (False, "overrides '?eg'")
+    assert rows['stem'].w_bits == 8
+
+
+def test_model_is_left_as_found(model: nn.Module, images: Tensor) -> None:
+    """Modes, gradients, BN statistics, hooks and float parameter names."""
+    model.train()
+    model.bn.eval()
+    model.stem.weight.requires_grad_(False)
+    calls: list[str] = []
+    model.embed.register_forward_hook(lambda *_: calls.append('embed'))
+    names = set(model.state_dict())
+    mean = model.bn.running_mean.clone()
+    prepare(model, _config(), run=lambda: model(images))
+    assert model.training
+    assert model.stem.training
+    assert not model.bn.training
+    assert torch.equal(model.bn.running_mean, mean)
+    assert not model.stem.weight.requires_grad
+    assert model.cls.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert names <= set(model.state_dict())
+    set_quantization(model, False)
+    model(images)
+    assert calls == ['embed', 'embed']
+
+
+def test_a_float_checkpoint_loads_into_a_prepared_model(model: nn.Module, images: Tensor) -> None:
+    """Only quantizer state is missing, and the output is the float model's."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model(images)['cls'][0]
+    prepare(model, _config(), run=lambda: model(images))
+    nn.init.zeros_(model.cls.weight)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all('_quantizer.' in key for key in missing)
+    set_quantization(model, False)
+    assert torch.equal(model(images)['cls'][0], expected)
+
+
+def test_a_layer_with_two_parents_stays_one_layer() -> None:
+    """Heads of MMDetection share convolutions between levels by assignment."""
+    model = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Sequential(nn.Conv2d(3, 3, 1))])
+    model[1][0] = model[0][0]
+    report = prepare(model, _config(first_bits='same', last_bits='same'))
+    assert model[1][0] is model[0][0]
+    assert isinstance(model[1][0], QuantizedLayer)
+    assert len(report.layers) == 1
+
+
+def test_size_and_operations_of_a_known_model() -> None:
+    """Counted by hand: 27 * 8 + 8 * 4 weights, 4 biases, at 8 x 8 pixels."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 4, 1))
+    config = _config(w_bits=4, a_bits=6, first_bits='same', last_bits=8)
+    report = prepare(model, config, run=lambda: model(torch.rand(1, 3, 8, 8)))
+    assert report.size_before == pytest.approx((216 + 32 + 4) * 4e-6)
+    steps = (8 + 2) + (4 + 2)
+    assert report.size_after == pytest.approx((216 * 0.5 + 32 * 1 + 4 * 4 + steps * 4) * 1e-6)
+    macs = [64 * 8 * 27, 64 * 4 * 8]
+    assert report.bops_before == sum(macs) * 32 * 32
+    assert report.bops_after == macs[0] * 4 * 6 + macs[1] * 8 * 8
+
+
+def test_report_is_json_and_knows_the_steps(model: nn.Module, images: Tensor) -> None:
+    """Steps are absent before calibration and present after it."""
+    report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(images))
+    before = {row['name']: row for row in report.to_dict()['layers']}
+    assert before['stem']['weight']['steps'] is None
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    after = {row['name']: row for row in json.loads(json.dumps(report.to_dict()))['layers']}
+    stem = after['stem']
+    assert (stem['type'], stem['weights'], stem['role']) == ('Conv2d', 216, 'first')
+    assert len(stem['weight']['steps']) == 8
+    assert stem['weight']['per_channel']
+    assert stem['weight']['zero_points'] is None
+    assert (stem['input']['scheme'], stem['input']['qmax']) == ('offset', 255)
+    assert stem['input']['zero_points'] == [0.0]
+    assert 'weight' not in after['unused']
+
+
+def test_table_has_a_line_for_each_layer(model: nn.Module, images: Tensor) -> None:
+    """And two for the model."""
+    report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(images))
+    lines = report.to_table().splitlines()
+    assert [line.split()[0] for line in lines[1:-2]] == [layer.name for layer in report.layers]
+    assert '4 signed per channel' in lines[2]
+    assert lines[-2] == 'model size: 0.01 MB -> 0.00 MB'
+    assert lines[-1].startswith('bit operations')
+
+
+def test_no_run_no_operations() -> None:
+    """Without a run the rule for first and last layers must be switched off."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(UserError, match="pass `run`.*'same'"):
+        prepare(model, _config())
+    report = prepare(model, _config(first_bits='same', last_bits='same'))
+    assert report.bops_before is report.bops_after is None
+    assert 'bit operations' not in report.to_table()
+
+
+def test_mistakes_are_named(model: nn.Module, images: Tensor) -> None:
+    """Predictions instead of raw outputs, patterns that match nothing, nothing to do, twice."""
+
+    def run() -> Any:
+        return model(images)
+
+    with pytest.raises(UserError, match='Return the raw outputs'):
+        prepare(model, _config(), run=lambda: run()['cls'][0].detach())
+    with pytest.raises(UserError, match="'stemm' matches no layer.*nearest layer is 'stem'"):
+        prepare(model, _config(skip=['stemm']), run=run)
+    with pytest.raises(UserError, match='No layer of the model was quantized'):
+        prepare(model, _config(skip=['*']), run=run)
+    prepare(model, _config(), run=run)
+    with pytest.raises(UserError, match='already'):
+        prepare(model, _config(), run=run)
