@@ -46,7 +46,7 @@ def test_weights_and_class_names_arrive_and_nothing_else(
     [
         ({'weights': {}}, 'a.safetensors', 'has no state_dict'),
         ({'state_dict': {'w': WEIGHT}}, 'a.safetensors', 'does not name its classes'),
-        ({}, 'a.pth', 'must end in .safetensors'),
+        ({}, 'a.onnx', 'must end in one of .safetensors'),
     ],
 )
 def test_a_mistake_is_one_message(

@@ -10,14 +10,11 @@ weights. Optimizer, schedules and logs stay behind. ``load_from`` reads the resu
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
-
-from safetensors.torch import save_file
 
 from mmzsq.checkpoint import load_from_local
 from mmzsq.errors import UserError
+from mmzsq.weights import check_suffix, save_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,23 +29,22 @@ def main() -> None:
     """Export, or say in one message why not."""
     args = parse_args()
     try:
-        export_safetensors(args.checkpoint, args.out)
+        export(args.checkpoint, args.out)
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
 
 
-def export_safetensors(checkpoint: Path, out: Path) -> None:
+def export(checkpoint: Path, out: Path) -> None:
     """Write the weights and class names of a checkpoint; ``out`` appears whole or not at all.
 
     Args:
         checkpoint: A checkpoint of MMEngine's Runner.
-        out: The file to write, its name ending in ``.safetensors``.
+        out: The file to write, ``.safetensors``, or ``.pth`` for what ``torch.save`` writes.
 
     Raises:
-        UserError: If the checkpoint lacks weights or class names, or ``out`` has another ending.
+        UserError: If the checkpoint lacks weights or class names, or ``out`` ends otherwise.
     """
-    if out.suffix != '.safetensors':
-        raise UserError(f'{out} must end in .safetensors')
+    check_suffix(out)
     loaded = load_from_local(str(checkpoint), map_location='cpu')
     if 'state_dict' not in loaded:
         raise UserError(f'{checkpoint} has no state_dict: give a checkpoint that training saved')
@@ -58,17 +54,7 @@ def export_safetensors(checkpoint: Path, out: Path) -> None:
             f'{checkpoint} does not name its classes (meta.dataset_meta.classes): '
             'give a checkpoint that training saved'
         )
-    tensors = {
-        name: value.detach().clone().contiguous() for name, value in loaded['state_dict'].items()
-    }
-    metadata = {'dataset_meta': json.dumps({'classes': list(dataset_meta['classes'])})}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f'.{out.name}.{os.getpid()}')
-    try:
-        save_file(tensors, unfinished, metadata)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_weights(loaded['state_dict'], dataset_meta['classes'], out)
 
 
 if __name__ == '__main__':
