@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
@@ -90,6 +91,8 @@ def load_config(args: argparse.Namespace) -> Config:
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that ``runner_type`` names, MMEngine's own where there is none."""
     setup_cache_size_limit_of_dynamo()
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        _join_processes_on_cpu(cfg)
     return RUNNERS.build(cfg)
 
 
@@ -100,3 +103,11 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
+
+
+def _join_processes_on_cpu(cfg: Config) -> None:
+    # MMEngine selects a CUDA device before it joins processes, unless they are joined already, and
+    # gives DistributedDataParallel that device, unless the config says otherwise.
+    torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or dict(type='MMDistributedDataParallel')
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
