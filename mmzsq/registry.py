@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registries of scope ``mmzsq``: children of MMEngine's roots, and the kinds of parts that only this project has."""
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
@@ -10,6 +16,8 @@ from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
+
+from mmzsq.errors import UserError, check_keys
 
 SCOPE = 'mmzsq'
 
@@ -25,3 +33,24 @@ TASK_UTILS = Registry('task util', parent=MMENGINE_TASK_UTILS, scope=SCOPE, loca
 QUANTIZERS = Registry('quantizer', scope=SCOPE, locations=['mmzsq.quantization'])
 PRIORS = Registry('prior', scope=SCOPE, locations=['mmzsq.synthesis'])
 LABEL_SAMPLERS = Registry('label sampler', scope=SCOPE, locations=['mmzsq.synthesis'])
+
+
+def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
+    """Build a registered part from its section of a config.
+
+    Args:
+        registry: Where its class is registered.
+        cfg: ``type`` and the arguments of the class.
+        where: Name of the section in messages, for example ``'zsq.label_sampler'``.
+
+    Raises:
+        UserError: If the type is missing or unknown, or the class does not take an argument.
+    """
+    arguments = dict(cfg)
+    name = arguments.pop('type', None)
+    part = registry.get(name) if isinstance(name, str) else name
+    if part is None:
+        known = ', '.join(f'{SCOPE}.{key}' for key in sorted(registry.module_dict))
+        raise UserError(f'{where}.type is {name!r}, which is no {registry.name}. Known are: {known}.')
+    check_keys(arguments, inspect.signature(part).parameters, where)
+    return part(**arguments)

@@ -6,9 +6,8 @@
 with a real step ``s > 0`` and an integer zero point ``z``, so that zero is always on the grid and
 ``clip(round(x / s) + z, qmin, qmax)`` is the integer that hardware computes (ONNX
 ``QuantizeLinear``: round half to even). The backward is that of Esser et al., "Learned Step Size
-    Quantization", 2019, https://arxiv.org/abs/1902.08153, equations 3 and 5; the gradient of the
-zero point is that of Bhalgat et al., "LSQ+", 2020, https://arxiv.org/abs/2004.09576, in integer
-units.
+Quantization", 2019, https://arxiv.org/abs/1902.08153, equations 3 and 5; the gradient of the zero
+point is that of Bhalgat et al., "LSQ+", 2020, https://arxiv.org/abs/2004.09576, in integer units.
 
 The math runs in fp32 whatever the type of ``x``. Kernels that fuse it belong beside this file and
 are tested against it.
@@ -34,10 +33,9 @@ def fake_quantize(
     """Round ``x`` to the grid of an integer type, and learn that grid.
 
     Gradients: ``x`` gets the straight-through estimate inside the range and zero outside; ``step``
-        gets the sum of
-    ``grad_scale * dy * d`` with ``d = qmin - z`` below the range, ``qmax - z`` above it and
-    ``round(x/s) - x/s`` inside; ``zero_point`` gets the sum of ``-grad_scale * dy * s`` over the
-    clipped elements.
+    gets the sum of ``grad_scale * dy * d`` with ``d = qmin - z`` below the range, ``qmax - z``
+    above it and ``round(x/s) - x/s`` inside; ``zero_point`` gets the sum of
+    ``-grad_scale * dy * s`` over the clipped elements.
 
     Args:
         x: Real values of any floating type and shape.

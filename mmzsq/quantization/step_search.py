@@ -3,9 +3,8 @@
 
 ``mean_abs_step`` is LSQ's own rule (Esser et al., 2019, section 2.1). ``search_step`` finds the
 step, and where it is free the zero point, of least squared error. The error of one candidate costs
-one binary search per level instead of one pass over the
-values: values are sorted once, and with prefix sums of ``x`` the error of all values that round to
-    level ``v`` is
+one binary search per level instead of one pass over the values: values are sorted once, and with
+prefix sums of ``x`` the error of all values that round to level ``v`` is
 
     sum (x - v)^2 = sum x^2 - 2 v sum x + v^2 count
 
@@ -28,8 +27,8 @@ COARSE_RATIOS = (0.02, 1.0, 100)
 FINE_RATIOS = (0.96, 1.042, 13)
 # Zero points of the first pass: all of them up to five bits, evenly spread above.
 COARSE_ZERO_POINTS = 33
-# Levels held at once while candidates are tried (64 MiB in fp64).
-CHUNK = 2**23
+# Levels looked up at once while candidates are tried, about 100 bytes each.
+CHUNK = 2**20
 
 
 class Grid(NamedTuple):

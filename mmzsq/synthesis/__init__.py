@@ -11,7 +11,20 @@ from mmzsq.synthesis.label_samplers import (
     rescale_labels,
 )
 
+from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
+from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior
+from mmzsq.synthesis.synthesizer import StepProgress, Synthesizer, SynthesisResult, Task
+
 __all__ = [
+    'BNStatisticsPrior',
+    'CalibrationSetGenerator',
+    'Stage',
+    'Prior',
+    'StepProgress',
+    'SynthesisResult',
+    'Synthesizer',
+    'Task',
+    'TotalVariationPrior',
     'AdaptiveLabelSampler',
     'CalibrationSet',
     'LabelSampler',

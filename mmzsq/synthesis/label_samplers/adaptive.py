@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image
 
 from mmzsq.errors import UserError
-from mmzsq.registry import LABEL_SAMPLERS
+from mmzsq.registry import LABEL_SAMPLERS, build_part
 from mmzsq.synthesis.label_samplers.base import (
     LabelSampler,
     RelabelCounts,
@@ -125,7 +125,9 @@ class AdaptiveLabelSampler(LabelSampler):
         area: Sequence[float] = (0.01, 0.85),
     ) -> None:
         name = type(self).__name__
-        self.start: LabelSampler = LABEL_SAMPLERS.build(start or {'type': 'mmzsq.SingleBoxSampler'})
+        self.start: LabelSampler = build_part(
+            LABEL_SAMPLERS, start or {'type': 'mmzsq.SingleBoxSampler'}, 'zsq.label_sampler.start'
+        )
         if self.start.adaptive:
             raise UserError(
                 f'{name}: start must be a sampler that is not adaptive, for example '

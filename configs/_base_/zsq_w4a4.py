@@ -1,0 +1,2 @@
+runner_type = 'mmzsq.ZeroShotRunner'
+zsq = dict(quantizer=dict(type='mmzsq.LSQ', w_bits=4, a_bits=4))

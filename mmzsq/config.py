@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a detector's config and a ``zsq`` section to a plain config that MMEngine's Runner runs.
+
+:func:`compose` is a pure function. It replaces what training needs (model, train loop, loader, optimizer, schedules) and
+keeps what is the user's: validation, test, visualizer, environment and hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from mmzsq.errors import UserError, check_keys
+from mmzsq.presets import PRESETS
+
+MODEL_TYPE = 'mmzsq.ZeroShotDetector'
+
+SECTION_KEYS: dict[str, set[str]] = dict(
+    calibration_set={'dir', 'num_images', 'batch_size', 'seed'},
+    synthesis={
+        *('relabel', 'synthesise', 'priors', 'detection_weight', 'detection_reduction', 'lr', 'betas'),
+        *('cutout', 'clamp', 'keep', 'keep_interval', 'precision', 'capture'),
+    },
+    distillation={'detection_weight', 'losses'},
+    train={
+        *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
+        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches'),
+    },
+)
+PART_SECTIONS = ('quantizer', 'label_sampler')
+TOP_KEYS = ('preset', 'composed', *SECTION_KEYS, *PART_SECTIONS)
+
+TRAINING_ONLY_HOOKS = (
+    *('YOLOXModeSwitchHook', 'PipelineSwitchHook', 'SyncNormHook', 'EMAHook', 'MeanTeacherHook', 'EarlyStoppingHook'),
+)
+"""Custom hooks that steer the training of the float detector; meaningless or harmful to a student's."""
+
+
+def merge(base: Any, override: Any) -> Any:
+    """Overlay ``override`` on ``base``: mappings key by key, all else replaced.
+
+    A mapping that names another ``type`` than the base, or has ``_delete_=True``, replaces the base as a whole.
+    """
+    if not isinstance(base, Mapping) or not isinstance(override, Mapping):
+        return copy.deepcopy(override)
+    override = dict(override)
+    other_type = 'type' in override and 'type' in base and override['type'] != base['type']
+    if override.pop('_delete_', False) or other_type:
+        return copy.deepcopy(override)
+    merged = copy.deepcopy(dict(base))
+    for key, value in override.items():
+        merged[key] = merge(base[key], value) if key in base else copy.deepcopy(value)
+    return merged
+
+
+def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill a ``zsq`` section with its preset and check it.
+
+    Args:
+        zsq: The section as a config gives it.
+
+    Returns:
+        A section with every key.
+
+    Raises:
+        UserError: If a key or the preset is unknown, or a number is out of range.
+    """
+    check_keys(zsq, TOP_KEYS, 'zsq')
+    preset = zsq.get('preset', 'default')
+    if preset not in PRESETS:
+        raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
+    section = merge(dict(PRESETS[preset], preset=preset), zsq)
+    for name, allowed in SECTION_KEYS.items():
+        check_keys(section[name], allowed, f'zsq.{name}')
+    for name, key in (
+        *(('calibration_set', key) for key in ('num_images', 'batch_size')),
+        *(('train', key) for key in ('max_epochs', 'batch_size', 'init_batches')),
+    ):
+        value = section[name][key]
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f'zsq.{name}.{key} is a whole number of at least 1, not {value!r}')
+    if section['train']['schedule'] not in ('cosine', 'linear', 'constant'):
+        nearest = difflib.get_close_matches(
+            str(section['train']['schedule']), ('cosine', 'linear', 'constant'), n=1, cutoff=0
+        )
+        raise UserError(
+            f"zsq.train.schedule is 'cosine', 'linear' or 'constant', not {section['train']['schedule']!r}; "
+            f'did you mean {nearest[0]!r}?'
+        )
+    return section
+
+
+def compose(cfg: Config) -> Config:
+    """Compose the runnable config; the argument is left as it is, a composed config comes back as a copy.
+
+    Args:
+        cfg: A detector's config with a ``zsq`` section; ``work_dir`` set if ``zsq.calibration_set.dir`` is not.
+
+    Raises:
+        UserError: If the section or the detector's config is unfit.
+    """
+    cfg = copy.deepcopy(cfg)
+    if 'zsq' not in cfg:
+        raise UserError(
+            "this config has no zsq section: add a base such as 'mmzsq::_base_/zsq_w4a8.py' beside the detector's config"
+        )
+    if 'model' not in cfg:
+        raise UserError("this config has no model: add the detector's config to _base_, beside the zsq base")
+    if cfg.zsq.get('composed', False):
+        return cfg
+    section = complete_section(cfg.zsq.to_dict())
+    if section['calibration_set']['dir'] is None:
+        section['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
+    train = section['train']
+    _replace(cfg, 'zsq', dict(section, composed=True))
+    _replace(
+        cfg,
+        'model',
+        dict(
+            type=MODEL_TYPE,
+            detector=cfg.model.to_dict(),
+            quantizer=section['quantizer'],
+            distillation=section['distillation'],
+            teacher=cfg.get('load_from'),
+            bn=train['bn'],
+        ),
+    )
+    _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))
+    _replace(cfg, 'train_dataloader', _train_dataloader(section))
+    _replace(cfg, 'optim_wrapper', _optim_wrapper(train))
+    _replace(cfg, 'param_scheduler', _param_scheduler(train))
+    cfg.custom_hooks = _custom_hooks(cfg, section)
+    if 'auto_scale_lr' in cfg:
+        cfg.auto_scale_lr.enable = False
+    checkpoint_hook = cfg.get('default_hooks', {}).get('checkpoint')
+    if checkpoint_hook is not None:
+        # Choosing a checkpoint by its accuracy on real images would not be zero-shot.
+        checkpoint_hook.pop('save_best', None)
+    if cfg.get('randomness') is None or cfg.randomness.get('seed') is None:
+        cfg.randomness = dict(seed=section['calibration_set']['seed'])
+    return cfg
+
+
+def _replace(cfg: Config, key: str, value: Any) -> None:
+    """Set ``cfg[key]``; assigning a dict to an existing key of a Config would keep the old ConfigDict's keys."""
+    cfg.pop(key, None)
+    cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+def _train_dataloader(section: dict[str, Any]) -> dict[str, Any]:
+    train = section['train']
+    return dict(
+        batch_size=train['batch_size'],
+        num_workers=train['num_workers'],
+        persistent_workers=train['num_workers'] > 0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        dataset=dict(
+            type='mmzsq.CalibrationDataset',
+            data_root=section['calibration_set']['dir'],
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='LoadAnnotations', with_bbox=True),
+                dict(
+                    type='PackDetInputs',
+                    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+                ),
+            ],
+        ),
+    )
+
+
+def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
+    # MMEngine's constructor wants a base decay where single parameters have none.
+    optimizer = dict(dict(weight_decay=0.0), **train['optimizer'])
+    multiplier = 1.0 if train['step_lr'] is None else train['step_lr'] / optimizer['lr']
+    wrapper = dict(
+        type='AmpOptimWrapper' if train['amp'] else 'OptimWrapper',
+        optimizer=optimizer,
+        paramwise_cfg=dict(
+            norm_decay_mult=0.0,
+            bias_decay_mult=0.0,
+            custom_keys={'_quantizer.': dict(lr_mult=multiplier, decay_mult=0.0)},
+        ),
+    )
+    if train['amp']:
+        wrapper['dtype'] = 'bfloat16'
+    if train['clip_grad'] is not None:
+        wrapper['clip_grad'] = dict(max_norm=train['clip_grad'], norm_type=2)
+    return wrapper
+
+
+def _param_scheduler(train: dict[str, Any]) -> list[dict[str, Any]]:
+    common = dict(begin=0, end=train['max_epochs'], by_epoch=True, convert_to_iter_based=True)
+    if train['schedule'] == 'cosine':
+        ratio = train['final_lr_ratio']
+        return [dict(type='CosineAnnealingLR', T_max=train['max_epochs'], eta_min_ratio=ratio, **common)]
+    if train['schedule'] == 'linear':
+        return [dict(type='LinearLR', start_factor=1.0, end_factor=train['final_lr_ratio'], **common)]
+    return []
+
+
+def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
+    kept = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] not in TRAINING_ONLY_HOOKS]
+    calibration_set = section['calibration_set']
+    own: list[dict[str, Any]] = [
+        dict(
+            type='mmzsq.CalibrationSetHook',
+            root=calibration_set['dir'],
+            num_images=calibration_set['num_images'],
+            batch_size=calibration_set['batch_size'],
+            seed=calibration_set['seed'],
+            synthesis=section['synthesis'],
+            label_sampler=section['label_sampler'],
+            classes=class_names(cfg),
+        ),
+        dict(type='mmzsq.QuantizerInitHook', num_batches=section['train']['init_batches']),
+        dict(type='mmzsq.FiniteLossHook'),
+    ]
+    if section['train']['ema'] is not None:
+        own.append(dict(type='EMAHook', momentum=1 - section['train']['ema'], priority='NORMAL'))
+    return [*kept, *own]
+
+
+def class_names(cfg: Config) -> list[str] | None:
+    """Names of the categories as the config's data sets give them, without reading any data; None if they do not."""
+    for loader in ('val_dataloader', 'test_dataloader', 'train_dataloader'):
+        dataset: Any = (cfg.get(loader) or {}).get('dataset')
+        while dataset is not None:
+            classes = (dataset.get('metainfo') or {}).get('classes') or _registered_classes(dataset.get('type'))
+            if classes:
+                return [classes] if isinstance(classes, str) else list(classes)
+            dataset = dataset.get('dataset') or next(iter(dataset.get('datasets') or []), None)
+    return None
+
+
+def _registered_classes(dataset_type: str | None) -> Sequence[str] | None:
+    from mmdet.registry import DATASETS
+
+    dataset = DATASETS.get(dataset_type) if isinstance(dataset_type, str) else dataset_type
+    return getattr(dataset, 'METAINFO', {}).get('classes')

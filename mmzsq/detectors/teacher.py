@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The full-precision detector of a checkpoint: loaded, checked against its config, and known by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
+
+from mmzsq.errors import UserError
+
+
+def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
+    """Load a trained detector's weights into ``detector``; every weight must be there and fit.
+
+    Args:
+        detector: As its config builds it.
+        checkpoint: A file (.pth or .safetensors), or a URL.
+
+    Returns:
+        The ``meta`` of the checkpoint, empty if it has none.
+
+    Raises:
+        UserError: If there is no checkpoint, it cannot be read, or it is not of this config.
+    """
+    if not checkpoint:
+        raise UserError(
+            'zero-shot quantization starts from a trained detector: set load_from in the config, or add '
+            '--cfg-options load_from=PATH_OR_URL'
+        )
+    try:
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    except (OSError, URLError, RuntimeError) as error:
+        raise UserError(
+            f'the teacher checkpoint {checkpoint} cannot be read ({error}). Give the file of a trained detector with '
+            '--cfg-options load_from=PATH_OR_URL'
+        ) from error
+    state = loaded.get('state_dict', loaded)
+    state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    own = detector.state_dict()
+    unfit = [
+        f'{name} is {tuple(state[name].shape)} there and {tuple(value.shape)} here'
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    missing = [name for name in own if name not in state and not name.endswith('num_batches_tracked')]
+    if missing or unfit:
+        raise UserError(
+            f'{checkpoint} is not a checkpoint of this detector: {len(missing)} weights are missing '
+            f'({", ".join(missing[:3])}), {len(unfit)} have another shape ({"; ".join(unfit[:3])}). Check that the config '
+            'and its number of classes are those the detector was trained with'
+        )
+    detector.load_state_dict(state, strict=False)
+    return dict(loaded.get('meta') or {}) if 'state_dict' in loaded else {}
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers of ``module``, independent of device and file format."""
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if name.endswith('num_batches_tracked'):
+            continue
+        sha.update(f'{name} {tuple(value.shape)} '.encode())
+        sha.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runner and hooks: zero-shot quantization on MMEngine."""
+
+from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook
+from mmzsq.engine.runner import ZeroShotRunner
+
+__all__ = ['CalibrationSetHook', 'FiniteLossHook', 'QuantizerInitHook', 'ZeroShotRunner']

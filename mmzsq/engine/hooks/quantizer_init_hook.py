@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives every quantizer its first step from the calibration set."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from mmzsq.errors import UserError
+from mmzsq.quantization import calibrating, quantizers
+from mmzsq.registry import HOOKS
+
+PTQ_FILE = 'ptq.pth'
+"""The student right after initialisation, in the work_dir: post-training quantization, the baseline of a run."""
+
+
+@HOOKS.register_module()
+class QuantizerInitHook(Hook):
+    """Initialises the steps on batches of the calibration set; a resumed run finds them initialised.
+
+    Args:
+        num_batches: Training batches (of every rank) that the statistics are taken from.
+    """
+
+    # After the model is loaded, before anything trains or copies it.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, num_batches: int = 4) -> None:
+        self.num_batches = num_batches
+
+    def before_train(self, runner: Runner) -> None:
+        """Initialise what is not."""
+        detector = runner.detector
+        if not _uninitialised(detector.student):
+            return
+        training = detector.training
+        detector.eval()
+        with torch.no_grad(), calibrating(detector.student):
+            for batch in itertools.islice(runner.train_dataloader, self.num_batches):
+                data = detector.data_preprocessor(batch, False)
+                detector.student(data['inputs'], data['data_samples'], mode='tensor')
+        detector.train(training)
+        runner.logger.info(f'quantizers initialised on {self.num_batches} batches\n{detector.report.to_table()}')
+        self._save(runner)
+
+    @master_only
+    def _save(self, runner: Runner) -> None:
+        torch.save({'state_dict': runner.detector.state_dict()}, Path(runner.work_dir) / PTQ_FILE)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write down what a resumed run and a reader of the file need to know."""
+        checkpoint.setdefault('meta', {})['mmzsq'] = dict(
+            teacher=runner.detector.teacher_checkpoint, quantizer=runner.detector.quantizer_cfg
+        )
+
+    def before_test(self, runner: Runner) -> None:
+        """Refuse to test a float checkpoint as if it were quantized."""
+        names = _uninitialised(runner.detector.student)
+        if names:
+            raise UserError(
+                f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a float '
+                "checkpoint. Test it with the detector's own config, or give the checkpoint that training wrote"
+            )
+
+    def before_val(self, runner: Runner) -> None:
+        """As before a test."""
+        self.before_test(runner)
+
+
+def _uninitialised(student: nn.Module) -> list[str]:
+    return [name for name, quantizer in quantizers(student) if not quantizer.ready]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: accuracy of teacher, post-training quantization and student on the user's data, as a table and JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mmdet
+import mmengine
+import torch
+import torchvision
+from mmengine.dist import is_main_process
+from mmengine.model import is_model_wrapper
+from rich.console import Console
+from rich.table import Table
+
+from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
+from mmzsq.synthesis import CalibrationSet
+from mmzsq.version import __version__
+
+if TYPE_CHECKING:
+    from mmzsq.engine.runner import ZeroShotRunner
+
+ROWS = dict(
+    float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT'
+)
+RESULTS_FILE = 'results.json'
+
+
+def report_results(runner: ZeroShotRunner) -> None:
+    """Evaluate, print one table and write ``results.json`` into the work_dir.
+
+    Without the user's data, or where it is not on this machine, accuracy is left out and the message says so.
+    """
+    metrics, seconds = _evaluate_rows(runner)
+    report = runner.detector.report
+    section = runner.cfg.zsq
+    results = dict(
+        config=runner.cfg.filename,
+        preset=section.preset,
+        quantizer=section.quantizer.to_dict(),
+        metrics=metrics,
+        model_mb=dict(float=report.size_before, quantized=report.size_after),
+        bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
+        calibration_set=_read_set(runner),
+        settings={key: section[key].to_dict() for key in ('calibration_set', 'synthesis', 'distillation', 'train')},
+        train=dict(iterations=runner.max_iters, **_per_image(runner)),
+        seconds={**runner.seconds, **seconds},
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
+        versions=dict(
+            mmzsq=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            torchvision=torchvision.__version__,
+            mmengine=mmengine.__version__,
+            mmdet=mmdet.__version__,
+        ),
+    )
+    if not is_main_process():
+        return
+    path = Path(runner.work_dir) / RESULTS_FILE
+    path.write_text(json.dumps(results, indent=2) + '\n')
+    runner.logger.info(f'results in {path}\n{format_table(results)}')
+
+
+def _per_image(runner: ZeroShotRunner) -> dict[str, float]:
+    images = runner.max_iters * runner.cfg.train_dataloader.batch_size
+    return dict(images=images, ms_per_image=round(1000 * runner.seconds['train'] / images, 3))
+
+
+def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
+    calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
+    manifest = calibration_set.manifest or {}
+    stages: dict[str, dict[str, Any]] = {}
+    for shard in manifest['shards']:
+        for name, measured in shard['info'].items():
+            stage = stages.setdefault(name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0))
+            stage['seconds'] += measured['seconds']
+            stage['image_iterations'] += len(shard['images']) * measured['iterations']
+            stage['added'] += measured['added']
+            stage['removed'] += measured['removed']
+    for stage in stages.values():
+        stage['seconds'] = round(stage['seconds'], 3)
+        stage['ms_per_image_iteration'] = round(1000 * stage['seconds'] / stage['image_iterations'], 4)
+    return dict(statistics=calibration_set.statistics(), stages=stages)
+
+
+def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    if runner._val_loop is None:
+        runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
+        return {}, {}
+    metrics: dict[str, dict[str, float]] = {}
+    seconds = {}
+    try:
+        runner._val_loop = runner.build_val_loop(runner._val_loop)
+    except FileNotFoundError as error:
+        runner.logger.warning(
+            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in {runner.work_dir}, '
+            'evaluate it with tools/test.py where the data is'
+        )
+        return {}, {}
+    detector = runner.detector
+    start = time.perf_counter()
+    with detector.predicting_with_teacher():
+        metrics['float'] = evaluate(runner)
+    seconds['evaluate_float'] = time.perf_counter() - start
+    ptq = Path(runner.work_dir) / PTQ_FILE
+    if ptq.is_file():
+        start = time.perf_counter()
+        with _weights_of(detector, ptq):
+            metrics['ptq'] = evaluate(runner)
+        seconds['evaluate_ptq'] = time.perf_counter() - start
+    start = time.perf_counter()
+    # The Runner's own loop: hooks see it, an EMA is swapped in.
+    metrics['zero_shot'] = _numbers(runner.val_loop.run())
+    seconds['evaluate_zero_shot'] = time.perf_counter() - start
+    return metrics, {name: round(value, 3) for name, value in seconds.items()}
+
+
+@contextmanager
+def _weights_of(detector: torch.nn.Module, path: Path) -> Iterator[None]:
+    """Inside the block ``detector`` has the weights of a file."""
+    own = copy.deepcopy(detector.state_dict())
+    detector.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['state_dict'])
+    try:
+        yield
+    finally:
+        detector.load_state_dict(own)
+
+
+@torch.no_grad()
+def evaluate(runner: ZeroShotRunner) -> dict[str, float]:
+    """Run the validation data through the model as it is now; no hook runs."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model.eval()
+    loop = runner.val_loop
+    for batch in loop.dataloader:
+        loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
+    return _numbers(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Render the accuracies of ``results`` (see :func:`report_results`) as a table of plain text."""
+    metrics = results['metrics']
+    names = [
+        name
+        for name in dict.fromkeys(name for row in metrics.values() for name in row)
+        if name.rsplit('_', 1)[-1] in ('mAP', '50') or name.endswith(('mAP', 'AP50'))
+    ]
+    quantizer = results['quantizer']
+    table = Table(title=f"W{quantizer['w_bits']}A{quantizer['a_bits']}, preset {results['preset']}")
+    for column in ('', *names, 'model MB'):
+        table.add_column(column, justify='left' if not column else 'right')
+    sizes = results['model_mb']
+    for row, title in ROWS.items():
+        # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+        values = [f'{metrics[row].get(name, 0.0):.3f}' if row in metrics else '-' for name in names]
+        table.add_row(title, *values, f'{sizes["float" if row == "float" else "quantized"]:.2f}')
+    console = Console(width=110, no_color=True, file=None, record=True, quiet=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

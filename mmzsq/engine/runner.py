@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thin layer that hangs zero-shot quantization on MMEngine's Runner."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from torch import nn
+
+from mmzsq.config import compose
+from mmzsq.detectors import ZeroShotDetector
+from mmzsq.engine.report import report_results
+from mmzsq.errors import UserError
+from mmzsq.registry import RUNNERS
+
+
+@RUNNERS.register_module()
+class ZeroShotRunner(Runner):
+    """Runs a config with a ``zsq`` section: composes it, makes the calibration set, trains the student, reports.
+
+    No data set of the user is opened before the student is finished: validation is built after training.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
+        """Build from a config as a user writes it, or as :func:`~mmzsq.config.compose` made it."""
+        cfg = copy.deepcopy(cfg)
+        if cfg.get('resume') and 'zsq' in cfg and not cfg.zsq.get('composed'):
+            resume_from = cfg.get('load_from')
+            cfg.load_from = find_teacher(cfg)
+            cfg = compose(cfg)
+            cfg.load_from = resume_from
+            return super().from_cfg(cfg)
+        return super().from_cfg(compose(cfg))
+
+    @property
+    def detector(self) -> ZeroShotDetector:
+        """Teacher and student, without any wrapper for distributed training."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def generate(self) -> None:
+        """Make the calibration set, or what is missing of it, and nothing else."""
+        self.call_hook('before_build')
+
+    def train(self) -> nn.Module:
+        """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""
+        val_loop, self._val_loop = self._val_loop, None
+        if not self._resume:
+            # The student starts from the teacher, which the model loads by itself and checks.
+            self._load_from = None
+        self.generate()
+        start = time.perf_counter()
+        model = super().train()
+        self.seconds = dict(train=time.perf_counter() - start)
+        self._val_loop = val_loop
+        report_results(self)
+        return model
+
+
+def find_teacher(cfg: Config) -> str:
+    """The teacher of a run that is resumed; ``load_from`` then names the checkpoint to go on from, or nothing.
+
+    Raises:
+        UserError: If neither the checkpoint nor the config file tells.
+    """
+    checkpoint = cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    if checkpoint is not None:
+        meta: dict[str, Any] = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu').get('meta', {})
+        if 'mmzsq' in meta:
+            return meta['mmzsq']['teacher']
+    if cfg.filename is not None and (teacher := Config.fromfile(cfg.filename).get('load_from')):
+        return teacher
+    raise UserError(
+        f'cannot tell which teacher the run in {cfg.work_dir} started from: start it without --resume, with load_from set'
+    )

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Augmentation of the images under synthesis: what the detector sees differs from step to step, the image does not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmzsq.errors import UserError
+
+
+class Cutout:
+    """Random erasing (Zhong et al. 2020) of one rectangle an image, drawn anew each step, for all images at once.
+
+    Random numbers come from PyTorch's default generator of the images' device, so that a captured step draws too.
+
+    Args:
+        probability: That an image is erased, in [0, 1].
+        area: Range of the erased share of the image, in (0, 1].
+        ratio: Range of height over width, drawn log-uniformly.
+        value: What the rectangle is filled with, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.5,
+        area: tuple[float, float] = (0.02, 0.2),
+        ratio: tuple[float, float] = (0.3, 3.3),
+        value: float = 0.0,
+    ) -> None:
+        if not 0 <= probability <= 1:
+            raise UserError(f'probability of cutout is in [0, 1], not {probability}')
+        if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+            raise UserError(f'cutout needs 0 < low <= high for area (up to 1) and ratio, not {area} and {ratio}')
+        self.probability = probability
+        self.area = area
+        self.log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+        self.value = value
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return ``images`` (N, 3, H, W) with rectangles erased; erased pixels get no gradient."""
+        count, _, height, width = images.shape
+        draw = torch.rand(5, count, device=images.device)
+        area = (self.area[0] + draw[0] * (self.area[1] - self.area[0])) * height * width
+        ratio = torch.exp(self.log_ratio[0] + draw[1] * (self.log_ratio[1] - self.log_ratio[0]))
+        box_height = (area * ratio).sqrt().round().clamp(max=height)
+        box_width = (area / ratio).sqrt().round().clamp(max=width)
+        top = (draw[2] * (height - box_height + 1)).floor()
+        left = (draw[3] * (width - box_width + 1)).floor()
+        rows = torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        in_rows = (rows >= top[:, None]) & (rows < (top + box_height)[:, None])
+        in_columns = (columns >= left[:, None]) & (columns < (left + box_width)[:, None])
+        erased = in_rows[:, :, None] & in_columns[:, None, :] & (draw[4] < self.probability)[:, None, None]
+        return images.masked_fill(erased[:, None], self.value)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole calibration set: every shard sampled, relabelled at low resolution, synthesised at full, and written.
+
+A shard is the unit of work and of loss. Its content depends on the seed and its index alone, so any number of
+processes, in any order, interrupted or not, make the same set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmzsq.errors import UserError, check_keys
+from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
+from mmzsq.synthesis.calibration_set import CalibrationSet
+from mmzsq.synthesis.label_samplers import rescale_labels
+from mmzsq.synthesis.synthesizer import StepProgress, Synthesizer, SynthesisResult, Task
+
+STAGE_KEYS = ('image_size', 'iterations', 'batch_size')
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass over a shard.
+
+    Attributes:
+        name: ``'relabel'`` or ``'synthesise'``.
+        image_size: Height and width in pixels.
+        iterations: Steps.
+        batch_size: Images optimised together.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    iterations: int
+    batch_size: int
+
+    @property
+    def work(self) -> float:
+        """Pixels times iterations that one image takes."""
+        return float(self.image_size[0] * self.image_size[1] * self.iterations)
+
+    @classmethod
+    def from_cfg(cls, name: str, cfg: dict[str, Any], batch_size: int) -> Stage:
+        """Read ``zsq.synthesis.relabel`` or ``zsq.synthesis.synthesise``.
+
+        Raises:
+            UserError: If a key is unknown or a number is not positive.
+        """
+        where = f'zsq.synthesis.{name}'
+        check_keys(cfg, STAGE_KEYS, where)
+        size = cfg['image_size']
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size)
+        if len(size) != 2 or min(*size, stage.iterations, stage.batch_size) < 1:
+            raise UserError(f'{where} needs positive image_size (one number or (height, width)), iterations, batch_size')
+        return stage
+
+
+def shard_seed(seed: int, shard: int, stage: int, batch: int) -> int:
+    """A seed of its own for every batch, equal on every machine."""
+    return int(np.random.SeedSequence([seed, shard, stage, batch]).generate_state(1, np.uint32)[0])
+
+
+class CalibrationSetGenerator:
+    """Makes shards of synthetic images with labels.
+
+    Args:
+        task: The frozen detector.
+        synthesis: The section ``zsq.synthesis``: ``relabel`` (None for one stage, a dict, or a list of dicts for several
+            rounds), ``synthesise``, ``priors``, and arguments of :class:`Synthesizer`.
+        label_sampler: The section ``zsq.label_sampler``.
+        batch_size: Images a batch where a stage does not say.
+        seed: Of the whole set.
+    """
+
+    def __init__(
+        self, task: Task, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
+    ) -> None:
+        options = dict(synthesis)
+        relabel = options.pop('relabel')
+        rounds = [] if relabel is None else relabel if isinstance(relabel, Sequence) else [relabel]
+        self.stages = [Stage.from_cfg('relabel', stage, batch_size) for stage in rounds]
+        self.stages.append(Stage.from_cfg('synthesise', options.pop('synthesise'), batch_size))
+        self.task = task
+        self.seed = seed
+        self.sampler = build_part(LABEL_SAMPLERS, label_sampler, 'zsq.label_sampler')
+        self.relabels_while_synthesising = self.sampler.adaptive and not rounds
+        if not self.sampler.adaptive:
+            self.stages = self.stages[-1:]
+        self.synthesizer = Synthesizer(task, [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')], **options)
+
+    @property
+    def shard_size(self) -> int:
+        """Images a shard: the largest batch of any stage."""
+        return max(stage.batch_size for stage in self.stages)
+
+    def make_shard(
+        self, shard: int, count: int, on_progress: Callable[[Stage, StepProgress], None] | None = None
+    ) -> tuple[np.ndarray, list[InstanceData], dict[str, Any]]:
+        """Make one shard.
+
+        Args:
+            shard: Its index.
+            count: Images in it.
+            on_progress: Called about twenty times a batch.
+
+        Returns:
+            Images, uint8 RGB of shape (count, H, W, 3); their labels in pixels of these; and what was measured: per
+            stage seconds, milliseconds per image and iteration, last losses, whether a CUDA graph ran, boxes changed.
+        """
+        generator = torch.Generator().manual_seed(shard_seed(self.seed, shard, 0, 0))
+        size = self.stages[0].image_size
+        labels = self.sampler.sample(count, size, self.task.num_classes, generator)
+        info: dict[str, Any] = {}
+        images: Tensor | None = None
+        for index, stage in enumerate(self.stages):
+            labels = rescale_labels(labels, size, stage.image_size)
+            size = stage.image_size
+            results = []
+            start = time.perf_counter()
+            for batch, first in enumerate(range(0, count, stage.batch_size)):
+                results.append(
+                    self.synthesizer.run(
+                        labels[first : first + stage.batch_size],
+                        size,
+                        stage.iterations,
+                        shard_seed(self.seed, shard, index + 1, batch),
+                        sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesising else None,
+                        on_progress=None if on_progress is None else lambda progress: on_progress(stage, progress),  # noqa: B023
+                    )
+                )
+            labels = [instances for result in results for instances in result.labels]
+            images = torch.cat([result.images for result in results])
+            info[stage.name if stage.name not in info else f'{stage.name}_{index + 1}'] = self._measure(
+                stage, results, count, time.perf_counter() - start
+            )
+        assert images is not None
+        return self._to_rgb(images), labels, info
+
+    def _to_rgb(self, images: Tensor) -> np.ndarray:
+        images = images if self.task.channel_order == 'rgb' else images.flip(1)
+        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    @staticmethod
+    def _measure(stage: Stage, results: list[SynthesisResult], count: int, seconds: float) -> dict[str, Any]:
+        return {
+            'image_size': list(stage.image_size),
+            'iterations': stage.iterations,
+            'batch_size': stage.batch_size,
+            'seconds': round(seconds, 3),
+            'ms_per_image_iteration': round(1000 * seconds / (count * stage.iterations), 4),
+            'losses': {name: round(value, 5) for name, value in results[-1].losses.items()},
+            'cuda_graph': all(result.captured for result in results),
+            'added': sum(result.counts.get('added', 0) for result in results),
+            'removed': sum(result.counts.get('removed', 0) for result in results),
+        }
+
+    def generate(
+        self,
+        calibration_set: CalibrationSet,
+        shards: Sequence[int],
+        on_progress: Callable[[int, Stage, StepProgress], None] | None = None,
+    ) -> None:
+        """Make and write the given shards of ``calibration_set``, one after the other."""
+        for shard in shards:
+            images, labels, info = self.make_shard(
+                shard,
+                calibration_set.shard_length(shard),
+                None if on_progress is None else lambda stage, progress: on_progress(shard, stage, progress),  # noqa: B023
+            )
+            calibration_set.write_shard(shard, images, labels, info)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contact sheets of images with their boxes: the look that no loss replaces."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+
+TILE = 256
+GAP = 4
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    """A bright RGB colour of its own for each category."""
+    hue = int(label * 180 * 0.618034) % 180
+    red, green, blue = cv2.cvtColor(np.uint8([[[hue, 220, 255]]]), cv2.COLOR_HSV2RGB)[0, 0]
+    return int(red), int(green), int(blue)
+
+
+def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str], tile: int = TILE) -> np.ndarray:
+    """Draw boxes and category names on a copy of an image, scaled to fit a square tile.
+
+    Args:
+        image: uint8 RGB, (H, W, 3).
+        labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,).
+        classes: Category names.
+        tile: Side of the tile in pixels.
+
+    Returns:
+        uint8 RGB, (tile, tile, 3).
+    """
+    height, width = image.shape[:2]
+    scale = tile / max(height, width)
+    size = (round(width * scale), round(height * scale))
+    canvas = np.zeros((tile, tile, 3), np.uint8)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=interpolation)
+    for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
+        x1, y1, x2, y2 = (round(value * scale) for value in bbox)
+        colour = _colour(label)
+        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), colour, 1)
+        origin = (x1 + 2, min(y1 + 11, tile - 2))
+        for line, width_ in (((0, 0, 0), 3), (colour, 1)):
+            cv2.putText(canvas, classes[label], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.38, line, width_, cv2.LINE_AA)
+    return canvas
+
+
+def save_gallery(
+    path: str | os.PathLike[str], images: Sequence[np.ndarray], labels: Sequence[InstanceData], classes: Sequence[str]
+) -> None:
+    """Write a PNG with all images, about twice as wide as high, in the order given.
+
+    Args:
+        path: The file, replaced at once.
+        images: uint8 RGB, (H, W, 3) each.
+        labels: One entry an image, see :func:`draw_labels`.
+        classes: Category names.
+    """
+    tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
+    columns = min(len(tiles), math.ceil(math.sqrt(2 * len(tiles))))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = np.full((rows * (TILE + GAP) - GAP, columns * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = (TILE + GAP) * (index // columns), (TILE + GAP) * (index % columns)
+        sheet[top : top + TILE, left : left + TILE] = tile
+    part = Path(path).with_suffix('.part.png')
+    cv2.imwrite(str(part), sheet[..., ::-1])
+    os.replace(part, path)
+
+
+def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str], indices: Iterable[int]) -> None:
+    """Write a PNG with images of a calibration set, chosen by index, and their labels.
+
+    Args:
+        path: The file, replaced at once.
+        root: Folder of a complete set.
+        indices: Which images.
+    """
+    coco = json.loads((Path(root) / 'annotations' / 'instances.json').read_text())
+    category_index = {category['id']: index for index, category in enumerate(coco['categories'])}
+    annotations = defaultdict(list)
+    for annotation in coco['annotations']:
+        annotations[annotation['image_id']].append(annotation)
+    images, labels = [], []
+    for index in indices:
+        image = coco['images'][index]
+        images.append(cv2.imread(str(Path(root) / 'images' / image['file_name']))[..., ::-1])
+        boxes = torch.tensor([a['bbox'] for a in annotations[image['id']]], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = torch.tensor([category_index[a['category_id']] for a in annotations[image['id']]], dtype=torch.long)
+        labels.append(InstanceData(bboxes=boxes, labels=classes))
+    save_gallery(path, images, labels, [category['name'] for category in coco['categories']])

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MMDetection reads a calibration set through a detector's own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.structures import InstanceData
+
+from mmzsq.datasets import CalibrationDataset
+from mmzsq.errors import UserError
+from mmzsq.registry import DATASETS
+from mmzsq.synthesis import CalibrationSet
+
+HEIGHT, WIDTH = 40, 60
+BOXES = torch.tensor([[[4.0, 6.0, 24.0, 26.0], [30.5, 0.0, 60.0, 20.0]]]).repeat(3, 1, 1)
+LABELS = torch.tensor([[0, 2], [1, 1], [2, 0]])
+CLASSES = ('cat', 'dog', 'person')
+# `person` is a class of COCO too, under another label: nothing of COCO's may shine through.
+
+
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def masks() -> torch.Tensor:
+    filled = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    filled[0, 6:26, 4:24] = True
+    filled[1, 0:20, 31:60] = True
+    return filled
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    calibration_set = CalibrationSet.open(
+        tmp_path, fingerprint={}, num_images=3, shard_size=3, classes=CLASSES
+    )
+    labels = [
+        InstanceData(bboxes=boxes, labels=classes, masks=masks())
+        for boxes, classes in zip(BOXES, LABELS, strict=True)
+    ]
+    calibration_set.write_shard(0, images(), labels)
+    calibration_set.merge()
+    return tmp_path
+
+
+PIPELINE = [
+    dict(type='mmdet.LoadImageFromFile'),
+    dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='mmdet.PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape')),
+]
+
+
+def assert_is_the_set(dataset: CocoDataset) -> None:
+    assert dataset.metainfo['classes'] == CLASSES
+    assert len(dataset) == 3
+    for index in range(3):
+        item = dataset[index]
+        # MMDetection reads BGR.
+        rgb = item['inputs'].flip(0).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(rgb, images()[index])
+        instances = item['data_samples'].gt_instances
+        torch.testing.assert_close(instances.bboxes.tensor, BOXES[index])
+        assert torch.equal(instances.labels, LABELS[index])
+        np.testing.assert_array_equal(instances.masks.to_ndarray(), masks().numpy())
+
+
+def test_it_loads_images_boxes_classes_and_masks(root):
+    cfg = dict(type='mmzsq.CalibrationDataset', data_root=str(root), pipeline=PIPELINE)
+    assert_is_the_set(DATASETS.build(cfg))
+
+
+def test_plain_coco_dataset_reads_it_too(root):
+    assert_is_the_set(
+        CocoDataset(
+            data_root=str(root),
+            ann_file='annotations/instances.json',
+            data_prefix=dict(img='images'),
+            metainfo=dict(classes=CLASSES),
+            pipeline=PIPELINE,
+        )
+    )
+
+
+def test_nothing_of_coco_is_inherited(root):
+    assert CalibrationDataset(str(root)).metainfo == dict(classes=CLASSES)
+
+
+def test_further_meta_information_is_kept(root):
+    palette = [(1, 2, 3)] * 3
+    dataset = CalibrationDataset(str(root), metainfo=dict(palette=palette))
+    assert dataset.metainfo == dict(palette=palette, classes=CLASSES)
+
+
+def test_classes_of_another_detector_are_refused(root):
+    with pytest.raises(UserError, match=r"\('cat',\), the calibration set .* \('cat', 'dog', 'per"):
+        CalibrationDataset(str(root), metainfo=dict(classes=('cat',)))
+
+
+def test_an_incomplete_set_is_refused(root):
+    (root / 'images' / '000001.png').unlink()
+    with pytest.raises(UserError, match='not complete'):
+        CalibrationDataset(str(root))

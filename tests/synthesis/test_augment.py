@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutout erases what its arguments say, and nothing else."""
+
+import pytest
+import torch
+
+from mmzsq.errors import UserError
+from mmzsq.synthesis.augment import Cutout
+
+
+def test_erases_one_rectangle_of_the_asked_area_and_ratio() -> None:
+    torch.manual_seed(0)
+    erased = Cutout(probability=1.0, area=(0.1, 0.2), ratio=(0.5, 2.0), value=0.0)(torch.ones(200, 3, 64, 64)) == 0
+    assert (erased == erased[:, :1]).all()
+    for mask in erased[:, 0]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        height, width = len(rows), len(columns)
+        assert int(mask.sum()) == height * width == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert 0.09 < height * width / 64**2 < 0.22
+        assert 0.45 < height / width < 2.2
+
+
+def test_erases_the_asked_share_of_images() -> None:
+    torch.manual_seed(0)
+    erased = (Cutout(probability=0.5)(torch.ones(1000, 1, 16, 16)) == 0).flatten(1).any(1)
+    assert 0.4 < erased.float().mean() < 0.6
+    assert not (Cutout(probability=0.0)(torch.ones(50, 1, 16, 16)) == 0).any()
+
+
+def test_erased_pixels_get_no_gradient_and_the_others_theirs() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 16, 16, requires_grad=True)
+    seen = Cutout(probability=1.0, value=0.5)(images)
+    seen.sum().backward()
+    assert torch.equal(images.grad, (seen == images).float())
+
+
+def test_draws_anew_each_time_and_the_same_for_a_seed() -> None:
+    images = torch.ones(8, 3, 32, 32)
+    cutout = Cutout(probability=1.0)
+    torch.manual_seed(3)
+    first, second = cutout(images), cutout(images)
+    torch.manual_seed(3)
+    assert torch.equal(cutout(images), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize('kwargs', [dict(probability=1.5), dict(area=(0.5, 0.2)), dict(ratio=(0, 1))])
+def test_refuses_impossible_ranges(kwargs: dict) -> None:
+    with pytest.raises(UserError):
+        Cutout(**kwargs)

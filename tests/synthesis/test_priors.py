@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Priors against statistics worked out by numpy and torch.distributions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from mmzsq.errors import UserError
+from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior, gaussian_kl
+
+
+class OutOfOrder(nn.Module):
+    """Registers its layers in another order than it runs them, as a C3 block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_last = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.bn_first = nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn_last(self.conv(self.bn_first(x)))
+
+
+def build() -> OutOfOrder:
+    torch.manual_seed(0)
+    model = OutOfOrder().eval()
+    for bn in (model.bn_first, model.bn_last):
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    return model
+
+
+def run(prior: BNStatisticsPrior, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    prior.attach(model)
+    try:
+        model(images)
+        return prior(images)
+    finally:
+        prior.detach()
+
+
+def numpy_statistics(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    array = features.detach().double().numpy()
+    return array.mean((0, 2, 3)), array.var((0, 2, 3))
+
+
+def test_l2_form_is_the_papers_sum_with_the_first_executed_layer_weighted_apart() -> None:
+    model, images = build(), torch.rand(2, 3, 8, 8)
+    inputs = {model.bn_first: images, model.bn_last: model.conv(model.bn_first(images))}
+    terms = []
+    for bn, features in inputs.items():
+        mean, variance = numpy_statistics(features)
+        terms.append(
+            np.linalg.norm(variance - bn.running_var.numpy()) + np.linalg.norm(mean - bn.running_mean.numpy())
+        )
+    prior = BNStatisticsPrior(weight=0.01, first_weight=2.0, form='l2')
+    assert float(run(prior, model, images)) == pytest.approx(0.01 * sum(terms) + 2.0 * terms[0], rel=1e-5)
+
+
+def test_kl_form_is_the_mean_over_channels_summed_over_layers() -> None:
+    model, images = build(), torch.rand(2, 3, 8, 8)
+    inputs = {model.bn_first: images, model.bn_last: model.conv(model.bn_first(images))}
+    expected = 0.0
+    for bn, features in inputs.items():
+        mean, variance = (torch.from_numpy(value) for value in numpy_statistics(features))
+        batch = Normal(mean, variance.sqrt())
+        expected += float(kl_divergence(batch, Normal(bn.running_mean.double(), bn.running_var.double().sqrt())).mean())
+    assert float(run(BNStatisticsPrior(weight=1.0, form='kl'), model, images)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_is_zero_where_the_batch_has_the_running_statistics() -> None:
+    model, images = build(), torch.rand(4, 3, 8, 8)
+    for bn, features in ((model.bn_first, lambda: images), (model.bn_last, lambda: model.conv(model.bn_first(images)))):
+        mean, variance = numpy_statistics(features())
+        bn.running_mean.copy_(torch.from_numpy(mean))
+        bn.running_var.copy_(torch.from_numpy(variance))
+    for form in ('l2', 'kl'):
+        assert float(run(BNStatisticsPrior(weight=1.0, form=form), model, images)) < 1e-5
+
+
+def test_dead_channels_neither_count_nor_break_the_gradient() -> None:
+    model = build()
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    model.bn_last.running_var[0] = 1e-30
+    run(BNStatisticsPrior(form='kl'), model, images).backward()
+    assert torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+
+
+def test_a_layer_shared_between_scales_is_compared_once() -> None:
+    bn = nn.BatchNorm2d(2).eval()
+    prior = BNStatisticsPrior(form='l2')
+    prior.attach(bn)
+    bn(torch.zeros(1, 2, 4, 4))
+    bn(torch.ones(1, 2, 2, 2))
+    (distance,) = prior.layer_distances()
+    # mean over both calls: mean 0.5, variance 0, against mean 0 and variance 1
+    assert float(distance) == pytest.approx(0.5 * 2**0.5 + 2**0.5)
+
+
+def test_detached_prior_sees_nothing() -> None:
+    model = build()
+    prior = BNStatisticsPrior()
+    run(prior, model, torch.rand(1, 3, 8, 8))
+    model(torch.rand(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match='no forward'):
+        prior(torch.rand(1, 3, 8, 8))
+
+
+def test_a_detector_without_batchnorm_is_named_as_the_problem() -> None:
+    with pytest.raises(UserError, match='has none'):
+        BNStatisticsPrior().attach(nn.Sequential(nn.Conv2d(3, 3, 1), nn.LayerNorm(3)))
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(UserError, match="'l2' or 'kl'"):
+        BNStatisticsPrior(form='l1')
+
+
+def test_gaussian_kl_agrees_with_torch_distributions() -> None:
+    torch.manual_seed(0)
+    mean, prior_mean = torch.randn(2, 100).double()
+    variance, prior_variance = torch.rand(2, 100).double() + 0.1
+    expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(prior_mean, prior_variance.sqrt()))
+    torch.testing.assert_close(
+        gaussian_kl(mean, variance, prior_mean, prior_variance), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_total_variation_of_a_hand_worked_image() -> None:
+    image = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    # vertical (2, 3), horizontal (1, 2), diagonal 4, anti-diagonal 2-1=1
+    expected = 13**0.5 + 5**0.5 + 4 + 1
+    assert float(TotalVariationPrior(weight=0.5)(image)) == pytest.approx(0.5 * expected)
+    assert float(TotalVariationPrior()(torch.full((2, 3, 5, 5), 0.3))) == 0

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimisation of one batch, on a task small enough to know its optimum."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmzsq.errors import UserError
+from mmzsq.synthesis import AdaptiveLabelSampler, BNStatisticsPrior, Synthesizer, TotalVariationPrior
+
+SIZE = (16, 16)
+
+
+class BrightBoxes:
+    """A detector that sees brightness: its loss asks for white inside the boxes, black elsewhere."""
+
+    def __init__(self) -> None:
+        self.detector = nn.BatchNorm2d(3).eval().requires_grad_(False)
+        self.num_classes = 2
+        self.device = torch.device('cpu')
+        self.predictions: list[InstanceData] | None = None
+
+    def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> torch.Tensor:
+        wanted = torch.zeros(len(labels), 1, *image_size)
+        for mask, instances in zip(wanted, labels, strict=True):
+            for x1, y1, x2, y2 in instances.bboxes.int().tolist():
+                mask[0, y1:y2, x1:x2] = 1
+        return wanted
+
+    def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        self.detector(images)
+        return (images - samples).square().mean()
+
+    def predict(self, images: torch.Tensor) -> list[InstanceData]:
+        assert images.min() >= 0 and images.max() <= 1
+        self.detector(images)
+        return self.predictions or []
+
+
+def boxes(*per_image: list[list[float]]) -> list[InstanceData]:
+    return [
+        InstanceData(bboxes=torch.tensor(image), labels=torch.zeros(len(image), dtype=torch.long))
+        for image in per_image
+    ]
+
+
+LABELS = boxes([[2, 2, 8, 8]], [[4, 6, 14, 12]])
+
+
+def test_images_show_what_the_labels_ask_for() -> None:
+    task = BrightBoxes()
+    result = Synthesizer(task, [], detection_weight=100.0, lr=0.05).run(LABELS, SIZE, 200, seed=0)
+    wanted = task.data_samples(LABELS, SIZE)
+    assert (result.images - wanted).abs().max() < 0.05
+    assert result.losses['detection'] < 0.5
+
+
+def test_all_weighted_terms_are_reported_and_sum_reduction_counts_images() -> None:
+    task = BrightBoxes()
+    priors = [BNStatisticsPrior(weight=0.5, form='l2'), TotalVariationPrior(weight=0.1)]
+    kwargs = dict(detection_weight=3.0, lr=1e-12)
+    total = Synthesizer(task, priors, detection_reduction='sum', **kwargs).run(LABELS, SIZE, 1, seed=0)
+    mean = Synthesizer(task, priors, detection_reduction='mean', **kwargs).run(LABELS, SIZE, 1, seed=0)
+    assert set(total.losses) == {'detection', 'BNStatisticsPrior', 'TotalVariationPrior'}
+    assert total.losses['detection'] == pytest.approx(2 * mean.losses['detection'])
+    images = total.images
+    expected = 3.0 * float((images - task.data_samples(LABELS, SIZE)).square().mean())
+    assert mean.losses['detection'] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_seed_fixes_every_bit_and_the_callers_random_state_is_left_alone() -> None:
+    synthesizer = Synthesizer(BrightBoxes(), [TotalVariationPrior()], cutout=dict(probability=1.0))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = synthesizer.run(LABELS, SIZE, 10, seed=1).images
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(synthesizer.run(LABELS, SIZE, 10, seed=1).images, first)
+    assert not torch.equal(synthesizer.run(LABELS, SIZE, 10, seed=2).images, first)
+
+
+def test_pixels_stay_in_range() -> None:
+    images = Synthesizer(BrightBoxes(), [], detection_weight=1e3, lr=5.0).run(LABELS, SIZE, 7, seed=0).images
+    assert images.min() >= 0 and images.max() <= 1
+
+
+def test_best_iterate_is_no_worse_than_the_last() -> None:
+    task = BrightBoxes()
+    losses = {}
+    for keep in ('last', 'best'):
+        # A rate this high jumps about the optimum.
+        result = Synthesizer(task, [], lr=0.9, keep=keep, keep_interval=1).run(LABELS, SIZE, 9, seed=0)
+        losses[keep] = float(task.loss(result.images, task.data_samples(LABELS, SIZE)))
+    assert losses['best'] <= losses['last']
+
+
+def test_relabelling_changes_labels_on_the_way_and_the_images_follow() -> None:
+    task = BrightBoxes()
+    added = InstanceData(
+        bboxes=torch.tensor([[10.0, 10, 16, 16], [2, 2, 8, 8]]),
+        scores=torch.tensor([0.9, 0.9]),
+        labels=torch.tensor([1, 0]),
+    )
+    task.predictions = [added]
+    sampler = AdaptiveLabelSampler(warmup=20, interval=20)
+    synthesizer = Synthesizer(task, [BNStatisticsPrior(weight=1e-6)], detection_weight=100.0, lr=0.05)
+    result = synthesizer.run(boxes([[2, 2, 8, 8]]), SIZE, 200, seed=0, sampler=sampler)
+    assert result.counts == {'added': 1, 'removed': 0}
+    assert result.labels[0].bboxes.tolist() == [[2, 2, 8, 8], [10, 10, 16, 16]]
+    assert result.labels[0].labels.tolist() == [0, 1]
+    assert result.images[0, :, 11:15, 11:15].min() > 0.9
+
+
+def test_no_hook_is_left_on_the_detector() -> None:
+    task = BrightBoxes()
+    Synthesizer(task, [BNStatisticsPrior()]).run(LABELS, SIZE, 2, seed=0)
+    assert not task.detector._forward_pre_hooks
+
+
+def test_progress_tells_the_truth() -> None:
+    seen = []
+    result = Synthesizer(BrightBoxes(), []).run(LABELS, SIZE, 40, seed=0, on_progress=seen.append)
+    assert [step.iteration for step in seen] == list(range(2, 41, 2))
+    assert seen[-1].losses == result.losses and torch.equal(seen[-1].images, result.images)
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_do() -> None:
+    task = BrightBoxes()
+    task.loss = lambda images, samples: images.sum() * math.nan  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r'diverged.*synthesis\.lr'):
+        Synthesizer(task, []).run(LABELS, SIZE, 40, seed=0)
+
+
+@pytest.mark.parametrize('kwargs', [dict(keep='first'), dict(precision='fp8'), dict(detection_reduction='max')])
+def test_unknown_options_are_refused(kwargs: dict) -> None:
+    with pytest.raises(UserError, match='is one of'):
+        Synthesizer(BrightBoxes(), [], **kwargs)

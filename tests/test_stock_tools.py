@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole flow from outside the source tree: by MMDetection's own tools, and in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+LEAF = """
+_base_ = ['{configs}/shapes/yolov5-p_shapes.py', '{configs}/_base_/zsq_w4a8.py']
+load_from = 'teacher.pth'
+zsq = dict(
+    calibration_set=dict(num_images=4, batch_size=2),
+    label_sampler=dict(warmup=1, interval=1),
+    synthesis=dict(
+        relabel=dict(image_size=64, iterations=2, batch_size=2),
+        synthesise=dict(image_size=64, iterations=2, batch_size=2),
+    ),
+    train=dict(max_epochs=1, batch_size=2, num_workers=0, init_batches=1),
+)
+test_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_images=4)
+)
+val_dataloader = test_dataloader
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, installed: Path) -> Path:
+    """A user's folder: a leaf over installed bases, and a teacher with random weights."""
+    configs = installed / 'mmzsq' / '.mim' / 'configs'
+    (tmp_path / 'leaf.py').write_text(LEAF.format(configs=configs))
+    register_all_modules()
+    teacher = MODELS.build(Config.fromfile(configs / 'shapes' / 'yolov5-p_shapes.py').model)
+    teacher.init_weights()
+    meta = {'dataset_meta': {'classes': tuple('abcdefgh')}}
+    torch.save({'state_dict': teacher.state_dict(), 'meta': meta}, tmp_path / 'teacher.pth')
+    return tmp_path
+
+
+def run(folder: Path, installed: Path, *command: str | Path) -> None:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=dict(os.environ, PYTHONPATH=str(installed), OMP_NUM_THREADS='1', PORT='29653'),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def calibration_images(work_dir: Path) -> dict[str, bytes]:
+    images = (work_dir / 'calibration_set' / 'images').glob('*.png')
+    return {path.name: path.read_bytes() for path in images}
+
+
+def test_a_leaf_trains_and_tests_by_mmdetections_own_tools(folder: Path, installed: Path) -> None:
+    tools = Path(mmdet.__file__).parent / '.mim' / 'tools'
+    run(folder, installed, sys.executable, tools / 'train.py', 'leaf.py', '--work-dir', 'out')
+    assert len(calibration_images(folder / 'out')) == 4
+    checkpoint = folder / (folder / 'out' / 'last_checkpoint').read_text()
+    (folder / 'teacher.pth').unlink()
+    tested = ('--work-dir', 'tested')
+    run(folder, installed, sys.executable, tools / 'test.py', 'leaf.py', checkpoint, *tested)
+    [scores] = (folder / 'tested').rglob('*.json')
+    assert 'coco/bbox_mAP' in json.loads(scores.read_text())
+
+
+def test_two_processes_make_the_set_that_one_makes(folder: Path, installed: Path) -> None:
+    tools = installed / 'mmzsq' / '.mim' / 'tools'
+    run(folder, installed, sys.executable, tools / 'generate.py', 'leaf.py', '--work-dir', 'one')
+    run(folder, installed, 'bash', tools / 'dist_train.sh', 'leaf.py', '2', '--work-dir', 'two')
+    assert calibration_images(folder / 'one') == calibration_images(folder / 'two')
+    assert len(calibration_images(folder / 'two')) == 4
+    assert (folder / 'two' / 'last_checkpoint').is_file()
