@@ -207,7 +207,7 @@ class CalibrationSet:
         names = [f'{number:06d}.png' for number in numbers]
         # A shard that is made anew does not count meanwhile, and neither does a set that it is part
         # of.
-        delete(self.root / 'manifest.json')
+        delete(self._manifest_path)
         delete(self._record_path(index))
         delete_unfinished(self.root / 'images', set(names))
         delete_unfinished(self.root / 'shards', {self._record_path(index).name})
@@ -256,7 +256,10 @@ class CalibrationSet:
             self.classes,
         )
         annotations = to_json(coco)
-        write_atomically(self.root / 'annotations' / 'instances.json', annotations)
+        paths = (self._annotation_path, self._manifest_path, self.root / 'shards' / 'settings.json')
+        for path in paths:
+            delete_unfinished(path.parent, {path.name})
+        write_atomically(self._annotation_path, annotations)
         manifest = {
             **self._settings,
             'annotations_sha256': sha256(annotations),
@@ -265,7 +268,7 @@ class CalibrationSet:
                 for record in records
             ],
         }
-        write_atomically(self.root / 'manifest.json', to_json(manifest, indent=1))
+        write_atomically(self._manifest_path, to_json(manifest, indent=1))
 
     @property
     def is_complete(self) -> bool:
@@ -273,15 +276,14 @@ class CalibrationSet:
         manifest = self.manifest
         return (
             manifest is not None
-            and (self.root / 'annotations' / 'instances.json').exists()
+            and self._annotation_path.exists()
             and _names(self.root / 'images').issuperset(_file_names(*manifest['shards']))
         )
 
     @property
     def manifest(self) -> dict[str, Any] | None:
         """What ``manifest.json`` holds; None before the set is merged."""
-        path = self.root / 'manifest.json'
-        return read_json(path) if path.exists() else None
+        return read_json(self._manifest_path) if self._manifest_path.exists() else None
 
     def verify(self) -> None:
         """Compare every file of a complete set with the SHA-256 that was taken when it was made.
@@ -316,7 +318,15 @@ class CalibrationSet:
         Returns:
             What :func:`mmzsq.synthesis.coco_format.statistics` does.
         """
-        return coco_format.statistics(read_json(self.root / 'annotations' / 'instances.json'))
+        return coco_format.statistics(read_json(self._annotation_path))
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.root / 'manifest.json'
+
+    @property
+    def _annotation_path(self) -> Path:
+        return self.root / 'annotations' / 'instances.json'
 
     def _record_path(self, index: int) -> Path:
         return self.root / 'shards' / f'{index:05d}.json'

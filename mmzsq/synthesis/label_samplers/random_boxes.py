@@ -39,10 +39,8 @@ def random_boxes(
     size = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
     corner = torch.rand(count, 2, generator=generator) * (1 - size)
     height, width = image_size
-    # The sum of two rounded shares can exceed 1 by one unit in the last place.
-    return torch.cat([corner, (corner + size).clamp(max=1)], dim=1) * torch.tensor(
-        [width, height, width, height]
-    )
+    pixels = torch.tensor([width, height, width, height])
+    return torch.cat([corner, corner + size], dim=1) * pixels
 
 
 @LABEL_SAMPLERS.register_module()
