@@ -91,7 +91,11 @@ def clamp_ste(x: Tensor, low: float, high: float | None = None) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few elementwise kernels: only the inputs are saved, and masks are made in the backward."""
+    """Few elementwise kernels: only the inputs are saved, and masks are made in the backward.
+
+    Nothing is written in place and no output is an alias: on torch 2.11 a compiled forward that
+    ends in ``mul_`` or in a ``to`` that changes nothing gets a step gradient of zero, silently.
+    """
 
     @staticmethod
     def forward(
@@ -106,8 +110,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, step, zero_point)
         ctx.qmin, ctx.qmax, ctx.grad_scale = qmin, qmax, grad_scale
         # A step with dimensions promotes a bf16 ``x`` to fp32 inside the division.
-        levels = (x / step).round_()
-        return _clip(levels, zero_point, qmin, qmax).mul_(step).to(x.dtype)
+        output = _clip(torch.round(x / step), zero_point, qmin, qmax) * step
+        return output if output.dtype == x.dtype else output.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -117,14 +121,14 @@ class _FakeQuantize(torch.autograd.Function):
         x, step, zero_point = ctx.saved_tensors
         needs_x, needs_step, needs_zero_point = ctx.needs_input_grad[:3]
         levels = x / step
-        clipped = _clip(levels.clone(), zero_point, ctx.qmin, ctx.qmax)
+        clipped = _clip(levels, zero_point, ctx.qmin, ctx.qmax)
         inside = clipped == levels
         grad_x = grad_step = grad_zero_point = None
         if needs_x:
             grad_x = grad_output * inside
         if needs_step:
-            slope = clipped.round_().sub_(levels.mul_(inside)).mul_(grad_output)
-            grad_step = slope.sum_to_size(step.shape) * ctx.grad_scale
+            slope = torch.round(clipped) - levels * inside
+            grad_step = (slope * grad_output).sum_to_size(step.shape) * ctx.grad_scale
         if needs_zero_point:
             outside = grad_output.float() * ~inside
             grad_zero_point = outside.sum_to_size(step.shape) * step * -ctx.grad_scale
@@ -132,7 +136,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _clip(levels: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
-    """Clip real-valued levels in place to those the integer range can express."""
+    """Clip real-valued levels to those the integer range can express."""
     if zero_point is None:
-        return levels.clamp_(qmin, qmax)
-    return levels.clamp_(qmin - zero_point, qmax - zero_point)
+        return levels.clamp(qmin, qmax)
+    return levels.clamp(qmin - zero_point, qmax - zero_point)

@@ -23,6 +23,7 @@ from mmzsq.quantization import (
     set_quantization,
     step_parameters,
 )
+from mmzsq.quantization.step_search import Grid
 
 
 def _prepared(model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -74,6 +75,28 @@ def test_initialised_quantizers_are_left_alone(model: nn.Module, images: Tensor)
         assert torch.equal(model(images)['reg'][1], expected)
         model(images * 100)
     assert all(torch.equal(before[name], step) for name, step in _steps(model).items())
+
+
+def test_an_initialised_model_needs_no_batch(images: Tensor) -> None:
+    """A resumed run may go through the same lines without any data."""
+    model = _prepared(_small())
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    before = _steps(model)
+    with calibrating(model):
+        pass
+    assert all(torch.equal(before[name], step) for name, step in _steps(model).items())
+
+
+def test_a_step_set_by_hand_stays(images: Tensor) -> None:
+    """Only what is missing is initialised, within a layer too."""
+    model = _prepared(_small())
+    by_hand = Grid(torch.tensor([0.125]), torch.tensor([3.0]))
+    model[0].input_quantizer.set_grid(by_hand)
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    torch.testing.assert_close(model[0].input_quantizer.step.detach(), by_hand.step)
+    assert model[0].weight_quantizer.ready
 
 
 def test_a_resumed_model_is_not_calibrated_again(images: Tensor) -> None:

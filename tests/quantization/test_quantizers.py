@@ -198,14 +198,17 @@ def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize('cls', [LSQ, LSQPlus])
-def test_compiles_without_a_graph_break(cls: type[LSQ]) -> None:
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break(cls: type[LSQ], dtype: torch.dtype) -> None:
     """Forward and backward of a whole quantizer, and the same numbers."""
     quantizer = _ready(cls(bits=4, scheme='offset'), 0.2, zero_point=3.0)
-    x = torch.randn(4, 8)
-    expected = torch.autograd.grad(quantizer(x).square().sum(), list(quantizer.parameters()))
+    x = torch.randn(4, 8, dtype=dtype, requires_grad=True)
+    inputs = (x, *quantizer.parameters())
+    expected = torch.autograd.grad(quantizer(x).float().square().sum(), inputs)
     compiled = torch.compile(quantizer, backend='aot_eager', fullgraph=True)
-    grads = torch.autograd.grad(compiled(x).square().sum(), list(quantizer.parameters()))
+    grads = torch.autograd.grad(compiled(x).float().square().sum(), inputs)
     torch.testing.assert_close(grads, expected)
+    assert all(grad.abs().sum() > 0 for grad in grads)
 
 
 @pytest.mark.cuda
