@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ class QuantizerInitHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down what a resumed run and a reader of the file need to know."""
         checkpoint.setdefault('meta', {})['mmzsq'] = dict(
-            teacher=runner.detector.teacher_checkpoint, quantizer=runner.detector.quantizer_cfg
+            teacher=runner.detector.teacher_checkpoint,
+            # Plain data alone: the checkpoint is to be read with weights_only=True.
+            quantizer=json.loads(json.dumps(runner.detector.quantizer_cfg)),
         )
 
     def before_test(self, runner: Runner) -> None:
