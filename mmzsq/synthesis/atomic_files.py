@@ -7,6 +7,7 @@ do in one step.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -107,5 +108,9 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory, and say so; their servers order renames.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
@@ -42,7 +41,7 @@ def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
             'iscrowd': 0,
         }
         if 'masks' in instances:
-            mask = torch.as_tensor(instances.masks[index]).numpy().astype(np.uint8)
+            mask = instances.masks[index].numpy().astype(np.uint8)
             rle = coco_mask.encode(np.asfortranarray(mask))
             annotation['area'] = int(mask.sum())
             annotation['segmentation'] = {

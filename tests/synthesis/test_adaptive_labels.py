@@ -105,11 +105,11 @@ def test_suppression_keeps_the_best_of_one_class_and_one_of_each_class():
 
 
 def test_suppression_tells_many_classes_apart_without_losing_precision():
-    # IoU 0.601: offsets for a million classes would round boxes in fp32 to several pixels.
-    close = (40.0 + 20 * 0.2494, 40.0, 60.0 + 20 * 0.2494, 60.0)
-    predictions = predictions_of((B, 0.9, 999_999), (close, 0.8, 999_999), (C, 0.7, 0))
+    # In fp32, the offset of class 999,999 is a multiple of 8 pixels, and rounds boxes to such.
+    rows = [(40.0 + shift, 40.0, 60.0 + shift, 60.0) for shift in range(0, 40, 6)]  # IoU 0.54
+    predictions = predictions_of(*[(row, 0.9, 999_999) for row in rows])
     new, _ = relabel(labels_of(A), predictions)
-    assert [label for _, label in new] == [0, 999_999, 0]
+    assert [box for box, _ in new] == [A, *rows]
 
 
 def test_a_label_that_no_prediction_overlaps_is_removed():

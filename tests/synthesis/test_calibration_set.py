@@ -266,6 +266,16 @@ def test_damage_is_found_named_and_healed(tmp_path):
     again.verify()
 
 
+def test_lost_annotations_take_a_merge_only(tmp_path):
+    calibration_set = make(tmp_path)
+    whole = content(tmp_path)
+    (tmp_path / 'annotations' / 'instances.json').unlink()
+    assert not calibration_set.is_complete
+    assert calibration_set.missing_shards() == []
+    calibration_set.merge()
+    assert content(tmp_path) == whole
+
+
 def test_a_shard_made_anew_does_not_count_until_it_is_whole(tmp_path, monkeypatch):
     calibration_set = make(tmp_path)
 

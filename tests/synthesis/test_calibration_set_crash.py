@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -160,6 +161,19 @@ def test_a_full_disk_is_told_and_nothing_written_is_lost(tmp_path, monkeypatch, 
     write(root)
     assert content(root) == content(tmp_path / 'whole')
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_file_systems_that_cannot_sync_directories_are_fine(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def sync_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', sync_files_only)
+    write(tmp_path / 'set')
+    CalibrationSet.load(tmp_path / 'set').verify()
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
