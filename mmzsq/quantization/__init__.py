@@ -5,7 +5,7 @@
     report = prepare(model, config, run=lambda: model(image))
     with torch.no_grad(), calibrating(model):
         model(images)
-    print(report.to_table())
+    report.to_table()
 
 Knows nothing of detectors, synthesis, distillation or runners.
 """
