@@ -109,7 +109,7 @@ def _sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a directory, and say so; their servers order renames.
+        # Some network file systems cannot sync a directory; their servers order renames.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -58,9 +58,12 @@ def content(root: Path) -> dict[str, bytes]:
 def die_at_system_call(root: Path, number: int) -> bool:
     """Write a set in a process that is killed at its call ``number`` that reaches for the disk.
 
+    Of a file that it was about to force to the disk, half is lost.
+
     Returns:
         False if the process came to its end before.
     """
+    real_fsync = os.fsync
     child = os.fork()
     if child == 0:
         calls = 0
@@ -70,6 +73,9 @@ def die_at_system_call(root: Path, number: int) -> bool:
                 nonlocal calls
                 calls += 1
                 if calls == number:
+                    if call is real_fsync and stat.S_ISREG(os.fstat(args[0]).st_mode):
+                        # What is not forced to the disk may be lost with the power.
+                        os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*args, **kwargs)
 
