@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mmzsq.detectors.yolov5.decode import decode_bboxes
 from mmzsq.detectors.yolov5.layers import scale_width
 from mmzsq.detectors.yolov5.loss import yolov5_loss
 from mmzsq.detectors.yolov5.selection import Selection
-from mmzsq.errors import UserError
+from mmzsq.errors import UserError, check_keys
 from mmzsq.registry import MODELS
 
 COCO_ANCHORS = (
@@ -92,7 +93,9 @@ class YOLOv5Head(BaseDenseHead):
         self.bbox_weight = bbox_weight * share
         self.cls_weight = cls_weight * share * num_classes / 80
         self.obj_weight = obj_weight * share
-        self.selection = Selection(**(test_cfg or {}))
+        test_cfg = test_cfg or {}
+        check_keys(test_cfg, (field.name for field in fields(Selection)), 'test_cfg')
+        self.selection = Selection(**test_cfg)
         self.register_buffer('anchors', torch.tensor(anchors, dtype=torch.float32))
         outputs = self.anchors.shape[1] * (5 + num_classes)
         self.convs = nn.ModuleList(

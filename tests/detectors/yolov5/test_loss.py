@@ -92,7 +92,7 @@ def head() -> YOLOv5Head:
 
 
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (40, 40, 40)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts) -> None:  # noqa: ANN001
+def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts) -> None:
     maps, instances = random_maps(), random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
     expected = reference_loss(maps, instances, plain.anchors, plain.strides)
