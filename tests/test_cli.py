@@ -86,10 +86,10 @@ def test_train_runs_what_the_config_names(call: Tool, recorded: list[Any]) -> No
 
 
 def test_amp_and_work_dir_reach_a_detector(call: Tool, recorded: list[Any]) -> None:
-    call(train, 'detector.py', '--amp', '--work-dir', 'elsewhere', '--launcher', 'pytorch')
+    call(train, 'detector.py', '--amp', '--work-dir', 'elsewhere', '--launcher', 'slurm')
     cfg = recorded[0][1]
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    assert (cfg.work_dir, cfg.launcher) == ('elsewhere', 'pytorch')
+    assert (cfg.work_dir, cfg.launcher) == ('elsewhere', 'slurm')
 
 
 def test_resume_goes_on_from_the_last_or_a_given_checkpoint(

@@ -228,7 +228,7 @@ def test_a_base_of_this_package_resolves_anywhere(tmp_path: Path, repo: Path) ->
 def test_a_misspelt_base_names_the_nearest(tmp_path: Path, repo: Path) -> None:
     name = min((repo / 'configs').rglob('*.py')).relative_to(repo / 'configs').as_posix()
     with pytest.raises(UserError, match=name):
-        config(tmp_path, f"_base_ = 'mmzsq::{name[:-4]}x.py'")
+        config(tmp_path, f"_base_ = 'mmzsq::{name[:-3]}_x.py'")
 
 
 def test_a_base_of_a_package_that_is_missing_fails_as_in_mmengine(tmp_path: Path) -> None:

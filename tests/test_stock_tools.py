@@ -49,10 +49,13 @@ def folder(tmp_path: Path, installed: Path) -> Path:
 
 
 def run(folder: Path, installed: Path, *command: str | Path) -> None:
+    env = dict(os.environ, PYTHONPATH=str(installed), OMP_NUM_THREADS='1', PORT='29653')
+    # The launch scripts call `python`.
+    env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
     result = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env=dict(os.environ, PYTHONPATH=str(installed), OMP_NUM_THREADS='1', PORT='29653'),
+        env=env,
         capture_output=True,
         text=True,
         timeout=300,
