@@ -70,7 +70,9 @@ class LetterResize(Resize):
         """Pad everything that ``results`` holds by top, bottom, left, right."""
         top, bottom, left, right = padding
         sides = (left, top, right, bottom)
-        results['img'] = mmcv.impad(results['img'], padding=sides, pad_val=self.pad_val)
+        # OpenCV takes a single number as the value of the first channel alone.
+        pad_val = (self.pad_val,) * results['img'].shape[2]
+        results['img'] = mmcv.impad(results['img'], padding=sides, pad_val=pad_val)
         results['img_shape'] = results['pad_shape'] = results['img'].shape[:2]
         results['pad_param'] = padding
         if results.get('gt_bboxes') is not None:

@@ -38,7 +38,7 @@ def test_dense_predictions_are_those_of_a_loop(head: YOLOv5Head, plain) -> None:
     maps = random_maps()
     bboxes, obj_logits, cls_logits = head.dense_predictions(maps)
     expected_bboxes, expected_scores = plain.decode(maps, CLASSES)
-    torch.testing.assert_close(bboxes, expected_bboxes)
+    torch.testing.assert_close(bboxes, expected_bboxes, rtol=1e-5, atol=1e-3)
     scores = obj_logits.sigmoid()[..., None] * cls_logits.sigmoid()
     torch.testing.assert_close(scores, expected_scores)
 
