@@ -21,7 +21,7 @@ def test_boxes_suppress_their_own_class_only() -> None:
 
 def test_far_classes_keep_the_precision_of_coordinates() -> None:
     # An IoU just under the threshold; an offset of 79 images in float32 would round it away.
-    bboxes = torch.tensor([[600.0, 600.0, 602.0, 601.0], [600.0, 600.0, 601.1999, 601.0]])
+    bboxes = torch.tensor([[600.0, 600.0, 603.0, 601.0], [600.0, 600.0, 601.799, 601.0]])
     scores = torch.zeros(2, 80)
     scores[:, 79] = torch.tensor([0.9, 0.8])
     assert len(Selection()(bboxes, torch.ones(2), scores).labels) == 2
