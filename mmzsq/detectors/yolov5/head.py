@@ -106,8 +106,7 @@ class YOLOv5Head(BaseDenseHead):
         """Start from about 8 objects in 640x640 pixels, and from a class probability of 0.6 / C."""
         super().init_weights()
         for conv, stride in zip(self.convs, self.strides, strict=True):
-            nn.init.zeros_(conv.bias)
-            bias = conv.bias.data.view(self.anchors.shape[1], -1)
+            bias = conv.get_parameter('bias').data.view(self.anchors.shape[1], -1)
             bias[:, 4] = math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] = math.log(0.6 / (self.num_classes - 0.99999))
 
