@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,8 @@ from mmzsq.checkpoint import load_from_local
 def run(repo: Path, *args: object) -> subprocess.CompletedProcess:
     tool = repo / 'tools/model_converters/ultralytics_to_mmzsq.py'
     command = [sys.executable, str(tool), *map(str, args)]
-    return subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    env = {**os.environ, 'PYTHONPATH': str(repo)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def test_both_formats_hold_the_same_weights_and_classes(
