@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +43,7 @@ class Prior:
 
 
 def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each channel, in fp32.
+    """Return mean and biased variance of each channel, in fp32 whatever the type of ``features``.
 
     Args:
         features: Shape (N, C, ...).
@@ -50,9 +51,38 @@ def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and variance, shape (C,) each.
     """
-    dims = [dim for dim in range(features.dim()) if dim != 1]
-    variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
+    mean, variance = _BatchStatistics.apply(features)
     return mean, variance
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """One pass over the features forward, one backward.
+
+    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+        if features.is_cuda:
+            mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
+            variance = inverse_deviation.square().reciprocal()
+        else:
+            dims = [dim for dim in range(features.dim()) if dim != 1]
+            variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
+        ctx.save_for_backward(features, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        features, mean = ctx.saved_tensors
+        count = features.numel() // features.shape[1]
+        slope, offset = 2 * grad_variance / count, grad_mean / count
+        if features.is_cuda:
+            return torch.batch_norm_elemt(features, slope, offset, mean, torch.ones_like(mean), 0.0)
+        shape = (1, -1, *[1] * (features.dim() - 2))
+        grad = (features - mean.view(shape)) * slope.view(shape) + offset.view(shape)
+        return grad.to(features.dtype)
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, prior_mean: Tensor, prior_variance: Tensor) -> Tensor:

@@ -196,7 +196,12 @@ class Synthesizer:
         start = time.perf_counter()
         # Noise is drawn on the CPU: the same on every kind of device.
         noise = torch.rand(len(labels), 3, *image_size)
-        step = _Step(self, noise.to(self.task.device), labels)
+        images = noise.to(self.task.device)
+        if images.is_cuda:
+            # The layout of the fast convolutions and reductions on a GPU.
+            self.task.detector.to(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=torch.channels_last)
+        step = _Step(self, images, labels)
         counts = {'added': 0, 'removed': 0}
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
@@ -220,10 +225,10 @@ class Synthesizer:
                 losses = self._finite_losses(step, iteration)
                 if on_progress is not None:
                     on_progress(StepProgress(iteration + 1, iterations, losses, step.images.detach(), labels))
-        images = step.images.detach() if best_images is None else best_images
+        result = step.images.detach() if best_images is None else best_images
         losses = self._finite_losses(step, iterations)
         seconds = time.perf_counter() - start
-        return SynthesisResult(images.clamp(0, 1), labels, losses, seconds, step.captured, counts)
+        return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts)
 
     def predict(self, images: Tensor) -> list[InstanceData]:
         """What the detector finds in images in [0, 1] as they are, un-augmented; leaves no trace in the priors."""

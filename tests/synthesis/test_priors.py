@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from mmzsq.errors import UserError
-from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior, gaussian_kl
+from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior, batch_statistics, gaussian_kl
 
 
 class OutOfOrder(nn.Module):
@@ -135,3 +135,26 @@ def test_total_variation_of_a_hand_worked_image() -> None:
     expected = 13**0.5 + 5**0.5 + 4 + 1
     assert float(TotalVariationPrior(weight=0.5)(image)) == pytest.approx(0.5 * expected)
     assert float(TotalVariationPrior()(torch.full((2, 3, 5, 5), 0.3))) == 0
+
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA'))]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_statistics_and_their_gradient_are_those_of_autograd_in_double(
+    device: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    features = (torch.randn(3, 5, 6, 4) * 2 + 1).to(device, dtype).to(memory_format=torch.channels_last)
+    weights = torch.randn(2, 5, device=device)
+    reference = features.double().requires_grad_()
+    expected = torch.var_mean(reference, (0, 2, 3), correction=0)[::-1]
+    (torch.stack(expected) * weights.double()).sum().backward()
+    features.requires_grad_()
+    statistics = batch_statistics(features)
+    assert statistics[0].dtype == statistics[1].dtype == torch.float32
+    (torch.stack(statistics) * weights).sum().backward()
+    for got, want in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.grad.double(), reference.grad, rtol=tolerance, atol=tolerance * 0.02)
