@@ -35,6 +35,7 @@ class Task(Protocol):
 
     detector: nn.Module
     num_classes: int
+    channel_order: str
 
     @property
     def device(self) -> torch.device:

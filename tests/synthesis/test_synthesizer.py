@@ -21,6 +21,7 @@ class BrightBoxes:
     def __init__(self) -> None:
         self.detector = nn.BatchNorm2d(3).eval().requires_grad_(False)
         self.num_classes = 2
+        self.channel_order = 'rgb'
         self.device = torch.device('cpu')
         self.predictions: list[InstanceData] | None = None
 

@@ -78,9 +78,13 @@ class CalibrationSetHook(Hook):
         if generator.sampler.uses_real_labels:
             runner.logger.warning('the label sampler reads real labels: this calibration set is not zero-shot')
         if calibration_set.is_complete:
+            if get_rank() == 0:
+                calibration_set.verify()
             runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
             return
         missing = calibration_set.missing_shards()
+        # All ranks list before any writes: they share out the same shards.
+        barrier()
         mine = missing[get_rank() :: get_world_size()]
         runner.logger.info(
             f'making the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
