@@ -222,7 +222,11 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
         dict(type='mmzsq.FiniteLossHook'),
     ]
     if section['train']['ema'] is not None:
-        own.append(dict(type='EMAHook', momentum=1 - section['train']['ema'], priority='NORMAL'))
+        # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
+        momentum = 1 - section['train']['ema']
+        own.append(
+            dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=momentum, gamma=2000, update_buffers=True)
+        )
     return [*kept, *own]
 
 

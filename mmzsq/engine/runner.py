@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
@@ -35,8 +38,12 @@ class ZeroShotRunner(Runner):
             cfg.load_from = find_teacher(cfg)
             cfg = compose(cfg)
             cfg.load_from = resume_from
-            return super().from_cfg(cfg)
-        return super().from_cfg(compose(cfg))
+        cfg = compose(cfg)
+        if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+            print_log('no GPU: zsq.train.amp is off', logger='current', level=logging.WARNING)
+            cfg.optim_wrapper.type = 'OptimWrapper'
+            cfg.optim_wrapper.pop('dtype', None)
+        return super().from_cfg(cfg)
 
     @property
     def detector(self) -> ZeroShotDetector:

@@ -20,8 +20,8 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=64,
-    num_workers=14,
+    batch_size=32,
+    num_workers=2,
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,

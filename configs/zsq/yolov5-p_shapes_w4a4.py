@@ -1,0 +1,14 @@
+"""The embedded detector: the whole job on two CPU cores, in minutes; ``make demo`` runs it."""
+
+_base_ = ['../shapes/yolov5-p_shapes.py', '../_base_/zsq_w4a4.py']
+load_from = 'mmzsq://yolov5-p_shapes.safetensors'
+
+zsq = dict(
+    calibration_set=dict(num_images=64, batch_size=32),
+    label_sampler=dict(warmup=60, interval=10),
+    synthesis=dict(
+        relabel=dict(image_size=128, iterations=150, batch_size=64),
+        synthesise=dict(image_size=256, iterations=120, batch_size=32),
+    ),
+    train=dict(max_epochs=40),
+)
