@@ -58,9 +58,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """
     path = Path(filename).expanduser()
     if not path.is_file():
-        raise UserError(
-            f'checkpoint {filename} does not exist: check load_from or the command line'
-        )
+        raise UserError(f'checkpoint {filename} does not exist: check load_from or the command line')
     if path.suffix == '.safetensors':
         return load_safetensors(path, map_location)
     if not SAFE_LOADING:

@@ -49,9 +49,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         help='what started the processes (default: none, one process)',
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
-    options.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
-    )
+    options.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return options
 
 

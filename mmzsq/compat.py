@@ -59,9 +59,7 @@ def provide_mmcv_ops() -> None:
     if EXTENSION in sys.modules:
         return
     if importlib.util.find_spec('mmcv') is None:
-        raise UserError(
-            'mmcv is not installed. Install it without a compiler: pip install mmcv-lite==2.1.0'
-        )
+        raise UserError('mmcv is not installed. Install it without a compiler: pip install mmcv-lite==2.1.0')
     if importlib.util.find_spec(EXTENSION) is None:
         sys.modules[EXTENSION] = TorchvisionOps()
 

@@ -224,9 +224,7 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
     if section['train']['ema'] is not None:
         # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
         momentum = 1 - section['train']['ema']
-        own.append(
-            dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=momentum, gamma=2000, update_buffers=True)
-        )
+        own.append(dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=momentum, gamma=2000, update_buffers=True))
     return [*kept, *own]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlap of boxes as a differentiable function; shared by detection losses and distillation."""
+"""Complete IoU of paired boxes (Zheng et al. 2020, arXiv:1911.08287, equations 10 and 11)."""
 
 from __future__ import annotations
 
@@ -8,35 +8,42 @@ import math
 import torch
 from torch import Tensor
 
-EPS = 1e-7
 
+def complete_iou(bboxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+    """Return the IoU less penalties for distant centres and unlike aspect ratios, pair by pair.
 
-def complete_iou(bboxes1: Tensor, bboxes2: Tensor) -> Tensor:
-    """Complete IoU of paired boxes: IoU less a penalty for distant centres and one for unlike shapes.
-
-    The weight of the shape penalty, alpha = v / (1 - IoU + v), is 0/0 where both boxes are equal; its denominator is kept
-    above zero, so that value and gradient are finite there.
+    Finite, and with a finite gradient, for equal boxes and for boxes of no area.
 
     Args:
-        bboxes1: Shape (..., 4), xyxy.
-        bboxes2: The same shape.
+        bboxes: Boxes, xyxy, shape (..., 4), any unit.
+        targets: The boxes to compare with, in the same unit, broadcastable to ``bboxes``.
+        eps: Added to, or the least value of, every denominator.
 
     Returns:
-        Shape (...), at most 1. Zheng et al. 2020, https://arxiv.org/abs/1911.08287, eq. 8-10.
+        Shape (...), in (-2, 1].
     """
-    x1, y1, x2, y2 = bboxes1.unbind(-1)
-    u1, v1, u2, v2 = bboxes2.unbind(-1)
-    width1, height1, width2, height2 = x2 - x1, y2 - y1, u2 - u1, v2 - v1
-    overlap = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0) * (
-        torch.minimum(y2, v2) - torch.maximum(y1, v1)
-    ).clamp(min=0)
-    iou = overlap / (width1 * height1 + width2 * height2 - overlap + EPS)
-    hull_width = torch.maximum(x2, u2) - torch.minimum(x1, u1)
-    hull_height = torch.maximum(y2, v2) - torch.minimum(y1, v1)
-    diagonal = hull_width.square() + hull_height.square() + EPS
-    distance = ((u1 + u2 - x1 - x2).square() + (v1 + v2 - y1 - y2).square()) / 4
-    angle = torch.atan(width2 / (height2 + EPS)) - torch.atan(width1 / (height1 + EPS))
-    shape = (4 / math.pi**2) * angle.square()
-    with torch.no_grad():
-        alpha = shape / (1 - iou + shape).clamp(min=EPS)
-    return iou - distance / diagonal - alpha * shape
+    left1, top1, right1, bottom1 = bboxes.unbind(-1)
+    left2, top2, right2, bottom2 = targets.unbind(-1)
+    width1, height1, width2, height2 = (
+        right1 - left1,
+        bottom1 - top1,
+        right2 - left2,
+        bottom2 - top2,
+    )
+
+    overlap_width = (torch.minimum(right1, right2) - torch.maximum(left1, left2)).clamp(min=0)
+    overlap_height = (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)).clamp(min=0)
+    overlap = overlap_width * overlap_height
+    iou = overlap / (width1 * height1 + width2 * height2 - overlap + eps)
+
+    hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
+    hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
+    # Both squared distances carry the factor 4 of doubled centres, which saves halving them.
+    distance = (left1 + right1 - left2 - right2) ** 2 + (top1 + bottom1 - top2 - bottom2) ** 2
+    diagonal = 4 * (hull_width**2 + hull_height**2)
+
+    angle = torch.atan(width2 / (height2 + eps)) - torch.atan(width1 / (height1 + eps))
+    unlike = 4 / math.pi**2 * angle**2
+    # Equal boxes make this 0 / 0, hence the clamp.
+    trade_off = (unlike / (1 - iou + unlike).clamp(min=eps)).detach()
+    return iou - distance / (diagonal + eps) - trade_off * unlike

@@ -29,9 +29,7 @@ def main() -> None:
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
-            raise UserError(
-                "--show needs default_hooks.visualization: dict(type='VisualizationHook')"
-            )
+            raise UserError("--show needs default_hooks.visualization: dict(type='VisualizationHook')")
         cfg = trigger_visualization_hook(cfg, args)
     runner = cli.build_runner(cfg)
     if args.out is not None:
@@ -41,17 +39,11 @@ def main() -> None:
 
 def _parse_args() -> argparse.Namespace:
     options = cli.parser('Evaluate a checkpoint, float or quantized, on the test data.')
-    options.add_argument(
-        'checkpoint', help='path or URL of a .pth or .safetensors, or mmzsq://NAME'
-    )
+    options.add_argument('checkpoint', help='path or URL of a .pth or .safetensors, or mmzsq://NAME')
     options.add_argument('--out', metavar='FILE.pkl', help='write all predictions')
     options.add_argument('--show', action='store_true', help='show predictions in a window')
-    options.add_argument(
-        '--show-dir', help='paint predictions into this folder, under the work directory'
-    )
-    options.add_argument(
-        '--wait-time', type=float, default=2, metavar='SECONDS', help='of each window (default: 2)'
-    )
+    options.add_argument('--show-dir', help='paint predictions into this folder, under the work directory')
+    options.add_argument('--wait-time', type=float, default=2, metavar='SECONDS', help='of each window (default: 2)')
     return options.parse_args()
 
 

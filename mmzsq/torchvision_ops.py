@@ -20,9 +20,7 @@ from torch import Tensor
 from mmzsq.errors import UserError
 
 EXTENSION = 'mmcv._ext'
-INSTALL_FULL = (
-    'Install the full package in its place: pip uninstall mmcv-lite && pip install mmcv==2.1.0'
-)
+INSTALL_FULL = 'Install the full package in its place: pip uninstall mmcv-lite && pip install mmcv==2.1.0'
 
 
 class TorchvisionOps(ModuleType):
@@ -43,9 +41,7 @@ class TorchvisionOps(ModuleType):
             raise AttributeError(name)
 
         def missing(*args: Any, **kwargs: Any) -> None:
-            raise UserError(
-                f'this model calls the compiled operator {name!r}, not in mmcv-lite. {INSTALL_FULL}'
-            )
+            raise UserError(f'this model calls the compiled operator {name!r}, not in mmcv-lite. {INSTALL_FULL}')
 
         return missing
 
@@ -102,15 +98,11 @@ def roi_align_forward(
         UserError: If ``pool_mode`` asks for maximum, which torchvision does not have.
     """
     if pool_mode != 1:
-        raise UserError(
-            f"roi_align with pool_mode='max' is not in mmcv-lite: set it to 'avg'. {INSTALL_FULL}"
-        )
+        raise UserError(f"roi_align with pool_mode='max' is not in mmcv-lite: set it to 'avg'. {INSTALL_FULL}")
     features = _at_least_fp32(input)
     size = (aligned_height, aligned_width)
     output.copy_(
-        torchvision.ops.roi_align(
-            features, rois.to(features.dtype), size, spatial_scale, sampling_ratio, aligned
-        )
+        torchvision.ops.roi_align(features, rois.to(features.dtype), size, spatial_scale, sampling_ratio, aligned)
     )
 
 

@@ -88,9 +88,7 @@ def test_shipped_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint, 'ASSETS', tmp_path)
     save_file({'w': torch.ones(1)}, tmp_path / 'tiny.safetensors')
     assert load('mmzsq://tiny.safetensors')['state_dict']['w'] == 1
-    with pytest.raises(
-        UserError, match=r"no weights 'other\.safetensors', only: tiny\.safetensors"
-    ):
+    with pytest.raises(UserError, match=r"no weights 'other\.safetensors', only: tiny\.safetensors"):
         load('mmzsq://other.safetensors')
     with pytest.raises(UserError, match='ships no weights'):
         load(f'mmzsq://../{tmp_path.name}/tiny.safetensors')
@@ -101,9 +99,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a server of ``tmp_path/served``; torch caches downloads in ``tmp_path/cache``."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     (tmp_path / 'served').mkdir()
-    handler = functools.partial(
-        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'served')
-    )
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'served'))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{httpd.server_port}'

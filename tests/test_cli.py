@@ -92,9 +92,7 @@ def test_amp_and_work_dir_reach_a_detector(call: Tool, recorded: list[Any]) -> N
     assert (cfg.work_dir, cfg.launcher) == ('elsewhere', 'slurm')
 
 
-def test_resume_goes_on_from_the_last_or_a_given_checkpoint(
-    call: Tool, recorded: list[Any]
-) -> None:
+def test_resume_goes_on_from_the_last_or_a_given_checkpoint(call: Tool, recorded: list[Any]) -> None:
     call(train, 'detector.py', '--resume')
     call(train, 'detector.py', '--resume', 'epoch_1.pth')
     call(train, 'detector.py')
@@ -228,9 +226,7 @@ def test_dist_scripts_start_any_number_of_nodes(
     options = ['--cfg-options', 'a="[1,2]"']
     result = run(repo / 'tools' / script, *args, *options, cwd=fake, MASTER_ADDR='10.0.0.1', **env)
     told = result.stdout.splitlines()
-    assert {'--nnodes=2', '--node_rank=1', '--nproc_per_node=4', '--master_addr=10.0.0.1'} <= {
-        *told
-    }
+    assert {'--nnodes=2', '--node_rank=1', '--nproc_per_node=4', '--master_addr=10.0.0.1'} <= {*told}
     tool = next(i for i, line in enumerate(told) if line.endswith(first[0]))
     assert told[tool + 1 :] == [*first[1:], '--launcher', 'pytorch', *options]
 
@@ -239,9 +235,7 @@ def test_dist_scripts_start_any_number_of_nodes(
     ('script', 'told_first'),
     [('slurm_train.sh', ['c.py', '--work-dir', 'last']), ('slurm_test.sh', ['c.py', 'last'])],
 )
-def test_slurm_scripts_start_what_srun_gives(
-    script: str, told_first: list[str], fake: Path, repo: Path
-) -> None:
+def test_slurm_scripts_start_what_srun_gives(script: str, told_first: list[str], fake: Path, repo: Path) -> None:
     env = {'PATH': f'{fake}:{os.environ["PATH"]}', 'GPUS': '16', 'SRUN_ARGS': '--qos=high --mem=0'}
     result = run(repo / 'tools' / script, 'part', 'job', 'c.py', 'last', '--amp', cwd=fake, **env)
     told = result.stdout.splitlines()

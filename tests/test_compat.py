@@ -69,9 +69,7 @@ def test_roi_align_of_a_ramp_is_the_centre_of_each_bin(dtype: torch.dtype) -> No
     # Box 8..40 at scale 1/2 spans 4..20; bins of 4 have centres 6, 10, 14, 18; aligned: minus 1/2.
     out = mmcv.ops.roi_align(ramp, roi, (4, 4), 0.5, 2, 'avg', True)
     assert out.dtype == dtype
-    torch.testing.assert_close(
-        out[0, 0], torch.tensor([5.5, 9.5, 13.5, 17.5], dtype=dtype).expand(4, 4)
-    )
+    torch.testing.assert_close(out[0, 0], torch.tensor([5.5, 9.5, 13.5, 17.5], dtype=dtype).expand(4, 4))
 
 
 @served_by_torchvision
@@ -157,9 +155,7 @@ def test_installing_twice_changes_nothing() -> None:
     assert before == (Config._get_cfg_path, sys.modules['mmcv._ext'])
 
 
-needs_safe_loading = pytest.mark.skipif(
-    not compat.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe'
-)
+needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe')
 
 
 @needs_safe_loading
@@ -210,9 +206,7 @@ def config(folder: Path, text: str) -> Config:
     return Config.fromfile(path)
 
 
-def test_a_base_of_mmdet_needs_no_pkg_resources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_of_mmdet_needs_no_pkg_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'pkg_resources', None)
     cfg = config(tmp_path, "_base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'")
     assert cfg.model.type == 'YOLOX'

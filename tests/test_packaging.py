@@ -28,9 +28,7 @@ def test_every_module_is_carried(archive: ZipFile, repo: Path) -> None:
     assert {name for name in modules if '/.mim/' not in name} <= set(archive.namelist())
 
 
-def test_configs_and_tools_are_carried_where_mim_and_mmengine_look(
-    archive: ZipFile, repo: Path
-) -> None:
+def test_configs_and_tools_are_carried_where_mim_and_mmengine_look(archive: ZipFile, repo: Path) -> None:
     for folder, suffixes in CARRIED.items():
         for path in (repo / folder).rglob('*'):
             if path.suffix in suffixes:
@@ -61,9 +59,7 @@ def test_no_mmcv_is_required(archive: ZipFile) -> None:
     metadata = message_from_string(archive.read(name).decode())
     wanted = metadata.get_all('Requires-Dist') or []
     assert any(line.startswith('mmdet') for line in wanted)
-    assert [line for line in wanted if line.startswith('mmcv')] == [
-        'mmcv-lite==2.1.0; extra == "lite"'
-    ]
+    assert [line for line in wanted if line.startswith('mmcv')] == ['mmcv-lite==2.1.0; extra == "lite"']
     assert metadata['License'] == 'Apache-2.0' or metadata['License-Expression'] == 'Apache-2.0'
 
 

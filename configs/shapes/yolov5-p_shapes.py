@@ -20,9 +20,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    backbone=dict(
-        type='mmzsq.YOLOv5CSPDarknet', deepen_factor=deepen_factor, widen_factor=widen_factor
-    ),
+    backbone=dict(type='mmzsq.YOLOv5CSPDarknet', deepen_factor=deepen_factor, widen_factor=widen_factor),
     neck=dict(type='mmzsq.YOLOv5PAFPN', deepen_factor=deepen_factor, widen_factor=widen_factor),
     bbox_head=dict(
         type='mmzsq.YOLOv5Head',

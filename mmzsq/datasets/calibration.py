@@ -30,9 +30,7 @@ class CalibrationDataset(CocoDataset):
 
     METAINFO: dict[str, Any] = {}
 
-    def __init__(
-        self, data_root: str, metainfo: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, data_root: str, metainfo: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         classes = CalibrationSet.load(data_root).classes
         metainfo = dict(metainfo or {})
         if tuple(metainfo.setdefault('classes', classes)) != classes:

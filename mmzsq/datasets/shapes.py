@@ -83,10 +83,7 @@ class ShapesDataset(BaseDetDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the scenes without drawing any."""
         size = self.image_size
-        return [
-            {'img_id': i, 'scene': self.start + i, 'height': size, 'width': size}
-            for i in range(self.num_images)
-        ]
+        return [{'img_id': i, 'scene': self.start + i, 'height': size, 'width': size} for i in range(self.num_images)]
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
         """Draw scene ``idx``.
@@ -103,18 +100,14 @@ class ShapesDataset(BaseDetDataset):
         info['img'] = scene.image
         info['instances'] = [
             {'bbox': bbox, 'bbox_label': label, 'ignore_flag': 0, 'mask': _encode(mask)}
-            for bbox, label, mask in zip(
-                scene.bboxes.tolist(), scene.labels.tolist(), scene.masks, strict=True
-            )
+            for bbox, label, mask in zip(scene.bboxes.tolist(), scene.labels.tolist(), scene.masks, strict=True)
         ]
         return info
 
 
 def _checked(name: str, value: int, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise UserError(
-            f'ShapesDataset: {name} must be an integer of at least {minimum}, got {value!r}'
-        )
+        raise UserError(f'ShapesDataset: {name} must be an integer of at least {minimum}, got {value!r}')
     return int(value)
 
 

@@ -110,9 +110,7 @@ def _draw_scene(rng: Generator, image_size: int) -> Scene:
     )
 
 
-def _rasterize(
-    rng: Generator, contours: Contours, size: float, image_size: int
-) -> tuple[Image, int, int, float]:
+def _rasterize(rng: Generator, contours: Contours, size: float, image_size: int) -> tuple[Image, int, int, float]:
     """Put contours in [-1, 1] at a random place: (h, w) uint8 coverage, left, top, angle."""
     angle = float(rng.uniform(0, 2 * np.pi))
     cos, sin = np.cos(angle), np.sin(angle)

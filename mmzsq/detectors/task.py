@@ -43,7 +43,9 @@ def num_classes(detector: nn.Module) -> int:
     raise UserError(f'{type(detector).__name__} has no head with `num_classes`: set it on its bbox_head or roi_head')
 
 
-def data_samples(labels: Sequence[InstanceData], image_size: tuple[int, int], device: torch.device) -> list[DetDataSample]:
+def data_samples(
+    labels: Sequence[InstanceData], image_size: tuple[int, int], device: torch.device
+) -> list[DetDataSample]:
     """Wrap labels as MMDetection's detectors take them.
 
     Args:

@@ -185,9 +185,7 @@ def _refuse(archive: zipfile.ZipFile, name: str) -> NoReturn:
     )
 
 
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """Make what ``torch._utils._rebuild_tensor_v2`` makes; torch checks the bounds."""
     return storage.as_strided(size, stride, offset)
 

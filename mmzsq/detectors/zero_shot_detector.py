@@ -161,8 +161,10 @@ class ZeroShotDetector(BaseModel):
         with recorder_S.recording() as outputs_S:
             if self.detection_weight:
                 for name, value in self.student.loss(inputs, data_samples).items():
-                    scaled = [self.detection_weight * term for term in value] if isinstance(value, list) else (
-                        self.detection_weight * value if 'loss' in name else value
+                    scaled = (
+                        [self.detection_weight * term for term in value]
+                        if isinstance(value, list)
+                        else (self.detection_weight * value if 'loss' in name else value)
                     )
                     losses[name] = scaled
             else:

@@ -87,7 +87,7 @@ def prediction_heads(detector: nn.Module) -> list[str]:
     return heads
 
 
-def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:  # noqa: N803
+def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:
     """tau^2 * KL(softmax(preds_T / tau) || softmax(preds_S / tau)) over the last dimension, summed over it.
 
     Args:
@@ -169,9 +169,7 @@ class FeatureMSELoss(DistillationLoss):
         losses = []
         for name, features in teacher.items():
             if name in self._names(detector):
-                losses.extend(
-                    self._layer(s.float(), t.float()) for s, t in zip(student[name], features, strict=True)
-                )
+                losses.extend(self._layer(s.float(), t.float()) for s, t in zip(student[name], features, strict=True))
         return self.loss_weight * torch.stack(losses).mean()
 
     def _names(self, detector: nn.Module) -> set[str]:

@@ -28,9 +28,7 @@ from mmzsq.version import __version__
 if TYPE_CHECKING:
     from mmzsq.engine.runner import ZeroShotRunner
 
-ROWS = dict(
-    float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT'
-)
+ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT')
 RESULTS_FILE = 'results.json'
 
 
@@ -159,7 +157,7 @@ def format_table(results: dict[str, Any]) -> str:
         if name.rsplit('_', 1)[-1] in ('mAP', '50') or name.endswith(('mAP', 'AP50'))
     ]
     quantizer = results['quantizer']
-    table = Table(title=f"W{quantizer['w_bits']}A{quantizer['a_bits']}, preset {results['preset']}")
+    table = Table(title=f'W{quantizer["w_bits"]}A{quantizer["a_bits"]}, preset {results["preset"]}')
     for column in ('', *names, 'model MB'):
         table.add_column(column, justify='left' if not column else 'right')
     sizes = results['model_mb']

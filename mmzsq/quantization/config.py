@@ -120,9 +120,7 @@ class QuantizationConfig:
         values['skip'] = _patterns(cfg.get('skip', ()))
         overrides = cfg.get('overrides', {})
         if not isinstance(overrides, Mapping):
-            raise UserError(
-                f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.'
-            )
+            raise UserError(f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.')
         values['overrides'] = {p: _override(p, bits) for p, bits in overrides.items()}
         config = cls(**values)
         config._check()

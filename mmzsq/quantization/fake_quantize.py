@@ -58,9 +58,7 @@ def fake_quantize(
     return output
 
 
-def quantize(
-    x: Tensor, step: Tensor, qmin: int, qmax: int, zero_point: Tensor | None = None
-) -> Tensor:
+def quantize(x: Tensor, step: Tensor, qmin: int, qmax: int, zero_point: Tensor | None = None) -> Tensor:
     """The integers behind :func:`fake_quantize`.
 
     Args:
@@ -115,9 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, step, zero_point = ctx.saved_tensors
         needs_x, needs_step, needs_zero_point = ctx.needs_input_grad[:3]
         levels = x / step

@@ -91,9 +91,7 @@ def quantizable_bases(layer: nn.Module) -> list[str]:
     return [cls.__name__ for cls in type(layer).__mro__[1:] if cls in _QUANTIZED_CLASSES]
 
 
-def make_quantized(
-    layer: nn.Module, cls: type[QuantizedLayer], weight_quantizer: LSQ, input_quantizer: LSQ
-) -> None:
+def make_quantized(layer: nn.Module, cls: type[QuantizedLayer], weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
     """Turn a float layer into a quantized one, in place.
 
     The object stays and its class changes, as ``torch.nn.utils.parametrize`` does it: hooks, and

@@ -22,9 +22,7 @@ from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationRepor
 from mmzsq.quantization.trace import Trace, trace
 
 
-def prepare(
-    model: nn.Module, config: QuantizationConfig, run: Callable[[], Any] | None = None
-) -> QuantizationReport:
+def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any] | None = None) -> QuantizationReport:
     """Swap the layers of a model for quantized ones, in place.
 
     Works on any eager model: layers are swapped by their class, nothing is traced or rewritten.
@@ -60,15 +58,11 @@ def prepare(
     rows = [_convert(name, layer, config, seen, run is not None) for name, layer in layers.items()]
     if not any(row.quantized for row in rows):
         reasons = sorted({row.reason for row in rows})
-        raise UserError(
-            f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.'
-        )
+        raise UserError(f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.')
     return QuantizationReport(model, rows)
 
 
-def _convert(
-    name: str, layer: nn.Module, config: QuantizationConfig, seen: Trace, has_run: bool
-) -> LayerReport:
+def _convert(name: str, layer: nn.Module, config: QuantizationConfig, seen: Trace, has_run: bool) -> LayerReport:
     float_class = type(layer)
     roles = [role for role, names in (('first', seen.first), ('last', seen.last)) if name in names]
     cls, bits, reason = _plan(name, layer, config, roles, seen, has_run)

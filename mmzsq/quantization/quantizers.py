@@ -108,9 +108,7 @@ class LSQ(nn.Module):
 
         self._step_name = f'{step}_step'
         ones = torch.ones(num_steps)
-        self.register_parameter(
-            self._step_name, nn.Parameter(ones.log() if step == 'log' else ones)
-        )
+        self.register_parameter(self._step_name, nn.Parameter(ones.log() if step == 'log' else ones))
         self._register_zero_point(torch.zeros(num_steps) if scheme == 'offset' else None)
         self.register_buffer('initialized', torch.tensor(False))
         self._ready = False

@@ -125,9 +125,7 @@ class QuantizationReport:
         lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append(f'model size: {self.size_before:.2f} MB -> {self.size_after:.2f} MB')
         if self.bops_before is not None and self.bops_after is not None:
-            lines.append(
-                f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G'
-            )
+            lines.append(f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G')
         return '\n'.join(lines)
 
 

@@ -77,9 +77,7 @@ class ActivationStatistics:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        summary = torch.stack(
-            [self.low, self.high, self.abs_sum, torch.full_like(self.low, self.count)]
-        )
+        summary = torch.stack([self.low, self.high, self.abs_sum, torch.full_like(self.low, self.count)])
         own = torch.cat([summary, self.sample.double()])
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, own)
@@ -89,8 +87,6 @@ class ActivationStatistics:
         self.abs_sum, self.count = ranks[:, 2].sum(), int(counts.sum())
         if self.count:
             generator = torch.Generator().manual_seed(self._seed + 1)
-            rank = torch.multinomial(
-                counts.cpu(), SAMPLE_SIZE, replacement=True, generator=generator
-            )
+            rank = torch.multinomial(counts.cpu(), SAMPLE_SIZE, replacement=True, generator=generator)
             slot = torch.arange(SAMPLE_SIZE)
             self.sample = ranks[rank.to(ranks.device), 4 + slot.to(ranks.device)].float()

@@ -66,9 +66,7 @@ def fill_dead(step: Tensor) -> Tensor:
     return torch.where(alive, step, torch.where(alive.any(), mean, torch.ones_like(mean)))
 
 
-def search_step(
-    values: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, zero_points: Sequence[int]
-) -> Grid:
+def search_step(values: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, zero_points: Sequence[int]) -> Grid:
     """Find the grid of least squared error for each row.
 
     Args:
@@ -156,8 +154,6 @@ class _SortedRows:
         counts = found.view_as(edges)
         zero = torch.zeros_like(counts[..., :1])
         counts = torch.diff(counts, prepend=zero, append=zero + self.values.shape[1])
-        sums = torch.diff(
-            sums, prepend=zero.double(), append=self.sums[:, -1:, None].expand_as(zero)
-        )
+        sums = torch.diff(sums, prepend=zero.double(), append=self.sums[:, -1:, None].expand_as(zero))
         levels = levels.double()
         return (levels * (levels * counts - 2.0 * sums)).sum(dim=-1)

@@ -59,9 +59,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     inputs: list[tuple[str, Node | None]] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def hook(
-            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             (source,) = [*args, *kwargs.values()][:1]
             result.macs[name] = result.macs.get(name, 0) + _macs(layer, source, output)
             if output.grad_fn is not None:

@@ -2,6 +2,7 @@
 """Synthetic images and their labels: where they start, what they become, how they are kept."""
 
 from mmzsq.synthesis.calibration_set import CalibrationSet
+from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
 from mmzsq.synthesis.label_samplers import (
     AdaptiveLabelSampler,
     LabelSampler,
@@ -10,10 +11,8 @@ from mmzsq.synthesis.label_samplers import (
     SingleBoxSampler,
     rescale_labels,
 )
-
-from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
 from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior
-from mmzsq.synthesis.synthesizer import StepProgress, Synthesizer, SynthesisResult, Task
+from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
 
 __all__ = [
     'BNStatisticsPrior',

@@ -56,9 +56,7 @@ class CalibrationSet:
         fingerprint: What decides the content, as given to :meth:`open`.
     """
 
-    def __init__(
-        self, root: Path, settings: Mapping[str, Any], versions: Mapping[str, str]
-    ) -> None:
+    def __init__(self, root: Path, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         self.root = root
         self.num_images: int = settings['num_images']
         self.shard_size: int = settings['shard_size']
@@ -142,9 +140,7 @@ class CalibrationSet:
         root = Path(root)
         settings = read_settings(root)
         if settings is None:
-            raise UserError(
-                f'{root} holds no calibration set: make it with `python tools/generate.py CONFIG`'
-            )
+            raise UserError(f'{root} holds no calibration set: make it with `python tools/generate.py CONFIG`')
         calibration_set = cls(root, settings, {})
         if not calibration_set.is_complete:
             raise UserError(
@@ -263,10 +259,7 @@ class CalibrationSet:
         manifest = {
             **self._settings,
             'annotations_sha256': sha256(annotations),
-            'shards': [
-                {key: record[key] for key in ('index', 'versions', 'info', 'images')}
-                for record in records
-            ],
+            'shards': [{key: record[key] for key in ('index', 'versions', 'info', 'images')} for record in records],
         }
         write_atomically(self._manifest_path, to_json(manifest, indent=1))
 
@@ -335,9 +328,7 @@ class CalibrationSet:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f'images are uint8 (n, H, W, 3), not {images.dtype} {images.shape}')
         if not len(images) == len(labels) == length:
-            raise ValueError(
-                f'the shard holds {length} images, got {len(images)} images, {len(labels)} labels'
-            )
+            raise ValueError(f'the shard holds {length} images, got {len(images)} images, {len(labels)} labels')
         for instances in labels:
             if not instances.bboxes.isfinite().all():
                 raise ValueError(f'boxes are not finite: {instances.bboxes}')

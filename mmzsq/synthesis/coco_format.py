@@ -29,9 +29,7 @@ def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
         make up the area.
     """
     annotations = []
-    for index, (bbox, label) in enumerate(
-        zip(instances.bboxes.tolist(), instances.labels.tolist(), strict=True)
-    ):
+    for index, (bbox, label) in enumerate(zip(instances.bboxes.tolist(), instances.labels.tolist(), strict=True)):
         x1, y1, x2, y2 = bbox
         xywh = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
         annotation: dict[str, Any] = {
@@ -68,9 +66,7 @@ def to_coco(
         What an annotation file holds.
     """
     flat = [
-        {'image_id': image_id, **annotation}
-        for image_id, of_image in enumerate(annotations)
-        for annotation in of_image
+        {'image_id': image_id, **annotation} for image_id, of_image in enumerate(annotations) for annotation in of_image
     ]
     return {
         'info': {'description': 'synthetic images made by mmzsq'},

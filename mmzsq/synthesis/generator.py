@@ -21,7 +21,7 @@ from mmzsq.errors import UserError, check_keys
 from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
 from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.label_samplers import rescale_labels
-from mmzsq.synthesis.synthesizer import StepProgress, Synthesizer, SynthesisResult, Task
+from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
 
 STAGE_KEYS = ('image_size', 'iterations', 'batch_size')
 
@@ -60,7 +60,9 @@ class Stage:
         size = (size, size) if isinstance(size, int) else tuple(size)
         stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size)
         if len(size) != 2 or min(*size, stage.iterations, stage.batch_size) < 1:
-            raise UserError(f'{where} needs positive image_size (one number or (height, width)), iterations, batch_size')
+            raise UserError(
+                f'{where} needs positive image_size (one number or (height, width)), iterations, batch_size'
+            )
         return stage
 
 
@@ -95,7 +97,9 @@ class CalibrationSetGenerator:
         self.relabels_while_synthesising = self.sampler.adaptive and not rounds
         if not self.sampler.adaptive:
             self.stages = self.stages[-1:]
-        self.synthesizer = Synthesizer(task, [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')], **options)
+        self.synthesizer = Synthesizer(
+            task, [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')], **options
+        )
 
     @property
     def shard_size(self) -> int:

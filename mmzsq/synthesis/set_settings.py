@@ -45,8 +45,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(
-            f'{path} is damaged ({error}). Delete it and run the command that makes the '
-            'calibration set again'
+            f'{path} is damaged ({error}). Delete it and run the command that makes the calibration set again'
         ) from error
 
 

@@ -208,9 +208,7 @@ class Synthesizer:
         best_images = step.images.detach().clone() if self.keep == 'best' else None
         for iteration in range(iterations):
             if sampler is not None and sampler.adaptive and sampler.due(iteration):
-                labels, relabelled = sampler.relabel(
-                    labels, self.predict(step.images), image_size
-                )
+                labels, relabelled = sampler.relabel(labels, self.predict(step.images), image_size)
                 counts['added'] += relabelled.added
                 counts['removed'] += relabelled.removed
                 if relabelled.added or relabelled.removed:

@@ -36,12 +36,9 @@ def masks() -> torch.Tensor:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    calibration_set = CalibrationSet.open(
-        tmp_path, fingerprint={}, num_images=3, shard_size=3, classes=CLASSES
-    )
+    calibration_set = CalibrationSet.open(tmp_path, fingerprint={}, num_images=3, shard_size=3, classes=CLASSES)
     labels = [
-        InstanceData(bboxes=boxes, labels=classes, masks=masks())
-        for boxes, classes in zip(BOXES, LABELS, strict=True)
+        InstanceData(bboxes=boxes, labels=classes, masks=masks()) for boxes, classes in zip(BOXES, LABELS, strict=True)
     ]
     calibration_set.write_shard(0, images(), labels)
     calibration_set.merge()

@@ -113,10 +113,7 @@ def test_stripes_are_told_from_a_box_by_texture(scenes: list[Scene]) -> None:
 
 
 def test_colour_says_nothing_about_the_class(scenes: list[Scene]) -> None:
-    means = [
-        np.mean([s.image[m].mean(axis=0) for s, m in by_class(scenes, name)], axis=0)
-        for name in CLASS_NAMES
-    ]
+    means = [np.mean([s.image[m].mean(axis=0) for s, m in by_class(scenes, name)], axis=0) for name in CLASS_NAMES]
     assert np.std(means, axis=0).max() < 12
 
 
@@ -149,9 +146,7 @@ def test_what_is_mostly_hidden_has_no_label(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_start_shifts_the_series() -> None:
-    assert np.array_equal(
-        ShapesDataset(num_images=1, start=5)[0]['img'], ShapesDataset(num_images=6)[5]['img']
-    )
+    assert np.array_equal(ShapesDataset(num_images=1, start=5)[0]['img'], ShapesDataset(num_images=6)[5]['img'])
 
 
 def test_nothing_is_drawn_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

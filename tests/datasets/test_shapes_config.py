@@ -27,9 +27,7 @@ def config(repo: Path) -> Config:
 
 
 def test_training_and_evaluation_share_no_scene(config: Config) -> None:
-    train, val, test = (
-        config[name].dataset for name in ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    )
+    train, val, test = (config[name].dataset for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'))
     assert val == test
     assert train.seed == val.seed
     assert val.start + val.num_images <= train.start
@@ -47,9 +45,7 @@ def test_the_head_fits_the_data_set(config: Config) -> None:
     assert np.median(worst) < 1.3
 
 
-def test_it_learns_under_mmdet_train_and_its_weights_can_be_exported(
-    repo: Path, tmp_path: Path
-) -> None:
+def test_it_learns_under_mmdet_train_and_its_weights_can_be_exported(repo: Path, tmp_path: Path) -> None:
     """Twenty-four steps on sixteen scenes, evaluation, checkpoint."""
     options = {
         'train_dataloader.batch_size': 8,
@@ -72,9 +68,7 @@ def test_it_learns_under_mmdet_train_and_its_weights_can_be_exported(
     command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     paths = [str(repo), os.environ.get('PYTHONPATH', '')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in paths if path)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
     (log,) = (tmp_path / 'run').glob('*/vis_data/scalars.json')

@@ -64,9 +64,7 @@ def test_tensors_and_classes_are_read_without_the_package(
         assert torch.equal(checkpoint.tensors[name], tensor)
 
 
-def test_the_averaged_model_is_preferred_and_classes_may_be_a_dict(
-    upstream: type[nn.Module], tmp_path: Path
-) -> None:
+def test_the_averaged_model_is_preferred_and_classes_may_be_a_dict(upstream: type[nn.Module], tmp_path: Path) -> None:
     model, ema = upstream(), upstream()
     ema.names = {1: 'dog', 0: 'cat'}
     torch.save({'model': model, 'ema': ema}, tmp_path / 'a.pt')
@@ -140,8 +138,7 @@ def test_damaged_and_foreign_files_are_named(upstream: type[nn.Module], tmp_path
 def test_a_tensor_never_reaches_beyond_its_record(numel: int, size: int, tmp_path: Path) -> None:
     data = (
         b'ctorch._utils\n_rebuild_tensor_v2\n'
-        b'((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI%d\ntQI0\n(I%d\nt(I1\ntI00\nNtR.'
-        % (numel, size)
+        b'((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI%d\ntQI0\n(I%d\nt(I1\ntI00\nNtR.' % (numel, size)
     )
     path = write_pickle(tmp_path / 'a.pt', data)
     with zipfile.ZipFile(path, 'a') as archive:

@@ -178,9 +178,7 @@ def test_step_parameters_are_all_that_quantizers_learn() -> None:
     """Two steps a layer, and with LSQ+ one zero point; names say whose they are."""
     model = _prepared(_small())
     names = [name for name, _ in step_parameters(model)]
-    assert names == [
-        f'{n}.{kind}_quantizer.log_step' for n in (0, 2) for kind in ('weight', 'input')
-    ]
+    assert names == [f'{n}.{kind}_quantizer.log_step' for n in (0, 2) for kind in ('weight', 'input')]
     parameters = dict(model.named_parameters())
     assert all(parameters[name] is p for name, p in step_parameters(model))
     plus = _prepared(_small(), type='mmzsq.LSQPlus')
@@ -206,9 +204,7 @@ def test_optimizer_built_before_calibration_trains_the_steps(images: Tensor) -> 
 def _calibrate_on_one_rank(rank: int, folder: Path) -> None:
     """Rank 1 sees other images than rank 0, and more of them; only it reaches the last layer."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
-    )
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     try:
         model = _prepared(_small())
         torch.manual_seed(rank)
@@ -224,9 +220,7 @@ def _calibrate_on_one_rank(rank: int, folder: Path) -> None:
 def test_two_processes_end_with_equal_steps_from_all_images(tmp_path: Path) -> None:
     """And they are close to what one process makes of all images."""
     mp.spawn(_calibrate_on_one_rank, args=(tmp_path,), nprocs=2)
-    states, images = zip(
-        *(torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in (0, 1)), strict=True
-    )
+    states, images = zip(*(torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in (0, 1)), strict=True)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
     single = _prepared(_small())

@@ -51,9 +51,7 @@ def test_agrees_with_pytorch_per_tensor(qmin: int, qmax: int, scale: float) -> N
     ref_x, ref_step = _leaves(data, torch.tensor([0.37]))
     clipped = torch.maximum(ref_x, (qmin - zero) * ref_step)
     clipped = torch.minimum(clipped, (qmax - zero) * ref_step)
-    expected = torch._fake_quantize_learnable_per_tensor_affine(
-        clipped, ref_step, zero_point, qmin, qmax, 1.0
-    )
+    expected = torch._fake_quantize_learnable_per_tensor_affine(clipped, ref_step, zero_point, qmin, qmax, 1.0)
     expected.backward(grad)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(x.grad, ref_x.grad)
@@ -73,9 +71,7 @@ def test_agrees_with_pytorch_away_from_the_ends(qmin: int, qmax: int) -> None:
     fake_quantize(x, step, qmin, qmax).backward(grad)
 
     ref_x, ref_step = _leaves(data, torch.tensor([step_value]))
-    torch._fake_quantize_learnable_per_tensor_affine(
-        ref_x, ref_step, torch.zeros(1), qmin, qmax, 1.0
-    ).backward(grad)
+    torch._fake_quantize_learnable_per_tensor_affine(ref_x, ref_step, torch.zeros(1), qmin, qmax, 1.0).backward(grad)
     torch.testing.assert_close(x.grad, ref_x.grad)
     torch.testing.assert_close(step.grad, ref_step.grad, rtol=1e-4, atol=1e-3)
 
@@ -93,9 +89,7 @@ def test_agrees_with_pytorch_per_channel(qmin: int, qmax: int) -> None:
     ref_x, ref_step = _leaves(data, steps)
     ends = ref_step.view(-1, 1, 1, 1)
     clipped = torch.minimum(torch.maximum(ref_x, qmin * ends), qmax * ends)
-    expected = torch._fake_quantize_learnable_per_channel_affine(
-        clipped, ref_step, torch.zeros(5), 0, qmin, qmax, 1.0
-    )
+    expected = torch._fake_quantize_learnable_per_channel_affine(clipped, ref_step, torch.zeros(5), 0, qmin, qmax, 1.0)
     expected.backward(grad)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(x.grad, ref_x.grad)
@@ -112,9 +106,7 @@ def test_zero_point_gradient_agrees_with_pytorch() -> None:
     level = data / 0.4 + 5
     clear = (level.abs() > 0.51) & ((level - 15).abs() > 0.51)
     x, ref_step, ref_zero_point = _leaves(data[clear], torch.tensor([0.4]), torch.tensor([5.0]))
-    torch._fake_quantize_learnable_per_tensor_affine(
-        x, ref_step, ref_zero_point, 0, 15, 0.5
-    ).backward(grad[clear])
+    torch._fake_quantize_learnable_per_tensor_affine(x, ref_step, ref_zero_point, 0, 15, 0.5).backward(grad[clear])
     # Values within half a step of the ends are clipped here and not in PyTorch's op.
     between = ((level < 0) & (level >= -0.51)) | ((level > 15) & (level <= 15.51))
     rest = -0.4 * 0.5 * grad[between].sum()
@@ -128,9 +120,7 @@ def test_zero_point_gradient_agrees_with_pytorch() -> None:
     step=st.floats(1e-4, 1e3),
     data=st.data(),
 )
-def test_integers_on_the_grid_round_trip(
-    bits: int, signed: bool, step: float, data: st.DataObject
-) -> None:
+def test_integers_on_the_grid_round_trip(bits: int, signed: bool, step: float, data: st.DataObject) -> None:
     """Every integer of the type, times the step, is a fixed point and comes back as itself."""
     qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     zero = 0 if signed else data.draw(st.integers(qmin, qmax))

@@ -149,9 +149,7 @@ def test_a_copy_made_before_initialisation_follows_its_buffers() -> None:
     source = LSQ()
     average = copy.deepcopy(source)
     _ready(source, 0.1)
-    for ours, theirs in zip(
-        average.state_dict().values(), source.state_dict().values(), strict=True
-    ):
+    for ours, theirs in zip(average.state_dict().values(), source.state_dict().values(), strict=True):
         ours.copy_(theirs)
     assert average.ready
 

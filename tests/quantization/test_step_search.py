@@ -39,9 +39,7 @@ def test_offset_search_is_as_good_as_brute_force(name: str, bits: int) -> None:
     step, zero_point = _search(x, 0, qmax, list(range(qmax + 1)))
     widest = float(x.abs().max())
     brute = min(
-        _mse(x, s, z, 0, qmax)
-        for z in range(qmax + 1)
-        for s in torch.linspace(widest / 400, widest, 400).tolist()
+        _mse(x, s, z, 0, qmax) for z in range(qmax + 1) for s in torch.linspace(widest / 400, widest, 400).tolist()
     )
     assert _mse(x, step, zero_point, 0, qmax) <= brute * 1.01
 

@@ -119,9 +119,7 @@ def test_a_label_that_no_prediction_overlaps_is_removed():
 
 
 def test_a_label_overlapped_by_another_class_stays_with_its_class_and_place():
-    new, counts = relabel(
-        labels_of(A, B, classes=[1, 2]), predictions_of((SHIFTED_A, 0.9, 5), (B, 0.9, 2))
-    )
+    new, counts = relabel(labels_of(A, B, classes=[1, 2]), predictions_of((SHIFTED_A, 0.9, 5), (B, 0.9, 2)))
     assert new == [(A, 1), (B, 2)]
     assert counts == (0, 0)
 

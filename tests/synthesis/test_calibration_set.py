@@ -30,18 +30,14 @@ HEIGHT, WIDTH = 24, 32
 
 def make_shard(index: int, count: int) -> tuple[np.ndarray, list[InstanceData]]:
     """What a synthesizer would return: a function of the shard's index alone."""
-    images = np.random.default_rng(index).integers(
-        0, 256, (count, HEIGHT, WIDTH, 3), dtype=np.uint8
-    )
+    images = np.random.default_rng(index).integers(0, 256, (count, HEIGHT, WIDTH, 3), dtype=np.uint8)
     generator = torch.Generator().manual_seed(index)
     return images, MultiBoxSampler((1, 3)).sample(count, (HEIGHT, WIDTH), 3, generator)
 
 
 def fill(calibration_set: CalibrationSet) -> None:
     for index in calibration_set.missing_shards():
-        calibration_set.write_shard(
-            index, *make_shard(index, calibration_set.shard_length(index)), dict(seconds=1.5)
-        )
+        calibration_set.write_shard(index, *make_shard(index, calibration_set.shard_length(index)), dict(seconds=1.5))
 
 
 def make(root: Path, **changes: Any) -> CalibrationSet:
@@ -54,9 +50,7 @@ def make(root: Path, **changes: Any) -> CalibrationSet:
 def content(root: Path) -> dict[str, str]:
     """Digest of every file below ``root``, hidden ones included."""
     return {
-        str(path.relative_to(root)): sha256(path.read_bytes())
-        for path in sorted(root.rglob('*'))
-        if path.is_file()
+        str(path.relative_to(root)): sha256(path.read_bytes()) for path in sorted(root.rglob('*')) if path.is_file()
     }
 
 
@@ -91,9 +85,7 @@ def test_pycocotools_reads_what_was_written(tmp_path, capsys):
         xyxy = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
         torch.testing.assert_close(xyxy, label.bboxes, atol=2e-3, rtol=0)
         assert all(a['iscrowd'] == 0 and 'segmentation' not in a for a in annotations)
-        assert [a['area'] for a in annotations] == pytest.approx(
-            xywh[:, 2:].prod(1).tolist(), abs=1e-3
-        )
+        assert [a['area'] for a in annotations] == pytest.approx(xywh[:, 2:].prod(1).tolist(), abs=1e-3)
 
 
 def test_images_come_back_bit_for_bit_in_rgb(tmp_path):
@@ -106,15 +98,11 @@ def test_images_come_back_bit_for_bit_in_rgb(tmp_path):
 
 
 def test_masks_are_kept_and_make_up_the_area(tmp_path, capsys):
-    calibration_set = CalibrationSet.open(
-        tmp_path, fingerprint={}, num_images=1, shard_size=1, classes=['cat']
-    )
+    calibration_set = CalibrationSet.open(tmp_path, fingerprint={}, num_images=1, shard_size=1, classes=['cat'])
     mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
     mask[0, 3:9, 4:20] = True
     mask[0, 5, 5] = False
-    label = InstanceData(
-        bboxes=torch.tensor([[4.0, 3.0, 20.0, 9.0]]), labels=torch.tensor([0]), masks=mask
-    )
+    label = InstanceData(bboxes=torch.tensor([[4.0, 3.0, 20.0, 9.0]]), labels=torch.tensor([0]), masks=mask)
     calibration_set.write_shard(0, np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), [label])
     calibration_set.merge()
     coco = COCO(tmp_path / 'annotations' / 'instances.json')
@@ -132,11 +120,7 @@ def test_the_manifest_says_what_made_each_image(tmp_path):
     assert manifest['fingerprint'] == SETTINGS['fingerprint']
     assert [shard['versions'] for shard in manifest['shards']] == [dict(torch='2.x')] * 3
     assert [shard['info'] for shard in manifest['shards']] == [dict(seconds=1.5)] * 3
-    digests = {
-        image['file_name']: image['sha256']
-        for shard in manifest['shards']
-        for image in shard['images']
-    }
+    digests = {image['file_name']: image['sha256'] for shard in manifest['shards'] for image in shard['images']}
     assert digests == content(tmp_path / 'images')
 
 
@@ -168,9 +152,7 @@ def test_a_set_of_other_settings_is_refused_and_left_alone(tmp_path):
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    'change', [dict(classes=['cat', 'dog']), dict(shard_size=3), dict(uses_real_labels=True)]
-)
+@pytest.mark.parametrize('change', [dict(classes=['cat', 'dog']), dict(shard_size=3), dict(uses_real_labels=True)])
 def test_no_setting_is_overlooked_even_before_the_first_shard(tmp_path, change):
     CalibrationSet.open(tmp_path, **SETTINGS)
     with pytest.raises(UserError, match='made otherwise'):
@@ -342,9 +324,7 @@ def test_statistics_count_boxes_classes_and_areas(tmp_path):
     assert statistics['boxes'] == 4
     assert statistics['boxes_per_image'] == dict(mean=2.0, min=1, max=3, histogram={'1': 1, '3': 1})
     assert statistics['classes'] == dict(cat=3, dog=0, bird=1)
-    assert statistics['box_area'] == pytest.approx(
-        dict(mean=0.025, p10=0.013, median=0.025, p90=0.037)
-    )
+    assert statistics['box_area'] == pytest.approx(dict(mean=0.025, p10=0.013, median=0.025, p90=0.037))
     json.dumps(statistics)
 
 
@@ -361,8 +341,7 @@ def test_two_processes_make_the_same_set_as_one(tmp_path):
     context = multiprocessing.get_context('fork')
     barrier = context.Barrier(2)
     processes = [
-        context.Process(target=_write_every_other_shard, args=(tmp_path / 'two', rank, barrier))
-        for rank in range(2)
+        context.Process(target=_write_every_other_shard, args=(tmp_path / 'two', rank, barrier)) for rank in range(2)
     ]
     for process in processes:
         process.start()

@@ -41,18 +41,14 @@ def write(root: Path, seconds_a_shard: float = 0.0) -> None:
         time.sleep(seconds_a_shard)
         count = calibration_set.shard_length(index)
         images = np.random.default_rng(index).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-        label = InstanceData(
-            bboxes=torch.tensor([[1.0, 2, 9 + index, 10]]), labels=torch.tensor([index % 2])
-        )
+        label = InstanceData(bboxes=torch.tensor([[1.0, 2, 9 + index, 10]]), labels=torch.tensor([index % 2]))
         calibration_set.write_shard(index, images, [label] * count)
     calibration_set.merge()
 
 
 def content(root: Path) -> dict[str, bytes]:
     """Every file below ``root``, hidden ones included."""
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*') if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*') if path.is_file()}
 
 
 def die_at_system_call(root: Path, number: int) -> bool:
@@ -121,9 +117,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bits(tmp_path):
 def test_kill_9_from_outside_loses_at_most_the_shard_in_work(tmp_path, repo):
     write(tmp_path / 'whole')
     root = tmp_path / 'killed'
-    writer = subprocess.Popen(
-        [sys.executable, __file__, str(root)], env={**os.environ, 'PYTHONPATH': str(repo)}
-    )
+    writer = subprocess.Popen([sys.executable, __file__, str(root)], env={**os.environ, 'PYTHONPATH': str(repo)})
     deadline = time.monotonic() + 60
     while not (root / 'shards' / '00000.json').exists():
         assert writer.poll() is None, 'the writer ended by itself'

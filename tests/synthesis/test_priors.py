@@ -53,9 +53,7 @@ def test_l2_form_is_the_papers_sum_with_the_first_executed_layer_weighted_apart(
     terms = []
     for bn, features in inputs.items():
         mean, variance = numpy_statistics(features)
-        terms.append(
-            np.linalg.norm(variance - bn.running_var.numpy()) + np.linalg.norm(mean - bn.running_mean.numpy())
-        )
+        terms.append(np.linalg.norm(variance - bn.running_var.numpy()) + np.linalg.norm(mean - bn.running_mean.numpy()))
     prior = BNStatisticsPrior(weight=0.01, first_weight=2.0, form='l2')
     assert float(run(prior, model, images)) == pytest.approx(0.01 * sum(terms) + 2.0 * terms[0], rel=1e-5)
 
@@ -124,9 +122,7 @@ def test_gaussian_kl_agrees_with_torch_distributions() -> None:
     mean, prior_mean = torch.randn(2, 100).double()
     variance, prior_variance = torch.rand(2, 100).double() + 0.1
     expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(prior_mean, prior_variance.sqrt()))
-    torch.testing.assert_close(
-        gaussian_kl(mean, variance, prior_mean, prior_variance), expected, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(gaussian_kl(mean, variance, prior_mean, prior_variance), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_total_variation_of_a_hand_worked_image() -> None:

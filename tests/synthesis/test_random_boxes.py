@@ -22,9 +22,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def shares(labels: list[InstanceData]) -> torch.Tensor:
     """All boxes (n, 4), xyxy as shares of width and height."""
-    return torch.cat([instances.bboxes for instances in labels]) / torch.tensor(
-        [SIZE[1], SIZE[0], SIZE[1], SIZE[0]]
-    )
+    return torch.cat([instances.bboxes for instances in labels]) / torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]])
 
 
 def assert_uniform(values: torch.Tensor, low: float, high: float) -> None:
@@ -122,9 +120,7 @@ def test_bad_arguments_are_named(cfg, message):
 def test_rescaling_carries_boxes_and_masks():
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
     masks[0, 1:3, 0:2] = True
-    label = InstanceData(
-        bboxes=torch.tensor([[0.0, 1.0, 2.0, 3.0]]), labels=torch.tensor([7]), masks=masks
-    )
+    label = InstanceData(bboxes=torch.tensor([[0.0, 1.0, 2.0, 3.0]]), labels=torch.tensor([7]), masks=masks)
     (large,) = rescale_labels([label], (4, 4), (8, 12))
     assert large.bboxes.tolist() == [[0.0, 2.0, 6.0, 6.0]]
     assert large.labels.tolist() == [7]

@@ -17,9 +17,7 @@ def run(repo: Path, *args: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-def test_both_formats_hold_the_same_weights_and_classes(
-    repo: Path, shared: Path, tmp_path: Path
-) -> None:
+def test_both_formats_hold_the_same_weights_and_classes(repo: Path, shared: Path, tmp_path: Path) -> None:
     loaded = []
     for name in ('new/a.safetensors', 'a.pth'):
         done = run(repo, shared / 'weights/yolov5n.pt', tmp_path / name)

@@ -12,9 +12,7 @@ from mmzsq.config import compose
 def main() -> None:
     """Parse the command line and print."""
     options = cli.parser('Print the config that a run uses, all bases and presets applied.')
-    options.add_argument(
-        '--save-path', metavar='FILE', help='write it there too, .py, .yml or .json'
-    )
+    options.add_argument('--save-path', metavar='FILE', help='write it there too, .py, .yml or .json')
     args = options.parse_args()
     cfg = cli.load_config(args)
     if 'zsq' in cfg:

@@ -51,8 +51,7 @@ def export(checkpoint: Path, out: Path) -> None:
     dataset_meta = loaded.get('meta', {}).get('dataset_meta', {})
     if 'classes' not in dataset_meta:
         raise UserError(
-            f'{checkpoint} does not name its classes (meta.dataset_meta.classes): '
-            'give a checkpoint that training saved'
+            f'{checkpoint} does not name its classes (meta.dataset_meta.classes): give a checkpoint that training saved'
         )
     save_weights(loaded['state_dict'], dataset_meta['classes'], out)
 

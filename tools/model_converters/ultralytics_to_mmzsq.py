@@ -53,10 +53,7 @@ def convert(checkpoint: Path, out: Path) -> str:
     source = read_ultralytics(checkpoint)
     converted = convert_yolov5(source.tensors)
     if len(source.classes) != converted.num_classes:
-        raise UserError(
-            f'{checkpoint} names {len(source.classes)} classes, but its head has '
-            f'{converted.num_classes}'
-        )
+        raise UserError(f'{checkpoint} names {len(source.classes)} classes, but its head has {converted.num_classes}')
     save_weights(converted.state_dict, source.classes, out)
     parameters = sum(tensor.numel() for tensor in converted.state_dict.values())
     return (

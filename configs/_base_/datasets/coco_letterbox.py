@@ -69,7 +69,5 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 # The metric counts up to 100 detections for each class of an image, not for each image.
-val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric='bbox'
-)
+val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric='bbox')
 test_evaluator = val_evaluator

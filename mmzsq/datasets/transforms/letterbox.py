@@ -33,9 +33,7 @@ class LetterResize(Resize):
         UserError: If ``scale`` is not two positive numbers.
     """
 
-    def __init__(
-        self, scale: tuple[int, int], pad_val: int = 114, seg_pad_val: int = 255, **kwargs: Any
-    ) -> None:
+    def __init__(self, scale: tuple[int, int], pad_val: int = 114, seg_pad_val: int = 255, **kwargs: Any) -> None:
         if not isinstance(scale, tuple | list) or len(scale) != 2 or min(scale) < 1:
             raise UserError(f'LetterResize.scale must be (width, height) in pixels, not {scale!r}')
         super().__init__(scale=tuple(scale), keep_ratio=False, **kwargs)
@@ -80,22 +78,17 @@ class LetterResize(Resize):
         if results.get('gt_masks') is not None:
             results['gt_masks'] = _pad_masks(results['gt_masks'], padding)
         if results.get('gt_seg_map') is not None:
-            results['gt_seg_map'] = mmcv.impad(
-                results['gt_seg_map'], padding=sides, pad_val=self.seg_pad_val
-            )
+            results['gt_seg_map'] = mmcv.impad(results['gt_seg_map'], padding=sides, pad_val=self.seg_pad_val)
         shift = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], dtype=np.float32)
         results['homography_matrix'] = shift @ results['homography_matrix']
 
     def __repr__(self) -> str:
         return (
-            f'{type(self).__name__}(scale={self.scale}, pad_val={self.pad_val}, '
-            f'interpolation={self.interpolation!r})'
+            f'{type(self).__name__}(scale={self.scale}, pad_val={self.pad_val}, interpolation={self.interpolation!r})'
         )
 
 
-def _pad_masks(
-    masks: BitmapMasks | PolygonMasks, padding: tuple[int, int, int, int]
-) -> BitmapMasks | PolygonMasks:
+def _pad_masks(masks: BitmapMasks | PolygonMasks, padding: tuple[int, int, int, int]) -> BitmapMasks | PolygonMasks:
     """Pad masks by top, bottom, left, right; what is added belongs to no instance."""
     top, bottom, left, right = padding
     size = (masks.height + top + bottom, masks.width + left + right)

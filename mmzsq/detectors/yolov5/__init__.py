@@ -3,7 +3,6 @@
 
 from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
 from mmzsq.detectors.yolov5.backbone import YOLOv5CSPDarknet
-from mmzsq.detectors.yolov5.ciou import complete_iou
 from mmzsq.detectors.yolov5.detector import YOLOv5
 from mmzsq.detectors.yolov5.head import YOLOv5Head
 from mmzsq.detectors.yolov5.neck import YOLOv5PAFPN
@@ -14,6 +13,5 @@ __all__ = [
     'YOLOv5CSPDarknet',
     'YOLOv5Head',
     'YOLOv5PAFPN',
-    'complete_iou',
     'pad_targets',
 ]

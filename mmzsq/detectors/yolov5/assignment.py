@@ -64,15 +64,11 @@ def pad_targets(instances: Sequence[InstanceData], length: int | None = None) ->
     """
     bboxes = pad_sequence([get_box_tensor(image.bboxes) for image in instances], batch_first=True)
     labels = pad_sequence([image.labels for image in instances], batch_first=True)
-    valid = pad_sequence(
-        [torch.ones_like(image.labels, dtype=torch.bool) for image in instances], batch_first=True
-    )
+    valid = pad_sequence([torch.ones_like(image.labels, dtype=torch.bool) for image in instances], batch_first=True)
     if length is not None:
         missing = length - labels.shape[1]
         if missing < 0:
-            raise ValueError(
-                f'an image has {labels.shape[1]} targets, more than the length {length} to pad to'
-            )
+            raise ValueError(f'an image has {labels.shape[1]} targets, more than the length {length} to pad to')
         bboxes = F.pad(bboxes, (0, 0, 0, missing))
         labels, valid = F.pad(labels, (0, missing)), F.pad(valid, (0, missing))
     return PaddedTargets(bboxes, labels, valid)

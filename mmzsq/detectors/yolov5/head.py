@@ -82,9 +82,7 @@ class YOLOv5Head(BaseDenseHead):
             'obj_balance': len(obj_balance),
         }
         if len(set(lengths.values())) != 1:
-            raise UserError(
-                f'YOLOv5Head needs one entry a scale in each of these, but got {lengths} entries'
-            )
+            raise UserError(f'YOLOv5Head needs one entry a scale in each of these, but got {lengths} entries')
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.obj_balance = tuple(obj_balance)
@@ -98,9 +96,7 @@ class YOLOv5Head(BaseDenseHead):
         self.selection = Selection(**test_cfg)
         self.register_buffer('anchors', torch.tensor(anchors, dtype=torch.float32))
         outputs = self.anchors.shape[1] * (5 + num_classes)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(scale_width(width, widen_factor), outputs, 1) for width in in_channels
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(scale_width(width, widen_factor), outputs, 1) for width in in_channels)
 
     def init_weights(self) -> None:
         """Start from about 8 objects in 640x640 pixels, and from a class probability of 0.6 / C."""
@@ -152,9 +148,7 @@ class YOLOv5Head(BaseDenseHead):
         Returns:
             ``loss_cls``, ``loss_bbox`` and ``loss_obj``, weighted scalars, means over the batch.
         """
-        bbox, obj, cls = yolov5_loss(
-            maps, targets, self.anchors, self.strides, self.obj_balance, self.max_anchor_ratio
-        )
+        bbox, obj, cls = yolov5_loss(maps, targets, self.anchors, self.strides, self.obj_balance, self.max_anchor_ratio)
         rows, columns = maps[0].shape[-2:]
         area = rows * columns * self.strides[0] ** 2 / 640**2
         return dict(
@@ -209,11 +203,7 @@ class YOLOv5Head(BaseDenseHead):
         results = []
         for index, meta in enumerate(batch_img_metas):
             result = self.selection(bboxes[index], obj_scores[index], cls_scores[index])
-            result.bboxes = (
-                _to_image(result.bboxes, meta)
-                if rescale
-                else _clip(result.bboxes, meta['img_shape'])
-            )
+            result.bboxes = _to_image(result.bboxes, meta) if rescale else _clip(result.bboxes, meta['img_shape'])
             results.append(result)
         return results
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmzsq.detectors.yolov5.assignment import PaddedTargets, find_candidates
-from mmzsq.detectors.yolov5.ciou import complete_iou
 from mmzsq.detectors.yolov5.decode import decode_bboxes
+from mmzsq.geometry import complete_iou
 
 
 def yolov5_loss(
@@ -43,9 +43,7 @@ def yolov5_loss(
     """
     terms = [
         _scale_loss(scale_map, targets, scale_anchors, stride, weight, max_ratio)
-        for scale_map, scale_anchors, stride, weight in zip(
-            maps, anchors, strides, balance, strict=True
-        )
+        for scale_map, scale_anchors, stride, weight in zip(maps, anchors, strides, balance, strict=True)
     ]
     bbox, obj, cls = (torch.stack(term).sum() for term in zip(*terms, strict=True))
     return bbox, obj, cls
@@ -74,9 +72,7 @@ def _scale_loss(
     loss_bbox = ((1 - iou) * matched).sum() / num_matched
 
     classes = torch.arange(chosen.shape[-1] - 5, device=x.device)
-    is_class = (
-        (targets.labels[:, :, None, None, None] == classes).float().expand_as(chosen[..., 5:])
-    )
+    is_class = (targets.labels[:, :, None, None, None] == classes).float().expand_as(chosen[..., 5:])
     errors = F.binary_cross_entropy_with_logits(chosen[..., 5:], is_class, reduction='none')
     loss_cls = (errors.mean(-1) * matched).sum() / num_matched
 

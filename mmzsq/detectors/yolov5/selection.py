@@ -37,9 +37,7 @@ class Selection:
     def __post_init__(self) -> None:
         """Check the settings."""
         if set(self.nms) != {'type', 'iou_threshold'} or self.nms['type'] != 'nms':
-            raise UserError(
-                f"test_cfg.nms must be dict(type='nms', iou_threshold=...), not {dict(self.nms)}"
-            )
+            raise UserError(f"test_cfg.nms must be dict(type='nms', iou_threshold=...), not {dict(self.nms)}")
         for name, value in (
             ('score_thr', self.score_thr),
             ('nms.iou_threshold', self.nms['iou_threshold']),

@@ -95,10 +95,7 @@ def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedYOLOv5:
     return ConvertedYOLOv5(
         size,
         num_classes,
-        {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in state_dict.items()
-        },
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()},
     )
 
 
@@ -116,9 +113,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
             'bbox_head': YOLOv5Head(num_classes, size.widen_factor),
         }
     return {
-        f'{part}.{name}': tensor.shape
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
+        f'{part}.{name}': tensor.shape for part, module in parts.items() for name, tensor in module.state_dict().items()
     }
 
 
@@ -146,12 +141,10 @@ def _detect(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
         anchors = state_dict['bbox_head.anchors'].shape[1]
     except (KeyError, IndexError) as error:
         raise UserError(
-            'this is no YOLOv5 detector of v6.0 or later (no stem, head or anchors found where '
-            'that model has them)'
+            'this is no YOLOv5 detector of v6.0 or later (no stem, head or anchors found where that model has them)'
         ) from error
     depth = sum(
-        re.fullmatch(r'backbone\.stage1\.1\.blocks\.\d+\.conv1\.conv\.weight', name) is not None
-        for name in state_dict
+        re.fullmatch(r'backbone\.stage1\.1\.blocks\.\d+\.conv1\.conv\.weight', name) is not None for name in state_dict
     )
     for key, size in SIZES.items():
         if (scale_width(64, size.widen_factor), scale_depth(3, size.deepen_factor)) == (

@@ -23,7 +23,6 @@ from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 
-
 GALLERY_IMAGES = 16
 
 

@@ -31,7 +31,9 @@ class FiniteLossHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
     ) -> None:
         """Check the loss of this iteration."""
-        if not (self.every_n_train_iters(runner, self.interval) or self.end_of_epoch(runner.train_dataloader, batch_idx)):
+        if not (
+            self.every_n_train_iters(runner, self.interval) or self.end_of_epoch(runner.train_dataloader, batch_idx)
+        ):
             return
         loss = (outputs or {}).get('loss')
         if loss is not None and not torch.isfinite(loss):

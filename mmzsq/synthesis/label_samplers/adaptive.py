@@ -193,17 +193,12 @@ class AdaptiveLabelSampler(LabelSampler):
         confident = confident[confident.scores > self.score_thr]
         confident.bboxes = clip_boxes_to_image(confident.bboxes.float(), image_size)
         # It tells classes apart by offsets added to the boxes: in doubles these cost no precision.
-        keep = batched_nms(
-            confident.bboxes.double(), confident.scores.double(), confident.labels, self.nms_iou
-        )
+        keep = batched_nms(confident.bboxes.double(), confident.scores.double(), confident.labels, self.nms_iou)
         return confident[keep]
 
 
 def _concatenate(labels: InstanceData, predictions: InstanceData) -> InstanceData:
     """Labels and predictions of one image in the fields of the labels."""
     return InstanceData(
-        **{
-            name: torch.cat([value, predictions[name].to(value.dtype)])
-            for name, value in labels.items()
-        }
+        **{name: torch.cat([value, predictions[name].to(value.dtype)]) for name, value in labels.items()}
     )

@@ -118,9 +118,7 @@ def rescale_labels(
     return rescaled
 
 
-def checked_range(
-    name: str, value: Sequence[float], low: float, high: float
-) -> tuple[float, float]:
+def checked_range(name: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
     """Return ``value`` as a pair of numbers with ``low <= first <= second <= high``.
 
     Raises:
@@ -132,10 +130,7 @@ def checked_range(
         or not all(isinstance(bound, (int, float)) for bound in value)
         or not low <= value[0] <= value[1] <= high
     ):
-        raise UserError(
-            f'{name} must be two numbers (low, high) with {low} <= low <= high <= {high}, '
-            f'got {value!r}'
-        )
+        raise UserError(f'{name} must be two numbers (low, high) with {low} <= low <= high <= {high}, got {value!r}')
     return value[0], value[1]
 
 

@@ -56,9 +56,7 @@ class MultiBoxSampler(LabelSampler):
         UserError: If a range is empty or out of bounds.
     """
 
-    def __init__(
-        self, num_boxes: Sequence[int] = (1, 10), side: Sequence[float] = (0.1, 0.5)
-    ) -> None:
+    def __init__(self, num_boxes: Sequence[int] = (1, 10), side: Sequence[float] = (0.1, 0.5)) -> None:
         name = type(self).__name__
         low, high = checked_range(f'{name}: num_boxes', num_boxes, 1, math.inf)
         if not isinstance(low, int) or not isinstance(high, int):

@@ -33,9 +33,7 @@ class PlainYOLOv5:
             return math.ceil(number * width / 8) * 8
 
         def conv(name: str, inputs: int, outputs: int, kernel: int) -> None:
-            found[f'{name}.conv.weight'] = torch.randn(outputs, inputs, kernel, kernel) / (
-                kernel * inputs**0.5
-            )
+            found[f'{name}.conv.weight'] = torch.randn(outputs, inputs, kernel, kernel) / (kernel * inputs**0.5)
             found[f'{name}.bn.weight'] = torch.rand(outputs) + 0.5
             found[f'{name}.bn.bias'] = torch.randn(outputs) * 0.1
             found[f'{name}.bn.running_mean'] = torch.randn(outputs) * 0.1
@@ -84,12 +82,9 @@ class PlainYOLOv5:
 
         def conv(x: Tensor, name: str, stride: int = 1, padding: int | None = None) -> Tensor:
             weight = tensors[f'{name}.conv.weight'].float()
-            x = F.conv2d(
-                x, weight, None, stride, weight.shape[-1] // 2 if padding is None else padding
-            )
+            x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2 if padding is None else padding)
             scale, shift, mean, var = (
-                tensors[f'{name}.bn.{part}'].float()
-                for part in ('weight', 'bias', 'running_mean', 'running_var')
+                tensors[f'{name}.bn.{part}'].float() for part in ('weight', 'bias', 'running_mean', 'running_var')
             )
             return F.silu(F.batch_norm(x, mean, var, scale, shift, eps=1e-3))
 

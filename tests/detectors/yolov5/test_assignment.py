@@ -21,8 +21,7 @@ def matches(targets: PaddedTargets, anchors: Tensor) -> list[tuple[int, int, int
     """Return (anchor, column, row) of all that answer, on a map of 4 rows and 6 columns."""
     x, y, matched = find_candidates(targets, anchors, 8, (4, 6), 4.0)
     return sorted(
-        (anchor, int(x[0, 0, 0, place]), int(y[0, 0, 0, place]))
-        for anchor, place in matched[0, 0].nonzero().tolist()
+        (anchor, int(x[0, 0, 0, place]), int(y[0, 0, 0, place])) for anchor, place in matched[0, 0].nonzero().tolist()
     )
 
 
@@ -43,9 +42,7 @@ SQUARE = torch.tensor([[10.0, 10.0]])
         ((6.0, 4.0), [(5, 3), (5, 3), (5, 3)]),  # on the border of the map: the cell inside
     ],
 )
-def test_centre_and_nearest_neighbours_answer(
-    centre: tuple[float, float], cells: list[tuple[int, int]]
-) -> None:
+def test_centre_and_nearest_neighbours_answer(centre: tuple[float, float], cells: list[tuple[int, int]]) -> None:
     found = matches(one_target(centre[0] * 8, centre[1] * 8, 10, 10), SQUARE)
     assert found == sorted((0, *cell) for cell in cells)
 

@@ -18,10 +18,7 @@ def head() -> YOLOv5Head:
 
 def random_maps(images: int = 2, rows: int = 2, columns: int = 3) -> list[torch.Tensor]:
     """Maps of a network input of 32 * rows by 32 * columns pixels."""
-    return [
-        torch.randn(images, 3 * (5 + CLASSES), rows * factor, columns * factor)
-        for factor in (4, 2, 1)
-    ]
+    return [torch.randn(images, 3 * (5 + CLASSES), rows * factor, columns * factor) for factor in (4, 2, 1)]
 
 
 def plain_nms(bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> list[int]:
@@ -100,9 +97,7 @@ def test_nothing_likely_gives_no_detections(head: YOLOv5Head) -> None:
 
 def test_predict_takes_features_and_data_samples(head: YOLOv5Head) -> None:
     feats = [torch.randn(1, 32, 8, 8), torch.randn(1, 64, 4, 4), torch.randn(1, 128, 2, 2)]
-    sample = DetDataSample(
-        metainfo=dict(img_shape=(64, 64), ori_shape=(32, 32), scale_factor=(2.0, 2.0))
-    )
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(32, 32), scale_factor=(2.0, 2.0)))
     (result,) = head.predict(feats, [sample], rescale=True)
     assert isinstance(result, InstanceData)
     assert result.bboxes.max() <= 32

@@ -17,9 +17,7 @@ SIZE = (96, 160)  # height, width in pixels
 
 def random_maps(images: int = 3, scale: float = 1.0) -> list[Tensor]:
     return [
-        (
-            torch.randn(images, 3 * (5 + CLASSES), SIZE[0] // s, SIZE[1] // s) * scale
-        ).requires_grad_()
+        (torch.randn(images, 3 * (5 + CLASSES), SIZE[0] // s, SIZE[1] // s) * scale).requires_grad_()
         for s in (8, 16, 32)
     ]
 
@@ -39,9 +37,7 @@ def reference_loss(
 ) -> dict[str, Tensor]:
     """YOLOv5's loss, one image, target, anchor and cell at a time, in units of cells."""
     box_loss = cls_loss = obj_loss = torch.zeros(())
-    for level, level_anchors, stride, balance in zip(
-        maps, anchors, strides, (4, 1, 0.4), strict=True
-    ):
+    for level, level_anchors, stride, balance in zip(maps, anchors, strides, (4, 1, 0.4), strict=True):
         images, _, rows, columns = level.shape
         outputs = level.view(images, 3, 5 + CLASSES, rows, columns)
         objectness = torch.zeros(images, 3, rows, columns)
@@ -139,9 +135,7 @@ def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLOv5
 def test_padding_may_hold_anything(head: YOLOv5Head) -> None:
     maps = random_maps()
     targets = pad_targets(random_instances(2, 1, 0), length=4)
-    noise = torch.where(
-        targets.valid[..., None], targets.bboxes, torch.full_like(targets.bboxes, 1e4)
-    )
+    noise = torch.where(targets.valid[..., None], targets.bboxes, torch.full_like(targets.bboxes, 1e4))
     expected = head.loss_by_targets(maps, targets)
     result = head.loss_by_targets(maps, PaddedTargets(noise, targets.labels, targets.valid))
     for name in expected:
@@ -160,9 +154,7 @@ def test_low_precision_maps_give_a_loss_in_float32(head: YOLOv5Head) -> None:
 def test_the_head_takes_data_samples_and_runs_forward_once(head: YOLOv5Head) -> None:
     seen = []
     head.register_forward_hook(lambda _, __, output: seen.append(output))
-    feats = [
-        torch.randn(1, c, SIZE[0] // s, SIZE[1] // s) for c, s in ((32, 8), (64, 16), (128, 32))
-    ]
+    feats = [torch.randn(1, c, SIZE[0] // s, SIZE[1] // s) for c, s in ((32, 8), (64, 16), (128, 32))]
     sample = DetDataSample(metainfo=dict(img_shape=SIZE))
     (sample.gt_instances,) = random_instances(3)
     losses = head.loss(feats, [sample])

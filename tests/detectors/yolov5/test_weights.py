@@ -78,9 +78,7 @@ def test_every_name_and_shape_is_checked(plain) -> None:
         convert_yolov5({**tensors, 'model.0.conv.weight': torch.zeros(1, 3, 6, 6)})
 
 
-def test_real_weights_detect_what_a_plain_implementation_detects(
-    plain, repo: Path, shared: Path
-) -> None:
+def test_real_weights_detect_what_a_plain_implementation_detects(plain, repo: Path, shared: Path) -> None:
     source = read_ultralytics(shared / 'weights/yolov5n.pt')
     assert source.classes[:2] == ('person', 'bicycle')
     detector = build(repo, 'n', 80)
@@ -101,9 +99,7 @@ def test_real_weights_detect_what_a_plain_implementation_detects(
         for label in range(80):
             likely = (scores[0, :, label] > 0.3).nonzero().flatten()
             kept = likely[nms(bboxes[0, likely], scores[0, likely, label], 0.6)]
-            for x1, y1, x2, y2, score in torch.cat(
-                (bboxes[0, kept], scores[0, kept, label, None]), dim=1
-            ).tolist():
+            for x1, y1, x2, y2, score in torch.cat((bboxes[0, kept], scores[0, kept, label, None]), dim=1).tolist():
                 box = ((x1 - pad_x) / ratio, (y1 - pad_y) / ratio)
                 box += ((x2 - pad_x) / ratio, (y2 - pad_y) / ratio)
                 expected.append((score, label, *box))
