@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a detector's config and a ``zsq`` section to a plain config that MMEngine's Runner runs.
 
-:func:`compose` is a pure function. It replaces what training needs (model, train loop, loader, optimizer, schedules) and
-keeps what is the user's: validation, test, visualizer, environment and hooks.
+:func:`compose` is a pure function. It replaces what training needs (model, train loop, loader, optimizer, schedules)
+and keeps what is the user's: validation, test, visualizer, environment and hooks.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def compose(cfg: Config) -> Config:
     cfg = copy.deepcopy(cfg)
     if 'zsq' not in cfg:
         raise UserError(
-            "this config has no zsq section: add a base such as 'mmzsq::_base_/zsq_w4a8.py' beside the detector's config"
+            "this config has no zsq section: add a base such as 'mmzsq::_base_/zsq_w4a8.py' beside that of the detector"
         )
     if 'model' not in cfg:
         raise UserError("this config has no model: add the detector's config to _base_, beside the zsq base")

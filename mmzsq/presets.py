@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config does not say: the two complete sets of defaults of the ``zsq`` section.
 
-``default`` is the best label-free recipe measured in this project. ``paper`` repeats the paper (YOLOv5 settings: section
-3, appendix, and what its authors' code does where the two differ); leaves of other architectures override its numbers.
+``default`` is the best label-free recipe measured in this project. ``paper`` repeats the paper (its YOLOv5
+settings, and what its authors' code does where the two differ); leaves of other architectures override its numbers.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ zsq = dict(
     calibration_set=dict(num_images=64, batch_size=32),
     label_sampler=dict(warmup=60, interval=10),
     synthesis=dict(
-        relabel=dict(image_size=128, iterations=150, batch_size=64),
-        synthesise=dict(image_size=256, iterations=120, batch_size=32),
+        relabel=dict(image_size=128, iterations=120, batch_size=64),
+        synthesise=dict(image_size=256, iterations=100, batch_size=32),
     ),
-    train=dict(max_epochs=40),
+    train=dict(max_epochs=30),
 )

@@ -19,7 +19,7 @@ from mmzsq.errors import UserError
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
     """Sum what MMEngine's ``parse_losses`` would: every value whose key contains ``loss``, lists included."""
-    terms = []
+    terms: list[Tensor] = []
     for name, value in losses.items():
         if 'loss' in name:
             terms.extend(value if isinstance(value, Sequence) else [value])
@@ -90,15 +90,15 @@ class DetectionTask:
     """
 
     def __init__(self, detector: nn.Module) -> None:
-        self.detector = detector.eval().requires_grad_(False)
+        self.detector: Any = detector.eval().requires_grad_(False)
         self.num_classes = num_classes(detector)
         preprocessor = detector.data_preprocessor
         # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
-        mean = getattr(preprocessor, 'mean', None)
-        std = getattr(preprocessor, 'std', None)
-        self._mean = torch.zeros(3, 1, 1) if mean is None else mean.detach().clone().float().view(-1, 1, 1)
-        self._std = torch.ones(3, 1, 1) if std is None else std.detach().clone().float().view(-1, 1, 1)
+        self._mean, self._std = (
+            torch.as_tensor(getattr(preprocessor, name, neutral), device=self.device).float().view(-1, 1, 1)
+            for name, neutral in (('mean', 0.0), ('std', 1.0))
+        )
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +114,7 @@ class DetectionTask:
         Returns:
             What the network takes, the same shape.
         """
-        mean, std = self._mean.to(images.device), self._std.to(images.device)
-        return (images * 255 - mean) / std
+        return (images * 255 - self._mean) / self._std
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> list[DetDataSample]:
         """Wrap labels as MMDetection's losses take them, on the detector's device.
@@ -132,7 +131,7 @@ class DetectionTask:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:
-        """Return what the detector finds: ``bboxes`` (n, 4) xyxy pixels, ``scores`` (n,), ``labels`` (n,), on the CPU."""
+        """Return what the detector finds, on the CPU: ``bboxes`` (n, 4) xyxy pixels, ``scores``, ``labels`` (n,)."""
         samples = blank_samples(len(images), (images.shape[2], images.shape[3]), self.device)
         results = self.detector.predict(self.to_inputs(images), samples, rescale=False)
         return [result.pred_instances.to('cpu') for result in results]

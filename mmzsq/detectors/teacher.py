@@ -51,8 +51,8 @@ def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
     if missing or unfit:
         raise UserError(
             f'{checkpoint} is not a checkpoint of this detector: {len(missing)} weights are missing '
-            f'({", ".join(missing[:3])}), {len(unfit)} have another shape ({"; ".join(unfit[:3])}). Check that the config '
-            'and its number of classes are those the detector was trained with'
+            f'({", ".join(missing[:3])}), {len(unfit)} have another shape ({"; ".join(unfit[:3])}). Check that the '
+            'config and its number of classes are those the detector was trained with'
         )
     detector.load_state_dict(state, strict=False)
     return dict(loaded.get('meta') or {}) if 'state_dict' in loaded else {}

@@ -13,7 +13,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmzsq.detectors.task import blank_samples
+from mmzsq.detectors.task import blank_samples, sum_losses
 from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import Recorder
 from mmzsq.errors import UserError
@@ -43,8 +43,8 @@ class ZeroShotDetector(BaseModel):
     Args:
         detector: Config of the float detector, as MMDetection builds it.
         quantizer: The section ``zsq.quantizer``.
-        distillation: The section ``zsq.distillation``: ``detection_weight`` of the detector's own loss on the set's labels,
-            and ``losses``, configs of :class:`~mmzsq.distillation.DistillationLoss`.
+        distillation: The section ``zsq.distillation``: ``detection_weight`` of the detector's own loss on the set's
+            labels, and ``losses``, configs of :class:`~mmzsq.distillation.DistillationLoss`.
         teacher: Checkpoint of the float detector, file or URL. Read by :meth:`load_teacher`.
         bn: ``'frozen'``: the student's BatchNorm keeps the teacher's statistics; ``'train'``: it gathers new ones.
     """
@@ -59,16 +59,16 @@ class ZeroShotDetector(BaseModel):
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
-        student = MMDET_MODELS.build(detector)
+        student: Any = MMDET_MODELS.build(detector)
         super().__init__(data_preprocessor=student.data_preprocessor)
-        self.student = student
+        self.student: Any = student
         self.teacher_checkpoint = teacher
         self.teacher_meta: dict[str, Any] = {}
         self.bn = bn
         self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student))
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
-        self.distillation_losses = nn.ModuleList(
+        self.distillation_losses: Any = nn.ModuleList(
             build_part(MODELS, loss, 'zsq.distillation.losses') for loss in distillation['losses']
         )
         self.detector_cfg = detector
@@ -160,13 +160,7 @@ class ZeroShotDetector(BaseModel):
         losses: dict[str, Tensor] = {}
         with recorder_S.recording() as outputs_S:
             if self.detection_weight:
-                for name, value in self.student.loss(inputs, data_samples).items():
-                    scaled = (
-                        [self.detection_weight * term for term in value]
-                        if isinstance(value, list)
-                        else (self.detection_weight * value if 'loss' in name else value)
-                    )
-                    losses[name] = scaled
+                losses['loss_detection'] = self.detection_weight * sum_losses(self.student.loss(inputs, data_samples))
             else:
                 self.student(inputs, data_samples, mode='tensor')
         for index, loss in enumerate(self.distillation_losses):

@@ -166,7 +166,7 @@ class FeatureMSELoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar."""
-        losses = []
+        losses: list[Tensor] = []
         for name, features in teacher.items():
             if name in self._names(detector):
                 losses.extend(self._layer(s.float(), t.float()) for s, t in zip(student[name], features, strict=True))
@@ -194,9 +194,9 @@ def binary_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 class DensePredictionLoss(DistillationLoss):
     """What each location says: objectness, categories and box, weighted by the teacher's objectness.
 
-    Objectness is compared everywhere, categories (binary KL, summed over them) and boxes (1 - CIoU) in proportion to the
-    teacher's probability of an object; all is divided by the sum of these probabilities over the batch, the soft number of
-    objects.
+    Objectness is compared everywhere, categories (binary KL, summed over them) and boxes (1 - CIoU) in proportion to
+    the teacher's probability of an object; all is divided by the sum of these probabilities over the batch, the soft
+    number of objects.
 
     Args:
         loss_weight: Factor of the whole loss.
@@ -225,8 +225,9 @@ class DensePredictionLoss(DistillationLoss):
         """The head."""
         if not hasattr(getattr(detector, self.head, None), 'dense_predictions'):
             raise UserError(
-                f'DensePredictionLoss needs {self.head}.dense_predictions(maps), which {type(detector).__name__} lacks: '
-                "use dict(type='mmzsq.PredictionKLLoss') in zsq.distillation.losses, or add the method to the head"
+                f'DensePredictionLoss needs {self.head}.dense_predictions(maps), which {type(detector).__name__} '
+                "lacks: use dict(type='mmzsq.PredictionKLLoss') in zsq.distillation.losses, or add the method to "
+                'the head'
             )
         return [self.head]
 

@@ -30,8 +30,9 @@ def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
     Args:
         model: Any network.
-        patterns: Each a shell pattern of a module's name (``'backbone.*.conv'``), ``'re:'`` and a regular expression that
-            must match the whole name, or ``'type:'`` and the name of a class or of one of its bases (``'type:Conv2d'``).
+        patterns: Each a shell pattern of a module's name (``'backbone.*.conv'``), ``'re:'`` and a regular expression
+            that must match the whole name, or ``'type:'`` and the name of a class or of one of its bases
+            (``'type:Conv2d'``).
 
     Raises:
         UserError: If nothing matches a pattern.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run: accuracy of teacher, post-training quantization and student on the user's data, as a table and JSON."""
+"""The end of a run: accuracy of teacher, post-training quantization and student, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
         runner._val_loop = runner.build_val_loop(runner._val_loop)
     except FileNotFoundError as error:
         runner.logger.warning(
-            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in {runner.work_dir}, '
-            'evaluate it with tools/test.py where the data is'
+            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
+            f'{runner.work_dir}, evaluate it with tools/test.py where the data is'
         )
         return {}, {}
     detector = runner.detector

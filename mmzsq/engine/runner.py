@@ -56,7 +56,8 @@ class ZeroShotRunner(Runner):
 
     def train(self) -> nn.Module:
         """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""
-        val_loop, self._val_loop = self._val_loop, None
+        val_loop: Any = self._val_loop
+        self._val_loop: Any = None
         if not self._resume:
             # The student starts from the teacher, which the model loads by itself and checks.
             self._load_from = None
@@ -83,5 +84,6 @@ def find_teacher(cfg: Config) -> str:
     if cfg.filename is not None and (teacher := Config.fromfile(cfg.filename).get('load_from')):
         return teacher
     raise UserError(
-        f'cannot tell which teacher the run in {cfg.work_dir} started from: start it without --resume, with load_from set'
+        f'cannot tell which teacher the run in {cfg.work_dir} started from: start it without --resume, with '
+        'load_from set'
     )

@@ -76,8 +76,8 @@ class CalibrationSetGenerator:
 
     Args:
         task: The frozen detector.
-        synthesis: The section ``zsq.synthesis``: ``relabel`` (None for one stage, a dict, or a list of dicts for several
-            rounds), ``synthesise``, ``priors``, and arguments of :class:`Synthesizer`.
+        synthesis: The section ``zsq.synthesis``: ``relabel`` (None for one stage, a dict, or a list of dicts for
+            several rounds), ``synthesise``, ``priors``, and arguments of :class:`Synthesizer`.
         label_sampler: The section ``zsq.label_sampler``.
         batch_size: Images a batch where a stage does not say.
         seed: Of the whole set.

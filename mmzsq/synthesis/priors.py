@@ -106,8 +106,8 @@ class BNStatisticsPrior(Prior):
     """Distance between the statistics of a synthetic batch and those that BatchNorm layers remember.
 
     ``form='l2'`` is the paper's: for every layer the Euclidean norms over channels of the differences of variances and
-    of means, summed over layers. ``form='kl'`` is, for every layer, the mean over channels of the Gaussian KL divergence
-    (batch || running), summed over layers: free of the scale of the features, so that no layer dominates.
+    of means, summed over layers. ``form='kl'`` is, for every layer, the mean over channels of the Gaussian KL
+    divergence (batch || running), summed over layers: free of the scale of the features, so that no layer dominates.
 
     Args:
         weight: Weight of the sum over all layers.

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from mmengine.structures import InstanceData
 
+from mmzsq.errors import UserError
+
 TILE = 256
 GAP = 4
 
@@ -22,7 +24,7 @@ GAP = 4
 def _colour(label: int) -> tuple[int, int, int]:
     """A bright RGB colour of its own for each category."""
     hue = int(label * 180 * 0.618034) % 180
-    red, green, blue = cv2.cvtColor(np.uint8([[[hue, 220, 255]]]), cv2.COLOR_HSV2RGB)[0, 0]
+    red, green, blue = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
     return int(red), int(green), int(blue)
 
 
@@ -55,7 +57,10 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
 
 
 def save_gallery(
-    path: str | os.PathLike[str], images: Sequence[np.ndarray], labels: Sequence[InstanceData], classes: Sequence[str]
+    path: str | os.PathLike[str],
+    images: Sequence[np.ndarray] | np.ndarray,
+    labels: Sequence[InstanceData],
+    classes: Sequence[str],
 ) -> None:
     """Write a PNG with all images, about twice as wide as high, in the order given.
 
@@ -93,7 +98,10 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
     images, labels = [], []
     for index in indices:
         image = coco['images'][index]
-        images.append(cv2.imread(str(Path(root) / 'images' / image['file_name']))[..., ::-1])
+        pixels = cv2.imread(str(Path(root) / 'images' / image['file_name']))
+        if pixels is None:
+            raise UserError(f'{image["file_name"]} in {root} is missing or damaged: run CalibrationSet.verify()')
+        images.append(pixels[..., ::-1])
         boxes = torch.tensor([a['bbox'] for a in annotations[image['id']]], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         classes = torch.tensor([category_index[a['category_id']] for a in annotations[image['id']]], dtype=torch.long)

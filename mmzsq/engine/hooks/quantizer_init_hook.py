@@ -67,8 +67,8 @@ class QuantizerInitHook(Hook):
         names = _uninitialised(runner.detector.student)
         if names:
             raise UserError(
-                f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a float '
-                "checkpoint. Test it with the detector's own config, or give the checkpoint that training wrote"
+                f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
+                "float checkpoint. Test it with the detector's own config, or give the checkpoint that training wrote"
             )
 
     def before_val(self, runner: Runner) -> None:
