@@ -75,6 +75,9 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
     if preset not in PRESETS:
         raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
     section = merge(dict(PRESETS[preset], preset=preset), zsq)
+    for name in (*SECTION_KEYS, *PART_SECTIONS):
+        if not isinstance(section[name], Mapping):
+            raise UserError(f'zsq.{name} is a dict, not {section[name]!r}')
     for name, allowed in SECTION_KEYS.items():
         check_keys(section[name], allowed, f'zsq.{name}')
     for name, key in (
@@ -205,7 +208,12 @@ def _param_scheduler(train: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] not in TRAINING_ONLY_HOOKS]
+    kept = [
+        hook
+        for hook in cfg.get('custom_hooks') or []
+        # With a scope ('mmdet.PipelineSwitchHook') or without.
+        if getattr(hook['type'], '__name__', hook['type']).rsplit('.', 1)[-1] not in TRAINING_ONLY_HOOKS
+    ]
     calibration_set = section['calibration_set']
     own: list[dict[str, Any]] = [
         dict(

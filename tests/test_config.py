@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``compose`` makes of a detector's config and a zsq section, and the paper's numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from mmzsq.config import class_names, complete_section, compose, merge
+from mmzsq.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+LEAVES = sorted(path.name for path in (CONFIGS / 'zsq').glob('*.py'))
+
+
+@pytest.fixture
+def user() -> Config:
+    """A user's config: a detector to be trained, with all that training needs, and a zsq section."""
+    loader = dict(batch_size=1, dataset=dict(type='CocoDataset', metainfo=dict(classes=('cat', 'dog')), ann_file='no'))
+    return Config(
+        dict(
+            model=dict(type='YOLOX', bbox_head=dict(num_classes=2)),
+            load_from='teacher.pth',
+            work_dir='out',
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=10, val_begin=3),
+            train_dataloader=dict(batch_size=7, batch_sampler=dict(type='AspectRatioBatchSampler'), dataset=dict()),
+            optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1, momentum=0.9)),
+            param_scheduler=[dict(type='MultiStepLR', milestones=[1])],
+            auto_scale_lr=dict(enable=True, base_batch_size=16),
+            val_cfg=dict(type='ValLoop'),
+            val_dataloader=loader,
+            val_evaluator=dict(type='CocoMetric'),
+            test_cfg=dict(type='TestLoop'),
+            test_dataloader=loader,
+            test_evaluator=dict(type='CocoMetric', metric='bbox'),
+            visualizer=dict(type='DetLocalVisualizer'),
+            env_cfg=dict(cudnn_benchmark=True),
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=5),
+                checkpoint=dict(type='CheckpointHook', interval=2, save_best='auto'),
+            ),
+            custom_hooks=[
+                dict(type='YOLOXModeSwitchHook'),
+                dict(type='mmdet.PipelineSwitchHook'),
+                dict(type='EMAHook'),
+                dict(type='EmptyCacheHook'),
+            ],
+            zsq=dict(quantizer=dict(w_bits=4)),
+        )
+    )
+
+
+def composed(cfg: Config, **zsq: Any) -> Config:
+    cfg = copy.deepcopy(cfg)
+    cfg.zsq = merge(cfg.zsq.to_dict(), zsq)
+    return compose(cfg)
+
+
+def types(hooks: Any) -> list[str]:
+    return [hook.type for hook in hooks]
+
+
+# What stays and what goes.
+
+
+def test_composing_leaves_its_argument_alone_and_a_composed_config_as_it_is(user: Config) -> None:
+    before = copy.deepcopy(user.to_dict())
+    once = compose(user)
+    assert user.to_dict() == before
+    twice = compose(once)
+    assert twice.to_dict() == once.to_dict()
+    assert twice is not once
+
+
+def test_what_is_the_users_is_kept(user: Config) -> None:
+    cfg = compose(user)
+    kept = (
+        *('val_cfg', 'val_dataloader', 'val_evaluator', 'test_cfg', 'test_dataloader', 'test_evaluator'),
+        *('visualizer', 'env_cfg', 'load_from', 'work_dir'),
+    )
+    assert {key: cfg[key] for key in kept} == {key: user[key] for key in kept}
+    assert cfg.default_hooks.logger.interval == 5
+    assert cfg.default_hooks.checkpoint.interval == 2
+
+
+def test_what_trains_the_float_detector_is_replaced_as_a_whole(user: Config) -> None:
+    cfg = compose(user)
+    assert cfg.model.type == 'mmzsq.ZeroShotDetector'
+    assert cfg.model.detector == user.model
+    assert cfg.model.teacher == 'teacher.pth'
+    assert set(cfg.train_cfg) == {'type', 'max_epochs', 'val_interval'}
+    assert 'batch_sampler' not in cfg.train_dataloader
+    assert cfg.train_dataloader.dataset.type == 'mmzsq.CalibrationDataset'
+    assert 'momentum' not in cfg.optim_wrapper.optimizer
+    assert types(cfg.param_scheduler) == ['CosineAnnealingLR']
+    assert cfg.auto_scale_lr.enable is False
+
+
+def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Config) -> None:
+    cfg = compose(user)
+    assert types(cfg.custom_hooks) == [
+        *('EmptyCacheHook', 'mmzsq.CalibrationSetHook', 'mmzsq.QuantizerInitHook', 'mmzsq.FiniteLossHook'),
+    ]
+    assert 'save_best' not in cfg.default_hooks.checkpoint
+
+
+def test_the_set_lies_beside_the_run_unless_the_config_says_where(user: Config) -> None:
+    for cfg, folder in (
+        (compose(user), 'out/calibration_set'),
+        (composed(user, calibration_set=dict(dir='/sets/a')), '/sets/a'),
+    ):
+        assert cfg.train_dataloader.dataset.data_root == folder
+        assert next(hook for hook in cfg.custom_hooks if 'root' in hook).root == folder
+
+
+def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
+    train = dict(batch_size=3, max_epochs=7, ema=0.99, bn='train', clip_grad=None, amp=True, schedule='constant')
+    cfg = composed(user, train=train, calibration_set=dict(seed=5))
+    assert (cfg.train_dataloader.batch_size, cfg.train_cfg.max_epochs, cfg.model.bn) == (3, 7, 'train')
+    assert cfg.custom_hooks[-1].type == 'EMAHook'
+    assert cfg.custom_hooks[-1].momentum == pytest.approx(0.01)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert 'clip_grad' not in cfg.optim_wrapper
+    assert cfg.param_scheduler == []
+    assert cfg.randomness.seed == 5
+    user.randomness = dict(seed=11)
+    assert compose(user).randomness.seed == 11
+
+
+def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
+    cfg = composed(user, train=dict(optimizer=dict(lr=1e-4, weight_decay=0.1), step_lr=5e-3))
+    steps = cfg.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.']
+    assert cfg.optim_wrapper.optimizer.lr * steps.lr_mult == pytest.approx(5e-3)
+    assert steps.decay_mult == 0
+    shared = composed(user, train=dict(step_lr=None))
+    assert shared.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.'].lr_mult == 1
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ('zsq', 'message'),
+    [
+        (dict(quantiser=dict()), "unknown key 'quantiser' in zsq. Did you mean 'quantizer'?"),
+        (dict(train=dict(epochs=3)), "unknown key 'epochs' in zsq.train. Did you mean 'max_epochs'?"),
+        (dict(calibration_set=dict(num_image=3)), "Did you mean 'num_images'?"),
+        (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesise'?"),
+        (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
+        (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', not 'papper'"),
+        (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
+        (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
+        (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
+        (dict(calibration_set=dict(num_images='many')), "zsq.calibration_set.num_images is a whole .* not 'many'"),
+        (dict(train=None), 'zsq.train is a dict, not None'),
+        (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
+    ],
+)
+def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        composed(user, **zsq)
+
+
+@pytest.mark.parametrize(('key', 'message'), [('zsq', 'no zsq section'), ('model', 'no model')])
+def test_a_config_without_the_section_or_a_model_is_refused(user: Config, key: str, message: str) -> None:
+    user.pop(key)
+    with pytest.raises(UserError, match=message):
+        compose(user)
+
+
+# Merging.
+
+
+def test_mappings_merge_key_by_key_and_all_else_is_replaced() -> None:
+    base = dict(a=dict(b=1, c=[1, 2]), d=4)
+    merged = merge(base, dict(a=dict(c=[3]), e=None))
+    assert merged == dict(a=dict(b=1, c=[3]), d=4, e=None)
+    merged['a']['c'].append(4)
+    assert base == dict(a=dict(b=1, c=[1, 2]), d=4)
+
+
+@pytest.mark.parametrize(
+    ('override', 'merged'),
+    [
+        (dict(type='A', y=2), dict(type='A', x=1, y=2)),
+        (dict(type='B', y=2), dict(type='B', y=2)),
+        (dict(_delete_=True, y=2), dict(y=2)),
+        (dict(y=2), dict(type='A', x=1, y=2)),
+        ('B', 'B'),
+    ],
+)
+def test_another_type_replaces_the_base(override: Any, merged: Any) -> None:
+    assert merge(dict(part=dict(type='A', x=1)), dict(part=override)) == dict(part=merged)
+
+
+# Class names.
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'names'),
+    [
+        (dict(type='CocoDataset', metainfo=dict(classes=('cat',)), ann_file='/nowhere.json'), ['cat']),
+        (dict(type='mmzsq.ShapesDataset'), 8),
+        (dict(type='CocoDataset', data_root='/nowhere'), 80),
+        (dict(type='RepeatDataset', dataset=dict(type='VOCDataset')), 20),
+        (dict(type='ConcatDataset', datasets=[dict(metainfo=dict(classes=['a', 'b']))]), ['a', 'b']),
+        (dict(type='NeverRegistered'), None),
+    ],
+)
+def test_class_names_come_from_the_config_without_reading_data(dataset: Any, names: list[str] | int | None) -> None:
+    register_all_modules()
+    found = class_names(Config(dict(val_dataloader=dict(dataset=dataset))))
+    assert (found if found is None or not isinstance(names, int) else len(found)) == names
+
+
+def test_evaluation_names_the_classes_before_training_does() -> None:
+    loaders = {
+        f'{name}_dataloader': dict(dataset=dict(metainfo=dict(classes=(name,)))) for name in ('train', 'test', 'val')
+    }
+    assert class_names(Config(loaders)) == ['val']
+    assert class_names(Config(dict(val_dataloader=None, **{'train_dataloader': loaders['train_dataloader']}))) == [
+        'train'
+    ]
+
+
+# The configs that ship.
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_every_leaf_composes_into_what_its_name_says(leaf: str) -> None:
+    cfg = compose(Config.fromfile(CONFIGS / 'zsq' / leaf))
+    w_bits, a_bits = leaf.removesuffix('.py').rsplit('_w', 1)[1].split('a')
+    assert (cfg.zsq.quantizer.w_bits, cfg.zsq.quantizer.a_bits) == (int(w_bits), int(a_bits))
+    assert cfg.runner_type == 'mmzsq.ZeroShotRunner'
+    assert cfg.zsq.preset == 'default'
+    detector = leaf.rsplit('_w', 1)[0]
+    base = f'shapes/{detector}.py' if 'shapes' in leaf else f'yolov5/{detector}_coco.py'
+    assert cfg.model.detector == Config.fromfile(CONFIGS / base).model
+
+
+@pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if leaf.endswith('_w4a4.py')])
+def test_every_architecture_builds(leaf: str) -> None:
+    register_all_modules()
+    model = MODELS.build(compose(Config.fromfile(CONFIGS / 'zsq' / leaf)).model)
+    bits = {(layer.w_bits, layer.a_bits) for layer in model.report.layers}
+    # The first and the last layers have 8 bits in the default preset.
+    assert bits == {(4, 4), (8, 8)}
+
+
+def test_the_paper_preset_is_the_paper() -> None:
+    """FACTS.md, sections 2 to 5, the column of YOLOv5, as it is written there."""
+    expected = dict(
+        preset='paper',
+        quantizer=dict(
+            type='mmzsq.LSQ',
+            w_bits=8,
+            a_bits=8,
+            weight=dict(scheme='signed', per_channel=False, init='lsq'),
+            activation=dict(scheme='signed', init='lsq'),
+            step='linear',
+            first_bits=None,
+            last_bits=None,
+        ),
+        label_sampler=dict(
+            type='mmzsq.AdaptiveLabelSampler',
+            start=dict(type='mmzsq.SingleBoxSampler', side=(0.2, 0.8)),
+            warmup=800,
+            interval=50,
+            score_thr=0.2,
+            add_iou=0.35,
+            remove_iou=0.35,
+            area=(0.01, 0.85),
+        ),
+        synthesis=dict(
+            relabel=dict(image_size=160, iterations=2500, batch_size=64),
+            synthesise=dict(image_size=640, iterations=2500, batch_size=32),
+            priors=[
+                dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
+                dict(type='mmzsq.TotalVariationPrior', weight=5e-4),
+            ],
+            detection_weight=0.5,
+            detection_reduction='sum',
+            lr=0.2,
+            betas=(0.9, 0.999),
+            cutout=dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0),
+            clamp=True,
+            keep='best',
+            keep_interval=50,
+        ),
+        distillation=dict(
+            detection_weight=0.04,
+            losses=[
+                dict(type='mmzsq.PredictionKLLoss', tau=4.0, loss_weight=0.1),
+                dict(type='mmzsq.FeatureMSELoss', modules=['type:Conv2d', 'type:_BatchNorm'], loss_weight=1.0),
+            ],
+        ),
+        train=dict(
+            max_epochs=100,
+            batch_size=32,
+            optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
+            # The steps share the optimizer and its rate, which falls to 1e-6.
+            step_lr=None,
+            schedule='linear',
+            final_lr_ratio=0.01,
+            bn='train',
+            ema=0.9999,
+            clip_grad=10.0,
+            amp=True,
+            # The first batch gives the steps.
+            init_batches=1,
+        ),
+        calibration_set=dict(num_images=2000),
+    )
+    assert _only(complete_section(dict(preset='paper')), expected) == expected
+
+
+def _only(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``section`` that ``like`` has, however deep."""
+    return {key: _only(section[key], value) if isinstance(value, dict) else section[key] for key, value in like.items()}
+
+
+def test_a_presets_numbers_can_be_changed_one_by_one() -> None:
+    section = complete_section(dict(preset='paper', quantizer=dict(w_bits=4), train=dict(max_epochs=3)))
+    assert (section['quantizer']['w_bits'], section['quantizer']['step']) == (4, 'linear')
+    assert (section['train']['max_epochs'], section['train']['bn']) == (3, 'train')
+    assert complete_section({})['preset'] == 'default'
