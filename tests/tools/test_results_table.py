@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the READMEs: their numbers are those of the runs, and so are the model index's."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mmengine.config import Config, DictAction
+
+from mmzsq.config import complete_section
+
+TOOL = 'tools/analysis_tools/results_table.py'
+README = 'Text before.\n\n<!-- table of results/run -->\nold\n<!-- end of table -->\n\nText after.\n'
+LEAF = (
+    "runner_type = 'mmzsq.ZeroShotRunner'\nzsq = dict(quantizer=dict(w_bits={}, a_bits={}), train=dict(max_epochs=3))\n"
+)
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    """What a run of W4A4 with settings of its own writes, as far as the tool reads it."""
+    own = dict(
+        quantizer=dict(w_bits=4, a_bits=4),
+        calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),
+        label_sampler=dict(warmup=2),
+        synthesis=dict(betas=(0.5, 0.9), synthesise=dict(image_size=64, iterations=5, batch_size=2)),
+        train=dict(max_epochs=2, batch_size=3, ema=0.99),
+    )
+    section = json.loads(json.dumps(complete_section(own)))
+    return dict(
+        config='/home/somebody/configs/mmzsq/configs/zsq/tiny_w4a4.py',
+        preset='default',
+        quantizer=section.pop('quantizer'),
+        metrics=dict(
+            float={'coco/bbox_mAP': 0.294, 'coco/bbox_mAP_50': 0.4449},
+            ptq={},
+            zero_shot={'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_50': 0.332},
+        ),
+        model_mb=dict(float=7.52674, quantized=1.090664),
+        calibration_set=dict(
+            statistics=dict(images=6),
+            stages=dict(
+                relabel=dict(image_size=[32, 32], iterations=4, ms_per_image_iteration=0.18391),
+                synthesise=dict(image_size=[64, 48], iterations=5, ms_per_image_iteration=0.9936),
+            ),
+        ),
+        settings=section,
+        train=dict(iterations=4),
+        device='one GPU',
+        **changes,
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with the leaves of two bit widths, one run, and a README."""
+    (tmp_path / 'configs' / 'zsq').mkdir(parents=True)
+    for w_bits, a_bits in ((4, 4), (8, 8)):
+        leaf = tmp_path / 'configs' / 'zsq' / f'tiny_w{w_bits}a{a_bits}.py'
+        leaf.write_text(LEAF.format(w_bits, a_bits))
+    (tmp_path / 'results' / 'run').mkdir(parents=True)
+    keep(tmp_path, results())
+    (tmp_path / 'README.md').write_text(README)
+    return tmp_path
+
+
+def keep(root: Path, content: dict[str, Any], name: str = 'tiny_w4a4_default') -> None:
+    (root / 'results' / 'run' / f'{name}.json').write_text(json.dumps(content))
+
+
+def run(repo: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, arguments)])
+    runpy.run_path(str(repo / TOOL), run_name='__main__')
+
+
+@pytest.fixture
+def written(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The README with its tables."""
+    run(repo, monkeypatch, root / 'README.md', '--root', root)
+    return (root / 'README.md').read_text()
+
+
+def rows(markdown: str, bits: str) -> list[list[str]]:
+    table = [[cell.strip() for cell in line[1:-1].split('|')] for line in markdown.splitlines() if line[:1] == '|']
+    return [row for row in table if bits in row]
+
+
+def test_a_row_holds_what_the_run_measured(written: str) -> None:
+    [accuracy, _, how] = rows(written, 'W4A4')
+    assert accuracy == ['tiny', 'default', 'W4A4', '29.4 / 44.5', '0.0 / 0.0', '20.0 / 33.2', '7.53', '1.09']
+    assert how[3:] == ['6', '32 px x 4, 64x48 px x 5', '0.184, 0.994', '4 x 3', '7', 'one GPU']
+
+
+def test_what_was_not_run_is_empty_and_named(written: str) -> None:
+    empty = [''] * 5
+    assert rows(written, 'W8A8') == [['tiny', preset, 'W8A8', *empty] for preset in ('default', 'paper')]
+    assert 'Not run, therefore empty: tiny, default: W8A8; tiny, paper: W8A8, W4A4.' in written
+
+
+def test_unmeasured_accuracy_is_empty(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(root, dict(results(), metrics={}))
+    run(repo, monkeypatch, root / 'README.md', '--root', root)
+    [accuracy, *_] = rows((root / 'README.md').read_text(), 'W4A4')
+    assert accuracy[3:] == ['', '', '', '7.53', '1.09']
+
+
+def test_the_text_around_stays_and_no_place_on_a_machine_is_told(written: str) -> None:
+    assert written.startswith('Text before.\n') and written.endswith('\nText after.\n')
+    assert 'old' not in written
+    assert 'somebody' not in written and 'somewhere' not in written
+
+
+def test_the_command_sets_what_the_run_had(written: str, root: Path) -> None:
+    command = shlex.split(written.split('```bash\n')[1].split('```')[0].replace('\\\n', ' '))
+    assert command[:3] == ['python', 'tools/train.py', 'configs/zsq/tiny_w4a4.py']
+    assert command[3] == '--cfg-options'
+    cfg = Config.fromfile(root / command[2])
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    cfg.merge_from_dict(parser.parse_args(command[3:]).cfg_options)
+    section = json.loads(json.dumps(complete_section(cfg.zsq.to_dict())))
+    recorded = copy.deepcopy(results())
+    assert section.pop('quantizer') == recorded['quantizer']
+    # The run's own folder is on its machine; the default is beside the work_dir.
+    assert section['calibration_set'].pop('dir') is None
+    del recorded['settings']['calibration_set']['dir']
+    assert section == recorded['settings']
+
+
+def test_check_tells_a_stale_file_and_writes_nothing(
+    repo: Path, root: Path, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = (root / 'README.md', '--check', '--root', root)
+    run(repo, monkeypatch, *check)
+    stale = written.replace('29.4', '29.5')
+    (root / 'README.md').write_text(stale)
+    with pytest.raises(SystemExit) as stopped:
+        run(repo, monkeypatch, *check)
+    assert stopped.value.code == 1
+    assert (root / 'README.md').read_text() == stale
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(config='configs/zsq/other_w4a4.py'), 'other_w4a4.py is no config'),
+        (dict(preset='paper'), 'under the preset paper: name it so'),
+        (dict(settings=dict(synthesis=dict(priors=[dict(type='A')]))), 'zsq.synthesis.priors differs'),
+    ],
+)
+def test_a_mistake_is_one_message(
+    repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+) -> None:
+    content = results()
+    content.update(change)
+    content['settings'] = {**results()['settings'], **change.get('settings', {})}
+    keep(root, content)
+    with pytest.raises(SystemExit, match=f'^error: .*{message}'):
+        run(repo, monkeypatch, root / 'README.md', '--root', root)
+    assert (root / 'README.md').read_text() == README
+
+
+def test_a_file_without_markers_is_refused(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / 'README.md').write_text('no table')
+    with pytest.raises(SystemExit, match='^error: no table to write'):
+        run(repo, monkeypatch, root / 'README.md', '--root', root)
+
+
+def test_the_tables_of_this_repository_are_up_to_date(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(repo, monkeypatch, repo / 'configs' / 'zsq' / 'README.md', '--check')
+
+
+def test_the_model_index_holds_only_what_was_measured(repo: Path) -> None:
+    index = yaml.safe_load((repo / 'configs' / 'zsq' / 'metafile.yml').read_text())
+    kept = {path.stem: json.loads(path.read_text()) for path in (repo / 'results').rglob('*.json')}
+    collections = {collection['Name'] for collection in index['Collections']}
+    for model in index['Models']:
+        run_of_model = kept[f'{model["Name"]}_default']
+        assert model['Config'] == run_of_model['config']
+        assert (repo / model['Config']).is_file()
+        assert model['In Collection'] in collections
+        [result] = model['Results']
+        metrics = run_of_model['metrics']['zero_shot']
+        assert result['Metrics'] == {
+            'box AP': pytest.approx(100 * metrics['coco/bbox_mAP']),
+            'box AP50': pytest.approx(100 * metrics['coco/bbox_mAP_50']),
+        }
+
+
+def test_kept_results_name_no_place_on_a_machine(repo: Path) -> None:
+    for path in (repo / 'results').rglob('*.json'):
+        assert '"/' not in path.read_text(), path

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of a README from the ``results.json`` of the runs, or check that they are up to date.
+
+    python tools/analysis_tools/results_table.py configs/zsq/README.md
+    python tools/analysis_tools/results_table.py configs/zsq/README.md --check
+
+A run writes ``results.json`` into its work_dir; what is reported is kept as ``results/NAME/CONFIG_PRESET.json``. The
+tables stand between two lines of the markdown file, the first of which names the folder:
+
+    <!-- table of results/NAME -->
+    <!-- end of table -->
+
+There is a row for every leaf of a detector with results, and preset; what was not run stays empty. A command is what
+sets a run's recorded settings on top of its leaf, with the presets as they are now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmzsq.config import complete_section
+from mmzsq.errors import UserError
+from mmzsq.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r'(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
+RELATIVE_DIR = 'work_dirs/'
+"""What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf under one preset.
+
+    Attributes:
+        leaf: Path of its config in the repository.
+        preset: Name of the preset.
+        results: What its run wrote; None if it was not run.
+    """
+
+    leaf: str
+    preset: str
+    results: dict[str, Any] | None
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, as ``W4A8``."""
+        match = _leaf_name(self.leaf)
+        return f'W{match["w_bits"]}A{match["a_bits"]}'
+
+
+def main() -> None:
+    """Parse the command line; write or check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('markdown', type=Path, help='the file with the tables')
+    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if the file is not up to date')
+    parser.add_argument(
+        '--root', type=Path, default=ROOT, help='folder with configs/ and results/ (default: of this file)'
+    )
+    args = parser.parse_args()
+    try:
+        text = read_text(args.markdown)
+        updated = update(text, args.root)
+    except UserError as error:
+        raise SystemExit(f'error: {error}') from None
+    if updated == text:
+        return
+    if args.check:
+        sys.stderr.write(f'{args.markdown} is not up to date: run {Path(__file__).name} {args.markdown}\n')
+        sys.exit(1)
+    args.markdown.write_text(updated, encoding='utf-8')
+
+
+def update(text: str, root: Path) -> str:
+    """Renew every table of a markdown text.
+
+    Args:
+        text: With at least one pair of markers.
+        root: Folder with ``configs/`` and ``results/``.
+
+    Raises:
+        UserError: If there are no markers, or results cannot be read.
+    """
+    if BLOCK.search(text) is None:
+        raise UserError('no table to write: add the lines <!-- table of results/NAME --> and <!-- end of table -->')
+    return BLOCK.sub(lambda match: f'{match[1]}{render(read_rows(root / match[2], root), root)}{match[3]}', text)
+
+
+def read_rows(folder: Path, root: Path) -> list[Row]:
+    """Read the results in a folder and add the leaves that were not run.
+
+    Args:
+        folder: With one JSON file a run.
+        root: Folder with ``configs/``.
+
+    Returns:
+        One row for each leaf and preset; by detector, preset and falling bits.
+
+    Raises:
+        UserError: If there are no results, or a file is not named after its config and preset.
+    """
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob('*.json')):
+        results = _read_results(path)
+        leaf = repository_path(results['config'], root)
+        if path.stem != f'{Path(leaf).stem}_{results["preset"]}':
+            raise UserError(f'{path} holds {leaf} under the preset {results["preset"]}: name it so')
+        runs[leaf, results['preset']] = results
+    if not runs:
+        raise UserError(f'no results in {folder}: copy the results.json of a run there, as CONFIG_PRESET.json')
+    leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=_order)
+    detectors = dict.fromkeys(_order(leaf)[0] for leaf in leaves)
+    return [
+        Row(leaf, preset, runs.get((leaf, preset)))
+        for detector in detectors
+        for preset in PRESETS
+        for leaf in leaves
+        if _order(leaf)[0] == detector
+    ]
+
+
+def repository_path(config: str, root: Path) -> str:
+    """Path of a config in the repository, however a run was given it.
+
+    Args:
+        config: A path, absolute, or relative to any folder.
+        root: Folder with ``configs/``.
+
+    Raises:
+        UserError: If there is no such config.
+    """
+    parts = Path(config).parts
+    for start in [index for index, part in enumerate(parts) if part == 'configs']:
+        path = Path(*parts[start:])
+        if (root / path).is_file():
+            return path.as_posix()
+    raise UserError(f'{config} is no config in {root / "configs"}: only runs of configs kept there are reported')
+
+
+def render(rows: Sequence[Row], root: Path) -> str:
+    """Write rows as markdown: accuracy, what was not run, how it was run, commands."""
+    ran = [row for row in rows if row.results is not None]
+    missing = [row for row in rows if row.results is None]
+    parts = [
+        _table(
+            ['detector', 'preset', 'bits', 'FP', 'PTQ', 'zero-shot QAT', 'model MB, FP', 'model MB, quantized'],
+            [_accuracy_cells(row) for row in rows],
+        ),
+        'AP / AP50 in percent; PTQ is the student as initialised on the synthetic images, before QAT.',
+    ]
+    if missing:
+        parts.append(f'Not run, therefore empty: {_enumerate_missing(missing)}.')
+    parts.append(
+        _table(
+            [
+                *('detector', 'preset', 'bits', 'images', 'synthesis: side x iterations', 'ms per image-iteration'),
+                *('QAT steps x batch', 'seed', 'device'),
+            ],
+            [_run_cells(row) for row in ran],
+        )
+    )
+    parts.append('```bash\n' + '\n'.join(command(row, root) for row in ran) + '\n```')
+    return '\n' + '\n\n'.join(parts) + '\n\n'
+
+
+def command(row: Row, root: Path) -> str:
+    """Command that repeats a run with the leaf and the presets as they are now.
+
+    Raises:
+        UserError: If a setting cannot be given on a command line.
+    """
+    assert row.results is not None
+    recorded = dict(row.results['settings'], quantizer=row.results['quantizer'], preset=row.preset)
+    leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
+    current = complete_section(dict(leaf, preset=row.preset))
+    changed = dict(_differences(recorded, json.loads(json.dumps(current)), 'zsq'))
+    if leaf.get('preset', 'default') != row.preset:
+        changed = {'zsq.preset': row.preset, **changed}
+    options = [f'{key}={shlex.quote(_option(key, value))}' for key, value in changed.items()]
+    return ' \\\n    '.join([f'python tools/train.py {row.leaf}', *(['--cfg-options', *options] if options else [])])
+
+
+def _differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(recorded, Mapping) and isinstance(current, Mapping):
+        if recorded.get('type') != current.get('type'):
+            # Another type replaces the section as a whole.
+            current = {}
+        for name, value in recorded.items():
+            yield from _differences(value, current.get(name), f'{key}.{name}')
+    elif key == 'zsq.calibration_set.dir' and not str(recorded).startswith(RELATIVE_DIR):
+        return
+    elif recorded != current:
+        yield key, recorded
+
+
+def _option(key: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, int | float | str) for item in value):
+        return f'[{",".join(map(str, value))}]'
+    if isinstance(value, Mapping | list):
+        raise UserError(
+            f'{key} differs from the config and cannot be given on a command line: keep a config that sets it'
+        )
+    return str(value)
+
+
+def _accuracy_cells(row: Row) -> list[str]:
+    name = _leaf_name(row.leaf)['detector']
+    if row.results is None:
+        return [name, row.preset, row.bits, *[''] * 5]
+    metrics, sizes = row.results['metrics'], row.results['model_mb']
+    accuracies = [_accuracy(metrics.get(kind)) for kind in ('float', 'ptq', 'zero_shot')]
+    return [name, row.preset, row.bits, *accuracies, f'{sizes["float"]:.2f}', f'{sizes["quantized"]:.2f}']
+
+
+def _accuracy(metrics: Mapping[str, float] | None) -> str:
+    if metrics is None:
+        return ''
+    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    return ' / '.join(f'{100 * metrics.get(f"coco/bbox_{name}", 0.0):.1f}' for name in ('mAP', 'mAP_50'))
+
+
+def _run_cells(row: Row) -> list[str]:
+    assert row.results is not None
+    results = row.results
+    stages = results['calibration_set']['stages'].values()
+    sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
+    return [
+        *(_leaf_name(row.leaf)['detector'], row.preset, row.bits),
+        str(results['calibration_set']['statistics']['images']),
+        ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True)),
+        ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
+        f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}',
+        str(results['settings']['calibration_set']['seed']),
+        results['device'],
+    ]
+
+
+def _enumerate_missing(rows: Iterable[Row]) -> str:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((_leaf_name(row.leaf)['detector'], row.preset), []).append(row.bits)
+    return '; '.join(f'{name}, {preset}: {", ".join(bits)}' for (name, preset), bits in groups.items())
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def _leaves_of_one_detector(leaf: str, root: Path) -> list[str]:
+    detector = _leaf_name(leaf)['detector']
+    found = (root / leaf).parent.glob(f'{detector}_w?a?.py')
+    return [path.relative_to(root).as_posix() for path in found if LEAF.fullmatch(path.stem)]
+
+
+def _leaf_name(leaf: str) -> re.Match[str]:
+    match = LEAF.fullmatch(Path(leaf).stem)
+    if match is None:
+        raise UserError(f'{leaf} is not named DETECTOR_wBITSaBITS.py')
+    return match
+
+
+def _order(leaf: str) -> tuple[str, int, int]:
+    match = _leaf_name(leaf)
+    return match['detector'], -int(match['w_bits']), -int(match['a_bits'])
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f'{path} is damaged: {error}') from error
+    wanted = ('config', 'preset', 'quantizer', 'metrics', 'model_mb', 'calibration_set', 'settings', 'train', 'device')
+    lacking = [key for key in wanted if key not in results]
+    if lacking:
+        raise UserError(f'{path} is no results.json of a run: it lacks {", ".join(lacking)}')
+    return results
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
+if __name__ == '__main__':
+    main()
