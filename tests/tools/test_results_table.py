@@ -32,7 +32,8 @@ def results(**changes: Any) -> dict[str, Any]:
         calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),
         label_sampler=dict(warmup=2),
         synthesis=dict(betas=(0.5, 0.9), synthesise=dict(image_size=64, iterations=5, batch_size=2)),
-        train=dict(max_epochs=2, batch_size=3, ema=0.99),
+        # Another type, whose rate is the preset's.
+        train=dict(max_epochs=2, batch_size=3, ema=0.99, optimizer=dict(type='AdamW', lr=2e-4)),
     )
     section = json.loads(json.dumps(complete_section(own)))
     return dict(
@@ -122,6 +123,8 @@ def test_the_command_sets_what_the_run_had(written: str, root: Path) -> None:
     command = shlex.split(written.split('```bash\n')[1].split('```')[0].replace('\\\n', ' '))
     assert command[:3] == ['python', 'tools/train.py', 'configs/zsq/tiny_w4a4.py']
     assert command[3] == '--cfg-options'
+    # A shell would look for files named so.
+    assert "zsq.synthesis.betas='[0.5,0.9]'" in written
     cfg = Config.fromfile(root / command[2])
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
