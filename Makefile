@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest

@@ -8,7 +8,14 @@ zsq = dict(
     label_sampler=dict(warmup=60, interval=10),
     synthesis=dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
-        synthesise=dict(image_size=256, iterations=100, batch_size=32),
+        synthesise=dict(image_size=256, iterations=200, batch_size=32),
+        # Drawn scenes are smooth: a total variation weight of photographs leaves noise.
+        priors=[
+            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.02),
+        ],
+        detection_weight=1.0,
+        lr=0.1,
     ),
     train=dict(max_epochs=30),
 )

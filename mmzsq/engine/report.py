@@ -18,6 +18,7 @@ import torch
 import torchvision
 from mmengine.dist import is_main_process
 from mmengine.model import is_model_wrapper
+from mmengine.runner import find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT')
 RESULTS_FILE = 'results.json'
+SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
 
 
 def report_results(runner: ZeroShotRunner) -> None:
@@ -42,13 +44,16 @@ def report_results(runner: ZeroShotRunner) -> None:
     section = runner.cfg.zsq
     results = dict(
         config=runner.cfg.filename,
+        teacher=runner.detector.teacher_checkpoint,
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,
+        evaluation_images=_evaluation_images(runner),
+        checkpoint=_last_checkpoint(runner),
         model_mb=dict(float=report.size_before, quantized=report.size_after),
         bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
         calibration_set=_read_set(runner),
-        settings={key: section[key].to_dict() for key in ('calibration_set', 'synthesis', 'distillation', 'train')},
+        settings={key: section[key].to_dict() for key in SETTINGS},
         train=dict(iterations=runner.max_iters, **_per_image(runner)),
         seconds={**runner.seconds, **seconds},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
@@ -66,6 +71,17 @@ def report_results(runner: ZeroShotRunner) -> None:
     path = Path(runner.work_dir) / RESULTS_FILE
     path.write_text(json.dumps(results, indent=2) + '\n')
     runner.logger.info(f'results in {path}\n{format_table(results)}')
+
+
+def _evaluation_images(runner: ZeroShotRunner) -> int:
+    loop = runner.val_loop
+    return 0 if loop is None or isinstance(loop, dict) else len(loop.dataloader.dataset)
+
+
+def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
+    """Name of the checkpoint that the accuracy is of: the last one, chosen by nothing."""
+    path = find_latest_checkpoint(runner.work_dir)
+    return None if path is None else Path(path).name
 
 
 def _per_image(runner: ZeroShotRunner) -> dict[str, float]:
@@ -94,16 +110,20 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
     if runner._val_loop is None:
         runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
         return {}, {}
-    metrics: dict[str, dict[str, float]] = {}
-    seconds = {}
     try:
         runner._val_loop = runner.build_val_loop(runner._val_loop)
+        return _evaluate_each(runner)
     except FileNotFoundError as error:
         runner.logger.warning(
-            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
-            f'{runner.work_dir}, evaluate it with tools/test.py where the data is'
+            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in {runner.work_dir}, '
+            'evaluate it with tools/test.py where the data is'
         )
         return {}, {}
+
+
+def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    metrics: dict[str, dict[str, float]] = {}
+    seconds = {}
     detector = runner.detector
     start = time.perf_counter()
     with detector.predicting_with_teacher():

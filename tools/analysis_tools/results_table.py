@@ -10,6 +10,11 @@ tables stand between two lines of the markdown file, the first of which names th
     <!-- table of results/NAME -->
     <!-- end of table -->
 
+What a run printed at its end stands between two other lines, which name its file:
+
+    <!-- printed by results/NAME/CONFIG_PRESET.json -->
+    <!-- end of print -->
+
 There is a row for every leaf of a detector with results, and preset; what was not run stays empty. A command is what
 sets a run's recorded settings on top of its leaf, with the presets as they are now.
 """
@@ -29,11 +34,13 @@ from typing import Any
 from mmengine.config import Config
 
 from mmzsq.config import complete_section
+from mmzsq.engine.report import format_table
 from mmzsq.errors import UserError
 from mmzsq.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
 RELATIVE_DIR = 'work_dirs/'
 """What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
@@ -92,9 +99,18 @@ def update(text: str, root: Path) -> str:
     Raises:
         UserError: If there are no markers, or results cannot be read.
     """
-    if BLOCK.search(text) is None:
+    if BLOCK.search(text) is None and PRINTED.search(text) is None:
         raise UserError('no table to write: add the lines <!-- table of results/NAME --> and <!-- end of table -->')
+    text = PRINTED.sub(lambda match: f'{match[1]}{render_print(_read_results(root / match[2]))}{match[3]}', text)
     return BLOCK.sub(lambda match: f'{match[1]}{render(read_rows(root / match[2], root), root)}{match[3]}', text)
+
+
+def render_print(results: Mapping[str, Any]) -> str:
+    """What a run printed, and how long it took, as markdown."""
+    stages = {name: stage['seconds'] for name, stage in results['calibration_set']['stages'].items()}
+    seconds = {**stages, **results['seconds']}
+    times = ', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())
+    return f'\n```text\n{format_table(results).rstrip()}\n```\n\n{results["device"]}: {times}.\n\n'
 
 
 def read_rows(folder: Path, root: Path) -> list[Row]:

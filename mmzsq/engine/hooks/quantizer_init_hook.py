@@ -20,6 +20,9 @@ from mmzsq.registry import HOOKS
 PTQ_FILE = 'ptq.pth'
 """The student right after initialisation, in the work_dir: post-training quantization, the baseline of a run."""
 
+REPORT_FILE = 'quantization_report.json'
+"""Every layer, in the work_dir: bits, scheme, first steps, or why it stayed float."""
+
 
 @HOOKS.register_module()
 class QuantizerInitHook(Hook):
@@ -52,7 +55,9 @@ class QuantizerInitHook(Hook):
 
     @master_only
     def _save(self, runner: Runner) -> None:
-        torch.save({'state_dict': runner.detector.state_dict()}, Path(runner.work_dir) / PTQ_FILE)
+        folder = Path(runner.work_dir)
+        torch.save({'state_dict': runner.detector.state_dict()}, folder / PTQ_FILE)
+        (folder / REPORT_FILE).write_text(json.dumps(runner.detector.report.to_dict(), indent=2) + '\n')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down what a resumed run and a reader of the file need to know."""

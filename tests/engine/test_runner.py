@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job from config to results, on a tiny detector: what it writes, what it never reads, how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, METRICS
+
+from mmzsq import test as test_tool
+from mmzsq.engine import FiniteLossHook, ZeroShotRunner
+from mmzsq.errors import UserError
+from mmzsq.quantization import quantizers
+from mmzsq.synthesis import CalibrationSet
+
+
+@METRICS.register_module(force=True)
+class PredictionsMetric(BaseMetric):
+    """What a detector predicts, as numbers that no two detectors share; COCO's AP of random weights is 0."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        for sample in data_samples:
+            found = sample['pred_instances']
+            self.results.append((float(found['scores'].double().sum()), float(found['bboxes'].double().sum())))
+
+    def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
+        scores, bboxes = np.array(results).sum(0)
+        return dict(scores=float(scores), bboxes=float(bboxes))
+
+
+METRIC = {f'{name}_evaluator': dict(_delete_=True, type='PredictionsMetric', prefix='sum') for name in ('val', 'test')}
+NO_EVALUATION = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
+
+
+def run(make_runner: Any, work_dir: str = 'out', **options: Any) -> ZeroShotRunner:
+    runner = make_runner(work_dir, **{**METRIC, **options})
+    runner.train()
+    return runner
+
+
+def results(work_dir: str) -> dict[str, Any]:
+    return json.loads(Path(work_dir, 'results.json').read_text())
+
+
+def last(work_dir: str) -> dict[str, Any]:
+    return torch.load(Path(work_dir, 'last_checkpoint').read_text(), map_location='cpu', weights_only=True)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are equal, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def set_bits(work_dir: str) -> dict[str, str]:
+    """Digests of images and annotations of a complete set."""
+    root = CalibrationSet.load(Path(work_dir, 'calibration_set')).root
+    files = [*root.glob('images/*.png'), root / 'annotations/instances.json']
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
+    make_runner: Any, make_config: Any, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / 'copy.pth'
+    copy.write_bytes(teacher.read_bytes())
+    runner = run(make_runner, load_from=str(copy))
+
+    written = results('out')
+    assert list(written['metrics']) == ['float', 'ptq', 'zero_shot']
+    values = [tuple(row.values()) for row in written['metrics'].values()]
+    assert len(set(values)) == 3
+    assert written['preset'] == 'default'
+    assert (written['quantizer']['w_bits'], written['quantizer']['a_bits']) == (4, 4)
+    assert written['model_mb']['quantized'] < written['model_mb']['float'] / 4
+    assert written['bit_operations']['quantized'] < written['bit_operations']['float'] / 10
+    # Two epochs of three images by two.
+    assert (written['train']['iterations'], written['train']['images']) == (4, 8)
+    assert set(written['seconds']) == {'train', 'evaluate_float', 'evaluate_ptq', 'evaluate_zero_shot'}
+    assert written['settings']['synthesis']['relabel']['iterations'] == 2
+    assert written['settings']['train']['max_epochs'] == 2
+    assert {'mmzsq', 'torch', 'torchvision', 'mmengine', 'mmdet', 'python'} == set(written['versions'])
+    made = written['calibration_set']
+    assert made['statistics']['images'] == 3
+    assert made['stages']['relabel']['image_iterations'] == 6
+    assert made['stages']['relabel']['added'] > 0
+    assert made['stages']['synthesise']['added'] == 0
+
+    gallery = cv2.imread('out/calibration_set/gallery.png')
+    # Tiles of 256 pixels side by side.
+    assert gallery.shape == (256, 3 * 260 - 4, 3)
+    assert len(list(Path('out/calibration_set/previews').glob('*.png'))) == 2 * 2
+
+    checkpoint = last('out')
+    assert set(checkpoint['state_dict']) == set(runner.detector.state_dict())
+    assert not any('teacher' in name for name in checkpoint['state_dict'])
+    assert checkpoint['meta']['mmzsq']['teacher'] == str(copy)
+    floats = torch.load(copy, weights_only=True)['state_dict']
+    assert checkpoint['state_dict'].keys() > floats.keys()
+    # The optimizer's moments are the student's too.
+    shapes = {tuple(value.shape) for value in runner.detector.parameters()}
+    moments = checkpoint['optimizer']['state'].values()
+    assert {tuple(state['exp_avg'].shape) for state in moments} <= shapes
+
+    # tools/test.py, with nothing else at hand than config and checkpoint.
+    copy.unlink()
+    cfg = make_config('tested', **METRIC, load_from='gone.pth')
+    cfg.dump('config.py')
+    file = Path('out/last_checkpoint').read_text()
+    monkeypatch.setattr('sys.argv', ['test.py', 'config.py', file, '--work-dir', 'tested'])
+    test_tool.main()
+    [tested] = Path('tested').rglob('*.json')
+    assert json.loads(tested.read_text().splitlines()[-1]).items() >= written['metrics']['zero_shot'].items()
+
+
+def test_a_float_checkpoint_is_no_quantized_one(make_runner: Any) -> None:
+    # load_from is the teacher: a float checkpoint.
+    with pytest.raises(UserError, match='holds no quantizer steps'):
+        make_runner('out', **METRIC).test()
+
+
+def coco(folder: Path, colour: int) -> dict[str, Any]:
+    """Options for an evaluation on images on disk; ``colour`` None: there are none."""
+    classes = [f'c{index}' for index in range(8)]
+    if colour is not None:
+        folder.mkdir()
+        images, annotations = [], []
+        for index in range(2):
+            pixels = np.random.default_rng(colour + index).integers(0, 256, (64, 64, 3), np.uint8)
+            cv2.imwrite(str(folder / f'{index}.png'), pixels)
+            images.append(dict(id=index, file_name=f'{index}.png', width=64, height=64))
+            box = dict(bbox=[4 + colour, 4, 30, 30], area=900, iscrowd=0, category_id=1 + colour)
+            annotations.append(dict(id=index + 1, image_id=index, **box))
+        categories = [dict(id=index, name=name) for index, name in enumerate(classes)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (folder / 'annotations.json').write_text(json.dumps(content))
+    dataset = dict(
+        type='CocoDataset',
+        data_root=str(folder),
+        ann_file='annotations.json',
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=classes),
+        test_mode=True,
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor')),
+        ],
+    )
+    loader = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
+    evaluator = dict(type='CocoMetric', metric='bbox', ann_file=str(folder / 'annotations.json'))
+    return {
+        **{f'{name}_dataloader': dict(_delete_=True, **loader) for name in ('val', 'test')},
+        **{f'{name}_evaluator': dict(_delete_=True, **evaluator) for name in ('val', 'test')},
+    }
+
+
+@pytest.fixture
+def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects what runners warn of."""
+    collected: list[str] = []
+    warning = logging.Logger.warning
+    monkeypatch.setattr(
+        logging.Logger, 'warning', lambda self, text, *args: [collected.append(text), warning(self, text, *args)]
+    )
+    return collected
+
+
+def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
+    make_runner: Any, tmp_path: Path, warnings_of: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read = cv2.imdecode
+    run(make_runner, 'missing', **coco(tmp_path / 'nowhere', None))
+    assert any('accuracy is not measured' in text and 'nowhere' in text for text in warnings_of)
+    assert results('missing')['metrics'] == {}
+
+    # Real data that is there is opened once the last checkpoint is written, not before.
+    def imdecode(*args: Any) -> Any:
+        opened.append('' if Path('present/last_checkpoint').exists() else 'early')
+        return read(*args)
+
+    options = coco(tmp_path / 'one', 0)
+    build = ZeroShotRunner.build_dataloader
+
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = build(dataloader, *args, **kwargs)
+        if 'one' in str(getattr(loader.dataset, 'data_root', '')):
+            opened.append('' if Path('present/epoch_2.pth').exists() else 'early')
+        return loader
+
+    monkeypatch.setattr(ZeroShotRunner, 'build_dataloader', staticmethod(build_dataloader))
+    run(make_runner, 'present', **options)
+    assert opened
+    assert 'early' not in opened
+    assert set(results('present')['metrics']) == {'float', 'ptq', 'zero_shot'}
+
+    run(make_runner, 'other', **coco(tmp_path / 'two', 3))
+    for work_dir in ('present', 'other'):
+        assert set_bits(work_dir) == set_bits('missing')
+        assert same(last(work_dir)['state_dict'], last('missing')['state_dict'])
+
+
+def test_images_that_vanished_cost_the_accuracy_and_not_the_run(
+    make_runner: Any, tmp_path: Path, warnings_of: list[str]
+) -> None:
+    options = coco(tmp_path / 'half', 0)
+    (tmp_path / 'half' / '1.png').unlink()
+    run(make_runner, 'out', **options)
+    assert any('accuracy is not measured' in text for text in warnings_of)
+    assert results('out')['metrics'] == {}
+
+
+class Interrupt(Hook):
+    """Ends a run after an epoch, as Ctrl-C would."""
+
+    priority = 'LOWEST'
+
+    def after_train_epoch(self, runner: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
+    make_runner: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make_runner, 'whole', **NO_EVALUATION)
+    HOOKS.register_module(module=Interrupt, force=True)
+    interrupted = make_config('out', **NO_EVALUATION)
+    interrupted.custom_hooks = [*(interrupted.get('custom_hooks') or []), dict(type='Interrupt')]
+    with pytest.raises(KeyboardInterrupt):
+        ZeroShotRunner.from_cfg(interrupted).train()
+    checkpoint = last('out')
+    assert checkpoint['meta']['epoch'] == 1
+
+    # As tools/train.py --resume sets it; the teacher is found by the checkpoint.
+    cfg = make_config('out', **NO_EVALUATION)
+    cfg.resume, cfg.load_from = True, None
+    runner = ZeroShotRunner.from_cfg(cfg)
+    assert runner.detector.teacher_checkpoint == checkpoint['meta']['mmzsq']['teacher']
+    seen: dict[str, Any] = {}
+
+    class Look(Hook):
+        """Notes where the run stands when training begins."""
+
+        priority = 'LOWEST'
+
+        def before_train(self, runner: Any) -> None:
+            seen['state'] = {name: value.clone() for name, value in runner.detector.state_dict().items()}
+            seen['at'] = (runner.iter, runner.epoch)
+            seen['moments'] = len(runner.optim_wrapper.optimizer.state)
+
+    runner.register_hook(Look())
+    ptq = Path('out/ptq.pth')
+    written = ptq.stat().st_mtime_ns
+    runner.train()
+    assert seen['at'] == (2, 1)
+    assert seen['moments'] > 0
+    assert same(seen['state'], checkpoint['state_dict'])
+    assert ptq.stat().st_mtime_ns == written
+    assert runner.iter == whole.iter == 4
+    assert last('out')['meta']['iter'] == 4
+    assert set_bits('out') == set_bits('whole')
+    assert results('out')['metrics'] == {}
+
+
+def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_runner('whole').generate()
+    write_shard = CalibrationSet.write_shard
+    written: list[int] = []
+
+    def killed(self: CalibrationSet, index: int, *args: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write_shard(self, index, *args)
+
+    monkeypatch.setattr(CalibrationSet, 'write_shard', killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_runner('out').generate()
+    with pytest.raises(UserError, match='not complete'):
+        CalibrationSet.load('out/calibration_set')
+
+    def counted(self: CalibrationSet, index: int, *args: Any) -> None:
+        written.append(index)
+        write_shard(self, index, *args)
+
+    monkeypatch.setattr(CalibrationSet, 'write_shard', counted)
+    make_runner('out').generate()
+    assert written == [1]
+    assert set_bits('out') == set_bits('whole')
+    make_runner('out').generate()
+    assert written == [1]
+
+
+def test_a_set_of_another_teacher_or_other_settings_is_refused(make_runner: Any, teacher: Path, tmp_path: Path) -> None:
+    make_runner('out').generate()
+    before = set_bits('out')
+    with pytest.raises(UserError, match='iterations'):
+        make_runner('out', **{'zsq.synthesis.synthesise.iterations': 2}).generate()
+    other = torch.load(teacher, weights_only=True)
+    next(iter(other['state_dict'].values())).add_(1e-3)
+    torch.save(other, tmp_path / 'other.pth')
+    with pytest.raises(UserError, match='teacher'):
+        make_runner('out', load_from=str(tmp_path / 'other.pth')).generate()
+    assert set_bits('out') == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_intact(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner('out', **NO_EVALUATION)
+    loss = runner.detector.loss
+    steps = 0
+
+    def diverging(*args: Any) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        losses = loss(*args)
+        return {name: term * (math.nan if steps > 2 else 1) for name, term in losses.items()}
+
+    monkeypatch.setattr(runner.detector, 'loss', diverging)
+    with pytest.raises(UserError, match=r'the loss is nan at iteration \d+: lower zsq.train.optimizer.lr'):
+        runner.train()
+    assert [path.name for path in Path('out').glob('epoch_*.pth')] == ['epoch_1.pth']
+    assert all(torch.isfinite(value).all() for value in last('out')['state_dict'].values())
+
+
+def test_the_loss_is_looked_at_from_time_to_time_only(make_runner: Any) -> None:
+    class Loop:
+        train_dataloader = range(100)
+        iter = 0
+
+    hook, loop, nan = FiniteLossHook(interval=50), Loop(), torch.tensor(float('nan'))
+    looked = []
+    for batch in range(100):
+        loop.iter = batch
+        try:
+            hook.after_train_iter(loop, batch, outputs=dict(loss=nan))
+        except UserError:
+            looked.append(batch)
+        hook.after_train_iter(loop, batch, outputs=dict(loss=torch.tensor(1.0)))
+        hook.after_train_iter(loop, batch, outputs=None)
+    assert looked == [49, 99]
+
+
+def test_the_paper_preset_runs_to_the_end_and_its_average_is_what_counts(make_runner: Any, make_config: Any) -> None:
+    options = {'zsq.preset': 'paper', 'zsq.train.ema': 0.9, 'zsq.train.max_epochs': 2, 'zsq.train.optimizer.lr': 1e-2}
+    runner = run(make_runner, 'out', **options)
+    written = results('out')
+    assert written['preset'] == 'paper'
+    assert written['quantizer']['step'] == 'linear'
+    assert set(written['metrics']) == {'float', 'ptq', 'zero_shot'}
+    checkpoint = last('out')
+    averages, trained = checkpoint['state_dict'], checkpoint['ema_state_dict']
+    assert {f'module.{name}' for name in averages} == set(trained) - {'steps'}
+    own = runner.detector.state_dict()
+    name = next(name for name in own if name.endswith('conv.weight'))
+    # The file's weights are the average, which lags behind what was trained.
+    assert torch.equal(trained[f'module.{name}'], own[name])
+    assert not torch.equal(averages[name], own[name])
+    assert all(quantizer.ready for _, quantizer in quantizers(runner.detector.student))
+
+    cfg = make_config('tested', **METRIC, **options)
+    cfg.load_from = Path('out/last_checkpoint').read_text()
+    assert ZeroShotRunner.from_cfg(cfg).test() == pytest.approx(written['metrics']['zero_shot'], rel=1e-12)
+
+
+def test_a_composed_config_is_what_the_run_keeps(make_runner: Any) -> None:
+    runner = make_runner('out')
+    runner.generate()
+    assert runner.cfg.zsq.composed
+    [dumped] = Path('out').glob('*.py')
+    assert Config.fromfile(dumped).zsq.composed
+    assert MODELS.get('mmzsq.ZeroShotDetector') is type(runner.detector)
