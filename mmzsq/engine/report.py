@@ -7,7 +7,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 import torchvision
 from mmengine.dist import is_main_process
 from mmengine.model import is_model_wrapper
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import BaseLoop, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -74,8 +74,9 @@ def report_results(runner: ZeroShotRunner) -> None:
 
 
 def _evaluation_images(runner: ZeroShotRunner) -> int:
-    loop = runner.val_loop
-    return 0 if loop is None or isinstance(loop, dict) else len(loop.dataloader.dataset)
+    # Not the property, which would build the loop that could not be built.
+    loop = runner._val_loop
+    return len(loop.dataloader.dataset) if isinstance(loop, BaseLoop) else 0
 
 
 def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
@@ -115,8 +116,8 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
         return _evaluate_each(runner)
     except FileNotFoundError as error:
         runner.logger.warning(
-            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in {runner.work_dir}, '
-            'evaluate it with tools/test.py where the data is'
+            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
+            f'{runner.work_dir}, evaluate it with tools/test.py where the data is'
         )
         return {}, {}
 
@@ -168,7 +169,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def format_table(results: dict[str, Any]) -> str:
+def format_table(results: Mapping[str, Any]) -> str:
     """Render the accuracies of ``results`` (see :func:`report_results`) as a table of plain text."""
     metrics = results['metrics']
     names = [
