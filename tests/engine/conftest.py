@@ -67,6 +67,8 @@ def teacher(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(repo: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
     """Config of a tiny run in ``work_dir``, a folder of the test; the current folder is that of the test too."""
     monkeypatch.chdir(tmp_path)
+    # Same content without layout: MMEngine formats a config by yapf six times a run, a second each.
+    monkeypatch.setattr(Config, 'pretty_text', property(_plain_text))
 
     def make(work_dir: str = 'out', **options: Any) -> Config:
         cfg = Config.fromfile(repo / 'configs/zsq/yolov5-p_shapes_w4a4.py')
@@ -84,3 +86,7 @@ def make_config(repo: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.M
 def make_runner(make_config: MakeConfig) -> MakeRunner:
     """Runner of a tiny run, see ``make_config``."""
     return lambda *args, **options: ZeroShotRunner.from_cfg(make_config(*args, **options))
+
+
+def _plain_text(cfg: Config) -> str:
+    return ''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items())

@@ -155,6 +155,7 @@ def coco(folder: Path, colour: int) -> dict[str, Any]:
         test_mode=True,
         pipeline=[
             dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=(64, 64), keep_ratio=True),
             dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor')),
         ],
     )
