@@ -5,7 +5,9 @@ load_from = 'mmzsq://yolov5-p_shapes.safetensors'
 
 zsq = dict(
     calibration_set=dict(num_images=64, batch_size=32),
-    label_sampler=dict(warmup=60, interval=10),
+    label_sampler=dict(
+        start=dict(type='mmzsq.MultiBoxSampler', num_boxes=(2, 5), side=(0.15, 0.5)), warmup=60, interval=10
+    ),
     synthesis=dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
         synthesise=dict(image_size=256, iterations=200, batch_size=32),
@@ -17,5 +19,5 @@ zsq = dict(
         detection_weight=1.0,
         lr=0.1,
     ),
-    train=dict(max_epochs=30),
+    train=dict(max_epochs=40),
 )

@@ -114,7 +114,7 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
     try:
         runner._val_loop = runner.build_val_loop(runner._val_loop)
         return _evaluate_each(runner)
-    except FileNotFoundError as error:
+    except OSError as error:
         runner.logger.warning(
             f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
             f'{runner.work_dir}, evaluate it with tools/test.py where the data is'

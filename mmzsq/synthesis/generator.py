@@ -56,6 +56,9 @@ class Stage:
         """
         where = f'zsq.synthesis.{name}'
         check_keys(cfg, STAGE_KEYS, where)
+        missing = [key for key in ('image_size', 'iterations') if key not in cfg]
+        if missing:
+            raise UserError(f'{where} lacks {" and ".join(missing)}')
         size = cfg['image_size']
         size = (size, size) if isinstance(size, int) else tuple(size)
         stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size)

@@ -231,3 +231,11 @@ def test_never_waits_for_the_device_and_can_be_captured(step: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(grads, expected)
+
+
+def test_a_zero_point_blurred_by_an_average_of_weights_is_still_an_integer() -> None:
+    quantizer = LSQ(bits=4, scheme='offset')
+    quantizer.set_grid(Grid(torch.tensor([0.1]), torch.tensor([3.0])))
+    quantizer.zero_point += 1e-5
+    assert quantizer(torch.zeros(4)).tolist() == [0.0] * 4
+    assert quantizer.integer_zero_point.tolist() == [3.0]

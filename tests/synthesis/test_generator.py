@@ -263,3 +263,11 @@ def _remember(detector: nn.Module, images: Tensor) -> None:
         detector(images, mode='tensor')
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize('key', ['image_size', 'iterations'])
+def test_a_stage_that_lacks_a_number_is_named(key: str) -> None:
+    cfg = dict(image_size=64, iterations=3)
+    del cfg[key]
+    with pytest.raises(UserError, match=f'zsq.synthesis.relabel lacks {key}'):
+        Stage.from_cfg('relabel', cfg, batch_size=2)
