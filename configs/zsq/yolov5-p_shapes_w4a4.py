@@ -19,5 +19,6 @@ zsq = dict(
         detection_weight=1.0,
         lr=0.1,
     ),
-    train=dict(max_epochs=40),
+    train=dict(max_epochs=60),
 )
+default_hooks = dict(checkpoint=dict(interval=20))
