@@ -62,6 +62,8 @@ def test_it_learns_under_mmdet_train_and_its_weights_can_be_exported(repo: Path,
         'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1,
         'param_scheduler.0.end': 4,
+        'param_scheduler.1.T_max': 12,
+        'param_scheduler.1.end': 12,
     }
     train = Path(mmdet.__file__).parent / '.mim/tools/train.py'
     command = [sys.executable, str(train), str(repo / CONFIG), '--work-dir', 'run']

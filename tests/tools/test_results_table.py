@@ -138,6 +138,22 @@ def test_the_command_sets_what_the_run_had(written: str, root: Path) -> None:
     assert section == recorded['settings']
 
 
+def test_what_a_run_printed_is_shown_with_its_times(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = results(seconds=dict(train=48.3, evaluate_float=6.2))
+    for stage, seconds in content['calibration_set']['stages'].items():
+        content['calibration_set']['stages'][stage]['seconds'] = 30.4 if seconds['iterations'] == 4 else 100.0
+    keep(root, content)
+    (root / 'README.md').write_text(
+        '<!-- printed by results/run/tiny_w4a4_default.json -->\nold\n<!-- end of print -->\n'
+    )
+    run(repo, monkeypatch, root / 'README.md', '--root', root)
+    text = (root / 'README.md').read_text()
+    assert 'one GPU: relabel 30 s, synthesise 100 s, train 48 s, evaluate_float 6 s.' in text
+    [teacher] = [line for line in text.splitlines() if 'teacher' in line]
+    assert [cell.strip() for cell in teacher.split('│')[2:-1]] == ['0.294', '0.445', '7.53']
+    run(repo, monkeypatch, root / 'README.md', '--root', root, '--check')
+
+
 def test_check_tells_a_stale_file_and_writes_nothing(
     repo: Path, root: Path, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +195,7 @@ def test_a_file_without_markers_is_refused(repo: Path, root: Path, monkeypatch: 
 
 def test_the_tables_of_this_repository_are_up_to_date(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(repo, monkeypatch, repo / 'configs' / 'zsq' / 'README.md', '--check')
+    run(repo, monkeypatch, repo / 'README.md', '--check')
 
 
 def test_the_model_index_holds_only_what_was_measured(repo: Path) -> None:
