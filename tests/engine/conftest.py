@@ -27,6 +27,7 @@ TINY = {
     'zsq.train.max_epochs': 2,
     'zsq.train.batch_size': 2,
     'zsq.train.num_workers': 0,
+    'default_hooks.checkpoint.interval': 1,
     'zsq.train.init_batches': 1,
     **{
         f'{loader}.{key}': value
