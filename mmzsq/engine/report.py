@@ -22,6 +22,7 @@ from mmengine.runner import BaseLoop, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from mmzsq.checkpoint import load_from_local
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
@@ -147,7 +148,7 @@ def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
 def _weights_of(detector: torch.nn.Module, path: Path) -> Iterator[None]:
     """Inside the block ``detector`` has the weights of a file."""
     own = copy.deepcopy(detector.state_dict())
-    detector.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['state_dict'])
+    detector.load_state_dict(load_from_local(str(path), map_location='cpu')['state_dict'])
     try:
         yield
     finally:
