@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -58,7 +58,10 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """
     path = Path(filename).expanduser()
     if not path.is_file():
-        raise UserError(f'checkpoint {filename} does not exist: check load_from or the command line')
+        raise UserError(
+            f'checkpoint {filename} does not exist: give the file with --cfg-options load_from=PATH, or check the path '
+            'on the command line'
+        )
     if path.suffix == '.safetensors':
         return load_safetensors(path, map_location)
     if not SAFE_LOADING:
@@ -114,10 +117,10 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(filename, str(path))
-        except (URLError, OSError) as error:
+        except (OSError, HTTPException) as error:
             raise UserError(
-                f'cannot download {filename} ({error}). Download it by other means and put it at '
-                f'{path}, or set load_from to where it is.'
+                f'cannot download {filename} ({error}). Download it by other means and give the file with '
+                f'--cfg-options load_from=PATH, or put it at {path}.'
             ) from error
     barrier()
     return load_from_local(str(path), map_location)

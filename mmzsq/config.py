@@ -16,14 +16,23 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mmzsq.errors import UserError, check_keys
-from mmzsq.presets import PRESETS
+from mmzsq.presets import PRESETS, preset_section
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
 
 SECTION_KEYS: dict[str, set[str]] = dict(
-    calibration_set={'dir', 'num_images', 'batch_size', 'seed'},
+    calibration_set={'dir', 'num_images', 'batch_size', 'seed', 'real'},
     synthesis={
-        *('relabel', 'synthesise', 'priors', 'detection_weight', 'detection_reduction', 'lr', 'betas'),
+        *(
+            'relabel',
+            'refine',
+            'synthesise',
+            'priors',
+            'require_feature_prior',
+            'detection_weight',
+            'detection_reduction',
+        ),
+        *('lr', 'warmup', 'betas', 'init'),
         *('cutout', 'clamp', 'keep', 'keep_interval', 'precision', 'capture'),
     },
     distillation={'detection_weight', 'losses'},
@@ -74,7 +83,7 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
     preset = zsq.get('preset', 'default')
     if preset not in PRESETS:
         raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
-    section = merge(dict(PRESETS[preset], preset=preset), zsq)
+    section = merge(dict(preset_section(preset, zsq.get('quantizer') or {}), preset=preset), zsq)
     for name in (*SECTION_KEYS, *PART_SECTIONS):
         if not isinstance(section[name], Mapping):
             raise UserError(f'zsq.{name} is a dict, not {section[name]!r}')
@@ -134,7 +143,9 @@ def compose(cfg: Config) -> Config:
         ),
     )
     _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))
-    _replace(cfg, 'train_dataloader', _train_dataloader(section))
+    # Only the detection loss reads masks; decoding them takes about half as long as reading the image.
+    with_mask = bool(section['distillation']['detection_weight']) and has_masks(cfg.model.detector)
+    _replace(cfg, 'train_dataloader', _train_dataloader(cfg, section, with_mask))
     _replace(cfg, 'optim_wrapper', _optim_wrapper(train))
     _replace(cfg, 'param_scheduler', _param_scheduler(train))
     cfg.custom_hooks = _custom_hooks(cfg, section)
@@ -155,26 +166,61 @@ def _replace(cfg: Config, key: str, value: Any) -> None:
     cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
 
 
-def _train_dataloader(section: dict[str, Any]) -> dict[str, Any]:
+def has_masks(model: Any) -> bool:
+    """Whether any part of a detector's config has a mask head or, as RTMDet-Ins in its box head, a mask loss."""
+    if isinstance(model, Mapping):
+        return any(key in ('mask_head', 'loss_mask') and value is not None for key, value in model.items()) or any(
+            has_masks(value) for value in model.values()
+        )
+    return isinstance(model, (list, tuple)) and any(has_masks(part) for part in model)
+
+
+def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> dict[str, Any]:
     train = section['train']
-    return dict(
-        batch_size=train['batch_size'],
-        num_workers=train['num_workers'],
-        persistent_workers=train['num_workers'] > 0,
-        sampler=dict(type='DefaultSampler', shuffle=True),
-        dataset=dict(
+    annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=with_mask)
+    real = section['calibration_set']['real']
+    if real is not None:
+        dataset = dict(real, pipeline=real_pipeline(cfg, annotations))
+    else:
+        dataset = dict(
             type='mmzsq.CalibrationDataset',
             data_root=section['calibration_set']['dir'],
             pipeline=[
                 dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations', with_bbox=True),
+                annotations,
                 dict(
                     type='PackDetInputs',
                     meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
                 ),
             ],
-        ),
+        )
+    return dict(
+        batch_size=train['batch_size'],
+        num_workers=train['num_workers'],
+        persistent_workers=train['num_workers'] > 0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        dataset=dataset,
     )
+
+
+def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, Any]]:
+    """How real images of a comparison are read: by the detector's test pipeline, with their labels from the start.
+
+    Args:
+        cfg: Of the detector.
+        annotations: The transform that reads the labels; the geometric transforms behind it move them along.
+
+    Raises:
+        UserError: If the config has no test pipeline.
+    """
+    pipeline = ((cfg.get('test_dataloader') or {}).get('dataset') or {}).get('pipeline')
+    if not pipeline:
+        raise UserError(
+            'zsq.calibration_set.real reads images as the detector is tested, and this config has no '
+            'test_dataloader.dataset.pipeline'
+        )
+    load, *others = [dict(step) for step in pipeline if 'LoadAnnotations' not in step['type']]
+    return [load, annotations, *others]
 
 
 def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
@@ -215,17 +261,18 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
         if getattr(hook['type'], '__name__', hook['type']).rsplit('.', 1)[-1] not in TRAINING_ONLY_HOOKS
     ]
     calibration_set = section['calibration_set']
+    generate = dict(
+        type='mmzsq.CalibrationSetHook',
+        root=calibration_set['dir'],
+        num_images=calibration_set['num_images'],
+        batch_size=calibration_set['batch_size'],
+        seed=calibration_set['seed'],
+        synthesis=section['synthesis'],
+        label_sampler=section['label_sampler'],
+        classes=class_names(cfg),
+    )
     own: list[dict[str, Any]] = [
-        dict(
-            type='mmzsq.CalibrationSetHook',
-            root=calibration_set['dir'],
-            num_images=calibration_set['num_images'],
-            batch_size=calibration_set['batch_size'],
-            seed=calibration_set['seed'],
-            synthesis=section['synthesis'],
-            label_sampler=section['label_sampler'],
-            classes=class_names(cfg),
-        ),
+        *([generate] if calibration_set['real'] is None else []),
         dict(type='mmzsq.QuantizerInitHook', num_batches=section['train']['init_batches']),
         dict(type='mmzsq.FiniteLossHook'),
     ]

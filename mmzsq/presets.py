@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config does not say: the two complete sets of defaults of the ``zsq`` section.
+"""What a config does not say: the complete sets of defaults of the ``zsq`` section.
 
-``default`` is the best label-free recipe measured in this project. ``paper`` repeats the paper (its YOLOv5
-settings, and what its authors' code does where the two differ); leaves of other architectures override its numbers.
+``default`` is the best label-free recipe measured in this project, and fits any detector. ``paper`` repeats the paper
+(its YOLOv5 settings, and what its authors' code does where the two differ), ``paper_transformer`` its Mask R-CNN with
+Swin; leaves of other architectures override their numbers.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
-_CALIBRATION_SET = dict(dir=None, num_images=2000, batch_size=32, seed=0)
+_CALIBRATION_SET = dict(dir=None, num_images=2000, batch_size=32, seed=0, real=None)
 
 _ADAPTIVE = dict(
     type='mmzsq.AdaptiveLabelSampler',
@@ -36,18 +39,31 @@ DEFAULT: dict[str, Any] = dict(
         last_bits=8,
     ),
     calibration_set=_CALIBRATION_SET,
-    label_sampler=_ADAPTIVE,
+    label_sampler=dict(
+        _ADAPTIVE,
+        # Scenes of several objects: the paper's single box leaves nearly all of the image to no object.
+        start=dict(type='mmzsq.MultiBoxSampler', num_boxes=(1, 5), side=(0.1, 0.6)),
+        warmup=300,
+        interval=100,
+    ),
     synthesis=dict(
-        relabel=dict(image_size=160, iterations=1500, batch_size=128),
-        synthesise=dict(image_size=640, iterations=800, batch_size=64),
+        # From coarse to fine: objects take shape while they are a few pixels large; at full size alone they are
+        # outlines filled with texture.
+        relabel=dict(image_size=160, iterations=1200, batch_size=128),
+        refine=dict(image_size=0.5, iterations=400, batch_size=64, start='previous', lr=0.05),
+        synthesise=dict(image_size=640, iterations=500, batch_size=64, start='previous', lr=0.02),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=5e-4),
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.01),
         ],
-        detection_weight=0.5,
+        require_feature_prior=True,
+        detection_weight=1.0,
         detection_reduction='sum',
-        lr=0.2,
+        lr=0.1,
+        warmup=0,
         betas=(0.9, 0.999),
+        init='uniform',
         cutout=_CUTOUT,
         clamp=True,
         keep='last',
@@ -57,8 +73,8 @@ DEFAULT: dict[str, Any] = dict(
     distillation=dict(
         detection_weight=0.0,
         losses=[
-            dict(type='mmzsq.DensePredictionLoss', loss_weight=1.0),
-            dict(type='mmzsq.FeatureMSELoss', modules=['type:_BatchNorm'], loss_weight=1.0, normalise=True),
+            dict(type='mmzsq.PredictionLoss', loss_weight=1.0),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=True),
         ],
     ),
     train=dict(
@@ -92,15 +108,20 @@ PAPER: dict[str, Any] = dict(
     label_sampler=_ADAPTIVE,
     synthesis=dict(
         relabel=dict(image_size=160, iterations=2500, batch_size=64),
+        refine=None,
         synthesise=dict(image_size=640, iterations=2500, batch_size=32),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=5e-4),
         ],
+        require_feature_prior=True,
         detection_weight=0.5,
         detection_reduction='sum',
         lr=0.2,
+        warmup=0,
         betas=(0.9, 0.999),
+        init='uniform',
         cutout=_CUTOUT,
         clamp=True,
         keep='best',
@@ -131,4 +152,60 @@ PAPER: dict[str, Any] = dict(
     ),
 )
 
-PRESETS: dict[str, dict[str, Any]] = dict(default=DEFAULT, paper=PAPER)
+PAPER_TRANSFORMER: dict[str, Any] = dict(
+    quantizer=dict(PAPER['quantizer'], scope='backbone'),
+    calibration_set=dict(_CALIBRATION_SET, batch_size=12),
+    # The paper took the labels of real images here (mmzsq.RealLabelSampler); this one needs none.
+    label_sampler=_ADAPTIVE,
+    synthesis=dict(
+        PAPER['synthesis'],
+        relabel=None,
+        synthesise=dict(image_size=640, iterations=2000, batch_size=12),
+        priors=[
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=1e-3),
+        ],
+        detection_weight=10.0,
+        detection_reduction='mean',
+        warmup=100,
+        betas=(0.5, 0.9),
+        init='normal',
+        cutout=None,
+        clamp=False,
+        keep='last',
+    ),
+    distillation=dict(
+        detection_weight=1.0,
+        losses=[
+            dict(type='mmzsq.PredictionKLLoss', tau=1.0, loss_weight=1.0, join_maps=True, heads=['rpn_head']),
+            dict(type='mmzsq.FeatureMSELoss', modules=['type:SwinBlock'], loss_weight=1.0),
+        ],
+    ),
+    train=dict(
+        PAPER['train'],
+        max_epochs=15,
+        batch_size=8,
+        optimizer=dict(type='AdamW', lr=1e-6, weight_decay=0.05),
+        schedule='constant',
+        bn='frozen',
+        ema=None,
+        clip_grad=None,
+    ),
+)
+
+PRESETS: dict[str, dict[str, Any]] = dict(default=DEFAULT, paper=PAPER, paper_transformer=PAPER_TRANSFORMER)
+
+
+def preset_section(name: str, quantizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a preset, which may depend on the bits of what is trained.
+
+    Args:
+        name: A key of :data:`PRESETS`.
+        quantizer: What the user says of ``zsq.quantizer``.
+    """
+    section = copy.deepcopy(PRESETS[name])
+    bits = (quantizer.get(key, section['quantizer'][key]) for key in ('w_bits', 'a_bits'))
+    if name == 'default' and min(bits) == 8:
+        # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
+        section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
+    return section

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 # Before numpy and torch are imported: tiny tensors lose time to thread pools.
@@ -60,6 +62,59 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
+
+
+TINY_SWIN = dict(
+    type='SwinTransformer', embed_dims=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), drop_path_rate=0.2, init_cfg=None
+)
+TINY_MASK_RCNN = {
+    'model.backbone': dict(depth=18, base_channels=8, init_cfg=None),
+    'model.neck': dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    'model.rpn_head': dict(in_channels=16, feat_channels=16),
+    'model.roi_head.bbox_roi_extractor.out_channels': 16,
+    'model.roi_head.bbox_head': dict(in_channels=16, fc_out_channels=32, num_classes=3),
+}
+TINY_MASKS = {
+    'model.roi_head.mask_roi_extractor.out_channels': 16,
+    'model.roi_head.mask_head': dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3),
+}
+TINY_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    'mask-rcnn_r18': ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', TINY_MASK_RCNN | TINY_MASKS),
+    'mask-rcnn_swin': (
+        'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+        TINY_MASK_RCNN | TINY_MASKS | {'model.backbone': TINY_SWIN},
+    ),
+    'faster-rcnn_r18': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', TINY_MASK_RCNN),
+    'retinanet_r18': (
+        'retinanet/retinanet_r18_fpn_1x_coco.py',
+        {
+            'model.backbone': dict(base_channels=8, init_cfg=None),
+            'model.neck': dict(in_channels=[8, 16, 32, 64], out_channels=8),
+            'model.bbox_head': dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=1),
+        },
+    ),
+    'yolov5': (str(REPO / 'configs/shapes/yolov5-p_shapes.py'), {}),
+}
+"""By name: MMDetection's own configs, with few channels and three classes, and the detector that ships."""
+
+
+@pytest.fixture(scope='session')
+def tiny_cfg() -> Callable[[str], Any]:
+    """Config of a model of TINY_DETECTORS, by name; a new one each call."""
+    import mmdet
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    configs = Path(mmdet.__file__).parent / '.mim' / 'configs'
+
+    def tiny_cfg(name: str) -> Any:
+        path, changes = TINY_DETECTORS[name]
+        cfg = Config.fromfile(configs / path)
+        cfg.merge_from_dict(changes)
+        return cfg.model
+
+    return tiny_cfg
 
 
 @pytest.fixture(autouse=True)

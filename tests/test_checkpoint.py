@@ -119,6 +119,6 @@ def test_a_download_is_kept_and_does_not_run_code(server: str, tmp_path: Path) -
 
 
 def test_a_download_that_fails_says_where_to_put_the_file(server: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'404.*hub/checkpoints/missing\.pth'):
+    with pytest.raises(UserError, match=r'404.*load_from=PATH.*hub/checkpoints/missing\.pth'):
         load(f'{server}/missing.pth')
     assert not list((tmp_path / 'cache').rglob('missing*'))

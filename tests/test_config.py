@@ -17,7 +17,7 @@ from mmzsq.config import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-LEAVES = sorted(path.name for path in (CONFIGS / 'zsq').glob('*.py'))
+LEAVES = sorted(path.name for path in (CONFIGS / 'zsq').glob('yolov5-*.py'))
 
 
 @pytest.fixture
@@ -143,6 +143,29 @@ def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
     assert shared.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.'].lr_mult == 1
 
 
+@pytest.mark.parametrize(
+    ('model', 'learnt'),
+    [
+        (dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(), mask_head=dict(type='FCNMaskHead'))), True),
+        (dict(type='CascadeRCNN', roi_head=dict(mask_head=[dict(type='FCNMaskHead')])), True),
+        (dict(type='CoDETR', roi_head=[dict(mask_head=dict(type='FCNMaskHead'))]), True),
+        (dict(type='SOLO', mask_head=dict(type='SOLOHead')), True),
+        (dict(type='RTMDet', bbox_head=dict(type='RTMDetInsSepBNHead', loss_mask=dict(type='DiceLoss'))), True),
+        (dict(type='FasterRCNN', roi_head=dict(bbox_head=[dict()], mask_head=None)), False),
+        (dict(type='YOLOX', bbox_head=dict(num_classes=2)), False),
+    ],
+)
+def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
+    user: Config, model: dict[str, Any], learnt: bool
+) -> None:
+    user.model = model
+    for weight, read in ((0.1, learnt), (0.0, False)):
+        cfg = composed(user, distillation=dict(detection_weight=weight))
+        [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
+        assert load.with_mask is read
+        assert load.with_bbox is True
+
+
 # Mistakes.
 
 
@@ -154,7 +177,7 @@ def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
         (dict(calibration_set=dict(num_image=3)), "Did you mean 'num_images'?"),
         (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesise'?"),
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
-        (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', not 'papper'"),
+        (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
         (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
         (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
         (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
@@ -283,6 +306,7 @@ def test_the_paper_preset_is_the_paper() -> None:
             synthesise=dict(image_size=640, iterations=2500, batch_size=32),
             priors=[
                 dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
+                dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
                 dict(type='mmzsq.TotalVariationPrior', weight=5e-4),
             ],
             detection_weight=0.5,
@@ -321,6 +345,48 @@ def test_the_paper_preset_is_the_paper() -> None:
     assert _only(complete_section(dict(preset='paper')), expected) == expected
 
 
+def test_the_transformers_of_the_paper_have_a_preset() -> None:
+    """FACTS.md, sections 1, 2, 4 and 5, the column of Mask R-CNN with Swin."""
+    expected = dict(
+        quantizer=dict(
+            type='mmzsq.LSQ',
+            weight=dict(scheme='signed', per_channel=False, init='lsq'),
+            activation=dict(scheme='signed', init='lsq'),
+            scope='backbone',
+        ),
+        synthesis=dict(
+            relabel=None,
+            synthesise=dict(image_size=640, iterations=2000, batch_size=12),
+            priors=[
+                dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+                dict(type='mmzsq.TotalVariationPrior', weight=0.001),
+            ],
+            detection_weight=10.0,
+            lr=0.2,
+            warmup=100,
+            betas=(0.5, 0.9),
+            init='normal',
+            cutout=None,
+            clamp=False,
+        ),
+        distillation=dict(
+            detection_weight=1.0,
+            losses=[
+                dict(type='mmzsq.PredictionKLLoss', tau=1.0, loss_weight=1.0, join_maps=True, heads=['rpn_head']),
+                dict(type='mmzsq.FeatureMSELoss', modules=['type:SwinBlock'], loss_weight=1.0),
+            ],
+        ),
+        train=dict(
+            max_epochs=15,
+            batch_size=8,
+            optimizer=dict(type='AdamW', lr=1e-6, weight_decay=0.05),
+            step_lr=None,
+            amp=True,
+        ),
+    )
+    assert _only(complete_section(dict(preset='paper_transformer')), expected) == expected
+
+
 def _only(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``section`` that ``like`` has, however deep."""
     return {key: _only(section[key], value) if isinstance(value, dict) else section[key] for key, value in like.items()}
@@ -331,3 +397,44 @@ def test_a_presets_numbers_can_be_changed_one_by_one() -> None:
     assert (section['quantizer']['w_bits'], section['quantizer']['step']) == (4, 'linear')
     assert (section['train']['max_epochs'], section['train']['bn']) == (3, 'train')
     assert complete_section({})['preset'] == 'default'
+
+
+# What depends on the bits.
+
+
+@pytest.mark.parametrize(
+    ('bits', 'lr', 'step_lr'), [((8, 8), 2e-5, 2e-4), ((6, 6), 2e-4, 2e-3), ((4, 8), 2e-4, 2e-3), ((8, 4), 2e-4, 2e-3)]
+)
+def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, step_lr: float) -> None:
+    quantizer = dict(w_bits=bits[0], a_bits=bits[1])
+    train = complete_section(dict(quantizer=quantizer))['train']
+    assert (train['optimizer']['lr'], train['step_lr']) == (lr, step_lr)
+    own = complete_section(dict(quantizer=quantizer, train=dict(optimizer=dict(lr=1e-3))))['train']
+    assert own['optimizer'] == dict(type='Adam', lr=1e-3)
+    assert complete_section(dict(preset='paper', quantizer=quantizer))['train']['optimizer']['lr'] == 1e-4
+
+
+# Real images, for comparison.
+
+
+def test_real_images_are_read_as_the_detector_is_tested_and_no_set_is_made(user: Config) -> None:
+    user.test_dataloader.dataset.pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(64, 64), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='PackDetInputs'),
+    ]
+    real = dict(type='CocoDataset', data_root='data/x', ann_file='a.json')
+    cfg = composed(user, calibration_set=dict(real=real))
+    dataset = cfg.train_dataloader.dataset
+    assert (dataset.type, dataset.data_root, dataset.ann_file) == ('CocoDataset', 'data/x', 'a.json')
+    kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
+    assert [step.type for step in dataset.pipeline] == kinds
+    assert 'mmzsq.CalibrationSetHook' not in types(cfg.custom_hooks)
+    assert 'mmzsq.QuantizerInitHook' in types(cfg.custom_hooks)
+
+
+def test_real_images_need_a_test_pipeline(user: Config) -> None:
+    user.pop('test_dataloader')
+    with pytest.raises(UserError, match='no test_dataloader'):
+        composed(user, calibration_set=dict(real=dict(type='CocoDataset')))

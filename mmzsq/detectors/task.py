@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.synthesis.label_samplers import mask_boxes
 
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
@@ -43,15 +46,24 @@ def num_classes(detector: nn.Module) -> int:
     raise UserError(f'{type(detector).__name__} has no head with `num_classes`: set it on its bbox_head or roi_head')
 
 
+def needs_masks(detector: nn.Module) -> bool:
+    """Whether a detector learns instance masks, and therefore has to be shown some.
+
+    It does if it has a mask head: of its own or in its RoI head, or, as RTMDet-Ins, inside its box head.
+    """
+    return bool(getattr(detector, 'with_mask', False)) or hasattr(getattr(detector, 'bbox_head', None), 'mask_head')
+
+
 def data_samples(
     labels: Sequence[InstanceData], image_size: tuple[int, int], device: torch.device
 ) -> list[DetDataSample]:
     """Wrap labels as MMDetection's detectors take them.
 
     Args:
-        labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
+        labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,), and perhaps
+            ``masks`` (n, H, W) bool, which become ``BitmapMasks`` and stay on the CPU, as in training.
         image_size: Height and width in pixels.
-        device: Where the labels go.
+        device: Where the boxes go.
     """
     nothing = no_instances().to(device)
     samples = []
@@ -66,7 +78,9 @@ def data_samples(
                 flip=False,
             )
         )
-        sample.gt_instances = instances.to(device)
+        sample.gt_instances = InstanceData(bboxes=instances.bboxes.to(device), labels=instances.labels.to(device))
+        if 'masks' in instances:
+            sample.gt_instances.masks = BitmapMasks(instances.masks.numpy().astype(np.uint8), *image_size)
         sample.ignored_instances = nothing
         samples.append(sample)
     return samples
@@ -87,11 +101,19 @@ class DetectionTask:
 
     Args:
         detector: A trained detector; set to eval mode and frozen.
+
+    Attributes:
+        num_classes: Number of categories.
+        needs_masks: Whether labels need instance masks, and predictions have them.
+        channel_order: ``'rgb'`` or ``'bgr'``.
+        note: What a user should know about this choice of task, for the log; None if nothing.
     """
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
+        self.note: str | None = None
         self.num_classes = num_classes(detector)
+        self.needs_masks = needs_masks(detector)
         preprocessor = detector.data_preprocessor
         # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
@@ -116,22 +138,47 @@ class DetectionTask:
         """
         return (images * 255 - self._mean) / self._std
 
-    def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> list[DetDataSample]:
-        """Wrap labels as MMDetection's losses take them, on the detector's device.
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """Undo :meth:`to_inputs`: images in [0, 1], (N, 3, H, W), of what the network takes."""
+        return (inputs * self._std + self._mean) / 255
 
-        Args:
-            labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
-            image_size: Height and width in pixels.
-        """
+    def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> list[DetDataSample]:
+        """Wrap labels as MMDetection's losses take them, on the detector's device; see :func:`data_samples`."""
         return data_samples(labels, image_size, self.device)
 
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
         """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
-        return sum_losses(self.detector.loss(self.to_inputs(images), samples))
+        return sum_losses(self.detector.loss(self.to_inputs(images), [_shallow_copy(sample) for sample in samples]))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:
-        """Return what the detector finds, on the CPU: ``bboxes`` (n, 4) xyxy pixels, ``scores``, ``labels`` (n,)."""
-        samples = blank_samples(len(images), (images.shape[2], images.shape[3]), self.device)
+        """Return what the detector finds.
+
+        Args:
+            images: Shape (N, 3, H, W), in [0, 1].
+
+        Returns:
+            One entry an image, on the CPU: ``bboxes`` (n, 4) xyxy pixels, ``scores``, ``labels`` (n,), and ``masks``
+            (n, H, W) bool where the detector predicts masks. A detector without a box head bounds its masks.
+        """
+        size = (images.shape[2], images.shape[3])
+        samples = blank_samples(len(images), size, self.device)
         results = self.detector.predict(self.to_inputs(images), samples, rescale=False)
-        return [result.pred_instances.to('cpu') for result in results]
+        predictions = []
+        for result in results:
+            found = result.pred_instances
+            kept = InstanceData(bboxes=found.bboxes, scores=found.scores, labels=found.labels)
+            if self.needs_masks:
+                # RTMDet-Ins predicts as far as its feature maps reach, past the edges of the image.
+                kept.masks = found.masks[:, : size[0], : size[1]].bool()
+                if not self.detector.with_bbox:
+                    kept.bboxes = mask_boxes(kept.masks)
+            predictions.append(kept.to('cpu'))
+        return predictions
+
+
+def _shallow_copy(sample: DetDataSample) -> DetDataSample:
+    """Let a loss replace fields of the labels, as RTMDet-Ins does with the masks, without the next step seeing it."""
+    copy = sample.new()
+    copy.gt_instances = sample.gt_instances.new()
+    return copy

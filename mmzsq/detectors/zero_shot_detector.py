@@ -7,20 +7,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from mmzsq.detectors.task import blank_samples, sum_losses
+from mmzsq.detectors.comparison import Comparison, build_comparison
+from mmzsq.detectors.probe import probe
+from mmzsq.detectors.task import sum_losses
 from mmzsq.detectors.teacher import load_teacher
-from mmzsq.distillation import Recorder
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, prepare
+from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
 from mmzsq.registry import MODELS, build_part
 
 PREFIX = 'student.'
+
+RANDOM_MODULES = (_DropoutNd, DropPath, nn.MultiheadAttention)
+"""Modules that in train mode, and for nothing else, drop at random."""
 
 
 class _Teacher:
@@ -66,16 +72,18 @@ class ZeroShotDetector(BaseModel):
         self.teacher_meta: dict[str, Any] = {}
         self.bn = bn
         self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student))
+        self._unfreeze()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
         self.distillation_losses: Any = nn.ModuleList(
-            build_part(MODELS, loss, 'zsq.distillation.losses') for loss in distillation['losses']
+            build_part(MODELS, loss, 'zsq.distillation.losses').fit(student) for loss in distillation['losses']
         )
+        self.taps = self._find_taps()
         self.detector_cfg = detector
         self.quantizer_cfg = quantizer
         self._teacher = _Teacher()
         self._predictor = 'student'
-        self._recorders: tuple[Recorder, Recorder] | None = None
+        self._comparison: Comparison | None = None
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -113,13 +121,29 @@ class ZeroShotDetector(BaseModel):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> ZeroShotDetector:
-        """Set the student's mode; frozen BatchNorm stays in eval."""
+        """Set the student's mode; frozen BatchNorm stays in eval, and what drops at random, which the teacher does not.
+
+        A backbone with ``frozen_stages`` freezes them here. Layers that quantization changed learn all the same.
+        """
         super().train(mode)
-        if self.bn == 'frozen':
-            for module in self.student.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        stay = (*RANDOM_MODULES, _BatchNorm) if self.bn == 'frozen' else RANDOM_MODULES
+        for module in self.student.modules():
+            if isinstance(module, stay):
+                module.eval()
+        self._unfreeze()
         return self
+
+    def _unfreeze(self) -> None:
+        for _, layer in quantized_layers(self.student):
+            layer.requires_grad_(True)
+
+    def _find_taps(self) -> set[str]:
+        taps: set[str] = set()
+        for loss in self.distillation_losses:
+            names = loss.taps(self.student)
+            print_log(f'distillation: {loss} of {_enumerate(names)}', logger='current')
+            taps.update(names)
+        return taps
 
     @contextmanager
     def predicting_with_teacher(self) -> Iterator[None]:
@@ -151,36 +175,20 @@ class ZeroShotDetector(BaseModel):
             inputs: Normalised images (N, 3, H, W).
             data_samples: One ``DetDataSample`` with ``gt_instances`` an image.
         """
-        if self._recorders is None:
-            taps = {name for loss in self.distillation_losses for name in loss.taps(self.student)}
-            self._recorders = (Recorder(self.student, sorted(taps)), Recorder(self.teacher, sorted(taps)))
-        recorder_S, recorder_T = self._recorders
-        with torch.no_grad(), recorder_T.recording() as outputs_T:
-            self.teacher(inputs, data_samples, mode='tensor')
+        if self._comparison is None:
+            self._comparison = build_comparison(self.student, self.teacher, self.taps)
+        outputs_S, outputs_T, detection = self._comparison(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
-        with recorder_S.recording() as outputs_S:
-            if self.detection_weight:
-                losses['loss_detection'] = self.detection_weight * sum_losses(self.student.loss(inputs, data_samples))
-            else:
-                self.student(inputs, data_samples, mode='tensor')
+        if detection is not None:
+            losses['loss_detection'] = self.detection_weight * sum_losses(detection)
         for index, loss in enumerate(self.distillation_losses):
             losses[f'loss_{index}_{type(loss).__name__}'] = loss(outputs_S, outputs_T, self.student)
         return losses
 
 
-def probe(detector: nn.Module, image_size: int = 64) -> Any:
-    """Run ``detector`` once on a grey image, for what :func:`~mmzsq.quantization.prepare` learns from a run.
-
-    Args:
-        detector: A float detector.
-        image_size: Side of the image in pixels.
-
-    Returns:
-        The raw outputs.
-    """
-    device = next(detector.parameters()).device
-    inputs = torch.zeros(1, 3, image_size, image_size, device=device)
-    return detector(inputs, blank_samples(1, (image_size, image_size), device), mode='tensor')
+def _enumerate(names: Sequence[str]) -> str:
+    """The names, or how many of them there are."""
+    return ', '.join(names) if len(names) <= 4 else f'{len(names)} modules from {names[0]} to {names[-1]}'
 
 
 def _drop_prefix(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:

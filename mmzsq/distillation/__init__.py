@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: what a quantized student is told by its full-precision teacher."""
 
-from mmzsq.distillation.losses import (
-    DensePredictionLoss,
-    DensePredictions,
-    DistillationLoss,
-    FeatureMSELoss,
-    PredictionKLLoss,
-    kl_divergence,
-)
+from mmzsq.distillation.dense import DensePredictionLoss, DensePredictions
+from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
+from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
+from mmzsq.distillation.predictions import PredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
+from mmzsq.distillation.two_stage import (
+    MASK_ROIS,
+    TwoStagePredictionLoss,
+    foreground,
+    most_confident,
+    why_not_two_stage,
+)
 
 __all__ = [
+    'MASK_ROIS',
     'DensePredictionLoss',
     'DensePredictions',
     'DistillationLoss',
     'FeatureMSELoss',
+    'Outputs',
     'PredictionKLLoss',
+    'PredictionLoss',
     'Recorder',
+    'TwoStagePredictionLoss',
+    'feature_modules',
     'flatten_tensors',
+    'foreground',
     'kl_divergence',
     'match_modules',
+    'most_confident',
+    'transformer_blocks',
+    'why_not_two_stage',
 ]

@@ -92,6 +92,8 @@ def _per_image(runner: ZeroShotRunner) -> dict[str, float]:
 
 
 def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
+    if runner.cfg.zsq.calibration_set.real is not None:
+        return dict(statistics=dict(images=len(runner.train_dataloader.dataset), real=True), stages={})
     calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
     manifest = calibration_set.manifest or {}
     stages: dict[str, dict[str, Any]] = {}

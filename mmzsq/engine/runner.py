@@ -52,6 +52,8 @@ class ZeroShotRunner(Runner):
 
     def generate(self) -> None:
         """Make the calibration set, or what is missing of it, and nothing else."""
+        if self.cfg.zsq.calibration_set.real is not None:
+            self.logger.warning('zsq.calibration_set.real: this run learns from real images, for comparison only')
         self.call_hook('before_build')
 
     def train(self) -> nn.Module:

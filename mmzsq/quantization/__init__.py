@@ -10,6 +10,11 @@
 Knows nothing of detectors, synthesis, distillation or runners.
 """
 
+from mmzsq.quantization.attention import (
+    QuantizedAttention,
+    QuantMatmul,
+    register_quantized_attention,
+)
 from mmzsq.quantization.calibrate import (
     calibrating,
     quantizers,
@@ -20,6 +25,7 @@ from mmzsq.quantization.config import QuantizationConfig
 from mmzsq.quantization.fake_quantize import fake_quantize, quantize
 from mmzsq.quantization.modules import (
     QuantConv2d,
+    QuantConvTranspose2d,
     QuantizedLayer,
     QuantLinear,
     quantized_layers,
@@ -34,9 +40,12 @@ __all__ = [
     'LSQPlus',
     'LayerReport',
     'QuantConv2d',
+    'QuantConvTranspose2d',
     'QuantLinear',
+    'QuantMatmul',
     'QuantizationConfig',
     'QuantizationReport',
+    'QuantizedAttention',
     'QuantizedLayer',
     'calibrating',
     'fake_quantize',
@@ -45,6 +54,7 @@ __all__ = [
     'quantized_layers',
     'quantizers',
     'register_quantized',
+    'register_quantized_attention',
     'set_quantization',
     'step_parameters',
 ]

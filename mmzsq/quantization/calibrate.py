@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization.modules import QuantizedLayer, quantized_layers
+from mmzsq.quantization.modules import quantized_layers
 from mmzsq.quantization.quantizers import LSQ
 from mmzsq.quantization.statistics import ActivationStatistics
 from mmzsq.quantization.step_search import Grid
@@ -71,41 +71,48 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         ...     for images in batches:
         ...         model(images)
     """
-    pending = [(n, m) for n, m in quantized_layers(model) if not _is_ready(m)]
+    layer_of = {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}
+    pending = {name: quantizer for name, quantizer in quantizers(model) if not quantizer.ready}
     statistics: dict[str, ActivationStatistics] = {}
     with ExitStack() as undo:
-        for name, layer in pending:
-            seen = statistics[name] = ActivationStatistics(layer.weight.device)
-            undo.enter_context(_watching(layer.input_quantizer, seen))
-            undo.enter_context(_switched_off(layer.weight_quantizer))
+        for name, quantizer in pending.items():
+            undo.enter_context(_switched_off(quantizer))
+            if quantizer not in layer_of:
+                seen = statistics[name] = ActivationStatistics(quantizer.initialized.device)
+                undo.enter_context(_watching(quantizer, seen))
         yield
     for seen in statistics.values():
         seen.gather()
-    unseen = [name for name, seen in statistics.items() if not seen.count]
+    unseen = _owners(name for name, seen in statistics.items() if not seen.count)
     if unseen:
         raise UserError(
             f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these '
             'layers inside `with calibrating(model):`, or keep them float with '
             '`zsq.quantizer.skip`.'
         )
-    broken = [name for name, seen in statistics.items() if not seen.is_finite]
+    broken = _owners(name for name, seen in statistics.items() if not seen.is_finite)
     if broken:
         raise UserError(
             f'The input of {", ".join(broken)} was infinite or NaN while calibrating: check the '
             'checkpoint and the images, or run without autocast.'
         )
-    for name, layer in pending:
-        _initialise(layer, statistics.pop(name))
+    for name, quantizer in pending.items():
+        if quantizer in layer_of:
+            grid = quantizer.grid_of_weight(layer_of[quantizer].filters())
+        else:
+            grid = quantizer.grid_of_activations(statistics.pop(name))
+        quantizer.set_grid(_from_first_rank(grid))
 
 
-def _is_ready(layer: QuantizedLayer) -> bool:
-    return layer.weight_quantizer.ready and layer.input_quantizer.ready
+def _owners(names: Iterable[str]) -> list[str]:
+    """Names of the modules that the named quantizers belong to, each once."""
+    return list(dict.fromkeys(name.rpartition('.')[0] for name in names))
 
 
 @contextmanager
 def _switched_off(quantizer: LSQ) -> Iterator[None]:
     before = quantizer.enabled
-    quantizer.enabled = before and quantizer.ready
+    quantizer.enabled = False
     try:
         yield
     finally:
@@ -114,26 +121,16 @@ def _switched_off(quantizer: LSQ) -> Iterator[None]:
 
 @contextmanager
 def _watching(quantizer: LSQ, seen: ActivationStatistics) -> Iterator[None]:
-    """Let ``quantizer`` pass values on while ``seen`` takes them in."""
+    """Let ``seen`` take in what ``quantizer`` is given."""
 
     def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.update(args[0])
 
     handle = quantizer.register_forward_pre_hook(watch)
     try:
-        with _switched_off(quantizer):
-            yield
+        yield
     finally:
         handle.remove()
-
-
-def _initialise(layer: QuantizedLayer, seen: ActivationStatistics) -> None:
-    if not layer.weight_quantizer.ready:
-        grid = layer.weight_quantizer.grid_of_weight(layer.weight)
-        layer.weight_quantizer.set_grid(_from_first_rank(grid))
-    if not layer.input_quantizer.ready:
-        grid = layer.input_quantizer.grid_of_activations(seen)
-        layer.input_quantizer.set_grid(_from_first_rank(grid))
 
 
 def _from_first_rank(grid: Grid) -> Grid:

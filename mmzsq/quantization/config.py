@@ -17,6 +17,7 @@ SAME = 'same'
 
 QuantizerClass = type[LSQ]
 Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings')
+SomeBits = TypeVar('SomeBits', 'Bits', 'AttentionBits')
 
 
 class Bits(NamedTuple):
@@ -24,6 +25,18 @@ class Bits(NamedTuple):
 
     w_bits: int
     a_bits: int
+
+
+class AttentionBits(NamedTuple):
+    """Bits of what attention multiplies.
+
+    Attributes:
+        operand_bits: Of queries, keys and values.
+        probability_bits: Of the softmax output.
+    """
+
+    operand_bits: int
+    probability_bits: int
 
 
 @dataclass(frozen=True)
@@ -67,9 +80,9 @@ class QuantizationConfig:
     ``weight=dict(per_channel=False, init='lsq', narrow=False), activation=dict(scheme='signed',
     init='lsq'), step='linear', first_bits=None, last_bits=None``.
 
-    A layer's bits are decided in this order: ``skip``, then ``overrides``, then ``first_bits`` and
-    ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern is a layer's name, or that of a module
-    that holds it, with the wildcards of ``fnmatch`` (``*`` also matches dots).
+    A layer's bits are decided in this order: ``scope``, then ``skip``, then ``overrides``, then
+    ``first_bits`` and ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern is a layer's name, or
+    that of a module that holds it, with the wildcards of ``fnmatch`` (``*`` also matches dots).
 
     Attributes:
         type: Registered quantizer, ``'mmzsq.LSQ'`` or ``'mmzsq.LSQPlus'``.
@@ -82,6 +95,11 @@ class QuantizationConfig:
         first_bits: Weight and input bits of layers that see the model's input; ``None`` keeps them
             float, ``'same'`` treats them as any other layer.
         last_bits: The same for layers that make the model's output.
+        scope: Pattern or patterns of what is quantized, such as ``'backbone'``; all else stays
+            float. ``None`` is the whole model.
+        attention: Bits of the operands of both matrix products of attention, one number for all,
+            ``dict(operand_bits=.., probability_bits=..)``, or ``None`` for float. Softmax output is
+            unsigned, queries, keys and values have the scheme of ``activation``.
         skip: Patterns of layers that stay float.
         overrides: Pattern to bits of weight and input: one number for both, ``dict(w_bits=..,
             a_bits=..)``, or ``None`` for float. Of several that match, the last one counts.
@@ -96,6 +114,8 @@ class QuantizationConfig:
     grad_scale: bool = True
     first_bits: int | str | None = 8
     last_bits: int | str | None = 8
+    scope: Sequence[str] | None = None
+    attention: AttentionBits | None = None
     skip: Sequence[str] = ()
     overrides: Mapping[str, Bits | None] = field(default_factory=dict)
 
@@ -117,11 +137,13 @@ class QuantizationConfig:
         values = dict(cfg)
         values['weight'] = _section(WeightSettings, cfg.get('weight', {}), 'weight')
         values['activation'] = _section(ActivationSettings, cfg.get('activation', {}), 'activation')
-        values['skip'] = _patterns(cfg.get('skip', ()))
+        values['scope'] = _scope(cfg.get('scope'))
+        values['attention'] = _bits(AttentionBits, f'{WHERE}.attention', cfg.get('attention'))
+        values['skip'] = _patterns('skip', cfg.get('skip', ()))
         overrides = cfg.get('overrides', {})
         if not isinstance(overrides, Mapping):
             raise UserError(f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.')
-        values['overrides'] = {p: _override(p, bits) for p, bits in overrides.items()}
+        values['overrides'] = {p: _bits(Bits, f'{WHERE}.overrides[{p!r}]', bits) for p, bits in overrides.items()}
         config = cls(**values)
         config._check()
         return config
@@ -166,12 +188,17 @@ class QuantizationConfig:
         """Whether first or last layers are treated unlike the others."""
         return not self.first_bits == self.last_bits == SAME
 
+    @property
+    def patterns(self) -> list[str]:
+        """All patterns; each should name something in the model."""
+        return [*(self.scope or ()), *self.skip, *self.overrides]
+
     def weight_quantizer(self, bits: int, out_channels: int) -> LSQ:
         """A new quantizer for the weight of one layer.
 
         Args:
             bits: 2 to 8.
-            out_channels: First dimension of the weight.
+            out_channels: First dimension of the layer's filters.
         """
         narrow = self.weight.narrow
         return self.quantizer_class(
@@ -184,15 +211,16 @@ class QuantizationConfig:
             narrow=bits == 8 if narrow is None else narrow,
         )
 
-    def input_quantizer(self, bits: int) -> LSQ:
+    def input_quantizer(self, bits: int, scheme: str | None = None) -> LSQ:
         """A new quantizer for the input of one layer.
 
         Args:
             bits: 2 to 8.
+            scheme: If another than that of ``activation``.
         """
         return self.quantizer_class(
             bits=bits,
-            scheme=self.activation.scheme,
+            scheme=scheme or self.activation.scheme,
             init=self.activation.init,
             step=self.step,
             grad_scale=self.grad_scale,
@@ -209,12 +237,9 @@ class QuantizationConfig:
             Its bits, ``None`` for float, and the reason: the setting that decided, or ``''`` for an
             ordinary layer.
         """
-        for pattern in self.skip:
-            if matches(name, pattern):
-                return None, f'skip {pattern!r}'
-        for pattern, bits in reversed(list(self.overrides.items())):
-            if matches(name, pattern):
-                return bits, f'overrides {pattern!r}'
+        bits, reason = self._bits_by_pattern(name)
+        if reason:
+            return bits, reason
         by_role = {'first': self.first_bits, 'last': self.last_bits}
         for role in roles:
             role_bits = by_role[role]
@@ -223,6 +248,33 @@ class QuantizationConfig:
             if isinstance(role_bits, int):
                 return Bits(role_bits, role_bits), f'{role} layer'
         return Bits(self.w_bits, self.a_bits), ''
+
+    def attention_bits_of(self, name: str) -> tuple[AttentionBits | None, str]:
+        """Decide the bits of one attention module, if any is quantized.
+
+        Args:
+            name: Of the module.
+
+        Returns:
+            Its bits, ``None`` for float, and the reason, as of :meth:`bits_of`; an override's
+            ``a_bits`` count.
+        """
+        bits, reason = self._bits_by_pattern(name)
+        if reason:
+            return (AttentionBits(bits.a_bits, bits.a_bits) if bits else None), reason
+        return self.attention, ''
+
+    def _bits_by_pattern(self, name: str) -> tuple[Bits | None, str]:
+        """Bits and reason where a pattern decides; else the reason is empty."""
+        if self.scope is not None and not any(matches(name, pattern) for pattern in self.scope):
+            return None, f'outside scope {", ".join(map(repr, self.scope))}'
+        for pattern in self.skip:
+            if matches(name, pattern):
+                return None, f'skip {pattern!r}'
+        for pattern, bits in reversed(list(self.overrides.items())):
+            if matches(name, pattern):
+                return bits, f'overrides {pattern!r}'
+        return None, ''
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -242,27 +294,33 @@ def _section(cls: type[Section], cfg: Any, key: str) -> Section:
     return cls(**cfg)
 
 
-def _patterns(value: Any) -> tuple[str, ...]:
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) for p in value):
-        raise UserError(f'{WHERE}.skip is {value!r}, but must be a list of patterns.')
+        raise UserError(f'{WHERE}.{key} is {value!r}, but must be a list of patterns.')
     return tuple(value)
 
 
-def _override(pattern: str, value: Any) -> Bits | None:
-    where = f'{WHERE}.overrides[{pattern!r}]'
+def _scope(value: Any) -> tuple[str, ...] | None:
+    if value is None or isinstance(value, str):
+        return None if value is None else (value,)
+    return _patterns('scope', value)
+
+
+def _bits(cls: type[SomeBits], where: str, value: Any) -> SomeBits | None:
+    """Bits by name, or one number for all; ``None`` stays ``None``."""
     if value is None:
         return None
+    names = cls._fields
     if isinstance(value, Mapping):
-        check_keys(value, Bits._fields, where)
-        missing = [key for key in Bits._fields if key not in value]
+        check_keys(value, names, where)
+        missing = [name for name in names if name not in value]
         if missing:
             raise UserError(f'{where} lacks {" and ".join(missing)}.')
-        bits = Bits(**value)
     else:
-        bits = Bits(value, value)
-    check_bits(f'{where} w_bits', bits.w_bits)
-    check_bits(f'{where} a_bits', bits.a_bits)
-    return bits
+        value = dict.fromkeys(names, value)
+    for name in names:
+        check_bits(f'{where} {name}', value[name])
+    return cls(**value)
 
 
 def _check_bool(name: str, value: Any) -> None:

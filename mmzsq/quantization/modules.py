@@ -25,13 +25,23 @@ class QuantizedLayer(nn.Module):
     """Mixin of all quantized layers.
 
     Attributes:
-        weight_quantizer: Of ``weight``; its first dimension is the output channels.
+        weight_quantizer: Of :meth:`filters`, which is what it has to be called with.
         input_quantizer: Of the only input.
     """
 
     weight: Tensor
     weight_quantizer: LSQ
     input_quantizer: LSQ
+
+    def filters(self) -> Tensor:
+        """The weight with the output channels as its first dimension, (C_out, ...)."""
+        return self.weight
+
+    def add_quantizers(self, weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
+        """Give the layer its quantizers, on its device and in its mode."""
+        device = self.weight.device
+        self.weight_quantizer = weight_quantizer.to(device).train(self.training)
+        self.input_quantizer = input_quantizer.to(device).train(self.training)
 
 
 def register_quantized(*float_classes: type[nn.Module]) -> Callable[[Class], Class]:
@@ -59,6 +69,41 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
         weight = self.weight_quantizer(self.weight)
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+@register_quantized(nn.ConvTranspose2d, mmcv_layers.ConvTranspose2d)
+class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """Transposed convolution with quantized weight and input."""
+
+    def filters(self) -> Tensor:
+        """The weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
+        return self._swap_channels(self.weight)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H', W'), of ``output_size`` where several sizes are possible."""
+        output_padding = self._output_padding(
+            x,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return F.conv_transpose2d(
+            self.input_quantizer(x),
+            self._swap_channels(self.weight_quantizer(self.filters())),
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+    def _swap_channels(self, weight: Tensor) -> Tensor:
+        """Exchange input and output channels within each group; twice is the identity."""
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @register_quantized(nn.Linear, mmcv_layers.Linear)
@@ -91,8 +136,8 @@ def quantizable_bases(layer: nn.Module) -> list[str]:
     return [cls.__name__ for cls in type(layer).__mro__[1:] if cls in _QUANTIZED_CLASSES]
 
 
-def make_quantized(layer: nn.Module, cls: type[QuantizedLayer], weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
-    """Turn a float layer into a quantized one, in place.
+def make_quantized(layer: nn.Module, cls: type[QuantizedLayer]) -> QuantizedLayer:
+    """Turn a float layer into a quantized one, in place; it still needs ``add_quantizers``.
 
     The object stays and its class changes, as ``torch.nn.utils.parametrize`` does it: hooks, and
     whoever else holds the layer (heads that share one convolution among levels), keep the layer
@@ -101,13 +146,12 @@ def make_quantized(layer: nn.Module, cls: type[QuantizedLayer], weight_quantizer
     Args:
         layer: The float layer.
         cls: Its quantized class.
-        weight_quantizer: Of its weight.
-        input_quantizer: Of its input.
+
+    Returns:
+        The same object.
     """
     layer.__class__ = cls
-    device = weight_of(layer).device
-    layer.weight_quantizer = weight_quantizer.to(device).train(layer.training)
-    layer.input_quantizer = input_quantizer.to(device).train(layer.training)
+    return cast(QuantizedLayer, layer)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

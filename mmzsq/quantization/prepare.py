@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization.config import WHERE, Bits, QuantizationConfig, matches
+from mmzsq.quantization.attention import (
+    QuantizedAttention,
+    QuantMatmul,
+    is_attention,
+    make_quantized_attention,
+    quantized_attention_class,
+)
+from mmzsq.quantization.config import WHERE, AttentionBits, Bits, QuantizationConfig, matches
 from mmzsq.quantization.modules import (
     QuantizedLayer,
     make_quantized,
@@ -20,6 +27,18 @@ from mmzsq.quantization.modules import (
 )
 from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
 from mmzsq.quantization.trace import Trace, trace
+
+NOT_RUN = 'did not run'
+
+
+class _Attention(NamedTuple):
+    """An attention module and what is to become of it; ``bits`` are ``None`` for float."""
+
+    name: str
+    module: nn.Module
+    type: str
+    bits: AttentionBits | None
+    reason: str
 
 
 def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any] | None = None) -> QuantizationReport:
@@ -37,28 +56,36 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
             operations are reported.
 
     Returns:
-        A report of every layer that has a weight.
+        A report of every layer that has a weight and, if ``config.attention`` is set, of the
+        products of attention.
 
     Raises:
-        UserError: If no layer can be quantized, a pattern matches no layer, the model is prepared
-            already, or first and last layers are asked for and cannot be found.
+        UserError: If no layer, or no attention that is asked for, can be quantized, a pattern
+            matches no layer, the model is prepared already, or first and last layers are asked for
+            and cannot be found.
     """
     layers = {name: module for name, module in model.named_modules() if _has_filters(module)}
     if any(isinstance(layer, QuantizedLayer) for layer in layers.values()):
         raise UserError('The model has quantized layers already; `prepare` takes a float model.')
-    _check_patterns([*config.skip, *config.overrides], layers)
+    _check_patterns(config.patterns, layers)
     if run is None and config.needs_roles:
         raise UserError(
             'First and last layers are found by running the model: pass `run` to `prepare`, or set '
             f"{WHERE}.first_bits and {WHERE}.last_bits to 'same'."
         )
-    known = {n: m for n, m in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
-    seen = Trace() if run is None else trace(model, known, run)
+    known: dict[str, nn.Module] = {
+        n: m for n, m in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+    }
+    attention = [] if config.attention is None else _swap_attention(model, config)
+    products = {n: m for n, m in model.named_modules() if isinstance(m, QuantMatmul)}
+    seen = Trace() if run is None else trace(model, {**known, **products}, run)
 
     rows = [_convert(name, layer, config, seen, run is not None) for name, layer in layers.items()]
     if not any(row.quantized for row in rows):
         reasons = sorted({row.reason for row in rows})
         raise UserError(f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.')
+    for planned in attention:
+        rows += _convert_attention(planned, config, seen, run is not None)
     return QuantizationReport(model, rows)
 
 
@@ -67,10 +94,9 @@ def _convert(name: str, layer: nn.Module, config: QuantizationConfig, seen: Trac
     roles = [role for role, names in (('first', seen.first), ('last', seen.last)) if name in names]
     cls, bits, reason = _plan(name, layer, config, roles, seen, has_run)
     if cls is not None and bits is not None:
-        make_quantized(
-            layer,
-            cls,
-            config.weight_quantizer(bits.w_bits, weight_of(layer).shape[0]),
+        quantized = make_quantized(layer, cls)
+        quantized.add_quantizers(
+            config.weight_quantizer(bits.w_bits, len(quantized.filters())),
             config.input_quantizer(bits.a_bits),
         )
     return LayerReport(
@@ -100,9 +126,53 @@ def _plan(
         kind = f'a {bases[0]} that may compute something else, ' if bases else ''
         return None, None, f'{kind}no quantized class is registered for {type(layer).__name__}'
     if has_run and name not in seen.macs:
-        return None, None, 'did not run: unused, or its weight is read without calling it'
+        return None, None, f'{NOT_RUN}: unused, or its weight is read without calling it'
     bits, reason = config.bits_of(name, roles)
     return cls if bits else None, bits, reason
+
+
+def _swap_attention(model: nn.Module, config: QuantizationConfig) -> list[_Attention]:
+    """Replace inline products by modules, still float, so that the run sees them."""
+    found = []
+    for name, module in list(model.named_modules()):
+        if is_attention(module):
+            cls = quantized_attention_class(module)
+            bits, reason = config.attention_bits_of(name)
+            if cls is None:
+                bits, reason = None, f'no adapter is registered for {type(module).__name__}'
+            found.append(_Attention(name, module, type(module).__name__, bits, reason))
+            if cls is not None and bits is not None:
+                make_quantized_attention(module, cls)
+    if not any(attention.bits for attention in found):
+        reasons = sorted({attention.reason for attention in found})
+        raise UserError(
+            f'{WHERE}.attention is set, but no attention of the model can be quantized: '
+            f'{"; ".join(reasons) or "it has none that is known"}. Set it to None.'
+        )
+    return found
+
+
+def _convert_attention(
+    attention: _Attention, config: QuantizationConfig, seen: Trace, has_run: bool
+) -> list[LayerReport]:
+    bits, reason = attention.bits, attention.reason
+    names = [f'{attention.name}.query_key', f'{attention.name}.probability_value']
+    if has_run and bits and names[0] not in seen.macs:
+        bits, reason = None, NOT_RUN
+    if bits is None:
+        macs = 0 if has_run else None
+        return [LayerReport(attention.name, attention.type, '', 0, FLOAT_BITS, FLOAT_BITS, reason, macs)]
+    operand, probability = bits
+    cast(QuantizedAttention, attention.module).add_quantizers(
+        query=config.input_quantizer(operand),
+        key=config.input_quantizer(operand),
+        probability=config.input_quantizer(probability, scheme='unsigned'),
+        value=config.input_quantizer(operand),
+    )
+    return [
+        LayerReport(name, 'matmul', '', 0, operand, a_bits, reason, seen.macs[name] if has_run else None)
+        for name, a_bits in zip(names, (operand, probability), strict=True)
+    ]
 
 
 def _has_filters(module: nn.Module) -> bool:

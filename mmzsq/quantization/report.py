@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mmzsq.quantization.modules import quantized_layers
+from mmzsq.quantization.attention import QuantMatmul
+from mmzsq.quantization.modules import QuantizedLayer
 from mmzsq.quantization.quantizers import LSQ
 
 FLOAT_BITS = 32
@@ -17,7 +18,10 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer with a weight.
+    """One layer with a weight, or one product of two activations.
+
+    A product is listed as a layer without weights whose input is its left operand and whose weight
+    is its right one.
 
     Attributes:
         name: In the model.
@@ -56,7 +60,7 @@ class QuantizationReport:
 
     Args:
         model: The prepared model; steps are read from it when asked for.
-        layers: In the order of ``named_modules``.
+        layers: In the order of ``named_modules``, attention after all others.
     """
 
     def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
@@ -72,10 +76,12 @@ class QuantizationReport:
     def size_after(self) -> float:
         """Size of the quantized model in MB (10^6 bytes)."""
         bits = _float_bits(self._model)
-        for _, layer in quantized_layers(self._model):
-            weight = layer.weight
-            bits -= weight.numel() * (8 * weight.element_size() - layer.weight_quantizer.bits)
-            bits += _grid_bits(layer.weight_quantizer) + _grid_bits(layer.input_quantizer)
+        for module in self._model.modules():
+            if isinstance(module, QuantizedLayer):
+                weight = module.weight
+                bits -= weight.numel() * (8 * weight.element_size() - module.weight_quantizer.bits)
+            elif isinstance(module, LSQ):
+                bits += _grid_bits(module)
         return bits / 8 / MEGABYTE
 
     @property
@@ -101,13 +107,12 @@ class QuantizationReport:
             ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
             (lists, ``None`` before calibration or where the scheme has none).
         """
-        quantized = dict(quantized_layers(self._model))
+        modules = dict(self._model.named_modules())
         layers = []
         for layer in self.layers:
             row = asdict(layer)
             if layer.quantized:
-                row['weight'] = _describe(quantized[layer.name].weight_quantizer)
-                row['input'] = _describe(quantized[layer.name].input_quantizer)
+                row['weight'], row['input'] = map(_describe, _quantizers_of(modules[layer.name]))
             layers.append(row)
         model = {
             'size_before_mb': self.size_before,
@@ -127,6 +132,14 @@ class QuantizationReport:
         if self.bops_before is not None and self.bops_after is not None:
             lines.append(f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G')
         return '\n'.join(lines)
+
+
+def _quantizers_of(module: nn.Module) -> tuple[LSQ, LSQ]:
+    """Of weight and input, or of the right and left operand."""
+    if isinstance(module, QuantMatmul):
+        return cast(LSQ, module.right_quantizer), cast(LSQ, module.left_quantizer)
+    layer = cast(QuantizedLayer, module)
+    return layer.weight_quantizer, layer.input_quantizer
 
 
 def _row(layer: dict[str, Any]) -> tuple[str, ...]:

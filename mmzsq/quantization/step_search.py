@@ -3,12 +3,13 @@
 
 ``mean_abs_step`` is LSQ's own rule (Esser et al., 2019, section 2.1). ``search_step`` finds the
 step, and where it is free the zero point, of least squared error. The error of one candidate costs
-one binary search per level instead of one pass over the values: values are sorted once, and with
-prefix sums of ``x`` the error of all values that round to level ``v`` is
+one pass over the values, which is little for the weights of a channel. Of many values it costs one
+binary search per level instead: values are sorted once, and with prefix sums of ``x`` the error of
+all values that round to level ``v`` is
 
     sum (x - v)^2 = sum x^2 - 2 v sum x + v^2 count
 
-which is exact, so thousands of candidates are tried for each of thousands of channels.
+which is exact, so thousands of candidates are tried for 10^5 activations.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ COARSE_RATIOS = (0.02, 1.0, 100)
 FINE_RATIOS = (0.96, 1.042, 13)
 # Zero points of the first pass: all of them up to five bits, evenly spread above.
 COARSE_ZERO_POINTS = 33
+# One binary search, of a level, costs about as much as rounding this many values.
+LOOKUP_COST = 64
 # Levels looked up at once while candidates are tried, about 100 bytes each.
 CHUNK = 2**20
+# Values rounded at once: they stay in the processor's cache.
+BLOCK = 2**17
 
 
 class Grid(NamedTuple):
@@ -80,7 +85,8 @@ def search_step(values: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int,
     Returns:
         The best step and zero point of each row. Rows of zeros are filled by :func:`fill_dead`.
     """
-    rows = _SortedRows(values)
+    sort = values.shape[1] > LOOKUP_COST * (qmax - qmin + 1)
+    rows = _SortedRows(values) if sort else _Rows(values)
     spread = min(len(zero_points), COARSE_ZERO_POINTS)
     position = torch.linspace(0, len(zero_points) - 1, spread, device=values.device)
     allowed = torch.tensor(zero_points, device=values.device, dtype=torch.float32)
@@ -119,13 +125,11 @@ def _widest_step(low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> 
     return torch.maximum(below, above)
 
 
-class _SortedRows:
-    """Rows of values, prepared so that the squared error of any grid is cheap."""
+class _Rows:
+    """Rows of values whose squared error on any grid can be asked for."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values.float().sort(dim=1).values
-        sums = self.values.double().cumsum(dim=1)
-        self.sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)
+        self.values = values.float()
 
     def best(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Grid:
         """The candidate of least error of each row.
@@ -136,16 +140,40 @@ class _SortedRows:
             qmin: Lowest integer.
             qmax: Highest integer.
         """
-        width = max(1, CHUNK // (len(step) * (qmax - qmin + 1)))
-        errors = [
-            self.error(s, z, qmin, qmax)
-            for s, z in zip(step.split(width, dim=1), zero_point.split(width, dim=1), strict=True)
-        ]
-        best = torch.cat(errors, dim=1).argmin(dim=1, keepdim=True)
+        best = self.errors(step, zero_point, qmin, qmax).argmin(dim=1, keepdim=True)
         return Grid(step.gather(1, best).squeeze(1), zero_point.gather(1, best).squeeze(1))
 
-    def error(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Squared error of every candidate, less what all share: the row's sum of squares."""
+    def errors(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Squared error of every candidate, (C, K), less what all of a row share."""
+        height = max(1, BLOCK // self.values.shape[1])
+        blocks = zip(self.values.split(height), step.split(height), zero_point.split(height), strict=True)
+        return torch.cat([_squared_errors(v, s, z, qmin, qmax) for v, s, z in blocks])
+
+
+def _squared_errors(values: Tensor, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    errors = []
+    for s, z in zip(step[..., None].unbind(1), zero_point[..., None].unbind(1), strict=True):
+        # A clamp to scalars costs a third of one to tensors.
+        levels = (values / s).round_().add_(z).clamp_(qmin, qmax).sub_(z)
+        errors.append(levels.mul_(s).sub_(values).square_().sum(dim=1))
+    return torch.stack(errors, dim=1)
+
+
+class _SortedRows(_Rows):
+    """Rows of many values, prepared so that an error costs little."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values.float().sort(dim=1).values)
+        sums = self.values.double().cumsum(dim=1)
+        self.sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)
+
+    def errors(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """As of any rows; a row's sum of squares is left out."""
+        width = max(1, CHUNK // (len(step) * (qmax - qmin + 1)))
+        chunks = zip(step.split(width, dim=1), zero_point.split(width, dim=1), strict=True)
+        return torch.cat([self._errors(s, z, qmin, qmax) for s, z in chunks], dim=1)
+
+    def _errors(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         codes = torch.arange(qmin, qmax + 1, device=step.device)
         levels = (codes - zero_point[..., None]) * step[..., None]
         edges = (codes[:-1] + 0.5 - zero_point[..., None]) * step[..., None]

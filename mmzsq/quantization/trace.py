@@ -2,8 +2,9 @@
 """Which layers come first and last, and how much they compute, from one run of the model.
 
 No graph is traced ahead: the model runs once with autograd on, and the graph that autograd leaves
-behind is walked. A layer is *last* if the outputs reach it without passing another layer, and
-*first* if nothing that led to its input passed another.
+behind is walked. A layer is *last* if the outputs reach it without passing another layer, or if
+no other layer reads what it made: proposals of a two-stage detector are cut off from the graph. It
+is *first* if nothing that led to its input passed another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from mmzsq.errors import UserError
+from mmzsq.quantization.attention import QuantMatmul
 from mmzsq.quantization.modules import weight_of
 
 
@@ -27,7 +29,8 @@ class Trace:
 
     Attributes:
         first: Names of layers with no other layer before them.
-        last: Names of layers with no other layer between them and the outputs.
+        last: Names of layers with no other layer between them and the outputs, or that no other
+            layer reads.
         macs: Multiply-accumulate operations by layer name, summed over the run; a layer that did
             not run is missing.
     """
@@ -43,7 +46,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     Args:
         model: The model; its modes and ``requires_grad`` flags are as before afterwards, and no
             gradient is kept.
-        layers: Convolutions and linear layers by name.
+        layers: Convolutions, linear layers and products of activations by name.
         run: Runs the model on some input and returns its raw outputs, tensors in any nest of
             tuples, lists, dicts and objects with ``__dict__``. Predictions after decoding and NMS
             do not serve: they may lose the graph.
@@ -56,15 +59,15 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     """
     result = Trace()
     made_by: dict[Node, str] = {}
-    inputs: list[tuple[str, Node | None]] = []
+    inputs: list[tuple[str, list[Node | None]]] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            (source,) = [*args, *kwargs.values()][:1]
-            result.macs[name] = result.macs.get(name, 0) + _macs(layer, source, output)
+            sources = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            result.macs[name] = result.macs.get(name, 0) + _macs(layer, sources[0], output)
             if output.grad_fn is not None:
                 made_by[output.grad_fn] = name
-                inputs.append((name, source.grad_fn))
+                inputs.append((name, [source.grad_fn for source in sources]))
 
         return hook
 
@@ -76,18 +79,26 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
 
     roots = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
     result.last = set(_nearest(roots, made_by))
-    result.first = {name for name, node in inputs if not set(_nearest([node], made_by))}
     if not result.last:
         raise UserError(
             'No first and last layers were found: `run` returned nothing that depends on a '
             'convolution or linear layer through autograd. Return the raw outputs of the heads (in '
             'MMDetection `mode="tensor"`), not predictions.'
         )
+    read: set[str] = set()
+    for name, nodes in inputs:
+        before = set(_nearest(nodes, made_by))
+        read |= before
+        if not before:
+            result.first.add(name)
+    result.last |= set(made_by.values()) - read
     return result
 
 
 def _macs(layer: nn.Module, source: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates of one call: one filter for each output value."""
+    """Multiply-accumulates of one call: one filter, or one row of the left operand, for each output value."""
+    if isinstance(layer, QuantMatmul):
+        return output.numel() * source.shape[-1]
     values = source if getattr(layer, 'transposed', False) else output
     return values.numel() * weight_of(layer)[0].numel()
 

@@ -7,17 +7,20 @@ from mmzsq.synthesis.label_samplers import (
     AdaptiveLabelSampler,
     LabelSampler,
     MultiBoxSampler,
+    RealLabelSampler,
     RelabelCounts,
     SingleBoxSampler,
     rescale_labels,
 )
-from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior
+from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
+from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior, select_priors
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
 
 __all__ = [
     'BNStatisticsPrior',
     'CalibrationSetGenerator',
     'Stage',
+    'PatchSimilarityPrior',
     'Prior',
     'StepProgress',
     'SynthesisResult',
@@ -28,7 +31,9 @@ __all__ = [
     'CalibrationSet',
     'LabelSampler',
     'MultiBoxSampler',
+    'RealLabelSampler',
     'RelabelCounts',
     'SingleBoxSampler',
     'rescale_labels',
+    'select_priors',
 ]

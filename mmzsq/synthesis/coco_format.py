@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels as COCO's annotations, the form that every detection tool reads, and their statistics.
+"""Labels as COCO's annotations, the form that every detection tool reads, and back, and their statistics.
 
 See https://cocodataset.org/#format-data. Category ids are class indices plus one, image ids count
 from zero, annotation ids from one (pycocotools takes an annotation of id zero for none).
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
+from torch import Tensor
 
 
 def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
@@ -48,6 +50,30 @@ def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
             }
         annotations.append(annotation)
     return annotations
+
+
+def read_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor | None:
+    """Read the mask of one annotation.
+
+    Args:
+        segmentation: What stands under that key: polygons (lists of x, y, x, y, ... in pixels), or run lengths,
+            compressed or not; or None.
+        image_size: Height and width of its image in pixels.
+
+    Returns:
+        Shape (H, W), bool; None if there is no segmentation, or none with a pixel in it.
+    """
+    if isinstance(segmentation, list):
+        # Fewer than three points bound nothing.
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not segmentation:
+        return None
+    if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *image_size)
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(segmentation)
+    mask = torch.from_numpy(coco_mask.decode(segmentation)).bool()
+    return mask if mask.any() else None
 
 
 def to_coco(

@@ -20,10 +20,14 @@ from torch import Tensor
 from mmzsq.errors import UserError, check_keys
 from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
 from mmzsq.synthesis.calibration_set import CalibrationSet
-from mmzsq.synthesis.label_samplers import rescale_labels
+from mmzsq.synthesis.label_samplers import fit_masks, rescale_labels
+from mmzsq.synthesis.priors import select_priors
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
 
-STAGE_KEYS = ('image_size', 'iterations', 'batch_size')
+STAGE_KEYS = ('image_size', 'iterations', 'batch_size', 'lr', 'start')
+STARTS = ('noise', 'previous')
+SIZE_MULTIPLE = 32
+"""Sizes that are shares of another are rounded to a multiple of this many pixels."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,20 @@ class Stage:
     """One pass over a shard.
 
     Attributes:
-        name: ``'relabel'`` or ``'synthesise'``.
+        name: ``'relabel'``, ``'refine'`` or ``'synthesise'``: labels are corrected in the first, fixed in the others.
         image_size: Height and width in pixels.
         iterations: Steps.
         batch_size: Images optimised together.
+        lr: Learning rate; None: that of ``zsq.synthesis``.
+        start: ``'noise'``, or ``'previous'``: the images of the stage before, resized, if there was one.
     """
 
     name: str
     image_size: tuple[int, int]
     iterations: int
     batch_size: int
+    lr: float | None = None
+    start: str = 'noise'
 
     @property
     def work(self) -> float:
@@ -48,8 +56,17 @@ class Stage:
         return float(self.image_size[0] * self.image_size[1] * self.iterations)
 
     @classmethod
-    def from_cfg(cls, name: str, cfg: dict[str, Any], batch_size: int) -> Stage:
-        """Read ``zsq.synthesis.relabel`` or ``zsq.synthesis.synthesise``.
+    def from_cfg(
+        cls, name: str, cfg: dict[str, Any], batch_size: int, full_size: tuple[int, int] | None = None
+    ) -> Stage:
+        """Read ``zsq.synthesis.relabel``, ``refine`` or ``synthesise``.
+
+        Args:
+            name: Key of the section.
+            cfg: ``image_size`` (one number, (height, width), or a share of ``full_size`` below 1), ``iterations``, and
+                perhaps the other attributes.
+            batch_size: Where ``cfg`` names none.
+            full_size: Height and width of the finished images; None if this is their stage.
 
         Raises:
             UserError: If a key is unknown or a number is not positive.
@@ -60,11 +77,19 @@ class Stage:
         if missing:
             raise UserError(f'{where} lacks {" and ".join(missing)}')
         size = cfg['image_size']
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size)
-        if len(size) != 2 or min(*size, stage.iterations, stage.batch_size) < 1:
+        if isinstance(size, float) and 0 < size < 1 and full_size is not None:
+            size = tuple(max(round(side * size / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in full_size)
+        size = tuple(size) if isinstance(size, Sequence) else (size, size)
+        options = {key: cfg[key] for key in ('lr', 'start') if key in cfg}
+        stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size, **options)
+        if stage.start not in STARTS:
+            raise UserError(f'{where}.start is one of {", ".join(map(repr, STARTS))}, not {stage.start!r}')
+        if len(size) != 2 or not all(
+            isinstance(n, int) and n >= 1 for n in (*size, stage.iterations, stage.batch_size)
+        ):
             raise UserError(
-                f'{where} needs positive image_size (one number or (height, width)), iterations, batch_size'
+                f'{where} needs positive image_size (one number, (height, width) or, below 1, a share of the size of '
+                "synthesise's images), iterations, batch_size"
             )
         return stage
 
@@ -74,35 +99,48 @@ def shard_seed(seed: int, shard: int, stage: int, batch: int) -> int:
     return int(np.random.SeedSequence([seed, shard, stage, batch]).generate_state(1, np.uint32)[0])
 
 
+def _rounds(cfg: dict[str, Any] | Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return [] if cfg is None else list(cfg) if isinstance(cfg, Sequence) else [cfg]
+
+
 class CalibrationSetGenerator:
     """Makes shards of synthetic images with labels.
 
     Args:
         task: The frozen detector.
-        synthesis: The section ``zsq.synthesis``: ``relabel`` (None for one stage, a dict, or a list of dicts for
-            several rounds), ``synthesise``, ``priors``, and arguments of :class:`Synthesizer`.
+        synthesis: The section ``zsq.synthesis``: ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
+            several rounds), ``synthesise``, ``priors``, ``require_feature_prior`` (True if absent), and arguments of
+            :class:`Synthesizer`.
         label_sampler: The section ``zsq.label_sampler``.
         batch_size: Images a batch where a stage does not say.
         seed: Of the whole set.
+
+    Attributes:
+        priors_left_out: Those of ``priors`` that do not apply to the detector.
     """
 
     def __init__(
         self, task: Task, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
     ) -> None:
         options = dict(synthesis)
-        relabel = options.pop('relabel')
-        rounds = [] if relabel is None else relabel if isinstance(relabel, Sequence) else [relabel]
-        self.stages = [Stage.from_cfg('relabel', stage, batch_size) for stage in rounds]
-        self.stages.append(Stage.from_cfg('synthesise', options.pop('synthesise'), batch_size))
+        last = Stage.from_cfg('synthesise', options.pop('synthesise'), batch_size)
+        self.stages = [
+            Stage.from_cfg(name, stage, batch_size, last.image_size)
+            for name in ('relabel', 'refine')
+            for stage in _rounds(options.pop(name, None))
+        ]
+        self.stages.append(last)
         self.task = task
         self.seed = seed
         self.sampler = build_part(LABEL_SAMPLERS, label_sampler, 'zsq.label_sampler')
-        self.relabels_while_synthesising = self.sampler.adaptive and not rounds
-        if not self.sampler.adaptive:
-            self.stages = self.stages[-1:]
-        self.synthesizer = Synthesizer(
-            task, [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')], **options
-        )
+        self.relabels_while_synthesising = self.sampler.adaptive and self.stages[0].name != 'relabel'
+        # What nothing remains of is not worth its time: neither corrected labels nor images to start from.
+        while len(self.stages) > 1 and not self.sampler.adaptive and self.stages[1].start == 'noise':
+            self.stages = self.stages[1:]
+        priors = [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')]
+        selected = select_priors(priors, task.detector, options.pop('require_feature_prior', True))
+        self.priors_left_out = [prior for prior in priors if prior not in selected]
+        self.synthesizer = Synthesizer(task, selected, **options)
 
     @property
     def shard_size(self) -> int:
@@ -126,6 +164,7 @@ class CalibrationSetGenerator:
         generator = torch.Generator().manual_seed(shard_seed(self.seed, shard, 0, 0))
         size = self.stages[0].image_size
         labels = self.sampler.sample(count, size, self.task.num_classes, generator)
+        labels = fit_masks(labels, size, self.task.needs_masks)
         info: dict[str, Any] = {}
         images: Tensor | None = None
         for index, stage in enumerate(self.stages):
@@ -133,13 +172,17 @@ class CalibrationSetGenerator:
             size = stage.image_size
             results = []
             start = time.perf_counter()
+            before = images if stage.start == 'previous' else None
             for batch, first in enumerate(range(0, count, stage.batch_size)):
+                chosen = slice(first, first + stage.batch_size)
                 results.append(
                     self.synthesizer.run(
-                        labels[first : first + stage.batch_size],
+                        labels[chosen],
                         size,
                         stage.iterations,
                         shard_seed(self.seed, shard, index + 1, batch),
+                        start=None if before is None else before[chosen],
+                        lr=stage.lr,
                         sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesising else None,
                         on_progress=None if on_progress is None else lambda progress: on_progress(stage, progress),  # noqa: B023
                     )

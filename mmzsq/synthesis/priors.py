@@ -4,34 +4,52 @@
 A prior watches a detector while it runs on synthetic images and returns one scalar. :class:`BNStatisticsPrior` is
 DeepInversion's feature prior (Yin et al. 2020, eq. 4): the statistics that BatchNorm layers gathered on real images
 are the only trace of these that a checkpoint carries. :class:`TotalVariationPrior` is its image prior (eq. 3).
+:class:`~mmzsq.synthesis.patch_similarity.PatchSimilarityPrior` is the feature prior of networks without BatchNorm;
+:func:`select_priors` combines what fits a detector.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from mmzsq.errors import UserError
 from mmzsq.registry import PRIORS
+from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch, watched_layers
 
 DEAD_CHANNEL_VARIANCE = 1e-12
 """Channels below this running variance never fired while training (some checkpoints hold 1e-27): no information."""
 
 
 class Prior:
-    """A penalty on synthetic images; watches a detector between :meth:`attach` and :meth:`detach`."""
+    """A penalty on synthetic images; watches a detector between :meth:`attach` and :meth:`detach`.
+
+    Attributes:
+        judges_features: Whether it compares features inside the detector with what the detector knows of real images.
+        needs: What a detector must have for it, as a message to the user says it.
+    """
+
+    judges_features: ClassVar[bool] = False
+    needs: ClassVar[str] = ''
+
+    def applies_to(self, detector: nn.Module) -> bool:
+        """Whether ``detector`` has what this prior needs."""
+        return True
 
     def attach(self, detector: nn.Module) -> None:
         """Start to watch ``detector``; what its forwards produce from now on is what the next call judges."""
 
     def detach(self) -> None:
         """Stop watching."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside the block ``detector`` may run unseen; what a captured CUDA graph reads stays where it is."""
+        return nullcontext()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty, a scalar.
@@ -42,47 +60,29 @@ class Prior:
         raise NotImplementedError
 
 
-def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each channel, in fp32 whatever the type of ``features``.
+def select_priors(priors: Sequence[Prior], detector: nn.Module, require_features: bool) -> list[Prior]:
+    """Leave out the priors that do not apply to a detector.
 
     Args:
-        features: Shape (N, C, ...).
+        priors: To choose from.
+        detector: What they are to watch.
+        require_features: Whether at least one of the priors that judge features, if there are any, has to apply.
 
     Returns:
-        Mean and variance, shape (C,) each.
+        Those that apply, in the given order.
+
+    Raises:
+        UserError: If a prior of features is required and none applies.
     """
-    mean, variance = _BatchStatistics.apply(features)
-    return mean, variance
-
-
-class _BatchStatistics(torch.autograd.Function):
-    """One pass over the features forward, one backward.
-
-    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        if features.is_cuda:
-            mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
-            variance = inverse_deviation.square().reciprocal()
-        else:
-            dims = [dim for dim in range(features.dim()) if dim != 1]
-            variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
-        ctx.save_for_backward(features, mean)
-        return mean, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
-        features, mean = ctx.saved_tensors
-        count = features.numel() // features.shape[1]
-        slope, offset = 2 * grad_variance / count, grad_mean / count
-        if features.is_cuda:
-            return torch.batch_norm_elemt(features, slope, offset, mean, torch.ones_like(mean), 0.0)
-        shape = (1, -1, *[1] * (features.dim() - 2))
-        grad = (features - mean.view(shape)) * slope.view(shape) + offset.view(shape)
-        return grad.to(features.dtype)
+    selected = [prior for prior in priors if prior.applies_to(detector)]
+    needs = [prior.needs for prior in priors if prior.judges_features]
+    if require_features and needs and not any(prior.judges_features for prior in selected):
+        raise UserError(
+            f'no feature prior of zsq.synthesis.priors applies: {type(detector).__name__} has '
+            f'{"neither " if len(needs) > 1 else "no "}{" nor ".join(needs)}. Set '
+            'zsq.synthesis.require_feature_prior=False to go on with the detection loss and the image prior alone'
+        )
+    return selected
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, prior_mean: Tensor, prior_variance: Tensor) -> Tensor:
@@ -118,63 +118,107 @@ class BNStatisticsPrior(Prior):
         UserError: From :meth:`attach`, if the detector has no BatchNorm layer with running statistics.
     """
 
+    judges_features = True
+    needs = 'BatchNorm layers with running statistics'
+
     def __init__(self, weight: float = 0.01, first_weight: float = 0.0, form: str = 'kl') -> None:
         if form not in ('l2', 'kl'):
             raise UserError(f"form of BNStatisticsPrior is 'l2' or 'kl', not {form!r}")
         self.weight = weight
         self.first_weight = first_weight
         self.form = form
-        self._handles: list[RemovableHandle] = []
-        self._seen: OrderedDict[_BatchNorm, list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._watch = BatchNormWatch()
+        self._layouts: dict[tuple[_BatchNorm, ...], _Layout] = {}
+
+    def applies_to(self, detector: nn.Module) -> bool:
+        """Whether ``detector`` has BatchNorm layers with running statistics."""
+        return bool(watched_layers(detector))
 
     def attach(self, detector: nn.Module) -> None:
         """Watch the input of every BatchNorm layer of ``detector``."""
-        layers = [m for m in detector.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        if not layers:
+        if not watched_layers(detector):
             raise UserError(
                 'BNStatisticsPrior needs BatchNorm layers with running statistics and this detector has none; '
                 'remove it from zsq.synthesis.priors'
             )
-        self._handles = [layer.register_forward_pre_hook(self._record) for layer in layers]
+        self._watch.attach(detector)
 
     def detach(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._seen.clear()
+        self._watch.detach()
+        self._layouts.clear()
 
-    def _record(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # A layer shared between pyramid levels runs several times in one forward; its running statistics are then a
-        # mean over levels, and so is what they are compared with.
-        self._seen.setdefault(layer, []).append(batch_statistics(inputs[0]))  # type: ignore[arg-type]
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside the block BatchNorm layers are not watched."""
+        return self._watch.paused()
 
-    def layer_distances(self) -> list[Tensor]:
-        """The un-weighted term of each layer that ran since the last call, in order of execution; forgets them."""
-        distances = []
-        for layer, statistics in self._seen.items():
-            mean = torch.stack([mean for mean, _ in statistics]).mean(0)
-            variance = torch.stack([variance for _, variance in statistics]).mean(0)
-            distances.append(self._distance(mean, variance, layer))
-        self._seen.clear()
-        return distances
+    def layer_distances(self) -> Tensor:
+        """The un-weighted terms of the layers that ran since the last call, in order of execution; forgets them.
 
-    def _distance(self, mean: Tensor, variance: Tensor, layer: _BatchNorm) -> Tensor:
-        assert layer.running_mean is not None and layer.running_var is not None
-        prior_mean, prior_variance = layer.running_mean.float(), layer.running_var.float()
+        A layer shared between pyramid levels runs several times in one forward; its running statistics are then a mean
+        over levels, and so is what they are compared with.
+
+        Returns:
+            Shape (layers,), empty if none ran.
+        """
+        seen = self._watch.collect()
+        if seen is None:
+            return torch.zeros(0)
+        key = tuple(seen.layers)
+        if key not in self._layouts:
+            self._layouts[key] = _Layout.of(seen.layers)
+        layout = self._layouts[key]
         if self.form == 'l2':
-            return (variance - prior_variance).norm() + (mean - prior_mean).norm()
-        alive = prior_variance > DEAD_CHANNEL_VARIANCE
-        divergence = gaussian_kl(mean, variance, prior_mean, prior_variance.clamp(min=DEAD_CHANNEL_VARIANCE))
-        return torch.where(alive, divergence, 0.0).sum() / alive.sum().clamp(min=1)
+            variances = layout.sum_by_layer((seen.variance - layout.variance).square())
+            means = layout.sum_by_layer((seen.mean - layout.mean).square())
+            return _norm(variances) + _norm(means)
+        divergence = gaussian_kl(
+            seen.mean, seen.variance, layout.mean, layout.variance.clamp(min=DEAD_CHANNEL_VARIANCE)
+        )
+        return layout.sum_by_layer(torch.where(layout.alive, divergence, 0.0)) / layout.num_alive
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty of the detector's forward on ``images``, a scalar."""
         distances = self.layer_distances()
-        if not distances:
+        if not distances.numel():
             raise RuntimeError('BNStatisticsPrior saw no forward pass: attach it and run the detector first')
-        total = torch.stack(distances).sum() * self.weight
+        total = distances.sum() * self.weight
         return total + distances[0] * self.first_weight if self.first_weight else total
+
+
+class _Layout(NamedTuple):
+    """What layers remember, one after the other, and which channel is whose: one computation for all of them.
+
+    Attributes:
+        mean: Running means, (sum of channels,).
+        variance: Running variances, likewise.
+        alive: Whether a channel ever fired, likewise.
+        members: 1 where a channel is of a layer, (layers, sum of channels).
+        num_alive: Channels of each layer that ever fired, at least 1, (layers,).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    alive: Tensor
+    members: Tensor
+    num_alive: Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[_BatchNorm]) -> _Layout:
+        mean = torch.cat([layer.running_mean.float() for layer in layers if layer.running_mean is not None])
+        variance = torch.cat([layer.running_var.float() for layer in layers if layer.running_var is not None])
+        alive = variance > DEAD_CHANNEL_VARIANCE
+        members = torch.block_diag(*(torch.ones(1, layer.num_features, device=mean.device) for layer in layers))
+        return cls(mean, variance, alive, members, (members * alive).sum(1).clamp(min=1))
+
+    def sum_by_layer(self, values: Tensor) -> Tensor:
+        """Sum (sum of channels,) over the channels of each layer, (layers,); in a fixed order."""
+        return (self.members * values).sum(1)
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """Square root with a gradient of 0 at 0."""
+    return torch.where(squares > 0, squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt(), 0.0)
 
 
 @PRIORS.register_module()
@@ -198,6 +242,16 @@ class TotalVariationPrior(Prior):
 
 def total_variation(images: Tensor) -> Tensor:
     """Sum of the Frobenius norms of the four directional differences of ``images`` (N, C, H, W)."""
+    if HAS_TRITON and images.is_cuda and images.dtype == torch.float32:
+        from mmzsq.synthesis.kernels import MAX_VALUES, TotalVariation
+
+        if images.numel() < MAX_VALUES:
+            return TotalVariation.apply(images)
+    return directional_differences(images)
+
+
+def directional_differences(images: Tensor) -> Tensor:
+    """:func:`total_variation` by PyTorch's own operators, the reference of the kernel."""
     vertical = images[:, :, 1:, :] - images[:, :, :-1, :]
     horizontal = images[:, :, :, 1:] - images[:, :, :, :-1]
     diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]

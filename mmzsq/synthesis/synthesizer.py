@@ -13,15 +13,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmzsq.errors import UserError
+from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.augment import Cutout
 from mmzsq.synthesis.label_samplers import LabelSampler
 from mmzsq.synthesis.priors import Prior
@@ -35,6 +37,7 @@ class Task(Protocol):
 
     detector: nn.Module
     num_classes: int
+    needs_masks: bool
     channel_order: str
 
     @property
@@ -49,6 +52,9 @@ class Task(Protocol):
 
     def predict(self, images: Tensor) -> list[InstanceData]:
         """What the detector finds in images in [0, 1]."""
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """Images in [0, 1] of what the network takes; the inverse of the detector's normalisation."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,9 @@ class Synthesizer:
         detection_reduction: ``'sum'`` multiplies the detector's loss, a mean over images, by their number (the paper's
             code); ``'mean'`` leaves it.
         lr: Learning rate of Adam, falling to 0 along a cosine.
+        warmup: Steps in which the learning rate rises evenly from 0 to ``lr``, before it falls.
+        init: The start: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise of mean 0 and deviation 1 where the detector
+            sees images, normalised.
         betas: Adam's.
         cutout: Arguments of :class:`~mmzsq.synthesis.augment.Cutout`, or None for no erasing.
         clamp: Whether pixels are clamped to [0, 1] after each step.
@@ -125,6 +134,8 @@ class Synthesizer:
         detection_weight: float = 0.5,
         detection_reduction: str = 'sum',
         lr: float = 0.2,
+        warmup: int = 0,
+        init: str = 'uniform',
         betas: tuple[float, float] = (0.9, 0.999),
         cutout: dict[str, Any] | None = None,
         clamp: bool = True,
@@ -135,6 +146,7 @@ class Synthesizer:
     ) -> None:
         for key, value, allowed in (
             ('detection_reduction', detection_reduction, ('sum', 'mean')),
+            ('init', init, ('uniform', 'normal')),
             ('keep', keep, ('last', 'best')),
             ('precision', precision, ('fp32', 'bf16')),
         ):
@@ -145,6 +157,8 @@ class Synthesizer:
         self.detection_weight = detection_weight
         self.detection_reduction = detection_reduction
         self.lr = lr
+        self.warmup = warmup
+        self.init = init
         self.betas = betas
         self.cutout = Cutout(**cutout) if cutout is not None else None
         self.clamp = clamp
@@ -153,6 +167,7 @@ class Synthesizer:
         self.precision = precision
         self.capture = capture
         self.eager_reason: str | None = None
+        self.layers: Acceleration | None = None
 
     def run(
         self,
@@ -160,16 +175,20 @@ class Synthesizer:
         image_size: tuple[int, int],
         iterations: int,
         seed: int,
+        start: Tensor | None = None,
+        lr: float | None = None,
         sampler: LabelSampler | None = None,
         on_progress: Callable[[StepProgress], None] | None = None,
     ) -> SynthesisResult:
-        """Optimise one batch from fresh noise.
+        """Optimise one batch.
 
         Args:
             labels: One entry an image, ``bboxes`` xyxy in pixels of images of ``image_size``.
             image_size: Height and width in pixels.
             iterations: Steps.
             seed: Fixes noise and erasing: the same seed gives the same bits on the same device.
+            start: Images in [0, 1], (N, 3, any height, any width), to start from, resized; None: fresh noise.
+            lr: Learning rate in place of the synthesizer's own.
             sampler: If given and adaptive, corrects the labels by the detector's predictions on the way.
             on_progress: Called about twenty times.
 
@@ -177,30 +196,37 @@ class Synthesizer:
             UserError: If the loss stops being finite.
         """
         device = self.task.device
+        self.layers = Acceleration(self.task.detector, self.dtype) if device.type == 'cuda' else None
         for prior in self.priors:
             prior.attach(self.task.detector)
         try:
             with seeded(seed, device):
-                return self._run(list(labels), image_size, iterations, sampler, on_progress)
+                images = self._start(start, len(labels), image_size)
+                rate = self.lr if lr is None else lr
+                return self._run(images, list(labels), iterations, rate, sampler, on_progress)
         finally:
+            self.layers = None
             for prior in self.priors:
                 prior.detach()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What convolutions compute in, on a GPU."""
+        return torch.bfloat16 if self.precision == 'bf16' else torch.float32
+
     def _run(
         self,
+        images: Tensor,
         labels: list[InstanceData],
-        image_size: tuple[int, int],
         iterations: int,
+        lr: float,
         sampler: LabelSampler | None,
         on_progress: Callable[[StepProgress], None] | None,
     ) -> SynthesisResult:
         start = time.perf_counter()
-        # Noise is drawn on the CPU: the same on every kind of device.
-        noise = torch.rand(len(labels), 3, *image_size)
-        images = noise.to(self.task.device)
+        image_size = (images.shape[2], images.shape[3])
         if images.is_cuda:
             # The layout of the fast convolutions and reductions on a GPU.
-            self.task.detector.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)
         step = _Step(self, images, labels)
         counts = {'added': 0, 'removed': 0}
@@ -215,7 +241,7 @@ class Synthesizer:
                     step.set_labels(labels)
             if best_images is not None and iteration % self.keep_interval == 0:
                 before = step.images.detach().clone()
-            step(0.5 * self.lr * (1 + math.cos(math.pi * iteration / iterations)))
+            step(lr * self.schedule(iteration, iterations))
             if best_images is not None and iteration % self.keep_interval == 0:
                 total = torch.stack(list(step.losses.values())).sum()
                 best_images = torch.where(total < best_loss, before, best_images)
@@ -229,14 +255,27 @@ class Synthesizer:
         seconds = time.perf_counter() - start
         return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts)
 
+    def schedule(self, iteration: int, iterations: int) -> float:
+        """Share of the learning rate at step ``iteration`` (from 0) of ``iterations``: warm-up, then a half cosine."""
+        if iteration < self.warmup:
+            return (iteration + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (iteration - self.warmup) / (iterations - self.warmup)))
+
+    def _start(self, start: Tensor | None, count: int, image_size: tuple[int, int]) -> Tensor:
+        """What the images start from, on the detector's device."""
+        if start is not None:
+            return F.interpolate(start, image_size, mode='bilinear', antialias=True)
+        # Noise is drawn on the CPU: the same on every kind of device.
+        if self.init == 'uniform':
+            return torch.rand(count, 3, *image_size).to(self.task.device)
+        return self.task.from_inputs(torch.randn(count, 3, *image_size).to(self.task.device))
+
     def predict(self, images: Tensor) -> list[InstanceData]:
         """What the detector finds in images in [0, 1] as they are, un-augmented; leaves no trace in the priors."""
-        for prior in self.priors:
-            prior.detach()
-        predictions = self.task.predict(images.detach().clamp(0, 1))
-        for prior in self.priors:
-            prior.attach(self.task.detector)
-        return predictions
+        with ExitStack() as stack:
+            for prior in self.priors:
+                stack.enter_context(prior.paused())
+            return self.task.predict(images.detach().clamp(0, 1))
 
     @staticmethod
     def _finite_losses(step: _Step, iteration: int) -> dict[str, float]:
@@ -331,7 +370,7 @@ class _Step:
         options = self.synthesizer
         self.optimizer.zero_grad(set_to_none=True)
         seen = options.cutout(self.images) if options.cutout is not None else self.images
-        with self._precision():
+        with self._fast_network():
             detection = self.task.loss(seen, self.samples)
         scale = len(self.images) if options.detection_reduction == 'sum' else 1
         losses = {'detection': options.detection_weight * scale * detection.float()}
@@ -345,8 +384,13 @@ class _Step:
                 self.images.clamp_(0, 1)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
 
-    def _precision(self) -> Any:
-        if self.images.is_cuda and self.synthesizer.precision == 'bf16':
-            # The cache of weights cast to bf16 would be filled inside a captured step and freed outside of it.
-            return torch.autocast('cuda', torch.bfloat16, cache_enabled=False)
-        return nullcontext()
+    @contextmanager
+    def _fast_network(self) -> Iterator[None]:
+        layers = self.synthesizer.layers
+        with nullcontext() if layers is None else layers():
+            if self.images.is_cuda and self.synthesizer.precision == 'bf16':
+                # The cache of weights cast to bf16 would be filled inside a captured step and freed outside of it.
+                with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
+                    yield
+            else:
+                yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets of images with their boxes: the look that no loss replaces."""
+"""Contact sheets of images with their boxes and masks: the look that no loss replaces."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
+from mmzsq.synthesis.coco_format import read_mask
 
 TILE = 256
 GAP = 4
+MASK_OPACITY = 0.35
 
 
 def _colour(label: int) -> tuple[int, int, int]:
@@ -29,11 +31,11 @@ def _colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str], tile: int = TILE) -> np.ndarray:
-    """Draw boxes and category names on a copy of an image, scaled to fit a square tile.
+    """Draw boxes, category names and masks on a copy of an image, scaled to fit a square tile.
 
     Args:
         image: uint8 RGB, (H, W, 3).
-        labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,).
+        labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,), and perhaps ``masks`` (n, H, W) bool.
         classes: Category names.
         tile: Side of the tile in pixels.
 
@@ -46,6 +48,10 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     canvas = np.zeros((tile, tile, 3), np.uint8)
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=interpolation)
+    if 'masks' in labels:
+        # Below all boxes and names.
+        for mask, label in zip(labels.masks.numpy(), labels.labels.tolist(), strict=True):
+            _draw_mask(canvas[: size[1], : size[0]], mask, _colour(label))
     for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
         x1, y1, x2, y2 = (round(value * scale) for value in bbox)
         colour = _colour(label)
@@ -54,6 +60,15 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
         for line, width_ in (((0, 0, 0), 3), (colour, 1)):
             cv2.putText(canvas, classes[label], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.38, line, width_, cv2.LINE_AA)
     return canvas
+
+
+def _draw_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """Tint and outline a mask, bool of any resolution, on ``canvas``, uint8 (H, W, 3), in place."""
+    size = (canvas.shape[1], canvas.shape[0])
+    mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+    canvas[mask] = np.round(canvas[mask] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY)
+    outline = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    canvas[outline] = colour
 
 
 def save_gallery(
@@ -102,8 +117,14 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
         if pixels is None:
             raise UserError(f'{image["file_name"]} in {root} is missing or damaged: run CalibrationSet.verify()')
         images.append(pixels[..., ::-1])
-        boxes = torch.tensor([a['bbox'] for a in annotations[image['id']]], dtype=torch.float32).reshape(-1, 4)
+        of_image = annotations[image['id']]
+        boxes = torch.tensor([a['bbox'] for a in of_image], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        classes = torch.tensor([category_index[a['category_id']] for a in annotations[image['id']]], dtype=torch.long)
-        labels.append(InstanceData(bboxes=boxes, labels=classes))
+        classes = torch.tensor([category_index[a['category_id']] for a in of_image], dtype=torch.long)
+        instances = InstanceData(bboxes=boxes, labels=classes)
+        masks = [read_mask(a.get('segmentation'), (image['height'], image['width'])) for a in of_image]
+        known = [mask for mask in masks if mask is not None]
+        if known and len(known) == len(masks):
+            instances.masks = torch.stack(known)
+        labels.append(instances)
     save_gallery(path, images, labels, [category['name'] for category in coco['categories']])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
@@ -21,11 +22,11 @@ from mmengine.structures import InstanceData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmzsq.detectors import DetectionTask, ZeroShotDetector
+from mmzsq.detectors import DetectionTask, ZeroShotDetector, zero_shot_detector
 from mmzsq.detectors.task import num_classes, sum_losses
 from mmzsq.detectors.teacher import digest, load_teacher
 from mmzsq.errors import UserError
-from mmzsq.presets import DEFAULT, PAPER
+from mmzsq.presets import DEFAULT, PAPER, PAPER_TRANSFORMER
 from mmzsq.quantization import calibrating, set_quantization
 
 # Without the search for the first steps, which takes a second.
@@ -87,7 +88,9 @@ def batch() -> tuple[Tensor, list[DetDataSample]]:
     samples = []
     for label in (1, 3):
         sample = DetDataSample(
-            metainfo=dict(img_shape=SIZE, batch_input_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0))
+            metainfo=dict(
+                img_shape=SIZE, batch_input_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, scale_factor=(1.0, 1.0)
+            )
         )
         sample.gt_instances = InstanceData(bboxes=torch.tensor([[8.0, 8.0, 40.0, 50.0]]), labels=torch.tensor([label]))
         samples.append(sample)
@@ -259,6 +262,113 @@ def test_prediction_is_the_students_but_for_a_block(make: Make) -> None:
 def test_the_teacher_follows_the_student_to_another_type_or_device(make: Make) -> None:
     model = make().double()
     assert next(model.teacher.parameters()).dtype == torch.float64
+
+
+# Any detector, by presets that name none.
+
+
+@pytest.fixture
+def make_tiny(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
+    """Make a student of one of the tiny detectors, with steps, in train mode."""
+
+    def make_tiny(name: str, preset: dict[str, Any] = DEFAULT, **quantizer: Any) -> ZeroShotDetector:
+        teacher = MODELS.build(tiny_cfg(name))
+        teacher.init_weights()
+        # The rpn's initial weights are so small that quantization changes nothing to speak of.
+        torch.nn.init.normal_(teacher.rpn_head.rpn_cls.weight, std=0.2)
+        torch.save(teacher.state_dict(), tmp_path / f'{name}.pth')
+        model = ZeroShotDetector(
+            tiny_cfg(name), {**QUANTIZER, **quantizer}, preset['distillation'], str(tmp_path / f'{name}.pth')
+        )
+        model.init_weights()
+        inputs, samples = batch()
+        with torch.no_grad(), calibrating(model.eval().student):
+            model.student(inputs, samples, mode='tensor')
+        return model.train()
+
+    return make_tiny
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin', 'faster-rcnn_r18'])
+def test_a_two_stage_student_learns_in_all_of_its_parts(make_tiny: Make, name: str) -> None:
+    model = make_tiny(name)
+    losses = train_step(model)
+    assert list(losses) == ['loss_0_TwoStagePredictionLoss', 'loss_1_FeatureMSELoss']
+    assert all(value.item() > 1e-3 and torch.isfinite(value) for value in losses.values())
+    learns = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    parts = ['backbone.', 'neck.', 'rpn_head.', 'roi_head.bbox_head.']
+    for part in [*parts, 'roi_head.mask_head.'] if name.startswith('mask') else parts:
+        for kind in ('weight', 'weight_quantizer.log_step', 'input_quantizer.log_step'):
+            assert any(n.startswith(f'student.{part}') and n.endswith(kind) for n in learns), (part, kind)
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin'])
+def test_an_exact_student_has_no_loss_even_while_it_trains(make_tiny: Make, name: str) -> None:
+    """Stochastic depth, which this Swin has, would tell it from its teacher."""
+    model = make_tiny(name)
+    set_quantization(model.student, False)
+    assert sum(model(*batch(), mode='loss').values()).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_frozen_stage_learns_where_it_is_quantized(make_tiny: Make) -> None:
+    model = make_tiny('faster-rcnn_r18')
+    assert model.student.backbone.frozen_stages == 1
+    train_step(model)
+    stage = dict(model.student.backbone.layer1[0].named_parameters())
+    for name in ('conv1.weight', 'conv1.weight_quantizer.log_step', 'conv1.input_quantizer.log_step'):
+        assert stage[name].grad.abs().sum() > 0
+    assert stage['bn1.weight'].grad is None
+
+
+def test_yolov5_is_compared_as_it_always_was(make: Make) -> None:
+    model = make()
+    norms = {name for name, module in model.student.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert model.taps == {'bbox_head', *norms}
+    assert list(model(*batch(), mode='loss')) == ['loss_0_DensePredictionLoss', 'loss_1_FeatureMSELoss']
+
+
+def test_the_papers_transformer_is_compared_by_proposals_and_blocks(make_tiny: Make) -> None:
+    model = make_tiny('mask-rcnn_swin', PAPER_TRANSFORMER, scope='backbone')
+    assert model.taps == {
+        'rpn_head',
+        *(name for name, module in model.student.named_modules() if type(module).__name__ == 'SwinBlock'),
+    }
+    inputs, samples = batch()
+    for sample in samples:
+        masks = np.zeros((1, *SIZE), np.uint8)
+        masks[:, 8:50, 8:40] = 1
+        sample.gt_instances.labels.fill_(2)
+        sample.gt_instances.masks = BitmapMasks(masks, *SIZE)
+    torch.manual_seed(3)
+    losses = model(inputs, samples, mode='loss')
+    assert list(losses) == ['loss_detection', 'loss_0_PredictionKLLoss', 'loss_1_FeatureMSELoss']
+    torch.manual_seed(3)
+    own = sum_losses(model.student.loss(inputs, samples))
+    assert losses['loss_detection'].item() == pytest.approx(own.item(), rel=1e-5)
+    with torch.no_grad():
+        maps_S, maps_T = (
+            torch.cat([m.flatten(1) for kind in d.rpn_head(d.extract_feat(inputs)) for m in kind], 1)
+            for d in (model.student, model.teacher)
+        )
+    expected = nn.functional.kl_div(maps_S.log_softmax(1), maps_T.softmax(1), reduction='batchmean')
+    assert losses['loss_0_PredictionKLLoss'].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_what_was_picked_is_in_the_log(make_tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(zero_shot_detector, 'print_log', lambda line, logger: lines.append(line))
+    make_tiny('mask-rcnn_swin')
+    assert lines[0].startswith('distillation: TwoStagePredictionLoss(')
+    assert lines[0].endswith('of rpn_head, roi_head.bbox_head, roi_head.mask_head')
+    assert lines[1].endswith('of 6 modules from backbone.stages.0.blocks.0 to neck')
+
+
+def test_a_loss_that_does_not_fit_is_refused_when_built(tiny_cfg: Callable[[str], Any]) -> None:
+    for loss, message in (('DensePredictionLoss', 'dense_predictions'), ('TwoStagePredictionLoss', 'does not fit')):
+        with pytest.raises(UserError, match=message):
+            ZeroShotDetector(
+                tiny_cfg('retinanet_r18'), QUANTIZER, dict(detection_weight=0.0, losses=[dict(type=f'mmzsq.{loss}')])
+            )
 
 
 # Loading a teacher.

@@ -60,6 +60,17 @@ def test_lsqplus_from_config() -> None:
     assert 'zero_point' not in dict(config.weight_quantizer(4, 3).named_parameters())
 
 
+def test_scope_comes_before_all_else() -> None:
+    """One pattern or several; inside, the other settings decide."""
+    config = QuantizationConfig.from_dict(dict(w_bits=4, scope='backbone', first_bits=8, overrides={'neck': 6}))
+    assert config.bits_of('backbone.conv1', ['first']) == ((8, 8), 'first layer')
+    assert config.bits_of('backbone.conv2', []) == ((4, 8), '')
+    assert config.bits_of('neck.conv', []) == (None, "outside scope 'backbone'")
+    several = QuantizationConfig.from_dict(dict(scope=['backbone', '*.fpn_convs']))
+    assert several.bits_of('neck.fpn_convs.0', [])[0] == (8, 8)
+    assert several.bits_of('head', ['last']) == (None, "outside scope 'backbone', '*.fpn_convs'")
+
+
 @pytest.mark.parametrize(
     ('cfg', 'message'),
     [
@@ -80,6 +91,10 @@ def test_lsqplus_from_config() -> None:
         (dict(overrides={'a': 1}), r"overrides\['a'\] w_bits is 1"),
         (dict(overrides={'a': dict(w_bits=4)}), 'lacks a_bits'),
         (dict(overrides={'a': dict(bits=4)}), "unknown key 'bits'"),
+        (dict(scope=3), 'scope is 3, but must be a list of patterns'),
+        (dict(attention=16), 'attention operand_bits is 16'),
+        (dict(attention=dict(operand_bits=8)), 'attention lacks probability_bits'),
+        (dict(attention=dict(operands=8)), "unknown key 'operands' in zsq.quantizer.attention"),
         (dict(type='mmzsq.LSQPlus', activation=dict(scheme='signed')), "must be 'offset'"),
     ],
 )

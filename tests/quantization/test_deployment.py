@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,28 @@ def test_output_is_an_integer_convolution(bits: int) -> None:
     padded = F.pad(integers, (1, 1, 1, 1), value=zero_point) - zero_point
     sums = F.conv2d(padded, weight.quantize(layer.weight).long())
     expected = sums * source.step * weight.step.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+    torch.testing.assert_close(layer(images), expected)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('bits', [2, 8])
+def test_output_is_an_integer_transposed_convolution(bits: int, groups: int) -> None:
+    """The same of integers that are stored input channels first, as the float weight is."""
+    images = torch.randn(2, 4, 5, 5)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=groups))
+    config = dict(w_bits=bits, a_bits=bits, first_bits='same', last_bits='same')
+    prepare(model, QuantizationConfig.from_dict(config))
+    with torch.no_grad(), calibrating(model):
+        model(images)
+    layer: Any = model[0]
+    source, weight = layer.input_quantizer, layer.weight_quantizer
+    filters = weight.quantize(layer.filters())
+    assert int(filters.unique().numel()) > 2
+    stored = torch.cat([group.transpose(0, 1) for group in filters.chunk(groups)]).long()
+    assert stored.shape == layer.weight.shape
+    integers = source.quantize(images).long() - int(source.integer_zero_point)
+    sums = F.conv_transpose2d(integers.double(), stored.double(), stride=2, padding=1, groups=groups)
+    expected = sums.float() * source.step * weight.step.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
     torch.testing.assert_close(layer(images), expected)
 
 

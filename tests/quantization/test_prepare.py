@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmzsq.errors import UserError
 from mmzsq.quantization import (
     QuantConv2d,
+    QuantConvTranspose2d,
     QuantizationConfig,
     QuantizedLayer,
     QuantLinear,
@@ -46,10 +47,11 @@ def test_layers_are_swapped_by_their_exact_class(model: nn.Module, images: Tenso
 
 def test_wrappers_of_mmcv_count_as_the_layers_they_wrap() -> None:
     """They are what many heads of MMDetection are made of."""
-    model = nn.Sequential(mmcv.cnn.Conv2d(3, 4, 1), nn.Flatten(), mmcv.cnn.Linear(16, 2))
+    model = nn.Sequential(
+        mmcv.cnn.Conv2d(3, 4, 1), mmcv.cnn.ConvTranspose2d(4, 4, 2), nn.Flatten(), mmcv.cnn.Linear(16, 2)
+    )
     prepare(model, _config(first_bits='same', last_bits='same'))
-    assert type(model[0]) is QuantConv2d
-    assert type(model[2]) is QuantLinear
+    assert [type(layer) for layer in model] == [QuantConv2d, QuantConvTranspose2d, nn.Flatten, QuantLinear]
 
 
 def test_first_and_last_layers_are_found(model: nn.Module, images: Tensor) -> None:
@@ -62,6 +64,34 @@ def test_first_and_last_layers_are_found(model: nn.Module, images: Tensor) -> No
     assert bits['stem'] == bits['cls'] == bits['reg'] == (8, 8)
     assert bits['block.0'] == bits['embed'] == (4, 5)
     assert bits['unused'] == (32, 32)
+
+
+def test_a_layer_that_no_other_reads_is_last() -> None:
+    """Outputs of a first stage become proposals, without a gradient, and the second stage's are the model's."""
+
+    class TwoStage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.propose, self.refine = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.backbone(x)
+            return self.refine(x * self.propose(x).detach().argmax())
+
+    model = TwoStage()
+    report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(torch.rand(1, 3, 4, 4)))
+    assert {layer.name: layer.role for layer in report.layers} == {
+        'backbone': 'first', 'propose': 'last', 'refine': 'last',
+    }  # fmt: skip
+
+
+def test_scope_keeps_what_is_outside_float(model: nn.Module, images: Tensor) -> None:
+    """With the reason; first and last layers are as configured where they are inside."""
+    report = prepare(model, _config(w_bits=4, scope=['stem', 'block', 'reg']), run=lambda: model(images))
+    rows = {layer.name: layer for layer in report.layers}
+    assert {name for name, row in rows.items() if row.quantized} == {'stem', 'block.0', 'block.1', 'reg'}
+    assert rows['cls'].reason == "outside scope 'stem', 'block', 'reg'"
+    assert (rows['stem'].w_bits, rows['block.0'].w_bits, rows['reg'].w_bits) == (8, 4, 8)
 
 
 def test_first_and_last_can_stay_float_or_be_ordinary(model: nn.Module, images: Tensor) -> None:
@@ -199,6 +229,8 @@ def test_mistakes_are_named(model: nn.Module, images: Tensor) -> None:
         prepare(model, _config(), run=lambda: run()['cls'][0].detach())
     with pytest.raises(UserError, match="'stemm' matches no layer.*nearest layer is 'stem'"):
         prepare(model, _config(skip=['stemm']), run=run)
+    with pytest.raises(UserError, match="'backbone' matches no layer"):
+        prepare(model, _config(scope='backbone'), run=run)
     with pytest.raises(UserError, match='No layer of the model was quantized'):
         prepare(model, _config(skip=['*']), run=run)
     prepare(model, _config(), run=run)

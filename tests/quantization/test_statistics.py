@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from mmzsq.quantization.statistics import SAMPLE_SIZE, ActivationStatistics
+from mmzsq.quantization.statistics import CHUNK, SAMPLE_SIZE, ActivationStatistics
 
 
 def _seen(batches: list[torch.Tensor]) -> ActivationStatistics:
@@ -16,8 +16,8 @@ def _seen(batches: list[torch.Tensor]) -> ActivationStatistics:
 
 
 def test_extremes_mean_and_count_are_exact() -> None:
-    """Over batches of unlike size and type."""
-    batches = [torch.randn(2, 3, 5), torch.randn(7).bfloat16() * 9, torch.randn(1, 100)]
+    """Over batches of unlike size and type; the last is summed in two parts."""
+    batches = [torch.randn(2, 3, 5), torch.randn(7).bfloat16() * 9, torch.randn(CHUNK + 100)]
     everything = torch.cat([b.double().flatten() for b in batches])
     seen = _seen(batches)
     assert seen.count == everything.numel()

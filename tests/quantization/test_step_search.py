@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmzsq.quantization import step_search
 from mmzsq.quantization.step_search import mean_abs_step, search_step
 
 
@@ -56,6 +57,23 @@ def test_signed_search_is_as_good_as_brute_force(bits: int) -> None:
         candidates = torch.linspace(widest / 600, widest, 600).tolist()
         brute = min(_mse(row, s, 0, qmin, qmax) for s in candidates)
         assert _mse(row, step, 0, qmin, qmax) <= brute * 1.02
+
+
+@pytest.mark.parametrize(('qmin', 'qmax', 'zero_points'), [(-8, 7, [0]), (0, 15, list(range(16))), (-127, 127, [0])])
+def test_few_and_many_values_are_searched_to_the_same_end(
+    qmin: int, qmax: int, zero_points: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rounding each value and by looking up each level; rows and values past one block."""
+    monkeypatch.setattr(step_search, 'BLOCK', 1000)
+    rows = torch.randn(7, 400) * torch.logspace(-3, 3, 7)[:, None]
+    grids = []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(step_search, 'LOOKUP_COST', cost)
+        grids.append(search_step(rows, rows.amin(1), rows.amax(1), qmin, qmax, zero_points))
+    errors = [
+        [_mse(row, float(s), int(z), qmin, qmax) for row, s, z in zip(rows, *grid, strict=True)] for grid in grids
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_eight_bit_offset_search_spans_the_range() -> None:

@@ -245,6 +245,29 @@ def test_masks_follow_their_boxes():
     assert torch.equal(new.masks[1], prediction.masks[1])
 
 
+def test_masks_stay_with_their_predictions_through_thresholds_clipping_and_suppression():
+    shifted_b = (42.0, 40.0, 62.0, 60.0)  # IoU with B 18 / 22 = 0.82
+    out_of_image = (80.0, 80.0, 130.0, 120.0)
+    prediction = predictions_of((C, 0.1, 1), (shifted_b, 0.5, 7), (out_of_image, 0.6, 2), (B, 0.9, 7))
+    prediction.masks = torch.zeros(4, 100, 100, dtype=torch.bool)
+    prediction.masks[range(4), range(4), 0] = True
+    label = labels_of(A)
+    label.masks = torch.ones(1, 100, 100, dtype=torch.bool)
+    (new,), _ = AdaptiveLabelSampler().relabel([label], [prediction], SIZE)
+    assert new.labels.tolist() == [0, 7, 2]
+    assert torch.equal(new.masks, torch.cat([label.masks, prediction.masks[[3, 2]]]))
+
+
+def test_a_prediction_with_an_empty_mask_is_not_added_but_keeps_a_label():
+    prediction = predictions_of((SHIFTED_A, 0.9, 0), (B, 0.8, 1))
+    prediction.masks = torch.zeros(2, 100, 100, dtype=torch.bool)
+    label = labels_of(A, C)
+    label.masks = torch.ones(2, 100, 100, dtype=torch.bool)
+    (new,), counts = AdaptiveLabelSampler().relabel([label], [prediction], SIZE)
+    assert new.bboxes.tolist() == [list(A)]
+    assert (counts.added, counts.removed) == (0, 1)
+
+
 def test_half_precision_predictions_become_labels_of_the_usual_type():
     prediction = predictions_of((B, 0.9, 7))
     prediction.bboxes = prediction.bboxes.bfloat16()

@@ -238,10 +238,10 @@ def test_every_layer_is_compared_with_its_own_statistics(detector: nn.Module, fo
     prior.attach(detector)
     with torch.no_grad():
         detector(images, mode='tensor')
-    own = torch.stack(prior.layer_distances())
+    own = prior.layer_distances()
     with torch.no_grad():
         detector(F.avg_pool2d(images, 3, 1, 1), mode='tensor')
-    other = torch.stack(prior.layer_distances())
+    other = prior.layer_distances()
     prior.detach()
     layers = sum(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
     assert len(own) == len(other) == layers > 40
@@ -271,3 +271,49 @@ def test_a_stage_that_lacks_a_number_is_named(key: str) -> None:
     del cfg[key]
     with pytest.raises(UserError, match=f'zsq.synthesis.relabel lacks {key}'):
         Stage.from_cfg('relabel', cfg, batch_size=2)
+
+
+COARSE_TO_FINE = dict(
+    refine=dict(image_size=0.5, iterations=1, batch_size=2, start='previous', lr=0.01),
+    synthesise=dict(image_size=(128, 192), iterations=1, batch_size=3, start='previous', lr=1e-6),
+)
+
+
+def test_stages_go_from_coarse_to_fine(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+    images, _, info = generator(task, **COARSE_TO_FINE).make_shard(0, 2)
+    assert [run['size'] for run in runs] == [(64, 64), (64, 96), (128, 192)]
+    assert list(info) == ['relabel', 'refine', 'synthesise']
+    coarse = runs[1]['result'].images
+    # At a learning rate of almost nothing the images are those of the stage before, enlarged.
+    expected = F.interpolate(coarse, (128, 192), mode='bilinear') * 255
+    assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() < 1
+
+
+def test_labels_are_corrected_in_the_first_stage_alone(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+    generator(task, **COARSE_TO_FINE).make_shard(0, 2)
+    assert [run['sampler'] is not None for run in runs] == [True, False, False]
+
+
+def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
+    def names(**stages: Any) -> list[str]:
+        return [stage.name for stage in generator(task, SINGLE, **stages).stages]
+
+    # The coarse images are what the next stage starts from.
+    assert names(**COARSE_TO_FINE) == ['relabel', 'refine', 'synthesise']
+    assert names() == ['synthesise']
+    alone = dict(COARSE_TO_FINE, refine=dict(COARSE_TO_FINE['refine'], start='noise'))
+    assert names(**alone) == ['refine', 'synthesise']
+
+
+@pytest.mark.parametrize(
+    ('stage', 'message'),
+    [
+        (dict(image_size=64, iterations=1, start='earlier'), 'start is one of'),
+        (dict(image_size=1.5, iterations=1), 'below 1, a share'),
+        (dict(image_size=0.0, iterations=1), 'below 1, a share'),
+        (dict(image_size=64, iterations=0), 'positive'),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(task: DetectionTask, stage: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generator(task, refine=stage)

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Priors against statistics worked out by numpy and torch.distributions."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from mmzsq.config import complete_section
 from mmzsq.errors import UserError
-from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior, batch_statistics, gaussian_kl
+from mmzsq.synthesis import CalibrationSetGenerator
+from mmzsq.synthesis.batch_norm import batch_statistics
+from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
+from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior, gaussian_kl, select_priors
 
 
 class OutOfOrder(nn.Module):
@@ -154,3 +160,90 @@ def test_statistics_and_their_gradient_are_those_of_autograd_in_double(
     for got, want in zip(statistics, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(features.grad.double(), reference.grad, rtol=tolerance, atol=tolerance * 0.02)
+
+
+# Which priors fit a detector
+
+WITH_BATCHNORM = dict(neck=nn.BatchNorm2d(4))
+WITH_ATTENTION = dict(backbone=nn.MultiheadAttention(4, 2))
+WITH_GROUPNORM = dict(backbone=nn.Conv2d(3, 4, 1), bbox_head=nn.GroupNorm(2, 4))
+WITHOUT_STATISTICS = dict(backbone=nn.BatchNorm2d(4, track_running_stats=False))
+
+
+def priors() -> list[Prior]:
+    return [BNStatisticsPrior(), PatchSimilarityPrior(), TotalVariationPrior()]
+
+
+@pytest.mark.parametrize(
+    ('parts', 'expected'),
+    [
+        (WITH_BATCHNORM, ['BNStatisticsPrior', 'TotalVariationPrior']),
+        (WITH_ATTENTION, ['PatchSimilarityPrior', 'TotalVariationPrior']),
+        (WITH_BATCHNORM | WITH_ATTENTION, ['BNStatisticsPrior', 'PatchSimilarityPrior', 'TotalVariationPrior']),
+        (WITH_BATCHNORM | WITH_GROUPNORM, ['BNStatisticsPrior', 'TotalVariationPrior']),
+        (dict(backbone=nn.SyncBatchNorm(4)), ['BNStatisticsPrior', 'TotalVariationPrior']),
+    ],
+)
+def test_priors_that_fit_the_detector_are_combined(parts: dict[str, nn.Module], expected: list[str]) -> None:
+    selected = select_priors(priors(), nn.ModuleDict(parts), require_features=True)
+    assert [type(prior).__name__ for prior in selected] == expected
+
+
+@pytest.mark.parametrize('parts', [WITH_GROUPNORM, WITHOUT_STATISTICS])
+def test_without_a_feature_prior_one_goes_on_only_if_asked_to(parts: dict[str, nn.Module]) -> None:
+    detector = nn.ModuleDict(parts)
+    message = (
+        'neither BatchNorm layers with running statistics nor attention in its backbone. '
+        'Set zsq.synthesis.require_feature_prior=False'
+    )
+    with pytest.raises(UserError, match=message):
+        select_priors(priors(), detector, require_features=True)
+    with pytest.raises(UserError, match='has no BatchNorm layers with running statistics. Set'):
+        select_priors([BNStatisticsPrior()], detector, require_features=True)
+    (left,) = select_priors(priors(), detector, require_features=False)
+    assert isinstance(left, TotalVariationPrior)
+
+
+def test_a_user_who_lists_no_feature_prior_has_asked_for_none() -> None:
+    prior = TotalVariationPrior()
+    assert select_priors([prior], nn.ModuleDict(WITH_GROUPNORM), require_features=True) == [prior]
+
+
+class FakeTask(NamedTuple):
+    """As much of a task as a generator looks at when it is built."""
+
+    detector: nn.Module
+
+
+@pytest.mark.parametrize('options', [dict(), dict(require_feature_prior=True), dict(require_feature_prior=False)])
+def test_a_generator_synthesises_with_those_that_fit_and_says_which_do_not(options: dict[str, bool]) -> None:
+    synthesis = dict(
+        relabel=None,
+        synthesise=dict(image_size=32, iterations=1),
+        priors=[dict(type=f'mmzsq.{type(prior).__name__}', weight=0.5) for prior in priors()],
+        **options,
+    )
+
+    def build(parts: dict[str, nn.Module]) -> CalibrationSetGenerator:
+        sampler = dict(type='mmzsq.SingleBoxSampler')
+        return CalibrationSetGenerator(FakeTask(nn.ModuleDict(parts)), synthesis, sampler, batch_size=1, seed=0)
+
+    generator = build(WITH_ATTENTION)
+    assert [type(prior).__name__ for prior in generator.priors_left_out] == ['BNStatisticsPrior']
+    used = generator.synthesizer.priors
+    assert [type(prior).__name__ for prior in used] == ['PatchSimilarityPrior', 'TotalVariationPrior']
+    if options.get('require_feature_prior', True):
+        with pytest.raises(UserError, match='require_feature_prior'):
+            build(WITH_GROUPNORM)
+    else:
+        assert len(build(WITH_GROUPNORM).priors_left_out) == 2
+
+
+@pytest.mark.parametrize('preset', ['default', 'paper'])
+def test_presets_have_both_feature_priors_and_require_one(preset: str) -> None:
+    synthesis = complete_section(dict(preset=preset))['synthesis']
+    types = [prior['type'] for prior in synthesis['priors']]
+    assert types == ['mmzsq.BNStatisticsPrior', 'mmzsq.PatchSimilarityPrior', 'mmzsq.TotalVariationPrior']
+    assert synthesis['require_feature_prior'] is True
+    asked = complete_section(dict(preset=preset, synthesis=dict(require_feature_prior=False)))
+    assert asked['synthesis']['require_feature_prior'] is False

@@ -119,16 +119,18 @@ def test_bad_arguments_are_named(cfg, message):
 
 def test_rescaling_carries_boxes_and_masks():
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
-    masks[0, 1:3, 0:2] = True
-    label = InstanceData(bboxes=torch.tensor([[0.0, 1.0, 2.0, 3.0]]), labels=torch.tensor([7]), masks=masks)
-    (large,) = rescale_labels([label], (4, 4), (8, 12))
-    assert large.bboxes.tolist() == [[0.0, 2.0, 6.0, 6.0]]
+    masks[0, :3, 0:2] = True
+    label = InstanceData(bboxes=torch.tensor([[0.0, 0.0, 2.0, 3.0]]), labels=torch.tensor([7]), masks=masks)
+    (large,) = rescale_labels([label], (4, 4), (16, 24))
+    assert large.bboxes.tolist() == [[0.0, 0.0, 12.0, 12.0]]
     assert large.labels.tolist() == [7]
-    expected = torch.zeros(8, 12, dtype=torch.bool)
-    expected[2:6, 0:6] = True
+    expected = torch.zeros(16, 24, dtype=torch.bool)
+    expected[:12, :12] = True
+    # Interpolation rounds the corner that lies inside the image.
+    expected[11, 10:12] = False
     assert torch.equal(large.masks[0], expected)
     # The labels that came in are as they were.
-    assert label.bboxes.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+    assert label.bboxes.tolist() == [[0.0, 0.0, 2.0, 3.0]]
     assert label.masks.shape == (1, 4, 4)
 
 

@@ -2,7 +2,8 @@
 """The optimisation of one batch, on a task small enough to know its optimum."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -140,3 +141,68 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do() -> None:
 def test_unknown_options_are_refused(kwargs: dict) -> None:
     with pytest.raises(UserError, match='is one of'):
         Synthesizer(BrightBoxes(), [], **kwargs)
+
+
+def test_the_learning_rate_warms_up_then_falls_along_half_a_cosine() -> None:
+    synthesizer = Synthesizer(BrightBoxes(), [], warmup=4)
+    shares = [synthesizer.schedule(iteration, 12) for iteration in range(12)]
+    assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert shares[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)])
+    assert Synthesizer(BrightBoxes(), []).schedule(0, 10) == 1.0
+
+
+def test_images_start_from_noise_of_the_kind_asked_for() -> None:
+    class Normalised(BrightBoxes):
+        def from_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs * 0.25 + 0.5
+
+    def start(init: str) -> torch.Tensor:
+        options = dict(init=init, lr=0.0, clamp=False, detection_weight=1.0)
+        return Synthesizer(Normalised(), [], **options).run(LABELS * 50, (32, 32), 1, seed=0).images
+
+    uniform, normal = start('uniform'), start('normal')
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    # Clamped at the end: images are in [0, 1].
+    assert (normal == 0).float().mean().item() == pytest.approx(0.0228, abs=0.005)
+    with pytest.raises(UserError, match='init'):
+        Synthesizer(Normalised(), [], init='zeros')
+
+
+def test_images_start_from_those_given_and_take_the_rate_given() -> None:
+    start = torch.rand(2, 3, 8, 8)
+    synthesizer = Synthesizer(BrightBoxes(), [], lr=0.3)
+    enlarged = torch.nn.functional.interpolate(start, SIZE, mode='bilinear')
+    assert (synthesizer.run(LABELS, SIZE, 1, 0, start=start, lr=1e-9).images - enlarged).abs().max() < 1e-6
+    assert (synthesizer.run(LABELS, SIZE, 1, 0, start=start).images - enlarged).abs().max() > 0.1
+
+
+class Pausing:
+    """Counts what is seen of a network outside of its pauses."""
+
+    def __init__(self) -> None:
+        self.pauses = 0
+        self.attached = 0
+
+    def attach(self, detector: nn.Module) -> None:
+        self.attached += 1
+
+    def detach(self) -> None:
+        pass
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pauses += 1
+        yield
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.new_zeros(())
+
+
+def test_priors_pause_while_the_detector_predicts_and_stay_attached() -> None:
+    """What a captured step reads must not be freed: a graph is replayed after a prediction that changed no label."""
+    task, prior = BrightBoxes(), Pausing()
+    task.predictions = [InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long())] * 2
+    sampler = AdaptiveLabelSampler(warmup=2, interval=2)
+    Synthesizer(task, [prior]).run(LABELS, SIZE, 7, seed=0, sampler=sampler)
+    assert (prior.attached, prior.pauses) == (1, 3)

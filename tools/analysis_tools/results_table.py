@@ -41,6 +41,8 @@ from mmzsq.presets import PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
 PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)
+EXPECTED_PRESETS = ('default', 'paper')
+"""Presets under which every leaf has a row, run or not."""
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
 RELATIVE_DIR = 'work_dirs/'
 """What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
@@ -121,7 +123,8 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
         root: Folder with ``configs/``.
 
     Returns:
-        One row for each leaf and preset; by detector, preset and falling bits.
+        One row for each leaf and each of :data:`EXPECTED_PRESETS`, or another that its detector ran with; by detector,
+        preset and falling bits.
 
     Raises:
         UserError: If there are no results, or a file is not named after its config and preset.
@@ -137,10 +140,12 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
         raise UserError(f'no results in {folder}: copy the results.json of a run there, as CONFIG_PRESET.json')
     leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=_order)
     detectors = dict.fromkeys(_order(leaf)[0] for leaf in leaves)
+    tried = {(_order(leaf)[0], preset) for leaf, preset in runs}
     return [
         Row(leaf, preset, runs.get((leaf, preset)))
         for detector in detectors
         for preset in PRESETS
+        if preset in EXPECTED_PRESETS or (detector, preset) in tried
         for leaf in leaves
         if _order(leaf)[0] == detector
     ]

@@ -15,7 +15,7 @@ from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmzsq.detectors import DetectionTask
+from mmzsq.detectors import DetectionTask, detection_task
 from mmzsq.detectors.teacher import digest
 from mmzsq.engine.progress import SynthesisProgress
 from mmzsq.registry import HOOKS
@@ -63,7 +63,7 @@ class CalibrationSetHook(Hook):
     def before_build(self, runner: Runner) -> None:
         """Make what is missing of the set."""
         detector = runner.detector
-        task = DetectionTask(detector.load_teacher())
+        task = detection_task(detector.load_teacher())
         generator = CalibrationSetGenerator(task, self.synthesis, self.label_sampler, self.batch_size, self.seed)
         calibration_set = CalibrationSet.open(
             self.root,
@@ -88,6 +88,13 @@ class CalibrationSetHook(Hook):
         runner.logger.info(
             f'making the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
             f'{calibration_set.num_shards} shards to go'
+        )
+        if task.note is not None:
+            runner.logger.warning(task.note)
+        left_out = ', '.join(type(prior).__name__ for prior in generator.priors_left_out)
+        runner.logger.info(
+            f'priors: {", ".join(type(prior).__name__ for prior in generator.synthesizer.priors) or "none"}'
+            f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
         )
         with SynthesisProgress(runner, generator, calibration_set, mine, self.root / 'previews') as progress:
             generator.generate(calibration_set, mine, progress.update)

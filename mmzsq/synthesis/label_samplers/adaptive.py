@@ -172,6 +172,9 @@ class AdaptiveLabelSampler(LabelSampler):
         for current, predicted in zip(labels, predictions, strict=True):
             seen = self.confident(predicted, image_size)
             new = unlabelled(seen.bboxes, current.bboxes, image_size, self.add_iou, self.area)
+            if 'masks' in seen:
+                # A box without a pixel of its object is no label for a mask head.
+                new &= seen.masks.flatten(1).any(dim=1)
             gone = unseen(current.bboxes, seen.bboxes, self.remove_iou)
             relabelled.append(_concatenate(current[~gone], seen[new]))
             added += int(new.sum())

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.structures import InstanceData
-from torch.nn import functional as F
 
 from mmzsq.errors import UserError
+from mmzsq.synthesis.label_samplers.masks import resize_masks
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def rescale_labels(
         to_size: Height and width in pixels.
 
     Returns:
-        Labels for images of ``to_size``; masks by the nearest pixel.
+        Labels for images of ``to_size``; masks as :func:`resize_masks` carries them.
 
     Example:
         >>> labels = [InstanceData(bboxes=torch.tensor([[0., 0., 10., 20.]]))]
@@ -113,7 +113,7 @@ def rescale_labels(
         new = instances.clone()
         new.bboxes = instances.bboxes * scale
         if 'masks' in instances:
-            new.masks = F.interpolate(instances.masks[None].float(), to_size, mode='nearest')[0] > 0
+            new.masks = resize_masks(instances.masks, to_size)
         rescaled.append(new)
     return rescaled
 

@@ -1,0 +1,8 @@
+"""What leaves of detectors trained at 800 px say beside their bits: ``zsq = {{_base_.two_stage}}``."""
+
+two_stage = dict(
+    synthesis=dict(
+        relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(image_size=640, batch_size=16)
+    ),
+    train=dict(batch_size=8, optimizer=dict(type='Adam', lr=1e-4)),
+)

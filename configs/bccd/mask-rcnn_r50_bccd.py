@@ -1,0 +1,10 @@
+"""Mask R-CNN R50, trained from scratch on blood cells: no weights of any other data."""
+
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', './schedule.py']
+
+model = dict(
+    # Everything learns, BatchNorm too.
+    backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None),
+    roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=500), rcnn=dict(sampler=dict(num=256))),
+)

@@ -1,0 +1,12 @@
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    'mmdet::_base_/datasets/voc0712.py',
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/zsq_w8a8.py',
+    '../_base_/two_stage.py',
+]
+model = dict(roi_head=dict(bbox_head=dict(num_classes=20), mask_head=dict(num_classes=20)))
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+load_from = 'checkpoints/mask-rcnn_r50_voc.pth'  # none is published: train one on the masks of VOC; boxes are evaluated
+zsq = {{_base_.two_stage}}

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which view of a detector synthesis takes: a batched loss where one stands for the detector's own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmzsq.detectors.task import DetectionTask
+from mmzsq.detectors.two_stage import TwoStageTask, reason_unfit
+
+
+def detection_task(detector: nn.Module) -> DetectionTask:
+    """Wrap a trained detector for synthesis; decided by what its parts are.
+
+    Args:
+        detector: Set to eval mode and frozen.
+
+    Returns:
+        A :class:`~mmzsq.detectors.two_stage.TwoStageTask` for what it fits, else a :class:`DetectionTask`, whose
+        ``note`` says why if the detector has two stages.
+    """
+    if getattr(detector, 'roi_head', None) is None:
+        return DetectionTask(detector)
+    reason = reason_unfit(detector)
+    if reason is None:
+        return TwoStageTask(detector)
+    task = DetectionTask(detector)
+    task.note = (
+        f'no batched detection loss for this {type(detector).__name__}, since {reason}: MMDetection computes it image '
+        'by image, and synthesis takes several times longer'
+    )
+    return task

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen detector's layers in the form that a GPU runs fast, for the time of a synthesis.
+
+Nothing here changes what is computed beyond rounding; :class:`Acceleration` puts other ``forward`` methods on layers
+and takes them off again.
+
+* Weights are cast to the precision of the step once, not in every step.
+* Output channels that are no multiple of 8 (255 of a COCO head) keep a convolution from the tensor cores: they are
+  padded, and the padding is cut off.
+* A strided convolution of an image (3 channels: unaligned again, and most of its cost is moving them) becomes a dense
+  one of the image's blocks, stride x stride pixels each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from mmcv.cnn.bricks import wrappers as mmcv_layers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ALIGNMENT = 8
+"""Channels that tensor cores want in multiples of, in 16-bit types."""
+
+CONVOLUTIONS = (nn.Conv2d, mmcv_layers.Conv2d)
+LINEARS = (nn.Linear, mmcv_layers.Linear)
+"""Exact classes: a subclass may compute something else."""
+
+
+class Acceleration:
+    """Fast convolutions and linear layers of a detector, to be switched on and off.
+
+    Args:
+        detector: Frozen, in eval mode, on a GPU; its layers get gradients for their inputs only.
+        dtype: What they compute in.
+    """
+
+    def __init__(self, detector: nn.Module, dtype: torch.dtype) -> None:
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        for module in detector.modules():
+            if type(module) in CONVOLUTIONS and module.padding_mode == 'zeros' and isinstance(module.padding, tuple):
+                self._forwards[module] = fast_convolution(module, dtype)
+            elif type(module) in LINEARS:
+                bias = None if module.bias is None else module.bias.detach().to(dtype)
+                self._forwards[module] = partial(_linear, weight=module.weight.detach().to(dtype), bias=bias)
+            elif type(module) is nn.Upsample and module.mode == 'nearest':
+                self._forwards[module] = partial(_upsample, module)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside the block the layers are fast."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                del module.forward
+
+
+def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return a function that computes what ``layer`` does, in ``dtype``.
+
+    Args:
+        layer: Its padding is a pair of numbers and zeros.
+        dtype: Of the computation and the result.
+    """
+    weight = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    stride = layer.stride[0]
+    is_stem = (
+        layer.in_channels < ALIGNMENT
+        and layer.groups == 1
+        and layer.stride == (stride, stride)
+        and stride > 1
+        and layer.dilation == (1, 1)
+    )
+    if is_stem:
+        weight, padding = blocks_of_weight(weight, stride, layer.padding)  # type: ignore[arg-type]
+        weight = _for_gpu(weight, dtype)
+        return partial(_stem, layer=layer, weight=weight, bias=bias, block=stride, padding=padding)
+    missing = -layer.out_channels % ALIGNMENT if layer.groups == 1 else 0
+    if missing:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing))
+        bias = None if bias is None else F.pad(bias, (0, missing))
+    return partial(
+        _convolution,
+        weight=_for_gpu(weight, dtype),
+        bias=bias,
+        channels=layer.out_channels,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+
+
+def blocks_of_weight(weight: Tensor, block: int, padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Rewrite a convolution of stride ``block`` for images whose blocks of pixels are channels.
+
+    Args:
+        weight: Shape (C_out, C_in, K_h, K_w).
+        block: Height and width of a block, and the stride.
+        padding: Rows and columns of zeros around the image.
+
+    Returns:
+        A weight (C_out, C_in * block^2, K_h', K_w') for stride 1 and inputs as ``pixel_unshuffle`` makes them; and the
+        blocks of zeros that it wants left, right, above and below.
+    """
+    padding_h, kernel_h, (above, below) = _blocks_of_side(weight.shape[2], block, padding[0])
+    padding_w, kernel_w, (left, right) = _blocks_of_side(weight.shape[3], block, padding[1])
+    behind_h, behind_w = (
+        kernel * block - zeros - size
+        for kernel, zeros, size in zip((kernel_h, kernel_w), (padding_h, padding_w), weight.shape[2:], strict=True)
+    )
+    weight = F.pad(weight, (padding_w, behind_w, padding_h, behind_h))
+    return F.pixel_unshuffle(weight, block), (left, right, above, below)
+
+
+def _blocks_of_side(size: int, block: int, padding: int) -> tuple[int, int, tuple[int, int]]:
+    """Zeros in front of a kernel of ``size`` pixels, its size in blocks, and blocks of padding before and behind."""
+    before = -(-padding // block)
+    zeros = before * block - padding
+    kernel = -(-(zeros + size) // block)
+    # So many that an image of h blocks gives h + (2 padding - size) // block + 1 outputs, as the strided one does.
+    return zeros, kernel, (before, (2 * padding - size) // block + kernel - before)
+
+
+def _for_gpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def _upsample(layer: nn.Upsample, x: Tensor) -> Tensor:
+    # Autocast would copy to fp32, and with it all that is concatenated.
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.Upsample.forward(layer, x)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    output = F.conv2d(x.to(weight.dtype), weight, bias, stride, padding, dilation, groups)
+    return output if output.shape[1] == channels else output[:, :channels]
+
+
+def _stem(
+    x: Tensor, layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, block: int, padding: tuple[int, int, int, int]
+) -> Tensor:
+    if x.shape[2] % block or x.shape[3] % block:
+        return type(layer).forward(layer, x)
+    blocks = F.pad(F.pixel_unshuffle(x.to(weight.dtype), block), padding)
+    return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), weight, bias)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the BatchNorm layers of a detector see: mean and variance of each channel of their input, differentiable.
+
+:class:`BatchNormWatch` collects them while a detector runs. On CUDA, a layer in eval mode and the activation behind it
+run in the same kernel that takes the statistics (:mod:`mmzsq.synthesis.kernels`); elsewhere a hook takes them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+"""Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
+
+FUSED_ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.SiLU: 2}
+"""Activations of the fused kernel, by exact class: ``RELU`` and ``SILU`` of :mod:`mmzsq.synthesis.kernels`."""
+
+MAX_CHANNELS = 4096
+"""Of the fused kernel, which holds a value of every channel at once."""
+
+
+class BatchNormStatistics(NamedTuple):
+    """Statistics of all layers that ran, one after the other in order of execution.
+
+    Attributes:
+        mean: Of the inputs over (N, H, W), fp32, shape (sum of channels,).
+        variance: Biased, likewise.
+        layers: The layers, in the same order.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    layers: list[_BatchNorm]
+
+
+class BatchNormWatch:
+    """Takes the statistics of every forward of a detector's BatchNorm layers."""
+
+    def __init__(self) -> None:
+        self._seen: dict[_BatchNorm, list[tuple[Tensor, int]]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._active = False
+        self._layouts: dict[tuple[tuple[_BatchNorm, int], ...], tuple[Tensor, Tensor]] = {}
+
+    def attach(self, detector: nn.Module) -> None:
+        """Watch the layers with running statistics; those of a shared pyramid head may run several times a forward."""
+        on_gpu = HAS_TRITON and next(detector.parameters()).is_cuda
+        activations = _activations_behind(detector) if on_gpu else {}
+        for layer in watched_layers(detector):
+            if on_gpu and _is_fusible(layer):
+                activation = activations.get(layer)
+                kind = 0
+                if activation is not None and 'forward' not in vars(activation):
+                    kind = FUSED_ACTIVATIONS[type(activation)]
+                    self._forwards[activation] = _identity
+                self._forwards[layer] = self._fused_forward(layer, kind)
+            else:
+                self._handles.append(layer.register_forward_pre_hook(self._record))
+        self._resume()
+
+    def detach(self) -> None:
+        """Stop watching, and forget."""
+        self._pause()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._forwards = [], {}
+        self._seen.clear()
+        self._layouts.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing is watched, and the layers are as they were.
+
+        What a captured CUDA graph reads stays where it is, unlike after :meth:`detach`.
+        """
+        self._pause()
+        try:
+            yield
+        finally:
+            self._resume()
+
+    def _pause(self) -> None:
+        self._active = False
+        for module in self._forwards:
+            # A module may have been un-patched already: detach() may be called twice.
+            vars(module).pop('forward', None)
+
+    def _resume(self) -> None:
+        self._active = True
+        for module, forward in self._forwards.items():
+            module.forward = forward
+
+    def collect(self) -> BatchNormStatistics | None:
+        """Return the statistics since the last call, and forget them; None if no layer ran.
+
+        Those of a layer that ran several times are averaged over its runs.
+        """
+        if not self._seen:
+            return None
+        layers = list(self._seen)
+        runs = [layer for layer, seen in self._seen.items() for _ in seen]
+        sums = [run for seen in self._seen.values() for run, _ in seen]
+        counts = [count for seen in self._seen.values() for _, count in seen]
+        self._seen.clear()
+        key = tuple(zip(runs, counts, strict=True))
+        if key not in self._layouts:
+            self._layouts[key] = (torch.cat([_centre(run) for run in runs]), _spread(counts, runs))
+        centre, count = self._layouts[key]
+        total, squares = torch.cat(sums, dim=1)
+        distance = total / count
+        mean, variance = centre + distance, squares / count - distance.square()
+        if len(runs) > len(layers):
+            mean, variance = (_average(values, runs, layers) for values in (mean, variance))
+        return BatchNormStatistics(mean, variance.clamp(min=0), layers)
+
+    def _record(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self._active:
+            return
+        mean, variance = batch_statistics(inputs[0])
+        distance = mean - _centre(layer)
+        self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+
+    def _remember(self, layer: nn.Module, sums: Tensor, count: int) -> None:
+        self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
+
+    def _fused_forward(self, layer: _BatchNorm, activation: int) -> Callable[[Tensor], Tensor]:
+        from mmzsq.synthesis.kernels import BatchNormActivation
+
+        assert layer.running_mean is not None and layer.running_var is not None
+        scale = (layer.running_var.float() + layer.eps).rsqrt()
+        if layer.weight is not None:
+            scale = scale * layer.weight.detach().float()
+        bias = -layer.running_mean.float() * scale
+        if layer.bias is not None:
+            bias = bias + layer.bias.detach().float()
+        centre = _centre(layer)
+
+        def forward(features: Tensor) -> Tensor:
+            output, sums = BatchNormActivation.apply(features, centre, scale, bias, activation)
+            self._remember(layer, sums, features.numel() // features.shape[1])
+            return output
+
+        return forward
+
+
+def watched_layers(detector: nn.Module) -> list[_BatchNorm]:
+    """BatchNorm layers of ``detector`` that remember statistics, in order of registration."""
+    return [m for m in detector.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each channel, in fp32 whatever the type of ``features``.
+
+    Args:
+        features: Shape (N, C, ...).
+
+    Returns:
+        Mean and variance, shape (C,) each.
+    """
+    mean, variance = _BatchStatistics.apply(features)
+    return mean, variance
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """One pass over the features forward, one backward.
+
+    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+        if features.is_cuda:
+            mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
+            variance = inverse_deviation.square().reciprocal()
+        else:
+            dims = [dim for dim in range(features.dim()) if dim != 1]
+            variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
+        ctx.save_for_backward(features, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        features, mean = ctx.saved_tensors
+        count = features.numel() // features.shape[1]
+        slope, offset = 2 * grad_variance / count, grad_mean / count
+        if features.is_cuda:
+            return torch.batch_norm_elemt(features, slope, offset, mean, torch.ones_like(mean), 0.0)
+        shape = (1, -1, *[1] * (features.dim() - 2))
+        grad = (features - mean.view(shape)) * slope.view(shape) + offset.view(shape)
+        return grad.to(features.dtype)
+
+
+def _centre(layer: nn.Module) -> Tensor:
+    running_mean: Tensor = layer.running_mean  # type: ignore[assignment]
+    return running_mean.float()
+
+
+def _is_fusible(layer: _BatchNorm) -> bool:
+    return (
+        type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        and not layer.training
+        and layer.num_features <= MAX_CHANNELS
+        and 'forward' not in vars(layer)
+    )
+
+
+def _activations_behind(detector: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The activation of each BatchNorm layer whose output nothing else reads, where it can be fused."""
+    return {
+        block.norm: block.activate
+        for block in detector.modules()
+        if type(block) is ConvModule
+        and block.order == ('conv', 'norm', 'act')
+        and block.with_norm
+        and block.with_activation
+        and type(block.activate) in FUSED_ACTIVATIONS
+    }
+
+
+def _identity(features: Tensor) -> Tensor:
+    return features
+
+
+def _spread(counts: list[int], runs: list[_BatchNorm]) -> Tensor:
+    """The count of each run for each of its channels, made without a wait for the device."""
+    return torch.cat([torch.full_like(_centre(run), count) for run, count in zip(runs, counts, strict=True)])
+
+
+def _average(values: Tensor, runs: list[_BatchNorm], layers: list[_BatchNorm]) -> Tensor:
+    """Mean over the runs of each layer of values (sum of channels over runs,)."""
+    parts: dict[_BatchNorm, list[Tensor]] = {layer: [] for layer in layers}
+    for run, part in zip(runs, values.split([run.num_features for run in runs]), strict=True):
+        parts[run].append(part)
+    return torch.cat([torch.stack(parts[layer]).mean(0) for layer in layers])

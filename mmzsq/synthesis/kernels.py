@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the synthesis step, for CUDA: what PyTorch computes in many passes over memory, in one.
+
+The step is bound by memory. BatchNorm with remembered statistics, the activation behind it and the statistics of the
+batch read the same features; together they are one pass forward and one backward. The four norms of the total variation
+are one pass each way over the images. Sums are taken in a fixed order, so that equal inputs give equal bits.
+
+Each kernel computes what a plain PyTorch function in :mod:`mmzsq.synthesis.batch_norm` or
+:mod:`mmzsq.synthesis.priors` does, which is its reference in the tests. Import this module only where
+:data:`mmzsq.synthesis.batch_norm.HAS_TRITON` is true.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IDENTITY, RELU, SILU = 0, 1, 2
+"""Activations that :class:`BatchNormActivation` knows."""
+
+TILE = 4096
+"""Values that one program holds at once."""
+PROGRAMS = 1024
+"""Programs of a reduction, at most: each leaves one partial sum."""
+MAX_VALUES = 2**31 - TILE
+"""Values of the images whose total variation is taken: places are 32-bit, because the kernel divides them."""
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+@triton.jit
+def _batch_norm_forward(
+    x, y, partial, shift, scale, bias, rows, tiles_each, channels: tl.constexpr, block_rows: tl.constexpr,
+    block_channels: tl.constexpr, activation: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, block_channels)
+    is_column = column < channels
+    centre = tl.load(shift + column, mask=is_column, other=0.0)
+    slope = tl.load(scale + column, mask=is_column, other=0.0)
+    offset = tl.load(bias + column, mask=is_column, other=0.0)
+    total = tl.zeros((block_channels,), tl.float32)
+    squares = tl.zeros((block_channels,), tl.float32)
+    for tile in range(tiles_each):
+        row = (program * tiles_each + tile) * block_rows + tl.arange(0, block_rows)
+        inside = (row < rows)[:, None] & is_column[None, :]
+        place = row.to(tl.int64)[:, None] * channels + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        distance = tl.where(inside, value - centre[None, :], 0.0)
+        total += tl.sum(distance, axis=0)
+        squares += tl.sum(distance * distance, axis=0)
+        normal = value * slope[None, :] + offset[None, :]
+        if activation == 1:
+            normal = tl.maximum(normal, 0.0)
+        if activation == 2:
+            normal = normal * tl.sigmoid(normal)
+        tl.store(y + place, normal.to(y.dtype.element_ty), mask=inside)
+    tl.store(partial + (program * 2) * channels + column, total, mask=is_column)
+    tl.store(partial + (program * 2 + 1) * channels + column, squares, mask=is_column)
+
+
+@triton.jit
+def _batch_norm_backward(
+    x, grad_y, grad_x, grad_sums, shift, scale, bias, rows, grad_stride, channels: tl.constexpr,
+    block_rows: tl.constexpr, block_channels: tl.constexpr, activation: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, block_channels)
+    is_column = column < channels
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    inside = (row < rows)[:, None] & is_column[None, :]
+    place = row.to(tl.int64)[:, None] * channels + column[None, :]
+    centre = tl.load(shift + column, mask=is_column, other=0.0)
+    slope = tl.load(scale + column, mask=is_column, other=0.0)
+    offset = tl.load(bias + column, mask=is_column, other=0.0)
+    of_total = tl.load(grad_sums + column, mask=is_column, other=0.0)
+    of_squares = tl.load(grad_sums + channels + column, mask=is_column, other=0.0)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    grad_place = row.to(tl.int64)[:, None] * grad_stride + column[None, :]
+    grad = tl.load(grad_y + grad_place, mask=inside, other=0.0).to(tl.float32)
+    normal = value * slope[None, :] + offset[None, :]
+    if activation == 1:
+        grad = tl.where(normal > 0.0, grad, 0.0)
+    if activation == 2:
+        gate = tl.sigmoid(normal)
+        grad = grad * gate * (1.0 + normal * (1.0 - gate))
+    result = grad * slope[None, :] + of_total[None, :] + 2.0 * of_squares[None, :] * (value - centre[None, :])
+    tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=inside)
+
+
+class BatchNormActivation(torch.autograd.Function):
+    """An activation of BatchNorm in eval mode, and the sums behind the statistics of its input.
+
+    Inputs: features (N, C, H, W), channels last; the statistics' centre, the scale and the bias of each channel, fp32
+    (C,), without gradient; the activation.
+
+    Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32 (2, C): the sums over
+    (N, H, W) of ``features - centre`` and of its square.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, centre: Tensor, scale: Tensor, bias: Tensor, activation: int
+    ) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        features = features.contiguous(memory_format=torch.channels_last)
+        channels = features.shape[1]
+        rows = features.numel() // channels
+        block_channels = triton.next_power_of_2(channels)
+        block_rows = max(TILE // block_channels, 1)
+        tiles_each = _ceil_div(_ceil_div(rows, block_rows), PROGRAMS)
+        programs = _ceil_div(rows, block_rows * tiles_each)
+        output = torch.empty_like(features)
+        partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=features.device)
+        _batch_norm_forward[(programs,)](
+            features, output, partial, centre, scale, bias, rows, tiles_each, channels, block_rows, block_channels,
+            activation,
+        )  # fmt: skip
+        ctx.save_for_backward(features, centre, scale, bias)
+        ctx.activation = activation
+        return output, partial.sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Gradient of the features alone."""
+        features, centre, scale, bias = ctx.saved_tensors
+        channels = features.shape[1]
+        rows = features.numel() // channels
+        block_channels = triton.next_power_of_2(channels)
+        block_rows = max(TILE // block_channels, 1)
+        grad = torch.empty_like(features)
+        grad_stride = row_stride(grad_output)
+        if grad_stride is None:
+            grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+            grad_stride = channels
+        _batch_norm_backward[(_ceil_div(rows, block_rows),)](
+            features, grad_output, grad, grad_sums.contiguous(), centre, scale, bias, rows, grad_stride, channels,
+            block_rows, block_channels, ctx.activation,
+        )  # fmt: skip
+        return grad, None, None, None, None
+
+
+def row_stride(features: Tensor) -> int | None:
+    """Values between neighbouring pixels of features (N, C, H, W), if a pixel's channels lie together; else None.
+
+    More than C for some of the channels of a wider tensor: the gradient of a concatenation needs no copy.
+    """
+    _, _, height, width = features.shape
+    batch, channel, row, column = features.stride()
+    evenly = (row == width * column or height == 1) and (batch == height * width * column or len(features) == 1)
+    return column if channel == 1 and column > 1 and evenly else None
+
+
+@triton.jit
+def _difference(x, value, place, inside):
+    return tl.where(inside, value - tl.load(x + place, mask=inside, other=0.0), 0.0)
+
+
+@triton.jit
+def _total_variation_forward(x, partial, size, height, width, tiles_each, channels: tl.constexpr, block: tl.constexpr):
+    program = tl.program_id(0)
+    vertical = tl.zeros((block,), tl.float32)
+    horizontal = tl.zeros((block,), tl.float32)
+    diagonal = tl.zeros((block,), tl.float32)
+    anti_diagonal = tl.zeros((block,), tl.float32)
+    for tile in range(tiles_each):
+        place = (program * tiles_each + tile) * block + tl.arange(0, block)
+        inside = place < size
+        column = (place // channels) % width
+        row = (place // channels // width) % height
+        value = tl.load(x + place, mask=inside, other=0.0)
+        below = inside & (row > 0)
+        step = width * channels
+        d = _difference(x, value, place - step, below)
+        vertical += d * d
+        d = _difference(x, value, place - channels, inside & (column > 0))
+        horizontal += d * d
+        d = _difference(x, value, place - step - channels, below & (column > 0))
+        diagonal += d * d
+        d = _difference(x, value, place - step + channels, below & (column < width - 1))
+        anti_diagonal += d * d
+    tl.store(partial + program * 4 + 0, tl.sum(vertical, axis=0))
+    tl.store(partial + program * 4 + 1, tl.sum(horizontal, axis=0))
+    tl.store(partial + program * 4 + 2, tl.sum(diagonal, axis=0))
+    tl.store(partial + program * 4 + 3, tl.sum(anti_diagonal, axis=0))
+
+
+@triton.jit
+def _total_variation_backward(x, grad, factors, size, height, width, channels: tl.constexpr, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < size
+    column = (place // channels) % width
+    row = (place // channels // width) % height
+    value = tl.load(x + place, mask=inside, other=0.0)
+    above, below = inside & (row < height - 1), inside & (row > 0)
+    left, right = column > 0, column < width - 1
+    step = width * channels
+    result = tl.load(factors + 0) * (
+        _difference(x, value, place - step, below) + _difference(x, value, place + step, above)
+    )
+    result += tl.load(factors + 1) * (
+        _difference(x, value, place - channels, inside & left) + _difference(x, value, place + channels, inside & right)
+    )
+    result += tl.load(factors + 2) * (
+        _difference(x, value, place - step - channels, below & left)
+        + _difference(x, value, place + step + channels, above & right)
+    )
+    result += tl.load(factors + 3) * (
+        _difference(x, value, place - step + channels, below & right)
+        + _difference(x, value, place + step - channels, above & left)
+    )
+    tl.store(grad + place, result, mask=inside)
+
+
+class TotalVariation(torch.autograd.Function):
+    """Sum of the Frobenius norms of the four directional differences of images (N, C, H, W), fp32, channels last."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        """Return the sum, a scalar."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        channels, height, width = images.shape[1:]
+        block = TILE // 4
+        tiles_each = _ceil_div(_ceil_div(images.numel(), block), 4 * PROGRAMS)
+        programs = _ceil_div(images.numel(), block * tiles_each)
+        partial = torch.empty((programs, 4), dtype=torch.float32, device=images.device)
+        _total_variation_forward[(programs,)](
+            images, partial, images.numel(), height, width, tiles_each, channels, block
+        )
+        norms = partial.sum(0).sqrt()
+        ctx.save_for_backward(images, norms)
+        return norms.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        """Gradient of the images; 0 where a norm is."""
+        images, norms = ctx.saved_tensors
+        channels, height, width = images.shape[1:]
+        block = TILE // 4
+        grad = torch.empty_like(images)
+        # Where a norm is 0 so are all of its differences.
+        factors = grad_output * norms.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        _total_variation_backward[(_ceil_div(images.numel(), block),)](
+            images, grad, factors, images.numel(), height, width, channels, block
+        )
+        return grad

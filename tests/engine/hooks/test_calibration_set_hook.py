@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of its calibration set when that is not zero-shot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmzsq.synthesis import CalibrationSet
+
+
+@pytest.fixture
+def real_labels(tmp_path: Path) -> dict[str, Any]:
+    """Sampler of labels of one real image, with an object of each of the eight shapes."""
+    content = dict(
+        categories=[dict(id=index, name=f'shape_{index}') for index in range(8)],
+        images=[dict(id=0, height=100, width=200)],
+        annotations=[
+            dict(image_id=0, category_id=index, bbox=[20.0 * index, 10.0 * index, 40.0, 25.0]) for index in range(8)
+        ],
+    )
+    path = tmp_path / 'real.json'
+    path.write_text(json.dumps(content))
+    return dict(type='mmzsq.RealLabelSampler', ann_file=str(path))
+
+
+@pytest.mark.parametrize('alone', [True, False])
+def test_log_and_manifest_of_a_set_with_real_labels_say_so(
+    make_runner: Any, real_labels: dict[str, Any], alone: bool
+) -> None:
+    if alone:
+        runner = make_runner(**{'zsq.label_sampler': dict(real_labels, _delete_=True)})
+    else:
+        runner = make_runner(**{'zsq.label_sampler.start': dict(real_labels, _delete_=True)})
+    runner.generate()
+    made = CalibrationSet.load('out/calibration_set')
+    assert made.manifest['uses_real_labels'] is True
+    [log] = Path('out').glob('*/*.log')
+    assert 'reads real labels: this calibration set is not zero-shot' in log.read_text()
+    if alone:
+        assert made.statistics()['boxes_per_image'] == dict(mean=8.0, min=8, max=8, histogram={'8': 3})
+
+
+def test_manifest_of_a_set_without_real_labels_says_so_too(make_runner: Any) -> None:
+    runner = make_runner()
+    runner.generate()
+    assert CalibrationSet.load('out/calibration_set').manifest['uses_real_labels'] is False
+    [log] = Path('out').glob('*/*.log')
+    assert 'real labels' not in log.read_text()
