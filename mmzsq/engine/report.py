@@ -55,7 +55,7 @@ def report_results(runner: ZeroShotRunner) -> None:
         bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
         calibration_set=_read_set(runner),
         settings={key: section[key].to_dict() for key in SETTINGS},
-        train=dict(iterations=runner.max_iters, **_per_image(runner)),
+        train=dict(iterations=runner.max_iters, **_train_time(runner)),
         seconds={**runner.seconds, **seconds},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
         versions=dict(
@@ -86,9 +86,12 @@ def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
     return None if path is None else Path(path).name
 
 
-def _per_image(runner: ZeroShotRunner) -> dict[str, float]:
-    images = runner.max_iters * runner.cfg.train_dataloader.batch_size
-    return dict(images=images, ms_per_image=round(1000 * runner.seconds['train'] / images, 3))
+def _train_time(runner: ZeroShotRunner) -> dict[str, float]:
+    """Images seen in all, the iteration that this process started at, and its time for each image it saw."""
+    batch_size = runner.cfg.train_dataloader.batch_size
+    own = (runner.max_iters - runner.first_iter) * batch_size
+    time_per_image = dict(ms_per_image=round(1000 * runner.seconds['train'] / own, 3)) if own else {}
+    return dict(images=runner.max_iters * batch_size, first_iteration=runner.first_iter, **time_per_image)
 
 
 def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class ZeroShotRunner(Runner):
             self.logger.warning('zsq.calibration_set.real: this run learns from real images, for comparison only')
         self.call_hook('before_build')
 
+    def load_or_resume(self) -> None:
+        """Load or resume as MMEngine does, and note where training starts."""
+        super().load_or_resume()
+        self.first_iter = self.iter
+
     def train(self) -> nn.Module:
         """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""
         val_loop: Any = self._val_loop

@@ -33,7 +33,7 @@ LOOKUP_COST = 64
 # Levels looked up at once while candidates are tried, about 100 bytes each.
 CHUNK = 2**20
 # Values rounded at once: they stay in the processor's cache.
-BLOCK = 2**17
+BLOCK = 2**19
 
 
 class Grid(NamedTuple):

@@ -41,9 +41,9 @@ class Acceleration:
     def __init__(self, detector: nn.Module, dtype: torch.dtype) -> None:
         self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for module in detector.modules():
-            if type(module) in CONVOLUTIONS and module.padding_mode == 'zeros' and isinstance(module.padding, tuple):
+            if isinstance(module, nn.Conv2d) and _is_plain(module):
                 self._forwards[module] = fast_convolution(module, dtype)
-            elif type(module) in LINEARS:
+            elif isinstance(module, nn.Linear) and type(module) in LINEARS:
                 bias = None if module.bias is None else module.bias.detach().to(dtype)
                 self._forwards[module] = partial(_linear, weight=module.weight.detach().to(dtype), bias=bias)
             elif type(module) is nn.Upsample and module.mode == 'nearest':
@@ -59,6 +59,10 @@ class Acceleration:
         finally:
             for module in self._forwards:
                 del module.forward
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return type(layer) in CONVOLUTIONS and layer.padding_mode == 'zeros' and isinstance(layer.padding, tuple)
 
 
 def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -148,9 +152,9 @@ def _convolution(
     weight: Tensor,
     bias: Tensor | None,
     channels: int,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
     output = F.conv2d(x.to(weight.dtype), weight, bias, stride, padding, dilation, groups)

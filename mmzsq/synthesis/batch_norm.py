@@ -218,15 +218,16 @@ def _is_fusible(layer: _BatchNorm) -> bool:
 
 def _activations_behind(detector: nn.Module) -> dict[nn.Module, nn.Module]:
     """The activation of each BatchNorm layer whose output nothing else reads, where it can be fused."""
-    return {
-        block.norm: block.activate
-        for block in detector.modules()
-        if type(block) is ConvModule
-        and block.order == ('conv', 'norm', 'act')
-        and block.with_norm
-        and block.with_activation
-        and type(block.activate) in FUSED_ACTIVATIONS
-    }
+    found: dict[nn.Module, nn.Module] = {}
+    for block in detector.modules():
+        if type(block) is not ConvModule or block.order != ('conv', 'norm', 'act'):
+            continue
+        norm, activation = getattr(block, 'norm', None), getattr(block, 'activate', None)
+        if not isinstance(norm, nn.Module) or not isinstance(activation, nn.Module):
+            continue
+        if type(activation) in FUSED_ACTIVATIONS:
+            found[norm] = activation
+    return found
 
 
 def _identity(features: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ class Synthesizer:
             code); ``'mean'`` leaves it.
         lr: Learning rate of Adam, falling to 0 along a cosine.
         warmup: Steps in which the learning rate rises evenly from 0 to ``lr``, before it falls.
-        init: The start: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise of mean 0 and deviation 1 where the detector
-            sees images, normalised.
+        init: The start: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise of mean 0 and deviation 1 in what the
+            network takes.
         betas: Adam's.
         cutout: Arguments of :class:`~mmzsq.synthesis.augment.Cutout`, or None for no erasing.
         clamp: Whether pixels are clamped to [0, 1] after each step.

@@ -4,7 +4,7 @@
     python tools/dataset_converters/voc_to_coco.py data/bccd --splits trainval test --classes RBC WBC Platelets \
         --masks ellipse
 
-reads ``ROOT/ImageSets/Main/SPLIT.txt`` and ``ROOT/Annotations/*.xml`` and writes ``ROOT/annotations/SPLIT.json``. VOC has
+reads ``ROOT/ImageSets/Main/SPLIT.txt`` and ``ROOT/Annotations/*.xml``, writes ``ROOT/annotations/SPLIT.json``. VOC has
 no instance masks; ``--masks ellipse`` takes the ellipse inscribed in each box, which is what a blood cell looks like.
 """
 
