@@ -10,7 +10,8 @@ zsq = dict(
     ),
     synthesis=dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
-        synthesise=dict(image_size=256, iterations=200, batch_size=32),
+        refine=None,
+        synthesise=dict(image_size=256, iterations=150, batch_size=32, start='previous', lr=0.05),
         # Drawn scenes are smooth: a total variation weight of photographs leaves noise.
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),

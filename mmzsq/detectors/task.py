@@ -146,6 +146,19 @@ class DetectionTask:
         """Wrap labels as MMDetection's losses take them, on the detector's device; see :func:`data_samples`."""
         return data_samples(labels, image_size, self.device)
 
+    def update_samples(self, samples: Any, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> bool:
+        """Put other labels into what :meth:`data_samples` returned, in place, so that a captured step sees them.
+
+        Args:
+            samples: Of the labels before; left as they are if this returns False.
+            labels: The new ones, as for :meth:`data_samples`.
+            image_size: Height and width in pixels.
+
+        Returns:
+            Whether that is possible.
+        """
+        return False
+
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
         """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
         return sum_losses(self.detector.loss(self.to_inputs(images), [_shallow_copy(sample) for sample in samples]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mmzsq.detectors.padded_task import PaddedTask, takes_padded_targets
 from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.two_stage import TwoStageTask, reason_unfit
 
@@ -16,9 +17,11 @@ def detection_task(detector: nn.Module) -> DetectionTask:
         detector: Set to eval mode and frozen.
 
     Returns:
-        A :class:`~mmzsq.detectors.two_stage.TwoStageTask` for what it fits, else a :class:`DetectionTask`, whose
-        ``note`` says why if the detector has two stages.
+        A :class:`~mmzsq.detectors.two_stage.TwoStageTask` or :class:`~mmzsq.detectors.padded_task.PaddedTask` for what
+        they fit, else a :class:`DetectionTask`, whose ``note`` says why if the detector has two stages.
     """
+    if takes_padded_targets(detector):
+        return PaddedTask(detector)
     if getattr(detector, 'roi_head', None) is None:
         return DetectionTask(detector)
     reason = reason_unfit(detector)

@@ -47,6 +47,9 @@ class Task(Protocol):
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> Any:
         """Labels in the form that :meth:`loss` takes."""
 
+    def update_samples(self, samples: Any, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> bool:
+        """Put other labels into ``samples`` in place, if they fit; return whether they did."""
+
     def loss(self, images: Tensor, samples: Any) -> Tensor:
         """The detector's training loss for images in [0, 1], a scalar."""
 
@@ -298,6 +301,7 @@ class _Step:
         self.images = images.requires_grad_()
         self.size = (images.shape[2], images.shape[3])
         self.losses: dict[str, Tensor] = {}
+        self.samples: Any = None
         on_cuda = images.is_cuda
         self.lr = torch.zeros((), device=images.device)
         self.optimizer = torch.optim.Adam(
@@ -316,7 +320,9 @@ class _Step:
         return self.graph is not None
 
     def set_labels(self, labels: list[InstanceData]) -> None:
-        """Change what the detector is to see; images, moments and learning rate carry on."""
+        """Change what the detector is to see; images, moments and learning rate carry on, and a graph if it can."""
+        if self.samples is not None and self.task.update_samples(self.samples, labels, self.size):
+            return
         self.samples = self.task.data_samples(labels, self.size)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0

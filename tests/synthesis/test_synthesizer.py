@@ -33,6 +33,11 @@ class BrightBoxes:
                 mask[0, y1:y2, x1:x2] = 1
         return wanted
 
+    def update_samples(
+        self, samples: torch.Tensor, labels: Sequence[InstanceData], image_size: tuple[int, int]
+    ) -> bool:
+        return False
+
     def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         self.detector(images)
         return (images - samples).square().mean()
@@ -206,3 +211,28 @@ def test_priors_pause_while_the_detector_predicts_and_stay_attached() -> None:
     sampler = AdaptiveLabelSampler(warmup=2, interval=2)
     Synthesizer(task, [prior]).run(LABELS, SIZE, 7, seed=0, sampler=sampler)
     assert (prior.attached, prior.pauses) == (1, 3)
+
+
+def test_corrected_labels_are_written_in_place_where_the_task_can() -> None:
+    class InPlace(BrightBoxes):
+        made = updated = 0
+
+        def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> torch.Tensor:
+            self.made += 1
+            return super().data_samples(labels, image_size)
+
+        def update_samples(
+            self, samples: torch.Tensor, labels: Sequence[InstanceData], image_size: tuple[int, int]
+        ) -> bool:
+            self.updated += 1
+            samples.copy_(super().data_samples(labels, image_size))
+            return True
+
+    task = InPlace()
+    seen = dict(bboxes=torch.tensor([[10.0, 10, 15, 15]]), scores=torch.tensor([0.9]), labels=torch.tensor([1]))
+    task.predictions = [InstanceData(**seen), InstanceData(**{key: value[:0] for key, value in seen.items()})]
+    sampler = AdaptiveLabelSampler(warmup=1, interval=100, area=(0.01, 0.85))
+    result = Synthesizer(task, [], detection_weight=100.0, lr=0.05).run(LABELS, SIZE, 200, seed=0, sampler=sampler)
+    assert (task.made, task.updated, result.counts['added']) == (1, 1, 1)
+    # The images show the corrected labels.
+    assert (result.images - BrightBoxes().data_samples(result.labels, SIZE)).abs().max() < 0.05
