@@ -231,7 +231,7 @@ def test_corrected_labels_are_written_in_place_where_the_task_can() -> None:
     task = InPlace()
     seen = dict(bboxes=torch.tensor([[10.0, 10, 15, 15]]), scores=torch.tensor([0.9]), labels=torch.tensor([1]))
     task.predictions = [InstanceData(**seen), InstanceData(**{key: value[:0] for key, value in seen.items()})]
-    sampler = AdaptiveLabelSampler(warmup=1, interval=100, area=(0.01, 0.85))
+    sampler = AdaptiveLabelSampler(warmup=1, interval=1000, area=(0.01, 0.85))
     result = Synthesizer(task, [], detection_weight=100.0, lr=0.05).run(LABELS, SIZE, 200, seed=0, sampler=sampler)
     assert (task.made, task.updated, result.counts['added']) == (1, 1, 1)
     # The images show the corrected labels.
