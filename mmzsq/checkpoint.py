@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +31,9 @@ from mmzsq.errors import UserError
 
 ASSETS = Path(__file__).parent / 'assets'
 SCHEME = 'mmzsq://'
+
+#: Seconds that a server may be silent; behind a firewall that drops packets the system would wait for minutes.
+TIMEOUT = 20.0
 
 #: Since torch 2.6 a checkpoint of MMEngine can be loaded with ``weights_only=True``.
 SAFE_LOADING: bool = digit_version(torch.__version__) >= digit_version('2.6')
@@ -116,7 +122,8 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     if get_local_rank() == 0 and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(filename, str(path))
+            with _impatient_sockets():
+                torch.hub.download_url_to_file(filename, str(path))
         except (OSError, HTTPException) as error:
             raise UserError(
                 f'cannot download {filename} ({error}). Download it by other means and give the file with '
@@ -144,6 +151,17 @@ def load_from_mmzsq(filename: str, map_location: Any = None) -> dict[str, Any]:
         shipped = sorted(file.name for file in ASSETS.glob('*.safetensors'))
         raise UserError(f'mmzsq ships no weights {path.name!r}, only: {", ".join(shipped)}')
     return load_from_local(str(path), map_location)
+
+
+@contextmanager
+def _impatient_sockets() -> Iterator[None]:
+    """Inside the block a new socket gives up after :data:`TIMEOUT`; torch.hub has no such option."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _json_or_text(value: str) -> Any:

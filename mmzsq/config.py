@@ -96,6 +96,10 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
         value = section[name][key]
         if not isinstance(value, int) or value < 1:
             raise UserError(f'zsq.{name}.{key} is a whole number of at least 1, not {value!r}')
+    if not section['distillation']['losses'] and not section['distillation']['detection_weight']:
+        raise UserError(
+            'nothing to learn from: zsq.distillation.losses is empty and zsq.distillation.detection_weight is 0'
+        )
     if section['train']['schedule'] not in ('cosine', 'linear', 'constant'):
         nearest = difflib.get_close_matches(
             str(section['train']['schedule']), ('cosine', 'linear', 'constant'), n=1, cutoff=0

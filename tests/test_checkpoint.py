@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,13 @@ def test_a_download_that_fails_says_where_to_put_the_file(server: str, tmp_path:
     with pytest.raises(UserError, match=r'404.*load_from=PATH.*hub/checkpoints/missing\.pth'):
         load(f'{server}/missing.pth')
     assert not list((tmp_path / 'cache').rglob('missing*'))
+
+
+def test_a_server_that_is_silent_does_not_hold_up_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        url = f'http://127.0.0.1:{silent.getsockname()[1]}/teacher.pth'
+        with pytest.raises(UserError, match=r'cannot download .*teacher\.pth \(.*timed out.*load_from=PATH'):
+            load(url)
+    assert socket.getdefaulttimeout() is None

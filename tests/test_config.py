@@ -414,6 +414,12 @@ def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, ste
     assert complete_section(dict(preset='paper', quantizer=quantizer))['train']['optimizer']['lr'] == 1e-4
 
 
+def test_a_run_needs_something_to_learn_from(user: Config) -> None:
+    with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
+        composed(user, distillation=dict(losses=[]))
+    composed(user, distillation=dict(losses=[], detection_weight=1.0))
+
+
 # Real images, for comparison.
 
 

@@ -49,10 +49,14 @@ def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
     ]
     missing = [name for name in own if name not in state and not name.endswith('num_batches_tracked')]
     if missing or unfit:
+        faults = [
+            f'{len(found)} weights {fault} ({"; ".join(found[:3])})'
+            for found, fault in ((missing, 'are missing'), (unfit, 'have another shape'))
+            if found
+        ]
         raise UserError(
-            f'{checkpoint} is not a checkpoint of this detector: {len(missing)} weights are missing '
-            f'({", ".join(missing[:3])}), {len(unfit)} have another shape ({"; ".join(unfit[:3])}). Check that the '
-            'config and its number of classes are those the detector was trained with'
+            f'{checkpoint} is not a checkpoint of this detector: {" and ".join(faults)}. Check that the config and its '
+            'number of classes, num_classes of every head, are those the detector was trained with'
         )
     detector.load_state_dict(state, strict=False)
     return dict(loaded.get('meta') or {}) if 'state_dict' in loaded else {}

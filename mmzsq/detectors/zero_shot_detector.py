@@ -175,6 +175,9 @@ class ZeroShotDetector(BaseModel):
             inputs: Normalised images (N, 3, H, W).
             data_samples: One ``DetDataSample`` with ``gt_instances`` an image.
         """
+        if not self.distillation_losses:
+            # The teacher, which nobody would read, does not run.
+            return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
         if self._comparison is None:
             self._comparison = build_comparison(self.student, self.teacher, self.taps)
         outputs_S, outputs_T, detection = self._comparison(inputs, data_samples, bool(self.detection_weight))

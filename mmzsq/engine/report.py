@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mmzsq.engine.runner import ZeroShotRunner
 
 ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT')
+ROWS_OF_REAL_IMAGES = dict(ROWS, ptq='PTQ, initialised on real images', zero_shot='QAT on real images')
+"""Of a run for comparison only: ``zsq.calibration_set.real``."""
 RESULTS_FILE = 'results.json'
 SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
 
@@ -188,7 +190,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     for column in ('', *names, 'model MB'):
         table.add_column(column, justify='left' if not column else 'right')
     sizes = results['model_mb']
-    for row, title in ROWS.items():
+    learnt_from_real = results['calibration_set']['statistics'].get('real', False)
+    for row, title in (ROWS_OF_REAL_IMAGES if learnt_from_real else ROWS).items():
         # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
         values = [f'{metrics[row].get(name, 0.0):.3f}' if row in metrics else '-' for name in names]
         table.add_row(title, *values, f'{sizes["float" if row == "float" else "quantized"]:.2f}')

@@ -204,6 +204,16 @@ def test_the_detection_loss_has_its_weight(make: Make) -> None:
         assert float(sum(losses.values()).detach()) == pytest.approx(float(expected.detach()))
 
 
+def test_without_distillation_the_teacher_does_not_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[bool] = []
+    for losses in ([], DEFAULT['distillation']['losses']):
+        model = make(distillation=dict(detection_weight=1.0, losses=losses))
+        backbone = model.teacher.backbone
+        monkeypatch.setattr(backbone, 'forward', lambda *args, f=backbone.forward: ran.append(True) or f(*args))
+        train_step(model)
+        assert len(ran) == bool(losses)
+
+
 def test_batchnorm_is_frozen_or_trains_as_told(make: Make) -> None:
     statistics = ('running_mean', 'running_var')
     for bn, moves in (('frozen', False), ('train', True)):

@@ -15,8 +15,14 @@ What a run printed at its end stands between two other lines, which name its fil
     <!-- printed by results/NAME/CONFIG_PRESET.json -->
     <!-- end of print -->
 
-There is a row for every leaf of a detector with results, and preset; what was not run stays empty. A command is what
-sets a run's recorded settings on top of its leaf, with the presets as they are now.
+Zero-shot quantization beside quantization on real images, with a row for every leaf of ``configs/NAME`` and runs of
+several seeds, kept as ``results/NAME/CONFIG_seedSEED.json``, stands between
+
+    <!-- comparison of results/NAME -->
+    <!-- end of comparison -->
+
+In the other tables there is a row for every leaf of a detector with results, and preset. What was not run stays empty.
+A command is what sets a run's recorded settings on top of its leaf, with the presets as they are now.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import argparse
 import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,9 +48,20 @@ from mmzsq.presets import PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
 PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)
+COMPARISON = re.compile(r'(<!-- comparison of (\S+) -->\n).*?(<!-- end of comparison -->)', re.DOTALL)
 EXPECTED_PRESETS = ('default', 'paper')
 """Presets under which every leaf has a row, run or not."""
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
+COMPARED = {
+    'PTQ on synthetic': ('', 'ptq'),
+    'zero-shot QAT': ('', 'zero_shot'),
+    'LSQ on real': ('_lsq-real', 'zero_shot'),
+    'LSQ on real + distillation': ('_lsq-real-distil', 'zero_shot'),
+}
+"""Columns of a comparison: what the name of a leaf ends in, which is then in ``comparison/``, and the accuracy read."""
+COMPARED_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP')
+SAME_TEACHER = 0.005
+"""The most that the accuracy of one teacher differs between evaluations: a GPU does not add in a fixed order."""
 RELATIVE_DIR = 'work_dirs/'
 """What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
 
@@ -67,6 +85,24 @@ class Row:
         """Bits of weights and activations, as ``W4A8``."""
         match = _leaf_name(self.leaf)
         return f'W{match["w_bits"]}A{match["a_bits"]}'
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One leaf of a comparison and what else its detector was quantized on.
+
+    Attributes:
+        leaf: Path of the zero-shot config in the repository.
+        runs: By the end of the config's name, see :data:`COMPARED`; one a seed, by rising seed.
+    """
+
+    leaf: str
+    runs: dict[str, list[Row]]
+
+    @property
+    def name(self) -> list[str]:
+        """Detector and bits."""
+        return [_leaf_name(self.leaf)['detector'], Row(self.leaf, '', None).bits]
 
 
 def main() -> None:
@@ -101,9 +137,12 @@ def update(text: str, root: Path) -> str:
     Raises:
         UserError: If there are no markers, or results cannot be read.
     """
-    if BLOCK.search(text) is None and PRINTED.search(text) is None:
+    if not any(kind.search(text) for kind in (BLOCK, PRINTED, COMPARISON)):
         raise UserError('no table to write: add the lines <!-- table of results/NAME --> and <!-- end of table -->')
     text = PRINTED.sub(lambda match: f'{match[1]}{render_print(_read_results(root / match[2]))}{match[3]}', text)
+    text = COMPARISON.sub(
+        lambda match: f'{match[1]}{render_comparison(read_comparison(root / match[2], root), root)}{match[3]}', text
+    )
     return BLOCK.sub(lambda match: f'{match[1]}{render(read_rows(root / match[2], root), root)}{match[3]}', text)
 
 
@@ -149,6 +188,76 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
         for leaf in leaves
         if _order(leaf)[0] == detector
     ]
+
+
+def read_comparison(folder: Path, root: Path) -> list[Comparison]:
+    """Read the results in a folder, which may be missing: then nothing was run.
+
+    Args:
+        folder: ``results/NAME`` with one JSON file a run of a config in ``configs/NAME``.
+        root: Folder with ``configs/``.
+
+    Returns:
+        One entry for each zero-shot leaf of ``configs/NAME``, by detector and falling bits.
+
+    Raises:
+        UserError: If there are no leaves; if a file is not named after its config and seed, or the config is not one of
+            :data:`COMPARED`; if the runs of a config differ in more than the seed, or those of a detector in the
+            teacher.
+    """
+    configs = root / 'configs' / folder.name
+    leaves = sorted(
+        (path.relative_to(root).as_posix() for path in configs.glob('*_w?a?.py') if LEAF.fullmatch(path.stem)),
+        key=_order,
+    )
+    if not leaves:
+        raise UserError(f'no config to compare in {configs}: they are named DETECTOR_wBITSaBITS.py')
+    kept: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob('*.json')):
+        results = _read_results(path)
+        leaf, seed = repository_path(results['config'], root), _seed(results)
+        if path.stem != f'{Path(leaf).stem}_seed{seed}':
+            raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
+        kept.setdefault(leaf, []).append(Row(leaf, results['preset'], results))
+    for leaf, runs in kept.items():
+        runs.sort(key=lambda row: _seed(row.results))
+        if len({json.dumps(_beside_the_seed(row), sort_keys=True) for row in runs}) > 1:
+            raise UserError(f'the runs of {leaf} in {folder} differ in more than the seed: keep those that are alike')
+    suffixes = dict.fromkeys(suffix for suffix, _ in COMPARED.values())
+    found = [
+        Comparison(leaf, {suffix: kept.pop(_compared_leaf(leaf, suffix), []) for suffix in suffixes}) for leaf in leaves
+    ]
+    if kept:
+        raise UserError(f'{", ".join(kept)} is not part of the comparison: move its results out of {folder}')
+    _refuse_other_teachers(found, folder)
+    return found
+
+
+def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
+    """Write a comparison as markdown: accuracy, what was not run, how it was run, a command for each config."""
+    ran = [runs for entry in comparisons for runs in entry.runs.values() if runs]
+    parts = [
+        _table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
+        'Box AP / box AP50 / mask AP in percent, mean over the seeds in brackets; PTQ is the student as initialised on '
+        'the synthetic images, before QAT.',
+    ]
+    if not ran:
+        return '\n' + '\n\n'.join([*parts, 'Nothing has been run yet, therefore all is empty.']) + '\n\n'
+    missing = [text for entry in comparisons if (text := _missing_columns(entry))]
+    if missing:
+        parts.append(f'Not run, therefore empty: {"; ".join(missing)}.')
+    parts.append(
+        _table(
+            ['config', 'images', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds', 'device'],
+            [_compared_run_cells(runs) for runs in ran],
+        )
+    )
+    parts.append(
+        'The commands are those of the first seed in the table; another is `zsq.calibration_set.seed=1`, with a '
+        '`zsq.calibration_set.dir` of its own.'
+    )
+    parts.append('```bash\n' + '\n'.join(command(runs[0], root) for runs in ran) + '\n```')
+    return '\n' + '\n\n'.join(parts) + '\n\n'
 
 
 def repository_path(config: str, root: Path) -> str:
@@ -203,6 +312,9 @@ def command(row: Row, root: Path) -> str:
     """
     assert row.results is not None
     recorded = dict(row.results['settings'], quantizer=row.results['quantizer'], preset=row.preset)
+    if recorded['calibration_set'].get('real') is not None:
+        # No set is made.
+        recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
     leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
     current = complete_section(dict(leaf, preset=row.preset))
     changed = dict(_differences(recorded, json.loads(json.dumps(current)), 'zsq'))
@@ -235,6 +347,86 @@ def _option(key: str, value: Any) -> str:
     return str(value)
 
 
+def _compared_leaf(leaf: str, suffix: str) -> str:
+    path = Path(leaf)
+    return (path.parent / 'comparison' / f'{path.stem}{suffix}.py').as_posix() if suffix else leaf
+
+
+def _seed(results: Mapping[str, Any] | None) -> int:
+    assert results is not None
+    return results['settings']['calibration_set']['seed']
+
+
+def _beside_the_seed(row: Row) -> dict[str, Any]:
+    """Settings of a run without its seed and the place of its set."""
+    assert row.results is not None
+    settings = dict(row.results['settings'], quantizer=row.results['quantizer'], preset=row.preset)
+    own = settings['calibration_set'].items()
+    return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
+
+
+def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> None:
+    accuracies: dict[str, list[float]] = {}
+    for entry in comparisons:
+        for suffix in entry.runs:
+            of_teacher = [values[0] for values in _values(entry, suffix, 'float')]
+            accuracies.setdefault(entry.name[0], []).extend(of_teacher)
+    for detector, values in accuracies.items():
+        if values and max(values) - min(values) > SAME_TEACHER:
+            raise UserError(
+                f'the runs of {detector} in {folder} had different teachers: their box AP is from {min(values):.3f} to '
+                f'{max(values):.3f}; keep those of one teacher'
+            )
+
+
+def _values(entry: Comparison, suffix: str, metrics: str) -> list[list[float]]:
+    """Accuracies of the runs that were evaluated, in the order of :data:`COMPARED_METRICS`."""
+    measured = [row.results['metrics'].get(metrics) for row in entry.runs[suffix] if row.results is not None]
+    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    return [[found.get(name, 0.0) for name in COMPARED_METRICS] for found in measured if found is not None]
+
+
+def _comparison_cells(entry: Comparison) -> list[str]:
+    of_teacher = [values for suffix in entry.runs for values in _values(entry, suffix, 'float')]
+    columns = [_values(entry, suffix, metrics) for suffix, metrics in COMPARED.values()]
+    counted = [f'{_means(runs)} ({len(runs)})' if runs else '' for runs in columns]
+    return [*entry.name, _means(of_teacher) if of_teacher else '', *counted]
+
+
+def _missing_columns(entry: Comparison) -> str:
+    missing = [title for title, (suffix, metrics) in COMPARED.items() if not _values(entry, suffix, metrics)]
+    columns = 'all' if len(missing) == len(COMPARED) else ', '.join(missing)
+    return f'{" ".join(entry.name)}: {columns}' if missing else ''
+
+
+def _means(runs: Sequence[Sequence[float]]) -> str:
+    return ' / '.join(f'{100 * statistics.mean(values):.1f}' for values in zip(*runs, strict=True))
+
+
+def _compared_run_cells(runs: Sequence[Row]) -> list[str]:
+    results = runs[0].results
+    assert results is not None
+    measured = results['calibration_set']['statistics']
+    return [
+        Path(runs[0].leaf).stem,
+        f'{measured["images"]} {"real" if measured.get("real") else "synthetic"}',
+        _synthesis(results),
+        _training(results),
+        ', '.join(str(_seed(row.results)) for row in runs),
+        ', '.join(dict.fromkeys(row.results['device'] for row in runs if row.results is not None)),
+    ]
+
+
+def _synthesis(results: Mapping[str, Any]) -> str:
+    stages = results['calibration_set']['stages'].values()
+    sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
+    return ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True))
+
+
+def _training(results: Mapping[str, Any]) -> str:
+    return f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}'
+
+
 def _accuracy_cells(row: Row) -> list[str]:
     name = _leaf_name(row.leaf)['detector']
     if row.results is None:
@@ -255,13 +447,12 @@ def _run_cells(row: Row) -> list[str]:
     assert row.results is not None
     results = row.results
     stages = results['calibration_set']['stages'].values()
-    sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
     return [
         *(_leaf_name(row.leaf)['detector'], row.preset, row.bits),
         str(results['calibration_set']['statistics']['images']),
-        ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True)),
+        _synthesis(results),
         ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
-        f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}',
+        _training(results),
         str(results['settings']['calibration_set']['seed']),
         results['device'],
     ]

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmzsq.detectors import DetectionTask, detection_task
 from mmzsq.detectors.teacher import digest
 from mmzsq.engine.progress import SynthesisProgress
+from mmzsq.errors import UserError
 from mmzsq.registry import HOOKS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.version import __version__
@@ -123,6 +124,12 @@ class CalibrationSetHook(Hook):
         )
 
     def _class_names(self, detector: Any, task: DetectionTask) -> list[str]:
+        if self.classes is not None and len(self.classes) != task.num_classes:
+            first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'
+            raise UserError(
+                f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector tells '
+                f'{task.num_classes} apart: name its own, val_dataloader.dataset.metainfo=dict(classes=[...])'
+            )
         known = self.classes or detector.teacher_meta.get('dataset_meta', {}).get('classes')
         if known is not None and len(known) == task.num_classes:
             return list(known)

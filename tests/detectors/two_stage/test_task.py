@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmzsq.detectors import DetectionTask, TwoStageTask, detection_task
 from mmzsq.detectors.two_stage import reason_unfit
 from mmzsq.errors import UserError
+from mmzsq.synthesis import BNStatisticsPrior, PatchSimilarityPrior, Synthesizer, TotalVariationPrior, select_priors
+from mmzsq.synthesis.acceleration import Acceleration
+from mmzsq.synthesis.synthesizer import _Step
 
 Build = Callable[..., nn.Module]
 SIZE = (96, 128)
@@ -53,6 +56,16 @@ class NoCopies(TorchDispatchMode):
         return result
 
 
+class NoValues(TorchDispatchMode):
+    """Refuses operators whose result, or its shape, the host has to wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(part in name for part in ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal')):
+            raise AssertionError(f'{name} waits for the device')
+        return func(*args, **(kwargs or {}))
+
+
 def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
     """Replace all tensors by ones without data on a GPU that need not exist: whoever asks for a value, raises."""
 
@@ -75,18 +88,58 @@ def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
             setattr(holder, name, tree_map(fake, getattr(holder, name)))
 
 
+def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A synthesis step as it is on a GPU: fast layers, erasing, priors; only Adam's own step is left out."""
+    monkeypatch.setattr(torch.optim, 'Adam', lambda images, **options: torch.optim.SGD(images, lr=0.1))
+    monkeypatch.setattr(task, 'data_samples', lambda *args: samples)
+    # Triton's kernels want a GPU that exists; so does the operator that takes BatchNorm's statistics.
+    monkeypatch.setattr('mmzsq.synthesis.priors.HAS_TRITON', False)
+    kinds = (PatchSimilarityPrior(), TotalVariationPrior(), *(() if images.is_cuda else (BNStatisticsPrior(),)))
+    priors = select_priors(kinds, task.detector, require_features=False)
+    cutout = dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0)
+    synthesizer = Synthesizer(task, priors, cutout=cutout)
+    synthesizer.layers = Acceleration(task.detector, torch.bfloat16 if images.is_cuda else torch.float32)
+    for prior in priors:
+        prior.attach(task.detector)
+    return _Step(synthesizer, images, [])
+
+
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
-def test_a_step_never_waits_for_the_device(build: Build, labels: list[InstanceData], backbone: str) -> None:
+def test_a_step_reads_nothing_of_the_hosts_memory(
+    build: Build, labels: list[InstanceData], backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole step in bf16, as far as a GPU is not needed: to the sum of the losses."""
+    monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
     task = TwoStageTask(build(backbone=SWIN) if backbone == 'swin' else build())
     samples = task.data_samples(labels, SIZE)
     task.loss(torch.rand(4, 3, *SIZE), samples)
     mode = FakeTensorMode()
     to_fake_gpu(task, samples, mode)
-    with mode, NoCopies() as watch:
-        loss = task.loss(torch.rand(4, 3, *SIZE, device='cuda'), samples)
-    assert loss.shape == ()
-    assert loss.device.type == 'cuda'
+    monkeypatch.setattr(torch.Tensor, 'backward', lambda total: None)
+    with mode:
+        step = make_step(task, samples, torch.rand(4, 3, *SIZE, device='cuda'), monkeypatch)
+        with NoCopies() as watch:
+            step._compute()
+    assert len(step.losses) == (3 if backbone == 'swin' else 2)
+    assert all(loss.shape == () and loss.device.type == 'cuda' for loss in step.losses.values())
     assert not watch.copies
+
+
+@pytest.mark.parametrize('backbone', ['resnet', 'swin'])
+def test_a_step_never_asks_for_a_value(
+    build: Build, labels: list[InstanceData], backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole step with its backward."""
+    task = TwoStageTask(build(backbone=SWIN) if backbone == 'swin' else build())
+    samples = task.data_samples(labels, SIZE)
+    step = make_step(task, samples, torch.rand(4, 3, *SIZE), monkeypatch)
+    step._compute()
+    before = step.images.detach().clone()
+    with NoValues():
+        step._compute()
+    assert len(step.losses) == 3
+    assert not torch.equal(step.images, before)
 
 
 def test_only_the_images_get_a_gradient_and_it_adds_up_in_a_fixed_order(
@@ -217,5 +270,5 @@ def test_a_one_stage_detector_has_nothing_to_say(repo: Path) -> None:
     model = Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model
     with DefaultScope.overwrite_default_scope('mmdet'):
         task = detection_task(MODELS.build(model))
-    assert type(task) is DetectionTask
+    assert not isinstance(task, TwoStageTask)
     assert task.note is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet
 
 
@@ -50,3 +51,11 @@ def test_manifest_of_a_set_without_real_labels_says_so_too(make_runner: Any) -> 
     assert CalibrationSet.load('out/calibration_set').manifest['uses_real_labels'] is False
     [log] = Path('out').glob('*/*.log')
     assert 'real labels' not in log.read_text()
+
+
+def test_data_of_another_number_of_classes_is_told_before_anything_is_made(make_runner: Any) -> None:
+    """Evaluation would fail hours later."""
+    runner = make_runner(**{'val_dataloader.dataset.metainfo': dict(classes=['a', 'b', 'c'])})
+    with pytest.raises(UserError, match=r'3 classes \(a, b, c.*tells 8 apart.*metainfo=dict\(classes='):
+        runner.generate()
+    assert not Path('out/calibration_set').exists()
