@@ -42,7 +42,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
-TOP_KEYS = ('preset', 'composed', *SECTION_KEYS, *PART_SECTIONS)
+TOP_KEYS = ('preset', 'presets', 'composed', *SECTION_KEYS, *PART_SECTIONS)
 
 TRAINING_ONLY_HOOKS = (
     *('YOLOXModeSwitchHook', 'PipelineSwitchHook', 'SyncNormHook', 'EMAHook', 'MeanTeacherHook', 'EarlyStoppingHook'),
@@ -83,7 +83,11 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
     preset = zsq.get('preset', 'default')
     if preset not in PRESETS:
         raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
-    section = merge(dict(preset_section(preset, zsq.get('quantizer') or {}), preset=preset), zsq)
+    of_presets = zsq.get('presets') or {}
+    check_keys(of_presets, PRESETS, 'zsq.presets')
+    defaults = merge(preset_section(preset, zsq.get('quantizer') or {}), of_presets.get(preset) or {})
+    section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
+    check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
     for name in (*SECTION_KEYS, *PART_SECTIONS):
         if not isinstance(section[name], Mapping):
             raise UserError(f'zsq.{name} is a dict, not {section[name]!r}')

@@ -153,7 +153,8 @@ PAPER: dict[str, Any] = dict(
 )
 
 PAPER_TRANSFORMER: dict[str, Any] = dict(
-    quantizer=dict(PAPER['quantizer'], scope='backbone'),
+    # The patch embedding too.
+    quantizer=dict(PAPER['quantizer'], scope='backbone', first_bits='same'),
     calibration_set=dict(_CALIBRATION_SET, batch_size=12),
     # The paper took the labels of real images here (mmzsq.RealLabelSampler); this one needs none.
     label_sampler=_ADAPTIVE,

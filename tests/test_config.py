@@ -178,6 +178,8 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesise'?"),
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
+        (dict(presets=dict(defalt={})), "'default'"),
+        (dict(presets=dict(default=dict(trian={}))), "unknown key 'trian' in zsq.presets.default"),
         (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
         (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
         (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
@@ -390,6 +392,19 @@ def test_the_transformers_of_the_paper_have_a_preset() -> None:
 def _only(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``section`` that ``like`` has, however deep."""
     return {key: _only(section[key], value) if isinstance(value, dict) else section[key] for key, value in like.items()}
+
+
+def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
+    """It stands between that preset and what the config says of all."""
+    zsq = dict(
+        presets=dict(default=dict(train=dict(batch_size=3, max_epochs=4, optimizer=dict(lr=1e-3)))),
+        train=dict(max_epochs=5),
+    )
+    train = complete_section(zsq)['train']
+    assert (train['batch_size'], train['max_epochs'], train['optimizer']) == (3, 5, dict(type='Adam', lr=1e-3))
+    paper = complete_section(dict(zsq, preset='paper'))
+    assert paper == complete_section(dict(preset='paper', train=dict(max_epochs=5)))
+    assert 'presets' not in paper
 
 
 def test_a_presets_numbers_can_be_changed_one_by_one() -> None:

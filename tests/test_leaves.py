@@ -16,7 +16,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
 
-from mmzsq.config import class_names, compose
+from mmzsq.config import class_names, complete_section, compose
 from mmzsq.detectors import ZeroShotDetector
 from mmzsq.errors import UserError
 
@@ -103,6 +103,16 @@ def test_a_leaf_is_mmdets_config_with_our_bits(detector: str) -> None:
         assert len((LEAVES / f'{detector}_{bits}.py').read_text().splitlines()) < 15
 
 
+@pytest.mark.parametrize('preset', ['paper', 'paper_transformer'])
+def test_with_the_papers_preset_a_leaf_is_the_paper_to_the_letter(preset: str) -> None:
+    """Weights of its losses are for its sizes and batches."""
+    cfg = _leaf(SWIN_T)
+    cfg.zsq.preset = preset
+    own, expected = compose(cfg).zsq.to_dict(), complete_section(dict(preset=preset))
+    for key in ('synthesis', 'label_sampler', 'distillation', 'train'):
+        assert own[key] == expected[key]
+
+
 @pytest.mark.parametrize('detector', ORIGINS)
 def test_the_teacher_is_the_one_that_mmdet_publishes_for_this_config(detector: str) -> None:
     index = yaml.safe_load((MMDET / 'configs' / ORIGINS[detector]).with_name('metafile.yml').read_text())
@@ -118,6 +128,17 @@ def test_every_float_weight_keeps_its_name_and_all_layers_are_quantized(detector
     own = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: shape for name, shape in own.items() if '_quantizer.' not in name} == expected
     assert [row.name for row in model.report.layers if not row.quantized] == []
+
+
+def test_the_papers_transformer_is_quantized_in_all_of_its_backbone_alone(zero_weights: None) -> None:
+    """From the patch embedding on, one step a tensor."""
+    cfg = _leaf(SWIN_T)
+    cfg.zsq.preset = 'paper_transformer'
+    rows = MODELS.build(compose(cfg).model).report.to_dict()['layers']
+    assert {row['name'] for row in rows if 'weight' in row} == {
+        row['name'] for row in rows if row['name'].startswith('backbone.')
+    }
+    assert not any(row['weight']['per_channel'] for row in rows if 'weight' in row)
 
 
 def test_the_voc_leaf_has_vocs_classes_data_and_metric(zero_weights: None) -> None:

@@ -1,8 +1,15 @@
-"""What leaves of detectors trained at 800 px say beside their bits: ``zsq = {{_base_.two_stage}}``."""
+"""What leaves of detectors trained at 800 px say beside their bits: ``zsq = {{_base_.two_stage}}``.
+
+It changes the preset ``default`` alone: weights of the paper's losses are for the paper's sizes and batches.
+"""
 
 two_stage = dict(
-    synthesis=dict(
-        relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(image_size=640, batch_size=16)
-    ),
-    train=dict(batch_size=8, optimizer=dict(type='Adam', lr=1e-4)),
+    presets=dict(
+        default=dict(
+            synthesis=dict(
+                relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(image_size=640, batch_size=16)
+            ),
+            train=dict(batch_size=8, optimizer=dict(type='Adam', lr=1e-4)),
+        )
+    )
 )

@@ -1,2 +1,2 @@
 _base_ = './two_stage.py'
-two_stage = dict(train=dict(optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.05)))
+two_stage = dict(presets=dict(default=dict(train=dict(optimizer=dict(type='AdamW', lr=1e-5, weight_decay=0.05)))))

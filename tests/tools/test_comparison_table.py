@@ -83,6 +83,14 @@ def keep(root: Path, bits: int, suffix: str, seed: int, box: float, teacher: flo
     return path
 
 
+def other_settings(root: Path) -> None:
+    """Keep a second run, of another number of images."""
+    path = keep(root, 8, '', 1, 0.5)
+    content = json.loads(path.read_text())
+    content['settings']['calibration_set']['num_images'] += 1
+    path.write_text(json.dumps(content))
+
+
 def cells(markdown: str, first: str) -> list[list[str]]:
     lines = [[cell.strip() for cell in line[1:-1].split('|')] for line in markdown.splitlines() if line[:1] == '|']
     return [line for line in lines if line[0] == first]
@@ -177,6 +185,7 @@ def test_a_command_sets_what_the_first_seeds_run_had(update: Update, root: Path)
             lambda root: keep(root, 8, '_lsq-real', 0, 0.5, teacher=0.53),
             'tiny in .* had different teachers.*0.530 to 0.550',
         ),
+        (other_settings, 'tiny_w8a8.py in .* differ in more than the seed'),
         (lambda root: keep(root, 8, '', 1, 0.5, preset='paper'), 'tiny_w8a8.py in .* differ in more than the seed'),
         (lambda root: (root / 'configs/cells/tiny_w8a8.py').unlink(), 'tiny_w8a8.py is no config'),
         (lambda root: [path.unlink() for path in root.glob('configs/cells/*.py')], 'no config to compare in'),
