@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmzsq.config import compose
@@ -59,7 +59,9 @@ class ZeroShotRunner(Runner):
     def load_or_resume(self) -> None:
         """Load or resume as MMEngine does, and note where training starts."""
         super().load_or_resume()
-        self.first_iter = self.iter
+        # Not the property, which would build the loop, and with it the training data, for a test.
+        loop = self._train_loop
+        self.first_iter = loop.iter if isinstance(loop, BaseLoop) else 0
 
     def train(self) -> nn.Module:
         """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""

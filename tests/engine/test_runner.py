@@ -273,6 +273,11 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     assert last('out')['meta']['iter'] == 4
     assert set_bits('out') == set_bits('whole')
     assert results('out')['metrics'] == {}
+    # The time of an image is that of those that this process saw.
+    train = results('out')['train']
+    assert (train['iterations'], train['images'], train['first_iteration']) == (4, 8, 2)
+    assert train['ms_per_image'] == pytest.approx(1000 * results('out')['seconds']['train'] / 4, abs=0.001)
+    assert results('whole')['train']['first_iteration'] == 0
 
 
 def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
