@@ -58,7 +58,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Returns:
         Indices of the boxes kept, best first, (K,), int64.
     """
-    boxes = _at_least_fp32(boxes)
+    boxes = at_least_fp32(boxes)
     if offset:
         boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), dim=1)
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
@@ -99,7 +99,7 @@ def roi_align_forward(
     """
     if pool_mode != 1:
         raise UserError(f"roi_align with pool_mode='max' is not in mmcv-lite: set it to 'avg'. {INSTALL_FULL}")
-    features = _at_least_fp32(input)
+    features = at_least_fp32(input)
     size = (aligned_height, aligned_width)
     output.copy_(
         torchvision.ops.roi_align(features, rois.to(features.dtype), size, spatial_scale, sampling_ratio, aligned)
@@ -136,7 +136,7 @@ def roi_align_backward(
         pool_mode: 1 for average.
         aligned: Whether pixel centres are at half-integer coordinates.
     """
-    grad = _at_least_fp32(grad_output)
+    grad = at_least_fp32(grad_output)
     grad_input.copy_(
         torch.ops.torchvision._roi_align_backward(
             grad,
@@ -151,5 +151,6 @@ def roi_align_backward(
     )
 
 
-def _at_least_fp32(tensor: Tensor) -> Tensor:
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in fp32, or in fp64 if it is so already; a 16-bit type would round pixels of boxes."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

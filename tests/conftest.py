@@ -117,6 +117,18 @@ def tiny_cfg() -> Callable[[str], Any]:
     return tiny_cfg
 
 
+@pytest.fixture
+def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are built without drawing their weights, which takes most of the time."""
+
+    def zero(layer: Any) -> None:
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+
+    for cls in (torch.nn.Linear, torch.nn.modules.conv._ConvNd):
+        monkeypatch.setattr(cls, 'reset_parameters', zero)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start each test from the same random state."""

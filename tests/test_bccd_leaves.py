@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from torch import nn
 
 from mmzsq.config import class_names, compose
 
@@ -23,18 +21,6 @@ KINDS = ('_lsq-real', '_lsq-real-distil')
 def leaf(name: str) -> Config:
     folder = CONFIGS / 'comparison' if name.endswith(KINDS) else CONFIGS
     return Config.fromfile(folder / f'{name}.py')
-
-
-@pytest.fixture
-def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are built without drawing their weights, which takes most of the time."""
-
-    def zero(layer: Any) -> None:
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-
-    for cls in (nn.Linear, nn.modules.conv._ConvNd):
-        monkeypatch.setattr(cls, 'reset_parameters', zero)
 
 
 def test_all_rows_and_columns_have_a_leaf() -> None:

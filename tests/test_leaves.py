@@ -14,7 +14,6 @@ import yaml
 from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from torch import nn
 
 from mmzsq.config import class_names, complete_section, compose
 from mmzsq.detectors import ZeroShotDetector
@@ -48,18 +47,6 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
     register_all_modules()
-
-
-@pytest.fixture
-def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are built without drawing their weights, which takes most of the time."""
-
-    def zero(layer: Any) -> None:
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-
-    for cls in (nn.Linear, nn.modules.conv._ConvNd):
-        monkeypatch.setattr(cls, 'reset_parameters', zero)
 
 
 def _leaf(name: str) -> Config:

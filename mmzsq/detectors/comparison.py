@@ -16,6 +16,7 @@ from mmdet.structures.bbox import bbox2roi
 from torch import Tensor, nn
 
 from mmzsq.distillation import MASK_ROIS, Outputs, Recorder, foreground, most_confident, why_not_two_stage
+from mmzsq.torchvision_ops import at_least_fp32
 
 BOX_ROIS = 256
 """RoIs an image that the box heads are compared on: the teacher's best proposals after suppression."""
@@ -98,7 +99,8 @@ class TwoStageComparison(Comparison):
             maps = self.teacher.rpn_head(features)
             if self.with_rois:
                 rois, counts = self._propose(maps, data_samples)
-                precise = _at_least_fp32(features)
+                # Under autocast, pixels of boxes and RoIs would be rounded to 16 bits, some 4 of them at 640.
+                precise = [at_least_fp32(level) for level in features]
                 scores, _ = foreground(self.teacher.roi_head._bbox_forward(precise, rois)['cls_score'])
                 mask_rois = most_confident(scores, counts, MASK_HEAD_ROIS)
                 if self.with_masks:
@@ -108,7 +110,7 @@ class TwoStageComparison(Comparison):
             features = self.student.extract_feat(inputs)
             maps = self.student.rpn_head(features)
             if self.with_rois:
-                precise = _at_least_fp32(features)
+                precise = [at_least_fp32(level) for level in features]
                 self.student.roi_head._bbox_forward(precise, rois)
                 if self.with_masks:
                     self.student.roi_head._mask_forward(precise, rois[mask_rois])
@@ -132,7 +134,7 @@ class TwoStageComparison(Comparison):
         cfg = self.teacher.rpn_head.test_cfg.copy()
         cfg.max_per_img = min(cfg.max_per_img, BOX_ROIS)
         proposals = self.teacher.rpn_head.predict_by_feat(
-            *(_at_least_fp32(levels) for levels in maps),
+            *([at_least_fp32(level) for level in levels] for levels in maps),
             batch_img_metas=[sample.metainfo for sample in data_samples],
             cfg=cfg,
         )
@@ -143,11 +145,6 @@ def build_comparison(student: nn.Module, teacher: nn.Module, taps: Iterable[str]
     """Choose how the two are run by what they are; arguments as of :class:`Comparison`."""
     comparison = TwoStageComparison if why_not_two_stage(student) is None else Comparison
     return comparison(student, teacher, taps)
-
-
-def _at_least_fp32(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Under autocast, pixels of boxes and RoIs would be rounded to 16 bits, some 4 of them at 640."""
-    return [tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
 from mmzsq.detectors.task import DetectionTask, sum_losses
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
 
 ROOM = 16
 """Targets an image are padded to a multiple of this."""

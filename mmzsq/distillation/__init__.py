@@ -11,6 +11,7 @@ from mmzsq.distillation.two_stage import (
     TwoStagePredictionLoss,
     foreground,
     most_confident,
+    of_category,
     why_not_two_stage,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     'kl_divergence',
     'match_modules',
     'most_confident',
+    'of_category',
     'transformer_blocks',
     'why_not_two_stage',
 ]

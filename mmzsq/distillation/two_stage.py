@@ -117,6 +117,7 @@ def of_category(values: Tensor, labels: Tensor) -> Tensor:
     """
     if values.shape[1] == 1:
         return values[:, 0]
+    # Advanced indexing: its backward adds up in a fixed order, where torch.gather's does not.
     return values[torch.arange(len(labels), device=labels.device), labels]
 
 

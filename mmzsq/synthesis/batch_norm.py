@@ -23,7 +23,7 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
 
 FUSED_ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.SiLU: 2}
-"""Activations of the fused kernel, by exact class: ``RELU`` and ``SILU`` of :mod:`mmzsq.synthesis.kernels`."""
+"""Activations of the fused kernel, by exact class, and its numbers for them."""
 
 MAX_CHANNELS = 4096
 """Of the fused kernel, which holds a value of every channel at once."""

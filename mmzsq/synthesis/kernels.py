@@ -20,9 +20,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IDENTITY, RELU, SILU = 0, 1, 2
-"""Activations that :class:`BatchNormActivation` knows."""
-
 TILE = 4096
 """Values that one program holds at once."""
 PROGRAMS = 1024
@@ -98,7 +95,7 @@ class BatchNormActivation(torch.autograd.Function):
     """An activation of BatchNorm in eval mode, and the sums behind the statistics of its input.
 
     Inputs: features (N, C, H, W), channels last; the statistics' centre, the scale and the bias of each channel, fp32
-    (C,), without gradient; the activation.
+    (C,), without gradient; the activation: 0 for none, 1 for ReLU, 2 for SiLU.
 
     Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32 (2, C): the sums over
     (N, H, W) of ``features - centre`` and of its square.

@@ -86,6 +86,12 @@ class Row:
         match = _leaf_name(self.leaf)
         return f'W{match["w_bits"]}A{match["a_bits"]}'
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The ``zsq`` section that a run recorded."""
+        assert self.results is not None
+        return dict(self.results['settings'], quantizer=self.results['quantizer'], preset=self.preset)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -310,8 +316,7 @@ def command(row: Row, root: Path) -> str:
     Raises:
         UserError: If a setting cannot be given on a command line.
     """
-    assert row.results is not None
-    recorded = dict(row.results['settings'], quantizer=row.results['quantizer'], preset=row.preset)
+    recorded = row.settings
     if recorded['calibration_set'].get('real') is not None:
         # No set is made.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
@@ -359,8 +364,7 @@ def _seed(results: Mapping[str, Any] | None) -> int:
 
 def _beside_the_seed(row: Row) -> dict[str, Any]:
     """Settings of a run without its seed and the place of its set."""
-    assert row.results is not None
-    settings = dict(row.results['settings'], quantizer=row.results['quantizer'], preset=row.preset)
+    settings = row.settings
     own = settings['calibration_set'].items()
     return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
 

@@ -14,13 +14,15 @@ import argparse
 import json
 import math
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
+from xml.parsers.expat import ExpatError
 
 from mmzsq.errors import UserError
 from mmzsq.synthesis.atomic_files import make_directory, write_atomically
+from mmzsq.synthesis.label_samplers.annotation_files import parse_xml
 
 VERTICES = 32
 """Of the polygon that stands for an ellipse; its area is 0.6 % below the ellipse's."""
@@ -66,13 +68,13 @@ def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> d
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for name in _read(root / 'ImageSets' / 'Main' / f'{split}.txt').split():
+    for name in _read(root / 'ImageSets' / 'Main' / f'{split}.txt').decode().split():
         path = root / 'Annotations' / f'{name}.xml'
         try:
-            tree = ElementTree.fromstring(_read(path))
+            tree = parse_xml(_read(path))
             size = {side: int(_text(tree, f'size/{side}')) for side in ('width', 'height')}
             objects = [_object(node) for node in tree.iter('object')]
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ExpatError, ValueError) as error:
             raise UserError(f'{path} is no annotation of Pascal VOC: {error}') from error
         images.append(dict(id=len(images) + 1, file_name=f'{name}.jpg', **size))
         for label, difficult, (x1, y1, x2, y2) in objects:
@@ -107,22 +109,22 @@ def inscribed_ellipse(x1: float, y1: float, x2: float, y2: float) -> list[float]
     return polygon
 
 
-def _object(node: ElementTree.Element) -> tuple[str, bool, tuple[float, float, float, float]]:
+def _object(node: Element) -> tuple[str, bool, tuple[float, float, float, float]]:
     """Class, whether it is marked difficult, and box in xyxy pixels from 0 (VOC counts them from 1)."""
     x1, y1, x2, y2 = (float(_text(node, f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
     return _text(node, 'name'), node.findtext('difficult') == '1', (x1 - 1, y1 - 1, x2 - 1, y2 - 1)
 
 
-def _text(node: ElementTree.Element, path: str) -> str:
+def _text(node: Element, path: str) -> str:
     text = node.findtext(path)
     if text is None:
         raise ValueError(f'it lacks {path}')
     return text
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(
             f'{path} cannot be read ({error.strerror}): give the folder of a data set in VOC layout'

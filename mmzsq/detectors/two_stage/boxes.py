@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 """Bound of a decoded box's log width and height relative to its anchor's; MMDetection's ``wh_ratio_clip``."""
@@ -42,15 +43,6 @@ def pairwise_iou(bboxes: Tensor, others: Tensor) -> Tensor:
 def area(bboxes: Tensor) -> Tensor:
     """Areas (...) of boxes (..., 4), xyxy."""
     return (bboxes[..., 2] - bboxes[..., 0]) * (bboxes[..., 3] - bboxes[..., 1])
-
-
-def clip(bboxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Cut boxes (..., 4), xyxy in pixels, at the edges of an image of ``image_size`` (height, width)."""
-    height, width = image_size
-    left, top, right, bottom = bboxes.unbind(-1)
-    return torch.stack(
-        (left.clamp(0, width), top.clamp(0, height), right.clamp(0, width), bottom.clamp(0, height)), dim=-1
-    )
 
 
 class DeltaCoder(NamedTuple):
@@ -91,7 +83,7 @@ class DeltaCoder(NamedTuple):
         centre = centre + offsets[..., :2] * side
         half = 0.5 * side * offsets[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         decoded = torch.cat((centre - half, centre + half), dim=-1)
-        return clip(decoded, image_size) if self.clip_border else decoded
+        return clip_boxes_to_image(decoded, image_size) if self.clip_border else decoded
 
 
 def suppress(bboxes: Tensor, groups: Tensor, eligible: Tensor, iou_thr: float, rounds: int = 8) -> Tensor:

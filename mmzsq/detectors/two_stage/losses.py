@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmzsq.detectors.targets import PaddedTargets
 from mmzsq.detectors.two_stage.boxes import DeltaCoder
 from mmzsq.detectors.two_stage.roi_align import Levels, roi_align
 from mmzsq.detectors.two_stage.rois import RoIs
 from mmzsq.detectors.two_stage.sampling import elementwise_loss
-from mmzsq.detectors.yolov5.assignment import PaddedTargets
+from mmzsq.distillation import of_category
 
 MASK_SAMPLES = 4
 """Points a bin and axis at which a label's mask is read. MMDetection takes one a pixel, a number that varies."""
@@ -35,7 +36,7 @@ def bbox_loss(
     """Class and box terms of a ``BBoxHead``, each with its weight, summed: a scalar.
 
     Args:
-        head: Tells the losses, and whether boxes are predicted by class.
+        head: Tells the losses.
         logits: Classes, background last, (N*R, C + 1).
         deltas: (N*R, C * 4), or (N*R, 4) if the head predicts one box for all classes.
         rois: The boxes.
@@ -56,7 +57,7 @@ def bbox_loss(
     # Where a box does not answer for a label it has no offset to it: that of the label to itself is 0.
     starts = torch.where(rois.positive[..., None], rois.bboxes, goals)
     wanted = coder.encode(starts, goals).flatten(0, 1)
-    errors = elementwise_loss(head.loss_bbox, _of_class(deltas.float(), labels, head.reg_class_agnostic, 4), wanted)
+    errors = elementwise_loss(head.loss_bbox, of_category(deltas.float().unflatten(1, (-1, 4)), labels), wanted)
     loss_bbox = head.loss_bbox.loss_weight * (errors * positive[:, None]).sum() / count
     return loss_cls + loss_bbox
 
@@ -65,7 +66,7 @@ def mask_loss(head: Any, logits: Tensor, rois: RoIs, targets: PaddedTargets, mas
     """The weighted loss of an ``FCNMaskHead``: a scalar, 0 if no box answers for a label.
 
     Args:
-        head: Tells the weight, and whether masks are predicted by class.
+        head: Tells the weight.
         logits: (N*R, C, h, w), or (N*R, 1, h, w) if the head predicts one mask for all classes.
         rois: The boxes.
         targets: The labels.
@@ -74,9 +75,9 @@ def mask_loss(head: Any, logits: Tensor, rois: RoIs, targets: PaddedTargets, mas
     image = torch.arange(len(rois.label), device=rois.label.device)[:, None]
     labels = targets.labels[image, rois.label].flatten()
     height, width = logits.shape[2:]
-    wanted = mask_targets(masks, rois, (height, width)).flatten(1)
-    chosen = _of_class(logits.float().flatten(1), labels, head.class_agnostic, height * width)
-    errors = F.binary_cross_entropy_with_logits(chosen, wanted, reduction='none').mean(1)
+    wanted = mask_targets(masks, rois, (height, width))
+    chosen = of_category(logits.float(), labels)
+    errors = F.binary_cross_entropy_with_logits(chosen, wanted, reduction='none').flatten(1).mean(1)
     positive = rois.positive.flatten()
     return head.loss_mask.loss_weight * (errors * positive).sum() / positive.sum().clamp(min=1)
 
@@ -102,11 +103,3 @@ def mask_targets(masks: Tensor, rois: RoIs, output_size: tuple[int, int]) -> Ten
     rows = masks.reshape(-1, 1)
     covered = roi_align(rows, level, mask, torch.zeros_like(mask), bboxes, output_size, MASK_SAMPLES)
     return (covered.squeeze(1) >= 0.5).float()
-
-
-def _of_class(outputs: Tensor, labels: Tensor, class_agnostic: bool, width: int) -> Tensor:
-    """The part (K, width) of outputs (K, C * width) that is of each row's label; all of it if there is one part."""
-    if class_agnostic:
-        return outputs
-    # Advanced indexing: its backward adds up in a fixed order, where torch.gather's does not.
-    return outputs.unflatten(1, (-1, width))[torch.arange(len(labels), device=labels.device), labels]

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
+from mmzsq.detectors.targets import PaddedTargets
 from mmzsq.detectors.two_stage.anchors import AnchorTargets
-from mmzsq.detectors.two_stage.boxes import DeltaCoder, area, clip, pairwise_iou, suppress
+from mmzsq.detectors.two_stage.boxes import DeltaCoder, area, pairwise_iou, suppress
 from mmzsq.detectors.two_stage.sampling import draw
-from mmzsq.detectors.yolov5.assignment import PaddedTargets
 
 
 class RoIs(NamedTuple):
@@ -93,7 +94,7 @@ def jitter(bboxes: Tensor, copies: int, amount: float, image_size: tuple[int, in
     """
     sides = (bboxes[..., 2:] - bboxes[..., :2]).repeat(1, 1, 2)[:, :, None]
     moves = torch.rand(*bboxes.shape[:2], copies, 4, device=bboxes.device) * 2 - 1
-    return clip(bboxes[:, :, None] + amount * moves * sides, image_size)
+    return clip_boxes_to_image(bboxes[:, :, None] + amount * moves * sides, image_size)
 
 
 def assign(overlaps: Tensor, assigner: Any) -> Tensor:

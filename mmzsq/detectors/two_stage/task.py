@@ -15,6 +15,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
 from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.two_stage.anchors import AnchorTargets, assign_anchors, flatten_maps, rpn_loss
 from mmzsq.detectors.two_stage.boxes import DeltaCoder
@@ -22,7 +23,6 @@ from mmzsq.detectors.two_stage.fit import proposal_settings
 from mmzsq.detectors.two_stage.losses import bbox_loss, mask_loss
 from mmzsq.detectors.two_stage.roi_align import Levels, roi_align, stack_rows
 from mmzsq.detectors.two_stage.rois import RoIs, choose_rois, propose
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
 from mmzsq.errors import UserError
 
 POINTS_PER_SIDE = 14

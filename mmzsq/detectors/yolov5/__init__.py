@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """YOLOv5 v6.0 and later: backbone, neck, head, loss and weights."""
 
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
 from mmzsq.detectors.yolov5.backbone import YOLOv5CSPDarknet
 from mmzsq.detectors.yolov5.detector import YOLOv5
 from mmzsq.detectors.yolov5.head import YOLOv5Head

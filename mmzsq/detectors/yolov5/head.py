@@ -13,7 +13,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, pad_targets
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
 from mmzsq.detectors.yolov5.decode import decode_bboxes
 from mmzsq.detectors.yolov5.layers import scale_width
 from mmzsq.detectors.yolov5.loss import yolov5_loss

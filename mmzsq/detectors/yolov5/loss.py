@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, find_candidates
+from mmzsq.detectors.targets import PaddedTargets
+from mmzsq.detectors.yolov5.assignment import find_candidates
 from mmzsq.detectors.yolov5.decode import decode_bboxes
 from mmzsq.geometry import complete_iou
 

@@ -107,7 +107,7 @@ def read_voc(root: Path, classes: Sequence[str], list_file: Path | None) -> list
     for path in paths:
         text = _read(path)
         try:
-            tree = _parse_xml(text)
+            tree = parse_xml(text)
             image_size = (int(_text(tree, 'size/height')), int(_text(tree, 'size/width')))
             objects = [item for item in tree.findall('object') if item.findtext('difficult', '0').strip() != '1']
             seen.update(_text(item, 'name') for item in objects)
@@ -127,7 +127,7 @@ def read_voc(root: Path, classes: Sequence[str], list_file: Path | None) -> list
     return _with_objects(images, list_file or folder)
 
 
-def _parse_xml(text: bytes) -> Element:
+def parse_xml(text: bytes) -> Element:
     """Parse a document that defines no entities: those are how XML is made to eat memory or to read other files."""
 
     def refuse(name: str, *_: Any) -> None:

@@ -13,12 +13,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmzsq.detectors import TwoStageTask
+from mmzsq.detectors.targets import PaddedTargets
 from mmzsq.detectors.task import data_samples
 from mmzsq.detectors.two_stage import TwoStageSamples
 from mmzsq.detectors.two_stage.anchors import flatten_maps, rpn_loss
 from mmzsq.detectors.two_stage.losses import bbox_loss, mask_loss, mask_targets
 from mmzsq.detectors.two_stage.rois import RoIs
-from mmzsq.detectors.yolov5.assignment import PaddedTargets
 
 Build = Callable[..., nn.Module]
 SIZE = (96, 128)

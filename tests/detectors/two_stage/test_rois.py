@@ -8,10 +8,10 @@ import torch
 from mmdet.models.task_modules import MaxIoUAssigner
 from mmengine.structures import InstanceData
 
+from mmzsq.detectors.targets import PaddedTargets
 from mmzsq.detectors.two_stage.boxes import pairwise_iou
 from mmzsq.detectors.two_stage.rois import Proposals, assign, choose_rois, jitter
 from mmzsq.detectors.two_stage.sampling import draw
-from mmzsq.detectors.yolov5.assignment import PaddedTargets
 
 SIZE = (100, 120)
 WHOLE = torch.tensor([0.0, 0.0, 120.0, 100.0])

@@ -5,7 +5,8 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmzsq.detectors.yolov5.assignment import PaddedTargets, find_candidates, pad_targets
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
+from mmzsq.detectors.yolov5.assignment import find_candidates
 
 
 def one_target(x: float, y: float, width: float, height: float) -> PaddedTargets:
