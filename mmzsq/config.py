@@ -38,7 +38,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches'),
+        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -148,6 +148,7 @@ def compose(cfg: Config) -> Config:
             distillation=section['distillation'],
             teacher=cfg.get('load_from'),
             bn=train['bn'],
+            capture=train['capture'],
         ),
     )
     _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))
@@ -237,6 +238,7 @@ def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
     multiplier = 1.0 if train['step_lr'] is None else train['step_lr'] / optimizer['lr']
     wrapper = dict(
         type='AmpOptimWrapper' if train['amp'] else 'OptimWrapper',
+        constructor='mmzsq.GroupedOptimWrapperConstructor',
         optimizer=optimizer,
         paramwise_cfg=dict(
             norm_decay_mult=0.0,

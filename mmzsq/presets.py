@@ -90,6 +90,7 @@ DEFAULT: dict[str, Any] = dict(
         clip_grad=10.0,
         amp=False,
         init_batches=4,
+        capture=True,
     ),
 )
 
@@ -149,6 +150,7 @@ PAPER: dict[str, Any] = dict(
         clip_grad=10.0,
         amp=True,
         init_batches=1,
+        capture=True,
     ),
 )
 

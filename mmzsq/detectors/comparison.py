@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmdet.structures.bbox import bbox2roi
@@ -46,7 +46,12 @@ class Comparison:
         student: The quantized detector.
         teacher: The float detector.
         taps: Names of the modules whose outputs are wanted.
+
+    Attributes:
+        capturable: Whether what runs is the same for all images of a shape.
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> None:
         taps = sorted(taps)
@@ -84,6 +89,8 @@ class TwoStageComparison(Comparison):
         teacher: The float detector.
         taps: Names of the modules whose outputs are wanted.
     """
+
+    capturable = False  # the number of proposals differs
 
     def __init__(self, student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> None:
         taps = set(taps)

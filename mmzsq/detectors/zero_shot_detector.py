@@ -11,10 +11,12 @@ from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.detectors.comparison import Comparison, build_comparison
 from mmzsq.detectors.probe import probe
 from mmzsq.detectors.task import sum_losses
@@ -53,6 +55,7 @@ class ZeroShotDetector(BaseModel):
             labels, and ``losses``, configs of :class:`~mmzsq.distillation.DistillationLoss`.
         teacher: Checkpoint of the float detector, file or URL. Read by :meth:`load_teacher`.
         bn: ``'frozen'``: the student's BatchNorm keeps the teacher's statistics; ``'train'``: it gathers new ones.
+        capture: Whether a training step may run as a CUDA graph, where it can (:meth:`train_step`).
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ZeroShotDetector(BaseModel):
         distillation: dict[str, Any] | None = None,
         teacher: str | None = None,
         bn: str = 'frozen',
+        capture: bool = True,
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
@@ -84,6 +88,7 @@ class ZeroShotDetector(BaseModel):
         self._teacher = _Teacher()
         self._predictor = 'student'
         self._comparison: Comparison | None = None
+        self._captured_step = CapturedStep(capture)
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -168,6 +173,28 @@ class ZeroShotDetector(BaseModel):
         detector = self.teacher if mode == 'predict' and self._predictor == 'teacher' else self.student
         return detector(inputs, data_samples, mode=mode)
 
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """Take one step, as a CUDA graph where it depends on the images alone: not on labels, nor on proposals.
+
+        Args:
+            data: A batch of the data loader.
+            optim_wrapper: Of this model.
+
+        Returns:
+            Each loss, and ``'loss'``, their sum.
+        """
+        depends_on_more = bool(self.detection_weight) or not self.distillation_losses or not self.comparison.capturable
+        if depends_on_more or not next(self.student.parameters()).is_cuda:
+            return super().train_step(data, optim_wrapper)
+        return self._captured_step(self, self.data_preprocessor(data, True), optim_wrapper)
+
+    @property
+    def comparison(self) -> Comparison:
+        """How student and teacher are run; needs the teacher."""
+        if self._comparison is None:
+            self._comparison = build_comparison(self.student, self.teacher, self.taps)
+        return self._comparison
+
     def loss(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> dict[str, Tensor]:
         """Return the weighted losses of the student: distillation, and detection if it has a weight.
 
@@ -178,9 +205,7 @@ class ZeroShotDetector(BaseModel):
         if not self.distillation_losses:
             # The teacher, which nobody would read, does not run.
             return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
-        if self._comparison is None:
-            self._comparison = build_comparison(self.student, self.teacher, self.taps)
-        outputs_S, outputs_T, detection = self._comparison(inputs, data_samples, bool(self.detection_weight))
+        outputs_S, outputs_T, detection = self.comparison(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
         if detection is not None:
             losses['loss_detection'] = self.detection_weight * sum_losses(detection)

@@ -2,6 +2,13 @@
 """Runner and hooks: zero-shot quantization on MMEngine."""
 
 from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook
+from mmzsq.engine.optim_wrapper_constructor import GroupedOptimWrapperConstructor
 from mmzsq.engine.runner import ZeroShotRunner
 
-__all__ = ['CalibrationSetHook', 'FiniteLossHook', 'QuantizerInitHook', 'ZeroShotRunner']
+__all__ = [
+    'CalibrationSetHook',
+    'FiniteLossHook',
+    'GroupedOptimWrapperConstructor',
+    'QuantizerInitHook',
+    'ZeroShotRunner',
+]

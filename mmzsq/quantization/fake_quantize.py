@@ -9,17 +9,21 @@ with a real step ``s > 0`` and an integer zero point ``z``, so that zero is alwa
 Quantization", 2019, https://arxiv.org/abs/1902.08153, equations 3 and 5; the gradient of the zero
 point is that of Bhalgat et al., "LSQ+", 2020, https://arxiv.org/abs/2004.09576, in integer units.
 
-The math runs in fp32 whatever the type of ``x``. Kernels that fuse it belong beside this file and
-are tested against it.
+The math runs in fp32 whatever the type of ``x``. On CUDA it is fused into one kernel each way
+(:mod:`mmzsq.quantization.kernels`), which is tested against what is here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+"""Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
 
 
 def fake_quantize(
@@ -54,8 +58,19 @@ def fake_quantize(
         >>> fake_quantize(x, torch.tensor([0.5]), qmin=-2, qmax=1)
         tensor([-1.0000, -0.5000,  0.0000,  0.5000,  0.5000])
     """
-    output: Tensor = _FakeQuantize.apply(x, step, zero_point, qmin, qmax, grad_scale)
+    function = _function_for(x, step, zero_point)
+    output: Tensor = function.apply(x, step, zero_point, qmin, qmax, grad_scale)
     return output
+
+
+def _function_for(x: Tensor, step: Tensor, zero_point: Tensor | None) -> type[torch.autograd.Function]:
+    """The fused function where it can run. A compiler fuses the plain one by itself."""
+    if x.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+        from mmzsq.quantization import kernels
+
+        if kernels.can_fuse(x, step, zero_point):
+            return kernels.FusedFakeQuantize
+    return _FakeQuantize
 
 
 def quantize(x: Tensor, step: Tensor, qmin: int, qmax: int, zero_point: Tensor | None = None) -> Tensor:

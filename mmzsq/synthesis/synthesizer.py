@@ -367,6 +367,8 @@ class _Step:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         self.optimizer.zero_grad(set_to_none=True)
+        # A graph has memory of its own: that of the eager steps would stay beside it.
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._compute()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step as a CUDA graph against the same step run eagerly, and when it has to run eagerly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.optim import build_optim_wrapper
+
+from mmzsq.detectors import ZeroShotDetector
+from mmzsq.detectors.captured_step import EAGER_STEPS
+from mmzsq.detectors.task import blank_samples
+from mmzsq.presets import DEFAULT, PAPER
+from mmzsq.quantization import calibrating
+
+SIZE = (64, 96)
+Make = Callable[..., ZeroShotDetector]
+
+
+@pytest.fixture
+def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
+    def make(name: str = 'yolov5', preset: dict[str, Any] = DEFAULT, **options: Any) -> ZeroShotDetector:
+        torch.manual_seed(0)
+        checkpoint = tmp_path / f'{name}.pth'
+        detector = MODELS.build(tiny_cfg(name))
+        detector.init_weights()
+        torch.save({'state_dict': detector.state_dict()}, checkpoint)
+        model = ZeroShotDetector(
+            tiny_cfg(name).to_dict(),
+            quantizer=dict(DEFAULT['quantizer'], w_bits=4, a_bits=4),
+            distillation=preset['distillation'],
+            teacher=str(checkpoint),
+            **options,
+        )
+        model.init_weights()
+        with torch.no_grad(), calibrating(model.eval().student):
+            model.student(torch.rand(2, 3, *SIZE), blank_samples(2, SIZE, torch.device('cpu')), mode='tensor')
+        return model.train()
+
+    return make
+
+
+def batches(count: int, images: int = 2) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        dict(
+            inputs=list(torch.randint(0, 256, (images, 3, *SIZE), generator=generator, dtype=torch.uint8)),
+            data_samples=blank_samples(images, SIZE, torch.device('cpu')),
+        )
+        for _ in range(count)
+    ]
+
+
+def train(model: ZeroShotDetector, data: list[dict[str, Any]], wrapper: str = 'OptimWrapper') -> list[dict[str, float]]:
+    options: dict[str, Any] = dict(dtype='bfloat16') if wrapper == 'AmpOptimWrapper' else {}
+    optim_wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type=wrapper,
+            constructor='mmzsq.GroupedOptimWrapperConstructor',
+            optimizer=dict(type='Adam', lr=1e-3),
+            paramwise_cfg=dict(custom_keys={'_quantizer.': dict(lr_mult=10.0)}),
+            clip_grad=dict(max_norm=10.0),
+            **options,
+        ),
+    )
+    logs = [model.train_step(copy.deepcopy(batch), optim_wrapper) for batch in data]
+    return [{name: value.item() for name, value in log.items()} for log in logs]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('wrapper', ['OptimWrapper', 'AmpOptimWrapper'])
+@pytest.mark.parametrize('name', ['yolov5', 'retinanet_r18'])
+def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wrapper: str) -> None:
+    """The same losses, step for step, over more steps than the eager ones, and in a last batch of another size."""
+    data = batches(EAGER_STEPS + 4) + batches(1, images=1)
+    logs = []
+    for capture in (True, False):
+        model = make(name, capture=capture).cuda()
+        logs.append(train(model, data, wrapper))
+        assert (model._captured_step.graph is not None) == capture
+    tolerance = 2e-3 if wrapper == 'OptimWrapper' else 3e-2
+    for captured, eager in zip(*logs, strict=True):
+        assert captured.keys() == eager.keys()
+        assert captured == pytest.approx(eager, rel=tolerance)
+    # The images of each batch are those that were learnt from.
+    assert len({log['loss'] for log in logs[0]}) == len(data)
+    assert copy.deepcopy(model)._captured_step.graph is None
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_what_depends_on_labels_or_proposals_runs_eagerly(make: Make) -> None:
+    for name, preset in (('yolov5', PAPER), ('mask-rcnn_r18', DEFAULT)):
+        model = make(name, preset).cuda()
+        train(model, batches(EAGER_STEPS + 2))
+        assert model._captured_step.graph is None
+
+
+def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stock = make(), make()
+    monkeypatch.setattr(model, '_captured_step', None)
+    logs = train(model, batches(2))
+    monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
+    assert logs == train(stock, batches(2))
