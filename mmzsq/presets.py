@@ -49,13 +49,13 @@ DEFAULT: dict[str, Any] = dict(
     synthesis=dict(
         # From coarse to fine: objects take shape while they are a few pixels large; at full size alone they are
         # outlines filled with texture.
-        relabel=dict(image_size=160, iterations=1200, batch_size=128),
-        refine=dict(image_size=0.5, iterations=400, batch_size=64, start='previous', lr=0.05),
-        synthesise=dict(image_size=640, iterations=500, batch_size=64, start='previous', lr=0.02),
+        relabel=dict(image_size=160, iterations=800, batch_size=128),
+        refine=dict(image_size=0.5, iterations=300, batch_size=64, start='previous', lr=0.05),
+        synthesise=dict(image_size=640, iterations=400, batch_size=64, start='previous', lr=0.05),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.01),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.002),
         ],
         require_feature_prior=True,
         detection_weight=1.0,

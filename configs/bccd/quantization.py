@@ -1,8 +1,8 @@
 """What the quantization of both detectors shares beside the bits: ``zsq = {{_base_.blood_cells}}``."""
 
 blood_cells = dict(
-    # 32 steps an epoch; the comparison has 292 real images.
-    calibration_set=dict(num_images=256),
+    # 16 steps an epoch; the comparison has 292 real images.
+    calibration_set=dict(num_images=128),
     label_sampler=dict(
         # A smear as anybody describes it, not as measured on the data: about a dozen cells an image, none larger than
         # a third of it. Classes are drawn evenly; the detector corrects the rest.
@@ -14,9 +14,9 @@ blood_cells = dict(
     ),
     synthesis=dict(
         # Height and width of the images that the detectors take; half of it first.
-        relabel=dict(image_size=0.5, iterations=600, batch_size=32),
+        relabel=dict(image_size=0.5, iterations=500, batch_size=32),
         refine=None,
-        synthesise=dict(image_size=(480, 640), iterations=300, batch_size=16, start='previous'),
+        synthesise=dict(image_size=(480, 640), iterations=150, batch_size=16, start='previous'),
     ),
-    train=dict(max_epochs=8, batch_size=8),
+    train=dict(max_epochs=16, batch_size=8),
 )

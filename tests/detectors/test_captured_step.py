@@ -32,7 +32,7 @@ def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
         detector.init_weights()
         torch.save({'state_dict': detector.state_dict()}, checkpoint)
         model = ZeroShotDetector(
-            tiny_cfg(name).to_dict(),
+            tiny_cfg(name),
             quantizer=dict(DEFAULT['quantizer'], w_bits=4, a_bits=4),
             distillation=preset['distillation'],
             teacher=str(checkpoint),
