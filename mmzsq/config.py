@@ -38,7 +38,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
+        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -149,6 +149,7 @@ def compose(cfg: Config) -> Config:
             teacher=cfg.get('load_from'),
             bn=train['bn'],
             capture=train['capture'],
+            augmentation=train['augmentation'],
         ),
     )
     _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))

@@ -91,6 +91,7 @@ DEFAULT: dict[str, Any] = dict(
         amp=False,
         init_batches=4,
         capture=True,
+        augmentation=None,
     ),
 )
 
@@ -151,6 +152,7 @@ PAPER: dict[str, Any] = dict(
         amp=True,
         init_batches=1,
         capture=True,
+        augmentation=None,
     ),
 )
 

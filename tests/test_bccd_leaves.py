@@ -73,7 +73,7 @@ def test_a_comparison_differs_in_nothing_but_what_it_is_named_after(detector: st
             assert cfg.optim_wrapper == ours.optim_wrapper
             assert cfg.load_from == ours.load_from
             steps = cfg.train_cfg.max_epochs * 292 / cfg.train_dataloader.batch_size
-            assert steps == pytest.approx(ours.train_cfg.max_epochs * 256 / 8, rel=0.02)
+            assert steps == pytest.approx(ours.train_cfg.max_epochs * ours.zsq.calibration_set.num_images / 8, rel=0.02)
             distillation = cfg.zsq.distillation
             if kind == '_lsq-real':
                 assert (distillation.detection_weight, list(distillation.losses)) == (1.0, [])

@@ -96,6 +96,15 @@ def blank_samples(count: int, image_size: tuple[int, int], device: torch.device)
     return data_samples([no_instances()] * count, image_size, device)
 
 
+def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """What black and white become under a detector's normalisation, each (3, 1, 1); 0 and 255 without any."""
+    mean, std = (
+        torch.as_tensor(getattr(data_preprocessor, name, neutral)).float().view(-1, 1, 1)
+        for name, neutral in (('mean', 0.0), ('std', 1.0))
+    )
+    return (0 - mean) / std, (255 - mean) / std
+
+
 class DetectionTask:
     """The full-precision detector and its view of images in [0, 1].
 

@@ -19,8 +19,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.detectors.comparison import Comparison, build_comparison
 from mmzsq.detectors.probe import probe
-from mmzsq.detectors.task import sum_losses
+from mmzsq.detectors.task import pixel_range, sum_losses
 from mmzsq.detectors.teacher import load_teacher
+from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
 from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
 from mmzsq.registry import MODELS, build_part
@@ -56,6 +57,11 @@ class ZeroShotDetector(BaseModel):
         teacher: Checkpoint of the float detector, file or URL. Read by :meth:`load_teacher`.
         bn: ``'frozen'``: the student's BatchNorm keeps the teacher's statistics; ``'train'``: it gathers new ones.
         capture: Whether a training step may run as a CUDA graph, where it can (:meth:`train_step`).
+        augmentation: The section ``zsq.train.augmentation``: arguments of
+            :class:`~mmzsq.distillation.BatchAugmentation`, or None.
+
+    Raises:
+        UserError: If an argument is unfit.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class ZeroShotDetector(BaseModel):
         teacher: str | None = None,
         bn: str = 'frozen',
         capture: bool = True,
+        augmentation: dict[str, float] | None = None,
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
@@ -82,6 +89,15 @@ class ZeroShotDetector(BaseModel):
         self.distillation_losses: Any = nn.ModuleList(
             build_part(MODELS, loss, 'zsq.distillation.losses').fit(student) for loss in distillation['losses']
         )
+        self.augmentation: Any = BatchAugmentation.from_cfg(augmentation)
+        if augmentation is not None and self.detection_weight:
+            raise UserError(
+                'zsq.train.augmentation changes images and not their labels: it needs '
+                'zsq.distillation.detection_weight=0'
+            )
+        black, white = pixel_range(self.data_preprocessor)
+        self.register_buffer('_black', black, persistent=False)
+        self.register_buffer('_white', white, persistent=False)
         self.taps = self._find_taps()
         self.detector_cfg = detector
         self.quantizer_cfg = quantizer
@@ -205,6 +221,8 @@ class ZeroShotDetector(BaseModel):
         if not self.distillation_losses:
             # The teacher, which nobody would read, does not run.
             return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
+        if self.augmentation is not None:
+            inputs = self.augmentation(inputs, self._black, self._white)
         outputs_S, outputs_T, detection = self.comparison(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
         if detection is not None:

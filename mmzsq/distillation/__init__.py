@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: what a quantized student is told by its full-precision teacher."""
 
+from mmzsq.distillation.augmentation import BatchAugmentation
 from mmzsq.distillation.dense import DensePredictionLoss, DensePredictions
 from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
 from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
@@ -17,6 +18,7 @@ from mmzsq.distillation.two_stage import (
 
 __all__ = [
     'MASK_ROIS',
+    'BatchAugmentation',
     'DensePredictionLoss',
     'DensePredictions',
     'DistillationLoss',

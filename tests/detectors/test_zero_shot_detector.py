@@ -537,3 +537,22 @@ def test_predictions_are_in_pixels_of_the_image_given(float_detector: nn.Module)
     expected = [centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2]
     torch.testing.assert_close(found.bboxes[0], torch.tensor(expected), rtol=0, atol=1e-3)
     assert found.bboxes.device.type == 'cpu'
+
+
+def test_teacher_and_student_see_the_same_other_view(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certain mirror image: what both are run on, and no more than that."""
+    model = make(augmentation=dict(flip=1.0)).train()
+    seen = []
+    for detector in (model.student, model.teacher):
+        run = detector.forward
+        monkeypatch.setattr(detector, 'forward', lambda x, *a, run=run, **k: (seen.append(x), run(x, *a, **k))[1])
+    inputs = torch.rand(2, 3, *SIZE)
+    model.loss(inputs, None)
+    assert len(seen) == 2
+    for view in seen:
+        assert torch.equal(view, inputs.flip(3))
+
+
+def test_other_views_without_their_labels_are_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r'augmentation.*detection_weight=0'):
+        make(PAPER, calibrate=False, augmentation=dict(flip=0.5))
