@@ -38,7 +38,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation'),
+        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -85,7 +85,11 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
     of_presets = zsq.get('presets') or {}
     check_keys(of_presets, PRESETS, 'zsq.presets')
-    defaults = merge(preset_section(preset, zsq.get('quantizer') or {}), of_presets.get(preset) or {})
+    changes = of_presets.get(preset) or {}
+    if isinstance(changes, str) and changes not in PRESETS:
+        raise UserError(f'zsq.presets.{preset} is a dict or one of {", ".join(map(repr, PRESETS))}, not {changes!r}')
+    source, changes = (changes, {}) if isinstance(changes, str) else (preset, changes)
+    defaults = merge(preset_section(source, zsq.get('quantizer') or {}), changes)
     section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
     check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
     for name in (*SECTION_KEYS, *PART_SECTIONS):
@@ -95,7 +99,7 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
         check_keys(section[name], allowed, f'zsq.{name}')
     for name, key in (
         *(('calibration_set', key) for key in ('num_images', 'batch_size')),
-        *(('train', key) for key in ('max_epochs', 'batch_size', 'init_batches')),
+        *(('train', key) for key in ('max_epochs', 'batch_size', 'accumulate', 'init_batches')),
     ):
         value = section[name][key]
         if not isinstance(value, int) or value < 1:
@@ -190,6 +194,10 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
     annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=with_mask)
     real = section['calibration_set']['real']
     if real is not None:
+        # Bitmaps or polygons, as the detector's own training reads them.
+        own = next((step for step in real.get('pipeline', []) if 'LoadAnnotations' in str(step['type'])), {})
+        if 'poly2mask' in own:
+            annotations['poly2mask'] = own['poly2mask']
         dataset = dict(real, pipeline=real_pipeline(cfg, annotations))
     else:
         dataset = dict(
@@ -241,6 +249,7 @@ def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
         type='AmpOptimWrapper' if train['amp'] else 'OptimWrapper',
         constructor='mmzsq.GroupedOptimWrapperConstructor',
         optimizer=optimizer,
+        accumulative_counts=train['accumulate'],
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             bias_decay_mult=0.0,
@@ -289,8 +298,17 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if section['train']['ema'] is not None:
         # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
-        momentum = 1 - section['train']['ema']
-        own.append(dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=momentum, gamma=2000, update_buffers=True))
+        batches = section['train']['accumulate']
+        own.append(
+            dict(
+                type='EMAHook',
+                ema_type='ExpMomentumEMA',
+                momentum=1 - section['train']['ema'],
+                gamma=2000 * batches,
+                interval=batches,
+                update_buffers=True,
+            )
+        )
     return [*kept, *own]
 
 

@@ -69,6 +69,7 @@ def test_a_comparison_differs_in_nothing_but_what_it_is_named_after(detector: st
             kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
             assert [step.type for step in dataset.pipeline] == kinds
             assert dataset.pipeline[1].with_mask == (kind == '_lsq-real')
+            assert dataset.pipeline[1].poly2mask == teacher.train_dataloader.dataset.pipeline[1].poly2mask is False
             assert cfg.zsq.quantizer == ours.zsq.quantizer
             assert cfg.optim_wrapper == ours.optim_wrapper
             assert cfg.load_from == ours.load_from

@@ -7,7 +7,8 @@ image_size = (640, 480)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    # Polygons as long as possible: as bitmaps, to load them and to crop targets of them took most of a training step.
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='RandomResize', scale=image_size, ratio_range=(0.8, 1.4), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(480, 640)),
     dict(type='RandomFlip', prob=0.5),
