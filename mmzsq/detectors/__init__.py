@@ -5,13 +5,19 @@ from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.task_choice import detection_task
 from mmzsq.detectors.two_stage import TwoStageTask
 from mmzsq.detectors.window_attention import QuantWindowMSA
+from mmzsq.detectors.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.detectors.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
 from mmzsq.detectors.zero_shot_detector import ZeroShotDetector
 
 __all__ = [
+    'YOLO11',
     'DetectionTask',
+    'QuantSpatialAttention',
     'QuantWindowMSA',
     'TwoStageTask',
+    'YOLO11CSPDarknet',
+    'YOLO11Head',
+    'YOLO11PAFPN',
     'YOLOv5',
     'YOLOv5CSPDarknet',
     'YOLOv5Head',

@@ -34,9 +34,10 @@ DTYPES = {
     'ByteStorage': torch.uint8,
     'BoolStorage': torch.bool,
 }
-# Packages whose classes a model of Ultralytics consists of, and what numpy's scalars are made by.
+# Packages whose classes a model of Ultralytics consists of, what its loss names, and what numpy's scalars are made by.
 SHELL_PACKAGES = ('models.', 'ultralytics.', 'torch.nn.modules.')
 SHELL_NAMES = {
+    ('torch', 'device'),
     ('_codecs', 'encode'),
     ('numpy', 'dtype'),
     ('numpy', 'ndarray'),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert an Ultralytics YOLOv5 checkpoint to the names of mmzsq, running nothing from the file.
+"""Convert an Ultralytics YOLOv5 or YOLO11 checkpoint to the names of mmzsq, running nothing from the file.
 
     python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
 
-Takes detectors of YOLOv5 v6.0 and later, of any size and any classes. The class names are stored
-with the weights.
+Takes detectors of YOLOv5 v6.0 and later and of YOLO11, of any size and any classes. The class names
+are stored with the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mmzsq.detectors.ultralytics import read_ultralytics
+from mmzsq.detectors.yolo11.weights import convert_yolo11, is_yolo11
 from mmzsq.detectors.yolov5.weights import convert_yolov5
 from mmzsq.errors import UserError
 from mmzsq.weights import check_suffix, save_weights
@@ -47,17 +48,18 @@ def convert(checkpoint: Path, out: Path) -> str:
         What was converted, in one line.
 
     Raises:
-        UserError: If the checkpoint is refused or no YOLOv5 detector, or ``out`` ends otherwise.
+        UserError: If the checkpoint is refused or neither a YOLOv5 nor a YOLO11 detector, or ``out`` ends otherwise.
     """
     check_suffix(out)
     source = read_ultralytics(checkpoint)
-    converted = convert_yolov5(source.tensors)
+    convert_family = convert_yolo11 if is_yolo11(source.tensors) else convert_yolov5
+    converted = convert_family(source.tensors)
     if len(source.classes) != converted.num_classes:
         raise UserError(f'{checkpoint} names {len(source.classes)} classes, but its head has {converted.num_classes}')
     save_weights(converted.state_dict, source.classes, out)
     parameters = sum(tensor.numel() for tensor in converted.state_dict.values())
     return (
-        f'{out}: YOLOv5-{converted.size}, {converted.num_classes} classes, '
+        f'{out}: {converted.family}-{converted.size}, {converted.num_classes} classes, '
         f'{len(converted.state_dict)} tensors, {parameters / 1e6:.2f} M values'
     )
 

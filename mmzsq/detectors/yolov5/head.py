@@ -199,30 +199,4 @@ class YOLOv5Head(BaseDenseHead):
             first.
         """
         bboxes, obj_logits, cls_logits = self.dense_predictions(maps)
-        obj_scores, cls_scores = obj_logits.sigmoid(), cls_logits.sigmoid()
-        results = []
-        for index, meta in enumerate(batch_img_metas):
-            result = self.selection(bboxes[index], obj_scores[index], cls_scores[index])
-            result.bboxes = _to_image(result.bboxes, meta) if rescale else _clip(result.bboxes, meta['img_shape'])
-            results.append(result)
-        return results
-
-
-def _to_image(bboxes: Tensor, meta: dict[str, Any]) -> Tensor:
-    """Undo letterbox and resize, and clip to the original image.
-
-    Args:
-        bboxes: Boxes, xyxy in pixels of the network's input, shape (n, 4).
-        meta: ``scale_factor`` (width, height), ``ori_shape`` and optionally ``pad_param`` (top,
-            bottom, left, right).
-    """
-    top, _, left, _ = meta.get('pad_param', (0, 0, 0, 0))
-    scale_x, scale_y = meta['scale_factor']
-    x, y = (bboxes[:, 0::2] - left) / scale_x, (bboxes[:, 1::2] - top) / scale_y
-    return _clip(torch.stack((x, y), dim=-1).flatten(1), meta['ori_shape'])
-
-
-def _clip(bboxes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Clip boxes (n, 4) xyxy to an image of ``shape`` (height, width)."""
-    x, y = bboxes[:, 0::2].clamp(0, shape[1]), bboxes[:, 1::2].clamp(0, shape[0])
-    return torch.stack((x, y), dim=-1).flatten(1)
+        return self.selection.select_batch(bboxes, obj_logits.sigmoid(), cls_logits.sigmoid(), batch_img_metas, rescale)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of YOLOv5's dense predictions are detections: score threshold and class-wise NMS."""
+"""Which dense predictions of a YOLO are detections, and where they lie in the original image.
+
+Score threshold and class-wise NMS; then the letterbox is undone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -70,3 +74,52 @@ class Selection:
         kept = batched_nms(bboxes.double(), scores.double(), labels, self.nms['iou_threshold'])
         kept = kept[: self.max_per_img]
         return InstanceData(bboxes=bboxes[kept], scores=scores[kept], labels=labels[kept])
+
+    def select_batch(
+        self,
+        bboxes: Tensor,
+        obj_scores: Tensor,
+        cls_scores: Tensor,
+        img_metas: Sequence[Mapping[str, Any]],
+        rescale: bool,
+    ) -> list[InstanceData]:
+        """Select the detections of each image.
+
+        Args:
+            bboxes: Boxes of P places, xyxy in pixels of the network's input, shape (N, P, 4).
+            obj_scores: Objectness in [0, 1], shape (N, P).
+            cls_scores: Class probabilities, shape (N, P, C).
+            img_metas: Of each image ``img_shape``; to rescale also ``ori_shape``, ``scale_factor`` and, when it was
+                letterboxed, ``pad_param``.
+            rescale: Whether boxes are to refer to the original image instead of the network's input.
+
+        Returns:
+            Per image ``bboxes`` (n, 4) xyxy in pixels, clipped to the image, ``scores`` (n,) and ``labels`` (n,), best
+            first.
+        """
+        results = []
+        for index, meta in enumerate(img_metas):
+            result = self(bboxes[index], obj_scores[index], cls_scores[index])
+            result.bboxes = _to_image(result.bboxes, meta) if rescale else _clip(result.bboxes, meta['img_shape'])
+            results.append(result)
+        return results
+
+
+def _to_image(bboxes: Tensor, meta: Mapping[str, Any]) -> Tensor:
+    """Undo letterbox and resize, and clip to the original image.
+
+    Args:
+        bboxes: Boxes, xyxy in pixels of the network's input, shape (n, 4).
+        meta: ``scale_factor`` (width, height), ``ori_shape`` and optionally ``pad_param`` (top,
+            bottom, left, right).
+    """
+    top, _, left, _ = meta.get('pad_param', (0, 0, 0, 0))
+    scale_x, scale_y = meta['scale_factor']
+    x, y = (bboxes[:, 0::2] - left) / scale_x, (bboxes[:, 1::2] - top) / scale_y
+    return _clip(torch.stack((x, y), dim=-1).flatten(1), meta['ori_shape'])
+
+
+def _clip(bboxes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Clip boxes (n, 4) xyxy to an image of ``shape`` (height, width)."""
+    x, y = bboxes[:, 0::2].clamp(0, shape[1]), bboxes[:, 1::2].clamp(0, shape[0])
+    return torch.stack((x, y), dim=-1).flatten(1)

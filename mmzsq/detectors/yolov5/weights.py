@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmzsq.detectors.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
 from mmzsq.detectors.yolov5.backbone import YOLOv5CSPDarknet
 from mmzsq.detectors.yolov5.head import YOLOv5Head
 from mmzsq.detectors.yolov5.layers import scale_depth, scale_width
@@ -63,25 +64,14 @@ STRIDES = (8, 16, 32)
 C3_CONVS = {'cv1': 'main_conv', 'cv2': 'short_conv', 'cv3': 'final_conv'}
 
 
-class ConvertedYOLOv5(NamedTuple):
-    """Weights for :class:`~mmzsq.detectors.yolov5.YOLOv5`.
-
-    Attributes:
-        size: Key of :data:`SIZES`.
-        num_classes: Number of classes.
-        state_dict: All tensors of the detector, floats in float32.
-    """
-
-    size: str
-    num_classes: int
-    state_dict: dict[str, Tensor]
-
-
-def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedYOLOv5:
+def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     """Rename Ultralytics' tensors and check them.
 
     Args:
         tensors: Parameters and buffers by Ultralytics' names, with batch norms not yet folded.
+
+    Returns:
+        Weights for :class:`~mmzsq.detectors.yolov5.YOLOv5`; ``size`` is a key of :data:`SIZES`.
 
     Raises:
         UserError: If they are not those of a YOLOv5 of v6.0 or later; the message names tensors
@@ -91,12 +81,8 @@ def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedYOLOv5:
     size, num_classes = _detect(state_dict)
     expected = expected_shapes(SIZES[size], num_classes)
     _scale_anchors(state_dict)
-    _check(state_dict, expected, size)
-    return ConvertedYOLOv5(
-        size,
-        num_classes,
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()},
-    )
+    check_tensors(state_dict, expected, f'YOLOv5-{size} of v6.0 or later')
+    return ConvertedDetector('YOLOv5', size, num_classes, in_float32(state_dict))
 
 
 def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
@@ -107,14 +93,13 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        parts: dict[str, nn.Module] = {
-            'backbone': YOLOv5CSPDarknet(*size),
-            'neck': YOLOv5PAFPN(*size),
-            'bbox_head': YOLOv5Head(num_classes, size.widen_factor),
-        }
-    return {
-        f'{part}.{name}': tensor.shape for part, module in parts.items() for name, tensor in module.state_dict().items()
-    }
+        return shapes_of(
+            {
+                'backbone': YOLOv5CSPDarknet(*size),
+                'neck': YOLOv5PAFPN(*size),
+                'bbox_head': YOLOv5Head(num_classes, size.widen_factor),
+            }
+        )
 
 
 def _rename(name: str) -> str:
@@ -168,20 +153,3 @@ def _scale_anchors(state_dict: dict[str, Tensor]) -> None:
     copy = state_dict.get('bbox_head.anchor_grid')
     if copy is not None and torch.equal(copy.float().flatten(), pixels.flatten()):
         del state_dict['bbox_head.anchor_grid']
-
-
-def _check(state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size], size: str) -> None:
-    """Compare names and shapes with those of the model."""
-    faults = [f'missing {name}' for name in expected.keys() - state_dict.keys()]
-    faults += [f'left over {name}' for name in state_dict.keys() - expected.keys()]
-    faults += [
-        f'{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name])}'
-        for name, tensor in state_dict.items()
-        if name in expected and tensor.shape != expected[name]
-    ]
-    if faults:
-        shown = '; '.join(sorted(faults)[:5])
-        raise UserError(
-            f'these are not the weights of a YOLOv5-{size} of v6.0 or later with batch norms '
-            f'(fused models cannot be converted). {len(faults)} tensors differ: {shown}'
-        )

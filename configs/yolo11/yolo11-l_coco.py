@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YOLO11 l on COCO; the other sizes change what scales depth and width."""
+
+_base_ = [
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/datasets/coco_letterbox.py',
+    '../_base_/schedules/yolo_300e.py',
+]
+
+custom_imports = dict(imports=['mmzsq'], allow_failed_imports=False)
+
+model = dict(
+    type='mmzsq.YOLO11',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor',
+        mean=[0.0, 0.0, 0.0],
+        std=[255.0, 255.0, 255.0],
+        bgr_to_rgb=True,
+        pad_size_divisor=32,
+    ),
+    backbone=dict(
+        type='mmzsq.YOLO11CSPDarknet', deepen_factor=1.0, widen_factor=1.0, max_channels=512, c3k_everywhere=True
+    ),
+    neck=dict(type='mmzsq.YOLO11PAFPN', deepen_factor=1.0, widen_factor=1.0, max_channels=512, c3k_everywhere=True),
+    bbox_head=dict(type='mmzsq.YOLO11Head', num_classes=80, widen_factor=1.0, max_channels=512),
+    test_cfg=dict(
+        score_thr=0.001,
+        nms=dict(type='nms', iou_threshold=0.7),
+        nms_pre=30000,
+        max_per_img=300,
+    ),
+)
+
+default_hooks = dict(checkpoint=dict(interval=10, max_keep_ckpts=3))

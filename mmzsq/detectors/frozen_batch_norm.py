@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm with remembered statistics, whose scale and bias learn, with a backward that is fast on a GPU.
+
+PyTorch's own backward of a BatchNorm in eval mode runs one block of threads a channel, and so leaves nearly all of a
+GPU idle where maps are large and channels few, as in the first layers of a detector: a quarter of a training step of
+YOLOv5-n. Here it is elementwise products and reductions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """``nn.BatchNorm2d``; in eval mode on a GPU with the faster backward. State and results are the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        learns = torch.is_grad_enabled() and self.affine
+        if self.training or not input.is_cuda or not learns or self.running_mean is None:
+            return super().forward(input)
+        return _FrozenBatchNorm.apply(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)  # type: ignore[no-any-return]
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(features, weight, mean, variance)
+        ctx.eps = eps
+        return F.batch_norm(features, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        features, weight, mean, variance = ctx.saved_tensors
+        needs_features, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        inverse = torch.rsqrt(variance + ctx.eps)
+        grad_features = grad_weight = grad_bias = None
+        if needs_features:
+            scale = (weight * inverse).view(-1, 1, 1)
+            grad_features = grad_output * scale.to(grad_output.dtype)
+        if needs_weight:
+            # Centred before it is summed: a mean far from zero would leave the difference of large sums.
+            centred = features - mean.view(-1, 1, 1).to(features.dtype)
+            grad_weight = (grad_output * centred).sum((0, 2, 3), dtype=torch.float32) * inverse
+        if needs_bias:
+            grad_bias = grad_output.sum((0, 2, 3), dtype=torch.float32)
+        return grad_features, grad_weight, grad_bias, None, None, None
+
+
+def speed_up_frozen_batch_norm(model: nn.Module) -> None:
+    """Turn each ``nn.BatchNorm2d`` of ``model`` into a :class:`FrozenBatchNorm`; the objects and their state stay."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = FrozenBatchNorm
