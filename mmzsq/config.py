@@ -141,6 +141,9 @@ def compose(cfg: Config) -> Config:
     if section['calibration_set']['dir'] is None:
         section['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
     train = section['train']
+    # MMEngine's Runner would hand it to its model, which is no longer the detector.
+    if (preprocessor := cfg.pop('data_preprocessor', None)) is not None:
+        cfg.model.setdefault('data_preprocessor', preprocessor)
     _replace(cfg, 'zsq', dict(section, composed=True))
     _replace(
         cfg,

@@ -80,6 +80,7 @@ DEFAULT: dict[str, Any] = dict(
     train=dict(
         max_epochs=20,
         batch_size=16,
+        accumulate=1,
         num_workers=2,
         optimizer=dict(type='Adam', lr=2e-4),
         step_lr=2e-3,
@@ -141,6 +142,7 @@ PAPER: dict[str, Any] = dict(
     train=dict(
         max_epochs=100,
         batch_size=32,
+        accumulate=1,
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
         step_lr=None,

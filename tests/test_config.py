@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``compose`` makes of a detector's config and a zsq section, and the paper's numbers."""
+"""What ``compose`` makes of a detector's config and a zsq section."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
-from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmzsq.config import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
-
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-LEAVES = sorted(path.name for path in (CONFIGS / 'zsq').glob('yolov5-*.py'))
 
 
 @pytest.fixture
@@ -103,6 +97,16 @@ def test_what_trains_the_float_detector_is_replaced_as_a_whole(user: Config) -> 
     assert cfg.auto_scale_lr.enable is False
 
 
+def test_a_preprocessor_beside_the_model_becomes_the_detectors(user: Config) -> None:
+    """MMEngine's Runner would give it to teacher and student."""
+    user.data_preprocessor = dict(type='DetDataPreprocessor', std=[1, 1, 1])
+    cfg = compose(user)
+    assert 'data_preprocessor' not in cfg
+    assert cfg.model.detector.data_preprocessor == user.data_preprocessor
+    user.model.data_preprocessor = dict(type='DetDataPreprocessor', std=[2, 2, 2])
+    assert compose(user).model.detector.data_preprocessor.std == [2, 2, 2]
+
+
 def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Config) -> None:
     cfg = compose(user)
     assert types(cfg.custom_hooks) == [
@@ -132,6 +136,14 @@ def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
     assert cfg.randomness.seed == 5
     user.randomness = dict(seed=11)
     assert compose(user).randomness.seed == 11
+
+
+def test_gradients_of_several_batches_make_one_step_and_the_average_follows_steps(user: Config) -> None:
+    assert composed(user).optim_wrapper.accumulative_counts == 1
+    cfg = composed(user, train=dict(accumulate=4, ema=0.99))
+    assert cfg.optim_wrapper.accumulative_counts == 4
+    average = cfg.custom_hooks[-1]
+    assert (average.type, average.interval, average.gamma) == ('EMAHook', 4, 4 * 2000)
 
 
 def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
@@ -179,10 +191,12 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
         (dict(presets=dict(defalt={})), "'default'"),
+        (dict(presets=dict(default='papper')), "zsq.presets.default is a dict or one of 'default', .*, not 'papper'"),
         (dict(presets=dict(default=dict(trian={}))), "unknown key 'trian' in zsq.presets.default"),
         (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
         (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
         (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
+        (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is a whole number of at least 1, not 0'),
         (dict(calibration_set=dict(num_images='many')), "zsq.calibration_set.num_images is a whole .* not 'many'"),
         (dict(train=None), 'zsq.train is a dict, not None'),
         (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
@@ -255,143 +269,7 @@ def test_evaluation_names_the_classes_before_training_does() -> None:
     ]
 
 
-# The configs that ship.
-
-
-@pytest.mark.parametrize('leaf', LEAVES)
-def test_every_leaf_composes_into_what_its_name_says(leaf: str) -> None:
-    cfg = compose(Config.fromfile(CONFIGS / 'zsq' / leaf))
-    w_bits, a_bits = leaf.removesuffix('.py').rsplit('_w', 1)[1].split('a')
-    assert (cfg.zsq.quantizer.w_bits, cfg.zsq.quantizer.a_bits) == (int(w_bits), int(a_bits))
-    assert cfg.runner_type == 'mmzsq.ZeroShotRunner'
-    assert cfg.zsq.preset == 'default'
-    detector = leaf.rsplit('_w', 1)[0]
-    base = f'shapes/{detector}.py' if 'shapes' in leaf else f'yolov5/{detector}_coco.py'
-    assert cfg.model.detector == Config.fromfile(CONFIGS / base).model
-
-
-@pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if leaf.endswith('_w4a4.py')])
-def test_every_architecture_builds(leaf: str) -> None:
-    register_all_modules()
-    model = MODELS.build(compose(Config.fromfile(CONFIGS / 'zsq' / leaf)).model)
-    bits = {(layer.w_bits, layer.a_bits) for layer in model.report.layers}
-    # The first and the last layers have 8 bits in the default preset.
-    assert bits == {(4, 4), (8, 8)}
-
-
-def test_the_paper_preset_is_the_paper() -> None:
-    """FACTS.md, sections 2 to 5, the column of YOLOv5, as it is written there."""
-    expected = dict(
-        preset='paper',
-        quantizer=dict(
-            type='mmzsq.LSQ',
-            w_bits=8,
-            a_bits=8,
-            weight=dict(scheme='signed', per_channel=False, init='lsq'),
-            activation=dict(scheme='signed', init='lsq'),
-            step='linear',
-            first_bits=None,
-            last_bits=None,
-        ),
-        label_sampler=dict(
-            type='mmzsq.AdaptiveLabelSampler',
-            start=dict(type='mmzsq.SingleBoxSampler', side=(0.2, 0.8)),
-            warmup=800,
-            interval=50,
-            score_thr=0.2,
-            add_iou=0.35,
-            remove_iou=0.35,
-            area=(0.01, 0.85),
-        ),
-        synthesis=dict(
-            relabel=dict(image_size=160, iterations=2500, batch_size=64),
-            synthesise=dict(image_size=640, iterations=2500, batch_size=32),
-            priors=[
-                dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
-                dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-                dict(type='mmzsq.TotalVariationPrior', weight=5e-4),
-            ],
-            detection_weight=0.5,
-            detection_reduction='sum',
-            lr=0.2,
-            betas=(0.9, 0.999),
-            cutout=dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0),
-            clamp=True,
-            keep='best',
-            keep_interval=50,
-        ),
-        distillation=dict(
-            detection_weight=0.04,
-            losses=[
-                dict(type='mmzsq.PredictionKLLoss', tau=4.0, loss_weight=0.1),
-                dict(type='mmzsq.FeatureMSELoss', modules=['type:Conv2d', 'type:_BatchNorm'], loss_weight=1.0),
-            ],
-        ),
-        train=dict(
-            max_epochs=100,
-            batch_size=32,
-            optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
-            # The steps share the optimizer and its rate, which falls to 1e-6.
-            step_lr=None,
-            schedule='linear',
-            final_lr_ratio=0.01,
-            bn='train',
-            ema=0.9999,
-            clip_grad=10.0,
-            amp=True,
-            # The first batch gives the steps.
-            init_batches=1,
-        ),
-        calibration_set=dict(num_images=2000),
-    )
-    assert _only(complete_section(dict(preset='paper')), expected) == expected
-
-
-def test_the_transformers_of_the_paper_have_a_preset() -> None:
-    """FACTS.md, sections 1, 2, 4 and 5, the column of Mask R-CNN with Swin."""
-    expected = dict(
-        quantizer=dict(
-            type='mmzsq.LSQ',
-            weight=dict(scheme='signed', per_channel=False, init='lsq'),
-            activation=dict(scheme='signed', init='lsq'),
-            scope='backbone',
-        ),
-        synthesis=dict(
-            relabel=None,
-            synthesise=dict(image_size=640, iterations=2000, batch_size=12),
-            priors=[
-                dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-                dict(type='mmzsq.TotalVariationPrior', weight=0.001),
-            ],
-            detection_weight=10.0,
-            lr=0.2,
-            warmup=100,
-            betas=(0.5, 0.9),
-            init='normal',
-            cutout=None,
-            clamp=False,
-        ),
-        distillation=dict(
-            detection_weight=1.0,
-            losses=[
-                dict(type='mmzsq.PredictionKLLoss', tau=1.0, loss_weight=1.0, join_maps=True, heads=['rpn_head']),
-                dict(type='mmzsq.FeatureMSELoss', modules=['type:SwinBlock'], loss_weight=1.0),
-            ],
-        ),
-        train=dict(
-            max_epochs=15,
-            batch_size=8,
-            optimizer=dict(type='AdamW', lr=1e-6, weight_decay=0.05),
-            step_lr=None,
-            amp=True,
-        ),
-    )
-    assert _only(complete_section(dict(preset='paper_transformer')), expected) == expected
-
-
-def _only(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``section`` that ``like`` has, however deep."""
-    return {key: _only(section[key], value) if isinstance(value, dict) else section[key] for key, value in like.items()}
+# Presets.
 
 
 def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
@@ -405,6 +283,15 @@ def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
     paper = complete_section(dict(zsq, preset='paper'))
     assert paper == complete_section(dict(preset='paper', train=dict(max_epochs=5)))
     assert 'presets' not in paper
+
+
+def test_another_preset_can_stand_for_one() -> None:
+    zsq = dict(presets=dict(paper='paper_transformer', paper_transformer=dict(train=dict(max_epochs=4))))
+    section = complete_section(dict(zsq, preset='paper', train=dict(batch_size=3)))
+    expected = complete_section(dict(preset='paper_transformer', train=dict(batch_size=3)))
+    # Under the name that was asked for.
+    assert section == dict(expected, preset='paper')
+    assert complete_section(zsq) == complete_section({})
 
 
 def test_a_presets_numbers_can_be_changed_one_by_one() -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves of detectors that MMDetection brings: its own model, its own checkpoint, our bits."""
+"""The leaves in configs/zsq: a detector's own config, the checkpoint it is published with, our bits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,25 +16,51 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from mmzsq.config import class_names, complete_section, compose
+from mmzsq.config import class_names, compose
 from mmzsq.detectors import ZeroShotDetector
 from mmzsq.errors import UserError
 
-LEAVES = Path(__file__).resolve().parents[1] / 'configs' / 'zsq'
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+LEAVES = CONFIGS / 'zsq'
 MMDET = Path(mmdet.__file__).parent / '.mim'
+OWN = {
+    'yolov5-p_shapes': 'shapes/yolov5-p_shapes.py',
+    **{f'yolov5-{size}': f'yolov5/yolov5-{size}_coco.py' for size in 'nsml'},
+    **{f'yolo11-{size}': f'yolo11/yolo11-{size}_coco.py' for size in 'nsml'},
+}
+"""Configs of this package, under configs/."""
 ORIGINS = {
     'mask-rcnn_swin-t': 'swin/mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
     'mask-rcnn_swin-s': 'swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
     'mask-rcnn_r50': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     'faster-rcnn_r50': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'retinanet_r50': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'rtmdet-s': 'rtmdet/rtmdet_s_8xb32-300e_coco.py',
+    'yolov3_d53': 'yolo/yolov3_d53_8xb8-ms-608-273e_coco.py',
+    'yolox-s': 'yolox/yolox_s_8xb8-300e_coco.py',
 }
+"""Configs of MMDetection."""
 BITS = {
+    'yolov5-p_shapes': ('w4a4',),
+    **{f'yolov5-{size}': ('w8a8', 'w6a6', 'w5a5', 'w4a8', 'w4a4') for size in 'nsml'},
+    **{f'yolo11-{size}': ('w8a8', 'w6a6', 'w4a8') for size in 'nsml'},
     'mask-rcnn_swin-t': ('w8a8', 'w6a6', 'w4a8'),
     'mask-rcnn_swin-s': ('w8a8', 'w6a6', 'w4a8'),
     'mask-rcnn_r50': ('w8a8', 'w4a8'),
+    'mask-rcnn_r50_voc': ('w8a8',),
     'faster-rcnn_r50': ('w4a8',),
+    'retinanet_r50': ('w8a8', 'w4a8'),
+    'rtmdet-s': ('w8a8', 'w4a8'),
+    'yolov3_d53': ('w8a8', 'w4a8'),
+    'yolox-s': ('w8a8', 'w4a8'),
 }
-VOC = 'mask-rcnn_r50_voc_w8a8'
+ALL = [f'{detector}_{bits}' for detector, rows in BITS.items() for bits in rows]
+STAGES = {
+    **{name: [(320, 32), (640, 16)] for name in ORIGINS if 'rcnn' in name or name == 'retinanet_r50'},
+    **{name: [(160, 64), (0.5, 32), (640, 32)] for name in ('rtmdet-s', 'yolox-s')},
+    'yolov3_d53': [(160, 64), (0.5, 32), (608, 32)],
+}
+"""Sizes in pixels (or the share of the last) and batches, from coarse to fine."""
 SWIN_T = 'mask-rcnn_swin-t_w4a8'
 
 
@@ -65,9 +92,25 @@ def _without_scope(node: Any) -> Any:
 
 
 def test_all_rows_have_a_leaf() -> None:
-    expected = {f'{detector}_{bits}' for detector, rows in BITS.items() for bits in rows} | {VOC}
-    found = {path.stem for path in LEAVES.glob('*.py') if 'rcnn' in path.name}
-    assert found == expected
+    assert {path.stem for path in LEAVES.glob('*.py')} == set(ALL)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_leaf_composes_and_builds_what_its_name_says(name: str, zero_weights: None) -> None:
+    """All layers are quantized, the first and the last with 8 bits."""
+    detector, bits = name.rsplit('_', 1)
+    cfg = compose(_leaf(name))
+    w_bits, a_bits = cfg.zsq.quantizer.w_bits, cfg.zsq.quantizer.a_bits
+    assert f'w{w_bits}a{a_bits}' == bits
+    assert (cfg.runner_type, cfg.zsq.preset) == ('mmzsq.ZeroShotRunner', 'default')
+    if detector in OWN:
+        assert cfg.model.detector == Config.fromfile(CONFIGS / OWN[detector]).model
+    rows = MODELS.build(cfg.model).report.layers
+    layers = [row for row in rows if row.quantized]
+    # They are added to what attention has multiplied.
+    assert all(row.name.endswith('.relative_position_bias_table') for row in rows if not row.quantized)
+    assert {(layer.w_bits, layer.a_bits) for layer in layers if not layer.role} == {(w_bits, a_bits)}
+    assert {(layer.w_bits, layer.a_bits) for layer in layers if layer.role} == {(8, 8)}
 
 
 @pytest.mark.parametrize('detector', ORIGINS)
@@ -76,28 +119,24 @@ def test_a_leaf_is_mmdets_config_with_our_bits(detector: str) -> None:
     origin = _origin(detector)
     for bits in BITS[detector]:
         cfg = compose(_leaf(f'{detector}_{bits}'))
-        assert f'w{cfg.zsq.quantizer.w_bits}a{cfg.zsq.quantizer.a_bits}' == bits
         assert _without_scope(cfg.model.detector) == _without_scope(origin.model)
         for key in ('val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator', 'default_hooks'):
-            assert _without_scope(cfg[key]) == _without_scope(origin[key])
+            assert _without_scope(cfg[key]) == _without_scope(_without_choice(origin)[key])
         assert class_names(cfg) is not None
         assert len(class_names(cfg)) == 80
         assert cfg.optim_wrapper.type == 'OptimWrapper'
-        assert cfg.train_dataloader.batch_size == 8
         assert (cfg.optim_wrapper.optimizer.type == 'AdamW') == ('swin' in detector)
-        stages = cfg.zsq.synthesis
-        assert [(s.image_size, s.batch_size) for s in (stages.relabel, stages.synthesise)] == [(320, 32), (640, 16)]
+        stages = [cfg.zsq.synthesis[name] for name in ('relabel', 'refine', 'synthesise')]
+        assert [(stage.image_size, stage.batch_size) for stage in stages if stage is not None] == STAGES[detector]
+        assert cfg.train_dataloader.batch_size == (16 if len(STAGES[detector]) == 3 else 8)
+        assert cfg.zsq.calibration_set.num_images == (2000 if 'rcnn' in detector else 1000)
         assert len((LEAVES / f'{detector}_{bits}.py').read_text().splitlines()) < 15
 
 
-@pytest.mark.parametrize('preset', ['paper', 'paper_transformer'])
-def test_with_the_papers_preset_a_leaf_is_the_paper_to_the_letter(preset: str) -> None:
-    """Weights of its losses are for its sizes and batches."""
-    cfg = _leaf(SWIN_T)
-    cfg.zsq.preset = preset
-    own, expected = compose(cfg).zsq.to_dict(), complete_section(dict(preset=preset))
-    for key in ('synthesis', 'label_sampler', 'distillation', 'train'):
-        assert own[key] == expected[key]
+def _without_choice(origin: Config) -> Config:
+    """No checkpoint is chosen by its accuracy on real images."""
+    origin.default_hooks.checkpoint.pop('save_best', None)
+    return origin
 
 
 @pytest.mark.parametrize('detector', ORIGINS)
@@ -107,38 +146,34 @@ def test_the_teacher_is_the_one_that_mmdet_publishes_for_this_config(detector: s
     assert {_leaf(f'{detector}_{bits}').load_from for bits in BITS[detector]} == {published}
 
 
+@pytest.mark.parametrize('detector', [name for name in OWN if 'shapes' not in name])
+def test_the_teacher_is_the_file_that_the_converter_is_told_to_write(detector: str) -> None:
+    files = {_leaf(f'{detector}_{bits}').load_from for bits in BITS[detector]}
+    assert files == {f'checkpoints/{detector.replace("-", "")}.safetensors'}
+
+
 @pytest.mark.parametrize('detector', ORIGINS)
-def test_every_float_weight_keeps_its_name_and_all_layers_are_quantized(detector: str, zero_weights: None) -> None:
+def test_every_float_weight_keeps_its_name(detector: str, zero_weights: None) -> None:
     """So that a published checkpoint loads."""
     model = MODELS.build(compose(_leaf(f'{detector}_w4a8')).model)
-    expected = {name: value.shape for name, value in MODELS.build(_origin(detector).model).state_dict().items()}
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    assert {name: shape for name, shape in own.items() if '_quantizer.' not in name} == expected
-    assert [row.name for row in model.report.layers if not row.quantized] == []
+    expected = dict(_shapes(MODELS.build(_origin(detector).model)))
+    assert {name: shape for name, shape in _shapes(model) if '_quantizer.' not in name} == expected
 
 
-def test_the_papers_transformer_is_quantized_in_all_of_its_backbone_alone(zero_weights: None) -> None:
-    """From the patch embedding on, one step a tensor."""
-    cfg = _leaf(SWIN_T)
-    cfg.zsq.preset = 'paper_transformer'
-    rows = MODELS.build(compose(cfg).model).report.to_dict()['layers']
-    assert {row['name'] for row in rows if 'weight' in row} == {
-        row['name'] for row in rows if row['name'].startswith('backbone.')
-    }
-    assert not any(row['weight']['per_channel'] for row in rows if 'weight' in row)
+def _shapes(model: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    for name, value in model.state_dict().items():
+        yield name, value.shape
 
 
 def test_the_voc_leaf_has_vocs_classes_data_and_metric(zero_weights: None) -> None:
-    cfg = compose(_leaf(VOC))
+    cfg = compose(_leaf('mask-rcnn_r50_voc_w8a8'))
     classes = DATASETS.get('VOCDataset').METAINFO['classes']
     assert class_names(cfg) == list(classes)
     assert cfg.val_dataloader.dataset.type == 'VOCDataset'
     assert METRICS.build(dict(cfg.val_evaluator, collect_device='cpu')).metric == 'mAP'
     assert (cfg.val_cfg.type, cfg.test_cfg.type) == ('ValLoop', 'TestLoop')
-    model = MODELS.build(cfg.model)
-    heads = model.student.roi_head
+    heads = MODELS.build(cfg.model).student.roi_head
     assert heads.bbox_head.num_classes == heads.mask_head.num_classes == len(classes)
-    assert [row.name for row in model.report.layers if not row.quantized] == []
 
 
 def test_a_checkpoint_of_stock_mmdet_starts_teacher_and_student(tmp_path: Path, zero_weights: None) -> None:

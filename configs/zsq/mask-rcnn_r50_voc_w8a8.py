@@ -3,10 +3,16 @@ _base_ = [
     'mmdet::_base_/datasets/voc0712.py',
     'mmdet::_base_/default_runtime.py',
     '../_base_/zsq_w8a8.py',
-    '../_base_/two_stage.py',
+    '../_base_/two_stage_r50.py',
 ]
 model = dict(roi_head=dict(bbox_head=dict(num_classes=20), mask_head=dict(num_classes=20)))
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 load_from = 'checkpoints/mask-rcnn_r50_voc.pth'  # none is published: train one on the masks of VOC; boxes are evaluated
-zsq = {{_base_.two_stage}}
+zsq = dict(
+    presets=dict(
+        default={{_base_.two_stage.presets.default}},
+        # As many images as in the paper for VOC (its Table 3).
+        paper=dict(quantizer={{_base_.two_stage.presets.paper.quantizer}}, calibration_set=dict(num_images=50)),
+    )
+)

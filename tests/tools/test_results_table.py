@@ -198,20 +198,31 @@ def test_the_tables_of_this_repository_are_up_to_date(repo: Path, monkeypatch: p
     run(repo, monkeypatch, repo / 'README.md', '--check')
 
 
-def test_the_model_index_holds_only_what_was_measured(repo: Path) -> None:
-    index = yaml.safe_load((repo / 'configs' / 'zsq' / 'metafile.yml').read_text())
+def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo: Path) -> None:
+    [imported] = yaml.safe_load((repo / 'model-index.yml').read_text())['Import']
+    index = yaml.safe_load((repo / imported).read_text())
+    leaves = {path.stem for path in (repo / 'configs' / 'zsq').glob('*.py')}
+    assert sorted(model['Name'] for model in index['Models']) == sorted(leaves)
     kept = {path.stem: json.loads(path.read_text()) for path in (repo / 'results').rglob('*.json')}
-    collections = {collection['Name'] for collection in index['Collections']}
+    [collection] = index['Collections']
+    assert (repo / collection['README']).is_file()
     for model in index['Models']:
+        assert model['In Collection'] == collection['Name']
+        assert model['Config'] == f'configs/zsq/{model["Name"]}.py'
+        if 'Results' not in model:
+            continue
         run_of_model = kept[f'{model["Name"]}_default']
         assert model['Config'] == run_of_model['config']
-        assert (repo / model['Config']).is_file()
-        assert model['In Collection'] in collections
         [result] = model['Results']
         metrics = run_of_model['metrics']['zero_shot']
         assert result['Metrics'] == {
             'box AP': pytest.approx(100 * metrics['coco/bbox_mAP']),
             'box AP50': pytest.approx(100 * metrics['coco/bbox_mAP_50']),
+        }
+        assert model['Metadata'] == {
+            'Epochs': run_of_model['settings']['train']['max_epochs'],
+            'Synthetic Images': run_of_model['calibration_set']['statistics']['images'],
+            'Model Size (MB)': pytest.approx(run_of_model['model_mb']['quantized'], abs=0.005),
         }
 
 

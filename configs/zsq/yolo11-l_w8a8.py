@@ -1,0 +1,3 @@
+_base_ = ['../yolo11/yolo11-l_coco.py', '../_base_/zsq_w8a8.py', '../_base_/yolo11.py']
+load_from = 'checkpoints/yolo11l.safetensors'  # written by tools/model_converters/ultralytics_to_mmzsq.py
+zsq = {{_base_.yolo11}}

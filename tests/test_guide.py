@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/your_detector.md: its configs and commands are run as they stand, on a small version of its detector."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, config
+from PIL import Image
+
+from mmzsq import cli, generate, test, train
+
+GUIDE = Path(__file__).resolve().parents[1] / 'docs' / 'your_detector.md'
+TOOLS: dict[str, ModuleType] = {'mmzsq.train': train, 'mmzsq.test': test, 'mmzsq.generate': generate}
+SMALL_DETECTOR = (
+    *('model.backbone.depth=18', 'model.backbone.base_channels=8', 'model.backbone.init_cfg=None'),
+    *('model.neck.in_channels=[8,16,32,64]', 'model.neck.out_channels=8'),
+    *('model.bbox_head.in_channels=8', 'model.bbox_head.feat_channels=8', 'model.bbox_head.stacked_convs=1'),
+)
+SMALL_RUN = (
+    *('val_dataloader.dataset.pipeline.1.scale=(96,96)', 'test_dataloader.dataset.pipeline.1.scale=(96,96)'),
+    *('val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False'),
+    *('test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False'),
+)
+SMALL_SET = (
+    *('zsq.calibration_set.num_images=2', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
+    *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
+    *('zsq.synthesis.synthesise.image_size=64', 'zsq.synthesis.synthesise.iterations=2'),
+    *('zsq.train.max_epochs=2', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0', 'zsq.train.init_batches=1'),
+    # Without the search for the first steps.
+    *('zsq.quantizer.weight.init=lsq', 'zsq.quantizer.activation.init=lsq'),
+)
+LAST = 'epoch_20.pth'
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf'```{language}\n(.*?)```', GUIDE.read_text(), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """What the guide runs, as words."""
+    lines = [line for block in blocks('bash') for line in block.replace('\\\n', ' ').splitlines()]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder: the guide's files, a teacher, and two images to evaluate on."""
+    monkeypatch.chdir(tmp_path)
+    # Making the printed configs beautiful takes longer than all the rest.
+    monkeypatch.setattr(config, 'FormatCode', lambda text, **options: (text, True))
+    for block in blocks('python'):
+        name, _, text = block.partition('\n')
+        (tmp_path / name.removeprefix('# ')).write_text(text)
+    images = tmp_path / 'data/site/val'
+    images.mkdir(parents=True)
+    for index in range(2):
+        Image.fromarray(np.full((90, 120, 3), 128, np.uint8)).save(images / f'{index:03d}.jpg')
+    truth = dict(
+        images=[dict(id=index, file_name=f'{index:03d}.jpg', width=120, height=90) for index in range(2)],
+        annotations=[dict(id=1, image_id=0, category_id=1, bbox=[10, 10, 60, 50], area=3000, iscrowd=0)],
+        categories=[dict(id=1, name='helmet'), dict(id=2, name='vest')],
+    )
+    (tmp_path / 'data/site/annotations').mkdir()
+    (tmp_path / 'data/site/annotations/val.json').write_text(json.dumps(truth))
+    register_all_modules()
+    cfg = Config.fromfile('my_detector.py')
+    cfg.merge_from_dict(dict(_options(SMALL_DETECTOR)))
+    teacher = MODELS.build(cfg.model)
+    teacher.init_weights()
+    # AP without any detection would be no number.
+    torch.nn.init.zeros_(teacher.bbox_head.retina_cls.bias)
+    (tmp_path / 'work_dirs/my_detector').mkdir(parents=True)
+    torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'work_dirs/my_detector/epoch_12.pth')
+    return tmp_path
+
+
+def _options(changes: tuple[str, ...]) -> list[tuple[str, Any]]:
+    pairs = (change.split('=') for change in changes)
+    return [(key, None if value == 'None' else json.loads(value)) for key, value in pairs]
+
+
+@pytest.fixture
+def run(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Run one command of the guide, in this process; what is small about it stands at its end."""
+
+    def run(words: list[str]) -> None:
+        python, flag, module, *arguments = words
+        assert (python, flag) == ('python', '-m')
+        assert all((site / word).is_file() for word in arguments if word.endswith(('.py', '.pth')))
+        small = (*SMALL_DETECTOR, *SMALL_RUN, *(SMALL_SET if 'my_detector_w4a8.py' in arguments else ()))
+        options = [] if '--cfg-options' in arguments else ['--cfg-options']
+        monkeypatch.setattr(sys, 'argv', [module, *arguments, *options, *small])
+        cli.run(TOOLS[module].main)
+
+    return run
+
+
+@pytest.mark.filterwarnings('ignore:.*instance named of visualizer:UserWarning')
+def test_every_step_of_the_guide_runs_in_its_order(
+    run: Callable[[list[str]], None], site: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = site / 'work_dirs/my_detector_w4a8'
+    done = []
+    for words in commands():
+        if words[2] in TOOLS:
+            run(words)
+        elif 'export_safetensors.py' in words[1]:
+            monkeypatch.setattr(sys, 'argv', words[1:])
+            runpy.run_path(str(repo / words[1]), run_name='__main__')
+        else:
+            # Several processes at once; what they run is what one runs.
+            assert words[:4] == ['python', '-m', 'torch.distributed.run', '--nproc_per_node']
+            assert words[5:8] == ['-m', 'mmzsq.train', 'my_detector_w4a8.py']
+        if (out / 'epoch_2.pth').exists() and not (out / LAST).exists():
+            (out / 'epoch_2.pth').rename(out / LAST)
+            (out / 'last_checkpoint').write_text(str(out / LAST))
+        done.append(words[2])
+    assert set(TOOLS) < set(done)
+    assert (site / 'work_dirs/look/gallery.png').is_file()
+    assert (site / 'work_dirs/rehearsal/results.json').is_file()
+    assert (site / 'my_detector_w4a8.safetensors').is_file()
+    assert set(json.loads((out / 'results.json').read_text())['metrics']) == {'float', 'ptq', 'zero_shot'}
+    named = set(re.findall(r'^\| `([^`]+)` \| ', GUIDE.read_text().split('## 6')[1].split('## Messages')[0], re.M))
+    assert named == {'results.json', 'quantization_report.json', LAST, 'ptq.pth', 'calibration_set/'}
+    assert all((out / name).exists() for name in named)
+
+    code = (site / 'use_it.py').read_text().replace("'my_detector_w4a8.py')", "'small.py')")
+    overlay = dict(_options(SMALL_DETECTOR))
+    small = Config.fromfile('my_detector_w4a8.py')
+    small.merge_from_dict(overlay)
+    small.dump('small.py')
+    (site / 'use_it.py').write_text(code)
+    assert len(runpy.run_path('use_it.py')['found'].bboxes) > 0
+
+
+def test_the_messages_of_the_guide_are_those_of_the_package(repo: Path) -> None:
+    table = GUIDE.read_text().split('## Messages')[1]
+    messages = [row.split('|')[1].strip() for row in table.splitlines() if row.startswith('| ')][2:]
+    assert len(messages) == 10
+    source = ' '.join(path.read_text() for path in (repo / 'mmzsq').rglob('*.py'))
+    joined = re.sub(r"['\"]\s*\n?\s*f?['\"]", '', source)
+    for message in messages:
+        # A number, a name or a key may stand anywhere in it.
+        pattern = re.escape(message).replace('nan', r'\{loss\}')
+        assert re.search(pattern, joined), message
+
+
+def test_the_files_that_the_guide_links_to_exist() -> None:
+    links = re.findall(r'\]\(([^)#]+)\)', GUIDE.read_text())
+    assert links
+    assert all((GUIDE.parent / link).exists() for link in links)
