@@ -198,7 +198,9 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
     real = section['calibration_set']['real']
     if real is not None:
         # Bitmaps or polygons, as the detector's own training reads them.
-        own = next((step for step in real.get('pipeline', []) if 'LoadAnnotations' in str(step['type'])), {})
+        own: Mapping[str, Any] = next(
+            (step for step in real.get('pipeline', []) if 'LoadAnnotations' in str(step['type'])), {}
+        )
         if 'poly2mask' in own:
             annotations['poly2mask'] = own['poly2mask']
         dataset = dict(real, pipeline=real_pipeline(cfg, annotations))

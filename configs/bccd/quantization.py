@@ -11,8 +11,16 @@ blood_cells = dict(
         interval=100,
         # A platelet covers half a percent of the image.
         area=(0.002, 0.5),
+        # Scores are a softmax: below a half, the detector sees cells wherever a texture forms, some 50 an image.
+        score_thr=0.5,
     ),
     synthesis=dict(
+        # Smears are smooth: with the weight for photographs, cells are patches of noise.
+        priors=[
+            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.02),
+        ],
         # Height and width of the images that the detectors take; half of it first.
         relabel=dict(image_size=0.5, iterations=500, batch_size=32),
         refine=None,

@@ -20,7 +20,7 @@ from mmzsq.synthesis.coco_format import read_mask
 
 TILE = 256
 GAP = 4
-MASK_OPACITY = 0.35
+MASK_OPACITY = 0.15
 
 
 def _colour(label: int) -> tuple[int, int, int]:
@@ -45,7 +45,7 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     height, width = image.shape[:2]
     scale = tile / max(height, width)
     size = (round(width * scale), round(height * scale))
-    canvas = np.zeros((tile, tile, 3), np.uint8)
+    canvas = np.full((tile, tile, 3), 255, np.uint8)
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=interpolation)
     if 'masks' in labels:
