@@ -5,13 +5,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-zoo lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest
+
+# Takes some twenty minutes on one core.
+test-zoo: $(VENV)/.tests
+	$(BIN)/python -m pytest tests/zoo -m ''
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ whatever works without it:
 * checkpoints that load with ``weights_only=True``: :func:`allow_mmengine_checkpoints` and
   :mod:`mmzsq.checkpoint`;
 * bases of installed packages, ``mmzsq::...`` among them: :func:`resolve_package_bases`.
+
+:func:`let_ssd_predict` needs MMDetection's models, and runs when :mod:`mmzsq.detectors` is imported.
 """
 
 from __future__ import annotations
@@ -110,6 +112,18 @@ def resolve_package_bases() -> None:
         return original(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def let_ssd_predict() -> None:
+    """Give MMDetection's ``SSDHead`` the attribute ``loss_cls`` that 3.3.0 reads to predict.
+
+    Since 3.2.0 ``BaseDenseHead`` asks this loss what class scores mean. SSD's head, which computes its loss itself, has
+    none, and every prediction ends in an AttributeError (MMDetection's issue 11780).
+    """
+    from mmdet.models.dense_heads import SSDHead
+
+    if not hasattr(SSDHead, 'loss_cls'):
+        SSDHead.loss_cls = None
 
 
 def package_configs(package: str) -> Path | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of ``mmcv._ext`` that detectors need, served by torchvision.
 
-``mmcv.ops`` looks all of its operators up when it is imported, and most detectors call only ``nms``
-and ``roi_align``. The functions here have the signatures of MMCV 2.1.0's compiled ones; the module
+``mmcv.ops`` looks all of its operators up when it is imported, and a detector calls few of them. The functions here, in
+:mod:`mmzsq.deform_conv_ops` and :mod:`mmzsq.pytorch_ops` have the signatures of MMCV 2.1.0's compiled ones; the module
 object that holds them is put in place by :func:`mmzsq.compat.provide_mmcv_ops`.
 """
 
@@ -17,10 +17,30 @@ import torch
 import torchvision
 from torch import Tensor
 
+from mmzsq import deform_conv_ops, pytorch_ops
 from mmzsq.errors import UserError
+from mmzsq.pytorch_ops import at_least_fp32
 
 EXTENSION = 'mmcv._ext'
-INSTALL_FULL = 'Install the full package in its place: pip uninstall mmcv-lite && pip install mmcv==2.1.0'
+INSTALL_FULL = (
+    'Install the full package in its place: '
+    'pip uninstall mmcv-lite && pip install -U openmim && mim install mmcv==2.1.0'
+)
+
+
+class MissingOperatorError(UserError):
+    """An operator was called that only the full MMCV has.
+
+    Args:
+        operator: Its name in ``mmcv._ext``.
+        part: Which part of the detector called it, for the message.
+    """
+
+    def __init__(self, operator: str, part: str = 'this detector') -> None:
+        super().__init__(
+            f'{part} needs full mmcv: it calls the compiled operator {operator!r}, not in mmcv-lite. {INSTALL_FULL}'
+        )
+        self.operator = operator
 
 
 class TorchvisionOps(ModuleType):
@@ -34,6 +54,17 @@ class TorchvisionOps(ModuleType):
         self.nms = nms
         self.roi_align_forward = roi_align_forward
         self.roi_align_backward = roi_align_backward
+        self.deform_conv_forward = deform_conv_ops.deform_conv_forward
+        self.deform_conv_backward_input = deform_conv_ops.deform_conv_backward_input
+        self.deform_conv_backward_parameters = deform_conv_ops.deform_conv_backward_parameters
+        self.modulated_deform_conv_forward = deform_conv_ops.modulated_deform_conv_forward
+        self.modulated_deform_conv_backward = deform_conv_ops.modulated_deform_conv_backward
+        self.softnms = pytorch_ops.softnms
+        self.nms_match = pytorch_ops.nms_match
+        self.sigmoid_focal_loss_forward = pytorch_ops.sigmoid_focal_loss_forward
+        self.sigmoid_focal_loss_backward = pytorch_ops.sigmoid_focal_loss_backward
+        self.ms_deform_attn_forward = pytorch_ops.ms_deform_attn_forward
+        self.ms_deform_attn_backward = pytorch_ops.ms_deform_attn_backward
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Return a function that raises when called; private names are absent, as in any module."""
@@ -41,7 +72,7 @@ class TorchvisionOps(ModuleType):
             raise AttributeError(name)
 
         def missing(*args: Any, **kwargs: Any) -> None:
-            raise UserError(f'this model calls the compiled operator {name!r}, not in mmcv-lite. {INSTALL_FULL}')
+            raise MissingOperatorError(name)
 
         return missing
 
@@ -149,8 +180,3 @@ def roi_align_backward(
             aligned,
         )
     )
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in fp32, or in fp64 if it is so already; a 16-bit type would round pixels of boxes."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

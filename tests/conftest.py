@@ -78,6 +78,20 @@ TINY_MASKS = {
     'model.roi_head.mask_roi_extractor.out_channels': 16,
     'model.roi_head.mask_head': dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3),
 }
+TINY_STAGES = {
+    f'model.roi_head.{head}.{stage}': changes
+    for head, changes in (
+        ('bbox_head', dict(in_channels=16, fc_out_channels=32, num_classes=3)),
+        ('mask_head', dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3)),
+    )
+    for stage in range(3)
+}
+TINY_HTC = {
+    'model.roi_head.mask_roi_extractor.out_channels': 16,
+    'model.roi_head.semantic_roi_extractor.out_channels': 16,
+    'model.roi_head.semantic_head': dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=5),
+}
+TINY_NECK = {key: TINY_MASK_RCNN[key] for key in TINY_MASK_RCNN if not key.endswith('.bbox_head')}
 TINY_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     'mask-rcnn_r18': ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', TINY_MASK_RCNN | TINY_MASKS),
     'mask-rcnn_swin': (
@@ -85,6 +99,11 @@ TINY_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
         TINY_MASK_RCNN | TINY_MASKS | {'model.backbone': TINY_SWIN},
     ),
     'faster-rcnn_r18': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', TINY_MASK_RCNN),
+    'cascade-rcnn_r18': (
+        'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+        TINY_NECK | {key: value for key, value in TINY_STAGES.items() if 'bbox_head' in key},
+    ),
+    'htc_r18': ('htc/htc_r50_fpn_1x_coco.py', TINY_NECK | TINY_STAGES | TINY_HTC),
     'retinanet_r18': (
         'retinanet/retinanet_r18_fpn_1x_coco.py',
         {
@@ -120,6 +139,7 @@ def tiny_cfg() -> Callable[[str], Any]:
 @pytest.fixture
 def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are built without drawing their weights, which takes most of the time."""
+    from mmcv.cnn import ConvModule
 
     def zero(layer: Any) -> None:
         for parameter in layer.parameters():
@@ -127,6 +147,7 @@ def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for cls in (torch.nn.Linear, torch.nn.modules.conv._ConvNd):
         monkeypatch.setattr(cls, 'reset_parameters', zero)
+    monkeypatch.setattr(ConvModule, 'init_weights', lambda module: None)
 
 
 @pytest.fixture(autouse=True)

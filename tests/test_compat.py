@@ -100,8 +100,8 @@ def test_roi_align_gradient_in_16_bits_is_the_rounded_fp32_one(dtype: torch.dtyp
 
 @served_by_torchvision
 def test_an_operator_that_is_not_served_says_what_to_install() -> None:
-    with pytest.raises(UserError, match=r"'modulated_deform_conv_forward'.*pip install mmcv==2\.1"):
-        torchvision_ops.TorchvisionOps().modulated_deform_conv_forward(torch.zeros(1))
+    with pytest.raises(UserError, match=r"'carafe_forward'.*mim install mmcv==2\.1"):
+        torchvision_ops.TorchvisionOps().carafe_forward(torch.zeros(1))
     with pytest.raises(UserError, match="pool_mode='max'"):
         mmcv.ops.roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), (2, 2), 1.0, 0, 'max')
 
@@ -228,3 +228,17 @@ def test_a_misspelt_base_names_the_nearest(tmp_path: Path, repo: Path) -> None:
 def test_a_base_of_a_package_that_is_missing_fails_as_in_mmengine(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match='does not support to load nowhere'):
         config(tmp_path, "_base_ = 'nowhere::some/config.py'")
+
+
+def test_ssd_predicts(zero_weights: None) -> None:
+    """MMDetection 3.3.0 alone ends in an AttributeError."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    from mmzsq.detectors.task import DetectionTask
+
+    register_all_modules()
+    cfg = Config.fromfile(compat.package_configs('mmdet') / 'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py')
+    cfg.model.test_cfg.score_thr = 0.0
+    (found,) = DetectionTask(MODELS.build(cfg.model)).predict(torch.rand(1, 3, 320, 320))
+    assert len(found) > 0 and torch.isfinite(found.scores).all()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors: teacher and student as one model, a detector as synthesis sees it, and families that MMDetection lacks."""
 
+from mmzsq.compat import let_ssd_predict
 from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.task_choice import detection_task
 from mmzsq.detectors.two_stage import TwoStageTask
@@ -25,3 +26,5 @@ __all__ = [
     'ZeroShotDetector',
     'detection_task',
 ]
+
+let_ssd_predict()

@@ -63,8 +63,9 @@ class CapturedStep:
             log_vars = _forward_backward(model, inputs, samples, optim_wrapper)
         else:
             log_vars = self._replay(inputs)
-        optim_wrapper.step()
-        optim_wrapper.zero_grad()
+        if optim_wrapper.should_update():
+            optim_wrapper.step()
+            optim_wrapper.zero_grad()
         return log_vars
 
     def _eager_or_capture(

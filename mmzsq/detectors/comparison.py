@@ -2,7 +2,7 @@
 """How teacher and student are run so that their outputs can be compared.
 
 :func:`build_comparison` chooses by what the detector is: most detectors run in mode ``'tensor'``; the RoI heads of a
-two-stage detector both see the teacher's proposals.
+two-stage detector both see the teacher's proposals, the decoders of a transformer both the queries that it chose.
 """
 
 from __future__ import annotations
@@ -12,17 +12,37 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from mmdet.models.detectors import DetectionTransformer
 from mmdet.structures.bbox import bbox2roi
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from mmzsq.distillation import MASK_ROIS, Outputs, Recorder, foreground, most_confident, why_not_two_stage
-from mmzsq.torchvision_ops import at_least_fp32
+from mmzsq.detectors.modes import in_training, in_use
+from mmzsq.detectors.regions import recording_regions, replaying_regions
+from mmzsq.distillation import (
+    MASK_ROIS,
+    Outputs,
+    Recorder,
+    foreground,
+    most_confident,
+    why_no_regions,
+    why_not_two_stage,
+)
+from mmzsq.pytorch_ops import at_least_fp32
 
 BOX_ROIS = 256
 """RoIs an image that the box heads are compared on: the teacher's best proposals after suppression."""
 
 MASK_HEAD_ROIS = 32
 """RoIs an image that the mask heads are compared on: those of them that the teacher's box head is surest of."""
+
+
+REGIONS_WITH_MASKS = 64
+"""Proposals an image of a :class:`RegionComparison` where all of them get masks."""
+
+HEAD = 'bbox_head'
+"""The head of a transformer, which answers after each layer of the decoder, all in one tensor."""
 
 
 class Compared(NamedTuple):
@@ -41,6 +61,8 @@ class Compared(NamedTuple):
 
 class Comparison:
     """Runs both detectors in mode ``'tensor'``; the student for its own loss instead, where that is wanted.
+
+    Their heads act as in training: what they return there is what a loss takes, raw and complete.
 
     Args:
         student: The quantized detector.
@@ -67,15 +89,73 @@ class Comparison:
             data_samples: One ``DetDataSample`` an image, with ``gt_instances`` if losses are wanted.
             with_losses: Whether the student's own losses are wanted.
         """
-        with torch.no_grad(), self.recorder_T.recording() as outputs_T:
+        with torch.no_grad(), in_training(self.teacher), self.recorder_T.recording() as outputs_T:
             self.teacher(inputs, data_samples, mode='tensor')
         losses = None
-        with self.recorder_S.recording() as outputs_S:
-            if with_losses:
+        if with_losses:
+            with in_training(self.student), self.recorder_S.recording() as outputs_S:
                 losses = self.student.loss(inputs, data_samples)
-            else:
-                self.student(inputs, data_samples, mode='tensor')
+            if _shapes(outputs_S) == _shapes(outputs_T):
+                return Compared(outputs_S, outputs_T, losses)
+        # Also where the loss runs a head more often than mode 'tensor', or less, as mask heads of picked locations do.
+        with in_training(self.student), self.recorder_S.recording() as outputs_S:
+            self.student(inputs, data_samples, mode='tensor')
         return Compared(outputs_S, outputs_T, losses)
+
+
+class TransformerComparison(Comparison):
+    """Runs detectors of MMDetection's ``DetectionTransformer`` as they act in use.
+
+    In training some see denoising queries beside their own, random ones that depend on the labels: answers to different
+    questions. Where queries are the likeliest of many proposals, the student takes those at the places of the
+    teacher's. Its own losses take a run of their own. What the head says after each layer of the decoder is yielded as
+    a map of its own, (N, queries, ...).
+    """
+
+    def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> Compared:
+        """Run both, see :class:`Comparison`."""
+        with torch.no_grad(), in_use(self.teacher), self.recorder_T.recording() as outputs_T, Choices() as choices:
+            self.teacher(inputs, data_samples, mode='tensor')
+        with in_use(self.student), self.recorder_S.recording() as outputs_S, Choices(choices.made):
+            self.student(inputs, data_samples, mode='tensor')
+        for outputs in (outputs_S, outputs_T):
+            if HEAD in outputs:
+                outputs[HEAD] = [answers for layers in outputs[HEAD] for answers in layers]
+        losses = None
+        if with_losses:
+            with in_training(self.student):
+                losses = self.student.loss(inputs, data_samples)
+        return Compared(outputs_S, outputs_T, losses)
+
+
+class Choices(TorchFunctionMode):
+    """Inside the block ``torch.topk`` writes down which entries it chose, or chooses those of another run.
+
+    Args:
+        made: Indices that another run chose, in the order of its calls; None: to write down.
+
+    Attributes:
+        made: The indices chosen.
+    """
+
+    def __init__(self, made: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self._given = None if made is None else iter(made)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Call ``func``, or pick what it would have chosen in the other run."""
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        if self._given is None:
+            chosen = func(*args, **kwargs)
+            self.made.append(chosen.indices)
+            return chosen
+        indices = next(self._given)
+        values, dim = args[0], kwargs.get('dim', args[2] if len(args) > 2 else -1)
+        self.made.append(indices)
+        return torch.return_types.topk((values.gather(dim, indices), indices))
 
 
 class TwoStageComparison(Comparison):
@@ -124,6 +204,7 @@ class TwoStageComparison(Comparison):
         losses = None
         if with_losses:
             with (
+                in_training(self.student),
                 _returning(self.student, 'extract_feat', features),
                 _returning(self.student.rpn_head, 'forward', maps),
             ):
@@ -148,10 +229,89 @@ class TwoStageComparison(Comparison):
         return bbox2roi([instances.bboxes for instances in proposals]), [len(instances) for instances in proposals]
 
 
+class RegionComparison(Comparison):
+    """Runs the second stages of both detectors, whatever is in them, on the regions that the teacher looks at.
+
+    All stages of a cascade, grids and masks included: the student looks where the teacher's boxes have moved to. Heads
+    act as in use. The student's own losses take a run of their own, from the same features.
+
+    Args:
+        student: The quantized detector.
+        teacher: The float detector.
+        taps: Names of the modules whose outputs are wanted.
+    """
+
+    capturable = False  # the number of proposals differs
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> None:
+        taps = set(taps)
+        super().__init__(student, teacher, taps)
+        self.rpn_taps = [name for name in taps if name.split('.')[0] == 'rpn_head']
+        self.with_rois = any(name.split('.')[0] == 'roi_head' for name in taps)
+        self.limit = REGIONS_WITH_MASKS if self.student.roi_head.with_mask else BOX_ROIS
+
+    def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> Compared:
+        """Run both, see :class:`Comparison`."""
+        assert data_samples is not None
+        with torch.no_grad(), in_use(self.teacher), self.recorder_T.recording() as outputs_T:
+            features = self.teacher.extract_feat(inputs)
+            if self.rpn_taps or self.with_rois:
+                proposals = self._propose(features, data_samples)
+            if self.with_rois:
+                with recording_regions(self.teacher.roi_head) as regions:
+                    self._look(self.teacher, features, proposals, data_samples)
+        with in_use(self.student), self.recorder_S.recording() as outputs_S:
+            features = self.student.extract_feat(inputs)
+            # A proposal network may have no maps, as that of Sparse R-CNN, or make them in stages that it calls itself.
+            if 'rpn_head' in self.rpn_taps:
+                self.student.rpn_head(features)
+            elif any(outputs_T[name] for name in self.rpn_taps):
+                self.student.rpn_head.predict(features, data_samples, rescale=False)
+            if self.with_rois:
+                with replaying_regions(self.student.roi_head, regions):
+                    self._look(self.student, features, proposals, data_samples)
+        losses = None
+        if with_losses:
+            with in_training(self.student), _returning(self.student, 'extract_feat', features):
+                losses = self.student.loss(inputs, data_samples)
+        return Compared(outputs_S, outputs_T, losses)
+
+    def _propose(self, features: Any, data_samples: Sequence[Any]) -> list[Any]:
+        """The teacher's best proposals, for each image one ``InstanceData``, never empty."""
+        found = self.teacher.rpn_head.predict(features, data_samples, rescale=False)
+        # What is not ranked, such as learnt proposals, belongs together.
+        found = [result[: self.limit] if 'scores' in result else result for result in found]
+        return [
+            result if len(result) else _whole_image(sample) for result, sample in zip(found, data_samples, strict=True)
+        ]
+
+    @staticmethod
+    def _look(detector: Any, features: Any, proposals: Sequence[Any], data_samples: Sequence[Any]) -> None:
+        """Run the second stage; it may take fields out of the proposals."""
+        # Under autocast, pixels of boxes would be rounded to 16 bits.
+        precise = [at_least_fp32(level) for level in features]
+        detector.roi_head.forward(precise, [result.new() for result in proposals], data_samples)
+
+
 def build_comparison(student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> Comparison:
     """Choose how the two are run by what they are; arguments as of :class:`Comparison`."""
-    comparison = TwoStageComparison if why_not_two_stage(student) is None else Comparison
-    return comparison(student, teacher, taps)
+    if isinstance(student, DetectionTransformer):
+        return TransformerComparison(student, teacher, taps)
+    if why_not_two_stage(student) is None:
+        return TwoStageComparison(student, teacher, taps)
+    if why_no_regions(student) is None:
+        return RegionComparison(student, teacher, taps)
+    return Comparison(student, teacher, taps)
+
+
+def _whole_image(sample: Any) -> InstanceData:
+    """The image of a ``DetDataSample`` as its only proposal."""
+    height, width = sample.img_shape[:2]
+    return InstanceData(bboxes=torch.tensor([[0.0, 0.0, width, height]], device=sample.gt_instances.bboxes.device))
+
+
+def _shapes(outputs: Outputs) -> dict[str, list[torch.Size]]:
+    return {name: [tensor.shape for tensor in tensors] for name, tensors in outputs.items()}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         learns = torch.is_grad_enabled() and self.affine
         if self.training or not input.is_cuda or not learns or self.running_mean is None:
             return super().forward(input)
-        return _FrozenBatchNorm.apply(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)  # type: ignore[no-any-return]
+        return _FrozenBatchNorm.apply(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
+from mmzsq.detectors.modes import in_training
 from mmzsq.errors import UserError
 from mmzsq.synthesis.label_samplers import mask_boxes
 
@@ -76,6 +77,8 @@ def data_samples(
                 batch_input_shape=image_size,
                 scale_factor=(1.0, 1.0),
                 flip=False,
+                # Where the image lies in its canvas, top, bottom, left and right: CenterNet's takes it off.
+                border=(0, image_size[0], 0, image_size[1]),
             )
         )
         sample.gt_instances = InstanceData(bboxes=instances.bboxes.to(device), labels=instances.labels.to(device))
@@ -103,6 +106,45 @@ def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
         for name, neutral in (('mean', 0.0), ('std', 1.0))
     )
     return (0 - mean) / std, (255 - mean) / std
+
+
+def whole_image_samples(count: int, image_size: tuple[int, int], device: torch.device) -> list[DetDataSample]:
+    """Data samples of ``count`` images of ``image_size`` (height, width), each one object of the first category."""
+    height, width = image_size
+    whole_image = InstanceData(
+        bboxes=torch.tensor([[0.0, 0.0, width, height]]), labels=torch.zeros(1, dtype=torch.long)
+    )
+    return data_samples([whole_image] * count, image_size, device)
+
+
+def semantic_criterion(detector: nn.Module) -> nn.Module | None:
+    """The loss of a detector's semantic branch, which wants a category for every pixel; None without such a branch."""
+    for owner in (detector, getattr(detector, 'roi_head', None)):
+        head = getattr(owner, 'semantic_head', None)
+        for name in ('criterion', 'loss_seg'):
+            if isinstance(getattr(head, name, None), nn.Module):
+                return getattr(head, name)
+    return None
+
+
+def leave_semantics_out(detector: nn.Module, samples: Sequence[DetDataSample]) -> None:
+    """Give ``samples`` the semantic labels that the loss of ``detector`` wants: ignore every pixel.
+
+    What a pixel beside the objects shows, nobody knows, and the categories of a semantic branch, "stuff" among them,
+    are not those of the objects. So the branch adds nothing to the loss.
+
+    Args:
+        detector: Any detector; nothing is done if it has no semantic branch.
+        samples: Changed in place; those that have semantic labels keep them.
+    """
+    criterion = semantic_criterion(detector)
+    if criterion is None:
+        return
+    ignore_index = getattr(criterion, 'ignore_index', None)
+    for sample in samples:
+        if 'gt_sem_seg' not in sample:
+            pixels = torch.full((1, *sample.batch_input_shape), -100 if ignore_index is None else ignore_index)
+            sample.gt_sem_seg = PixelData(sem_seg=pixels.to(sample.gt_instances.bboxes.device))
 
 
 class DetectionTask:
@@ -169,8 +211,18 @@ class DetectionTask:
         return False
 
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
-        """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
-        return sum_losses(self.detector.loss(self.to_inputs(images), [_shallow_copy(sample) for sample in samples]))
+        """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar.
+
+        Raises:
+            UserError: If that takes a package which is not installed.
+        """
+        copies = [_shallow_copy(sample) for sample in samples]
+        leave_semantics_out(self.detector, copies)
+        try:
+            with in_training(self.detector):
+                return sum_losses(self.detector.loss(self.to_inputs(images), copies))
+        except ImportError as error:
+            raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:

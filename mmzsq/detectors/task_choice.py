@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmzsq.detectors.padded_task import PaddedTask, takes_padded_targets
-from mmzsq.detectors.task import DetectionTask
+from mmzsq.detectors.task import DetectionTask, semantic_criterion
 from mmzsq.detectors.two_stage import TwoStageTask, reason_unfit
 
 
@@ -32,4 +32,6 @@ def detection_task(detector: nn.Module) -> DetectionTask:
         f'no batched detection loss for this {type(detector).__name__}, since {reason}: MMDetection computes it image '
         'by image, and synthesis takes several times longer'
     )
+    if semantic_criterion(detector) is not None:
+        task.note += '. Its semantic branch adds nothing to the loss: no pixel has a label for it'
     return task

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mmcv.cnn.bricks import DropPath
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.detectors.comparison import Comparison, build_comparison
-from mmzsq.detectors.probe import probe
-from mmzsq.detectors.task import pixel_range, sum_losses
+from mmzsq.detectors.frozen_batch_norm import speed_up_frozen_batch_norm
+from mmzsq.detectors.modes import RANDOM_MODULES, in_training
+from mmzsq.detectors.probe import probe, probe_size
+from mmzsq.detectors.task import leave_semantics_out, pixel_range, sum_losses
 from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
@@ -27,9 +28,6 @@ from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
 from mmzsq.registry import MODELS, build_part
 
 PREFIX = 'student.'
-
-RANDOM_MODULES = (_DropoutNd, DropPath, nn.MultiheadAttention)
-"""Modules that in train mode, and for nothing else, drop at random."""
 
 
 class _Teacher:
@@ -76,13 +74,19 @@ class ZeroShotDetector(BaseModel):
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
-        student: Any = MMDET_MODELS.build(detector)
+        # Building changes the config, as DETR's head does its class weights.
+        student: Any = MMDET_MODELS.build(copy.deepcopy(detector))
+        # Of float training, such as YOLOX's other sizes of a batch: the images of the set are used as they are.
+        student.data_preprocessor.batch_augments = None
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student: Any = student
         self.teacher_checkpoint = teacher
         self.teacher_meta: dict[str, Any] = {}
         self.bn = bn
-        self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student))
+        size = probe_size(student)
+        self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student, size))
+        if bn == 'frozen':
+            speed_up_frozen_batch_norm(student)
         self._unfreeze()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
@@ -126,7 +130,7 @@ class ZeroShotDetector(BaseModel):
             UserError: If the checkpoint is missing or not of this detector.
         """
         if self._teacher.detector is None:
-            teacher = MMDET_MODELS.build(self.detector_cfg)
+            teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
             self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint)
             device = next(self.student.parameters()).device
             self._teacher.detector = teacher.to(device).eval().requires_grad_(False)
@@ -218,9 +222,12 @@ class ZeroShotDetector(BaseModel):
             inputs: Normalised images (N, 3, H, W).
             data_samples: One ``DetDataSample`` with ``gt_instances`` an image.
         """
+        if self.detection_weight and data_samples is not None:
+            leave_semantics_out(self.student, data_samples)
         if not self.distillation_losses:
             # The teacher, which nobody would read, does not run.
-            return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
+            with in_training(self.student):
+                return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, self._black, self._white)
         outputs_S, outputs_T, detection = self.comparison(inputs, data_samples, bool(self.detection_weight))

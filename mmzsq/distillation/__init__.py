@@ -7,6 +7,7 @@ from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transfo
 from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
 from mmzsq.distillation.predictions import PredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
+from mmzsq.distillation.regions import RegionPredictionLoss, why_no_regions
 from mmzsq.distillation.two_stage import (
     MASK_ROIS,
     TwoStagePredictionLoss,
@@ -27,6 +28,7 @@ __all__ = [
     'PredictionKLLoss',
     'PredictionLoss',
     'Recorder',
+    'RegionPredictionLoss',
     'TwoStagePredictionLoss',
     'feature_modules',
     'flatten_tensors',
@@ -36,5 +38,6 @@ __all__ = [
     'most_confident',
     'of_category',
     'transformer_blocks',
+    'why_no_regions',
     'why_not_two_stage',
 ]

@@ -13,12 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from mmzsq.distillation.losses import DistillationLoss, Outputs
+from mmzsq.distillation.losses import MASK_HEAD, DistillationLoss, Outputs
 from mmzsq.distillation.recorder import match_modules
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
-FEATURE_PARTS = ('backbone', 'neck')
+FEATURE_PARTS = ('backbone', 'neck', 'encoder')
 """Attributes of MMDetection's detectors that turn images into feature maps."""
 
 ROI_PART = 'roi_head.'
@@ -100,8 +100,9 @@ class _MeanSquaredError(torch.autograd.Function):
 def feature_modules(detector: nn.Module) -> list[str]:
     """Names of the modules whose outputs tell most of what a detector sees, in order of registration.
 
-    Every BatchNorm, and every transformer block of backbone and neck (:func:`transformer_blocks`). A backbone or neck
-    with neither inside is compared by what it returns. Modules of a RoI head are left out: they see no images.
+    Every BatchNorm, and every transformer block (:func:`transformer_blocks`) of :data:`FEATURE_PARTS`. A part with
+    neither inside is compared by what it returns. So are the parts of a mask head beside a box head: the whole head
+    sees what that one picks, they see images. Modules of a RoI head are left out.
 
     Args:
         detector: Any detector.
@@ -120,6 +121,9 @@ def feature_modules(detector: nn.Module) -> list[str]:
             names.update(f'{part}.{name}' for name in transformer_blocks(module))
             if not any(name.startswith(f'{part}.') for name in names):
                 names.add(part)
+    mask_head = getattr(detector, MASK_HEAD, None)
+    if isinstance(mask_head, nn.Module) and hasattr(detector, 'bbox_head'):
+        names.update(f'{MASK_HEAD}.{name}' for name, part in mask_head.named_children() if _weighted_layers(part))
     if not names:
         raise UserError(
             f'{type(detector).__name__} has neither BatchNorm nor backbone or neck: name the modules to compare in '

@@ -8,6 +8,7 @@ the predictions mean in :mod:`~mmzsq.distillation.dense` and :mod:`~mmzsq.distil
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from mmzsq.registry import MODELS
 
 PREDICTION_HEADS = ('rpn_head', 'bbox_head')
 """Attributes of MMDetection's detectors whose outputs are raw maps of predictions."""
+
+MASK_HEAD = 'mask_head'
+"""The same of a detector that predicts masks alone; beside a box head it sees what that one picks."""
 
 Outputs = dict[str, list[Tensor]]
 """What the modules of one detector returned, by their names."""
@@ -68,12 +72,21 @@ def prediction_heads(detector: nn.Module) -> list[str]:
         UserError: If it has none.
     """
     heads = [name for name in PREDICTION_HEADS if isinstance(getattr(detector, name, None), nn.Module)]
+    if not heads and isinstance(getattr(detector, MASK_HEAD, None), nn.Module):
+        heads = [MASK_HEAD]
     if not heads:
         raise UserError(
-            f'{type(detector).__name__} has none of {", ".join(PREDICTION_HEADS)}: name the modules whose outputs are '
-            "predictions in the loss, heads=['...']"
+            f'{type(detector).__name__} has none of {", ".join((*PREDICTION_HEADS, MASK_HEAD))}: name the modules '
+            "whose outputs are predictions in the loss, heads=['...']"
         )
-    return heads
+    return heads + query_proposing(detector)
+
+
+def query_proposing(detector: Any) -> list[str]:
+    """Names of the branches by which a transformer proposes its queries; MMDetection keeps them after the decoder's."""
+    if not getattr(detector, 'as_two_stage', False):
+        return []
+    return [f'bbox_head.{branches}.{detector.decoder.num_layers}' for branches in ('cls_branches', 'reg_branches')]
 
 
 def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:

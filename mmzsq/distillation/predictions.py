@@ -8,6 +8,7 @@ from torch import nn
 
 from mmzsq.distillation.dense import DensePredictionLoss, decodes_densely
 from mmzsq.distillation.losses import DistillationLoss, PredictionKLLoss
+from mmzsq.distillation.regions import RegionPredictionLoss, why_no_regions
 from mmzsq.distillation.two_stage import TwoStagePredictionLoss, why_not_two_stage
 from mmzsq.registry import MODELS
 
@@ -21,6 +22,8 @@ class PredictionLoss(DistillationLoss):
 
     * a head with ``dense_predictions``: :class:`~mmzsq.distillation.dense.DensePredictionLoss`;
     * a two-stage detector: :class:`~mmzsq.distillation.two_stage.TwoStagePredictionLoss`;
+    * one with other heads in its second stage, a cascade for one:
+      :class:`~mmzsq.distillation.regions.RegionPredictionLoss`; the log says why;
     * all else: :class:`~mmzsq.distillation.losses.PredictionKLLoss` with the paper's temperature and a tenth of the
       weight, as in the paper; the log says why.
 
@@ -35,6 +38,12 @@ class PredictionLoss(DistillationLoss):
         reason = why_not_two_stage(detector)
         if reason is None:
             return TwoStagePredictionLoss(loss_weight=self.loss_weight)
+        if why_no_regions(detector) is None:
+            print_log(
+                f'PredictionLoss: {reason}; all heads are compared on the same regions by RegionPredictionLoss',
+                logger='current',
+            )
+            return RegionPredictionLoss(loss_weight=self.loss_weight)
         print_log(
             f'PredictionLoss: no head with dense_predictions, and {reason}; raw maps are compared by PredictionKLLoss',
             logger='current',

@@ -29,6 +29,9 @@ RPN_HEAD = 'rpn_head'
 BOX_HEAD = 'roi_head.bbox_head'
 MASK_HEAD = 'roi_head.mask_head'
 
+STANDARD_PARTS = ('bbox_roi_extractor', 'bbox_head', 'mask_roi_extractor', 'mask_head', 'shared_head')
+"""All that a ``StandardRoIHead`` has by itself."""
+
 MASK_ROIS = 'mask_rois'
 """Entry of the outputs beside those of modules: which of the box head's RoIs the mask head saw, (M,), int64."""
 
@@ -129,13 +132,16 @@ def box_head_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], coder: 
     over the batch, the soft number of RoIs with an object.
 
     Args:
-        student: Class logits (R, C + 1), the background last, and box deltas (R, 4C) or (R, 4).
+        student: Class logits (R, C + 1), the background last, and box deltas (R, 4C) or (R, 4), unless the head gives
+            none; then their divergence is 0.
         teacher: The same.
         coder: The box coder of the head.
     """
     scores, labels = foreground(teacher[0])
     total = scores.sum().clamp(min=1.0)
     classes = kl_divergence(student[0], teacher[0], tau=1.0).sum() / total
+    if len(teacher) == 1:
+        return classes, torch.zeros_like(classes)
     bboxes_S, bboxes_T = (
         decode_on_unit_box(coder, of_category(deltas.float().unflatten(1, (-1, 4)), labels))
         for deltas in (student[1], teacher[1])
@@ -158,6 +164,11 @@ def mask_term(student: Tensor, teacher: Tensor, found: Foreground) -> Tensor:
     return (found.scores * divergence).sum() / found.scores.sum().clamp(min=1.0)
 
 
+def scores_anchors_by_sigmoid(rpn_head: nn.Module) -> bool:
+    """Whether the maps of a proposal network are what :func:`rpn_predictions` reads."""
+    return isinstance(rpn_head, RPNHead) and rpn_head.use_sigmoid_cls and rpn_head.bbox_coder.encode_size == 4
+
+
 def why_not_two_stage(detector: nn.Module) -> str | None:
     """What keeps proposals and RoIs of ``detector`` from being compared, for a message; None if nothing does."""
     name = type(detector).__name__
@@ -169,8 +180,8 @@ def why_not_two_stage(detector: nn.Module) -> str | None:
     for method in ('_forward', 'loss'):
         if getattr(type(detector), method) is not getattr(TwoStageDetector, method):
             return f'{name} has a {method}() of its own'
-    if not isinstance(rpn, RPNHead) or not rpn.use_sigmoid_cls:
-        return f'its rpn_head is no RPNHead that scores by sigmoid but {type(rpn).__name__}'
+    if not scores_anchors_by_sigmoid(rpn):
+        return f'its rpn_head is no RPNHead that scores by sigmoid, of boxes by four numbers, but {type(rpn).__name__}'
     if not isinstance(roi, StandardRoIHead):
         return f'its roi_head is no StandardRoIHead but {type(roi).__name__}'
     for method in ('_bbox_forward', '_mask_forward'):
@@ -180,8 +191,11 @@ def why_not_two_stage(detector: nn.Module) -> str | None:
         return f'its box head is no BBoxHead with classes and boxes but {type(box).__name__}'
     if box.custom_activation or box.custom_cls_channels:
         return f'{type(box.loss_cls).__name__} gives class scores a meaning of its own'
-    if {rpn.bbox_coder.encode_size, box.bbox_coder.encode_size} != {4}:
+    if box.bbox_coder.encode_size != 4:
         return 'its boxes are not coded by four numbers'
+    for child, module in roi.named_children():
+        if child not in STANDARD_PARTS and any(True for _ in module.parameters()):
+            return f'its roi_head has a {child} too'
     return None
 
 

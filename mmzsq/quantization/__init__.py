@@ -22,8 +22,18 @@ from mmzsq.quantization.calibrate import (
     step_parameters,
 )
 from mmzsq.quantization.config import QuantizationConfig
+from mmzsq.quantization.convolutions import (
+    QuantConv2dAdaptivePadding,
+    QuantConvAWS2d,
+    QuantConvWS2d,
+    QuantDeformConv2d,
+    QuantDeformConv2dPack,
+    QuantModulatedDeformConv2d,
+    QuantModulatedDeformConv2dPack,
+)
 from mmzsq.quantization.fake_quantize import fake_quantize, quantize
 from mmzsq.quantization.modules import (
+    QuantConv1d,
     QuantConv2d,
     QuantConvTranspose2d,
     QuantizedLayer,
@@ -39,10 +49,18 @@ __all__ = [
     'LSQ',
     'LSQPlus',
     'LayerReport',
+    'QuantConv1d',
     'QuantConv2d',
+    'QuantConv2dAdaptivePadding',
+    'QuantConvAWS2d',
     'QuantConvTranspose2d',
+    'QuantConvWS2d',
+    'QuantDeformConv2d',
+    'QuantDeformConv2dPack',
     'QuantLinear',
     'QuantMatmul',
+    'QuantModulatedDeformConv2d',
+    'QuantModulatedDeformConv2dPack',
     'QuantizationConfig',
     'QuantizationReport',
     'QuantizedAttention',

@@ -34,7 +34,7 @@ class QuantizedLayer(nn.Module):
     input_quantizer: LSQ
 
     def filters(self) -> Tensor:
-        """The weight with the output channels as its first dimension, (C_out, ...)."""
+        """The weight as the layer applies it, with the output channels as its first dimension, (C_out, ...)."""
         return self.weight
 
     def add_quantizers(self, weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
@@ -67,6 +67,16 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+@register_quantized(nn.Conv1d)
+class QuantConv1d(QuantizedLayer, nn.Conv1d):
+    """Convolution over a sequence, with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, L) into (N, C_out, L')."""
         weight = self.weight_quantizer(self.weight)
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from mmzsq.quantization.modules import (
     quantized_class,
     weight_of,
 )
+from mmzsq.quantization.multihead_attention import open_attention
 from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
 from mmzsq.quantization.trace import Trace, trace
 
@@ -64,6 +65,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
             matches no layer, the model is prepared already, or first and last layers are asked for
             and cannot be found.
     """
+    open_attention(model)
     layers = {name: module for name, module in model.named_modules() if _has_filters(module)}
     if any(isinstance(layer, QuantizedLayer) for layer in layers.values()):
         raise UserError('The model has quantized layers already; `prepare` takes a float model.')
@@ -74,7 +76,9 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
             f"{WHERE}.first_bits and {WHERE}.last_bits to 'same'."
         )
     known: dict[str, nn.Module] = {
-        n: m for n, m in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+        n: m
+        for n, m in layers.items()
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) or quantized_class(m) is not None
     }
     attention = [] if config.attention is None else _swap_attention(model, config)
     products = {n: m for n, m in model.named_modules() if isinstance(m, QuantMatmul)}
@@ -86,6 +90,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         raise UserError(f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.')
     for planned in attention:
         rows += _convert_attention(planned, config, seen, run is not None)
+    rows += _other_parameters(model, layers.values())
     return QuantizationReport(model, rows)
 
 
@@ -173,6 +178,15 @@ def _convert_attention(
         LayerReport(name, 'matmul', '', 0, operand, a_bits, reason, seen.macs[name] if has_run else None)
         for name, a_bits in zip(names, (operand, probability), strict=True)
     ]
+
+
+def _other_parameters(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[LayerReport]:
+    """What has two dimensions or more and is no layer's weight: queries, position biases, weights of an own kind."""
+    listed = {weight_of(layer).untyped_storage().data_ptr() for layer in layers}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and parameter.untyped_storage().data_ptr() not in listed:
+            reason = 'a parameter that no layer is known to multiply by'
+            yield LayerReport(name, 'Parameter', '', parameter.numel(), FLOAT_BITS, FLOAT_BITS, reason, None)
 
 
 def _has_filters(module: nn.Module) -> bool:

@@ -59,15 +59,18 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     """
     result = Trace()
     made_by: dict[Node, str] = {}
-    inputs: list[tuple[str, list[Node | None]]] = []
+    causes: list[tuple[str, list[Node | None]]] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             sources = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             result.macs[name] = result.macs.get(name, 0) + _macs(layer, sources[0], output)
             if output.grad_fn is not None:
-                made_by[output.grad_fn] = name
-                inputs.append((name, [source.grad_fn for source in sources]))
+                # What changes a view in place goes on from its base, as after a linear layer of several dimensions.
+                own = {output.grad_fn, output._base.grad_fn} if output._is_view() else {output.grad_fn}
+                made_by.update(dict.fromkeys(own, name))
+                # Not the inputs: a layer may own others, as a deformable convolution owns that of its offsets.
+                causes.append((name, [n for node in own for n, _ in node.next_functions if n not in own]))
 
         return hook
 
@@ -86,7 +89,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
             'MMDetection `mode="tensor"`), not predictions.'
         )
     read: set[str] = set()
-    for name, nodes in inputs:
+    for name, nodes in causes:
         before = set(_nearest(nodes, made_by))
         read |= before
         if not before:

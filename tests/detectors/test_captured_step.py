@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.optim import build_optim_wrapper
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 
 from mmzsq.detectors import ZeroShotDetector
-from mmzsq.detectors.captured_step import EAGER_STEPS
+from mmzsq.detectors.captured_step import EAGER_STEPS, CapturedStep
 from mmzsq.detectors.task import blank_samples
 from mmzsq.presets import DEFAULT, PAPER
 from mmzsq.quantization import calibrating
@@ -109,3 +110,25 @@ def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.M
     logs = train(model, batches(2))
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
     assert logs == train(stock, batches(2))
+
+
+class Line(BaseModel):
+    """A weight that falls with each step by the mean of what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor, data_samples: Any, mode: str) -> dict[str, torch.Tensor]:
+        return dict(loss=self.weight * inputs.mean())
+
+
+def test_accumulated_gradients_wait_for_their_step() -> None:
+    model = Line()
+    optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0), accumulative_counts=2)
+    optim_wrapper.initialize_count_status(model, 0, 4)
+    weights = []
+    for value in (1.0, 3.0, 5.0, 7.0):
+        CapturedStep()(model, dict(inputs=torch.full((1,), value), data_samples=[]), optim_wrapper)
+        weights.append(model.weight.item())
+    assert weights == [0, -2, -2, -8]

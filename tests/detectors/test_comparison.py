@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.detectors import comparison as module
-from mmzsq.detectors.comparison import Comparison, TwoStageComparison, build_comparison
+from mmzsq.detectors.comparison import Comparison, RegionComparison, TwoStageComparison, build_comparison
 from mmzsq.detectors.task import sum_losses
 from mmzsq.distillation import MASK_ROIS, FeatureMSELoss, PredictionKLLoss, TwoStagePredictionLoss
 
@@ -179,8 +179,37 @@ def test_other_detectors_run_as_tensors(tiny_cfg: Callable[[str], Any]) -> None:
         torch.testing.assert_close(outputs['bbox_head'], maps)
 
 
-def test_a_two_stage_detector_of_other_heads_runs_as_tensors(cfg: Any) -> None:
+def test_a_two_stage_detector_of_other_heads_runs_on_the_same_regions(cfg: Any) -> None:
     student, teacher = pair(cfg)
     assert type(build_comparison(student, teacher, ['rpn_head'])) is TwoStageComparison
     student.rpn_head.use_sigmoid_cls = False
-    assert type(build_comparison(student, teacher, ['rpn_head'])) is Comparison
+    assert type(build_comparison(student, teacher, ['rpn_head'])) is RegionComparison
+
+
+class RunsItsHeadTwice(nn.Module):
+    """As CondInst in mode 'tensor', where labels decide which places the mask head is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bbox_head = nn.Conv2d(3, 2, 1)
+        self.runs: list[str] = []
+
+    def forward(self, inputs: Tensor, data_samples: Any, mode: str) -> Tensor:
+        self.runs.append(mode)
+        return self.bbox_head(inputs) + self.bbox_head(inputs)
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Tensor]:
+        self.runs.append('loss')
+        return dict(loss=self.bbox_head(inputs).square().mean())
+
+
+def test_a_head_that_its_own_loss_runs_less_often_is_compared_in_a_run_of_its_own() -> None:
+    student, teacher = RunsItsHeadTwice(), RunsItsHeadTwice()
+    inputs, samples = batch()
+    compared = build_comparison(student, teacher, ['bbox_head'])(inputs, samples, with_losses=True)
+    assert student.runs == ['loss', 'tensor'] and teacher.runs == ['tensor']
+    assert len(compared.student['bbox_head']) == len(compared.teacher['bbox_head']) == 2
+    torch.testing.assert_close(compared.losses['loss'], student.bbox_head(inputs).square().mean())
+    student.runs.clear()
+    build_comparison(student, teacher, ['bbox_head'])(inputs, samples, with_losses=False)
+    assert student.runs == ['tensor']

@@ -15,12 +15,12 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from mmzsq.config import has_masks
-from mmzsq.detectors import DetectionTask
-from mmzsq.detectors.task import needs_masks
+from mmzsq.detectors import DetectionTask, detection_task
+from mmzsq.detectors.task import leave_semantics_out, needs_masks, sum_losses
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import ellipse_masks, mask_boxes
 
@@ -236,3 +236,31 @@ def test_masks_of_a_sampler_are_not_carried_along_for_a_detector_of_boxes(
     monkeypatch.setattr(made.sampler, 'sample', with_masks)
     _, found, _ = made.make_shard(0, 2)
     assert all('masks' not in instances for instances in found)
+
+
+def test_a_semantic_branch_without_labels_adds_nothing_to_the_loss(build: Any) -> None:
+    """Its other losses are as with the labels that MMDetection wants, all of them "ignore"."""
+    task = detection_task(build('htc_r18'))
+    assert type(task) is DetectionTask
+    assert 'semantic branch adds nothing' in str(task.note)
+    samples = task.data_samples(labels(), SIZE)
+    images = torch.rand(2, 3, *SIZE, requires_grad=True)
+    torch.manual_seed(2)
+    loss = task.loss(images, samples)
+    for sample in samples:
+        assert 'gt_sem_seg' not in sample
+        sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, *SIZE), 255))
+    torch.manual_seed(2)
+    losses = task.detector.train().loss(task.to_inputs(images), samples)
+    assert losses.pop('loss_semantic_seg') == 0
+    torch.testing.assert_close(loss, sum_losses(losses))
+    assert torch.autograd.grad(loss, images)[0].abs().sum() > 0
+
+
+def test_semantic_labels_that_are_there_stay(build: Any) -> None:
+    samples = DetectionTask(build('htc_r18')).data_samples(labels(), SIZE)
+    known = torch.ones(1, *SIZE, dtype=torch.long)
+    samples[0].gt_sem_seg = PixelData(sem_seg=known)
+    leave_semantics_out(build('htc_r18'), samples)
+    assert samples[0].gt_sem_seg.sem_seg is known
+    assert samples[1].gt_sem_seg.sem_seg.unique().tolist() == [255]

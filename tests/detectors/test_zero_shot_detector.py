@@ -17,6 +17,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
 from mmengine.structures import InstanceData
 from safetensors.torch import save_file
@@ -141,6 +142,24 @@ def test_the_students_own_state_loads_strictly_without_a_teacher(make: Make, det
     with torch.no_grad():
         (expected,), (maps,) = (m.eval()(inputs, samples, mode='tensor') for m in (model, fresh))
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
+def test_a_detector_that_changes_its_config_when_built_is_built_twice_alike(
+    detector_cfg: dict[str, Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DETR's head, which puts a tensor where its config has a number."""
+    build = MODELS.build
+
+    def build_and_spoil(cfg: dict[str, Any]) -> nn.Module:
+        detector = build(cfg)
+        cfg.clear()
+        return detector
+
+    monkeypatch.setattr(MODELS, 'build', build_and_spoil)
+    cfg = copy.deepcopy(detector_cfg)
+    model = ZeroShotDetector(cfg, QUANTIZER, DEFAULT['distillation'], str(checkpoint))
+    assert type(model.load_teacher()) is type(model.student)
+    assert model.detector_cfg == detector_cfg
 
 
 def test_the_teacher_is_in_no_state_parameter_module_or_copy(make: Make) -> None:
@@ -537,6 +556,21 @@ def test_predictions_are_in_pixels_of_the_image_given(float_detector: nn.Module)
     expected = [centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2]
     torch.testing.assert_close(found.bboxes[0], torch.tensor(expected), rtol=0, atol=1e-3)
     assert found.bboxes.device.type == 'cpu'
+
+
+def test_what_float_training_does_to_a_batch_is_not_done_to_the_set(detector_cfg: dict[str, Any]) -> None:
+    """As YOLOX, whose batches have another size every ten iterations."""
+    resize = dict(type='BatchSyncRandomResize', random_size_range=(32, 33), interval=1, size_divisor=32)
+    preprocessor = dict(detector_cfg['data_preprocessor'], batch_augments=[resize])
+    resized = dict(detector_cfg, data_preprocessor=preprocessor)
+    MessageHub.get_current_instance().update_info('iter', 0)
+    sizes = []
+    for owner in (MODELS.build(copy.deepcopy(resized)), ZeroShotDetector(resized, QUANTIZER)):
+        for _ in range(2):
+            images, samples = batch()
+            data = owner.data_preprocessor(dict(inputs=list(images), data_samples=samples), training=True)
+        sizes.append(tuple(data['inputs'].shape[2:]))
+    assert sizes == [(32, 32), SIZE]
 
 
 def test_teacher_and_student_see_the_same_other_view(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,15 @@ def test_normalisation_of_regions_is_no_feature_of_an_image(tiny_cfg: Callable[[
     assert not any(name.startswith('roi_head') for name in feature_modules(detector))
 
 
+def test_parts_of_a_mask_head_are_features_beside_a_box_head() -> None:
+    """The head itself is given what the box head picks; alone, it is a head of predictions."""
+    detector = Detector()
+    detector.mask_head = nn.ModuleDict(dict(prototypes=nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), loss=nn.L1Loss()))
+    assert feature_modules(detector) == ['backbone.1', 'mask_head.prototypes']
+    del detector.bbox_head
+    assert feature_modules(detector) == ['backbone.1']
+
+
 def test_blocks_are_known_by_structure() -> None:
     torchs = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     assert transformer_blocks(torchs) == ['layers.0', 'layers.1']

@@ -47,6 +47,20 @@ def test_kl_over_joined_maps_is_one_vector_an_image() -> None:
     assert float(loss({'bbox_head': student}, {'bbox_head': teacher}, Detector())) == pytest.approx(expected, rel=1e-4)
 
 
+def test_heads_are_those_of_maps_and_of_masks_where_there_are_no_others() -> None:
+    detector = nn.Module()
+    with pytest.raises(UserError, match='none of rpn_head, bbox_head, mask_head'):
+        PredictionKLLoss().taps(detector)
+    detector.mask_head = nn.Conv2d(4, 6, 1)
+    assert PredictionKLLoss().taps(detector) == ['mask_head']
+    detector.bbox_head = nn.Conv2d(4, 6, 1)
+    assert PredictionKLLoss().taps(detector) == ['bbox_head']
+    detector.as_two_stage = True
+    detector.decoder = nn.Module()
+    detector.decoder.num_layers = 6
+    assert PredictionKLLoss().taps(detector) == ['bbox_head', 'bbox_head.cls_branches.6', 'bbox_head.reg_branches.6']
+
+
 def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
     detector = Detector().eval()
     recorder = Recorder(detector, ['backbone.1', 'bbox_head'])

@@ -153,9 +153,20 @@ def test_patterns_decide_for_attention_too(tokens: Tensor) -> None:
     assert {row.reason for row in report.layers if row.name == 'first'} == {"outside scope 'second'"}
 
 
-@pytest.mark.parametrize('other', [GatedAttention, lambda: nn.TransformerEncoderLayer(6, 1, batch_first=True)])
+class BiasedAttention(nn.Module):
+    """Torch's own, with a key of its own beside those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 1, batch_first=True, add_bias_kv=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize('other', [GatedAttention, BiasedAttention])
 def test_attention_without_an_adapter_stays_float_with_the_reason(tokens: Tensor, other: Any) -> None:
-    """A subclass, and torch's own."""
+    """A subclass, and torch's own where an adapter would leave something out."""
     model = Blocks(other)
     report = _prepare(model, tokens, attention=8)
     reasons = [row.reason for row in report.layers if row.name.startswith('second') and 'adapter' in row.reason]

@@ -9,6 +9,7 @@ from typing import Any
 import mmcv.cnn
 import pytest
 import torch
+from mmcv.ops import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
@@ -33,15 +34,15 @@ def test_layers_are_swapped_by_their_exact_class(model: nn.Module, images: Tenso
     """Float classes that compute or are used otherwise stay float, each with its reason."""
     report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(images))
     assert {name for name, _ in quantized_layers(model)} == {
-        'stem', 'block.0', 'block.1', 'embed', 'cls', 'reg',
+        'stem', 'block.0', 'block.1', 'embed', 'cls', 'reg', 'attention.out_proj',
+        *(f'attention.{name}_projection' for name in ('query', 'key', 'value')),
     }  # fmt: skip
     assert type(model.stem) is QuantConv2d
     assert isinstance(model.stem, nn.Conv2d)
     assert type(model.embed) is QuantLinear
     reasons = {layer.name: layer.reason for layer in report.layers if not layer.quantized}
-    assert set(reasons) == {'standardised', 'attention.out_proj', 'unused'}
+    assert set(reasons) == {'standardised', 'unused'}
     assert 'no quantized class is registered for WeightStandardised' in reasons['standardised']
-    assert 'NonDynamicallyQuantizableLinear' in reasons['attention.out_proj']
     assert reasons['unused'].startswith('did not run')
 
 
@@ -83,6 +84,16 @@ def test_a_layer_that_no_other_reads_is_last() -> None:
     assert {layer.name: layer.role for layer in report.layers} == {
         'backbone': 'first', 'propose': 'last', 'refine': 'last',
     }  # fmt: skip
+
+
+def test_what_a_layer_owns_and_reads_is_not_last() -> None:
+    """The convolution inside a deformable one: its offsets are read there, and by no other layer."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ModulatedDeformConv2dPack(4, 4, 3), nn.Conv2d(4, 2, 1))
+    report = prepare(model, QuantizationConfig.from_dict({}), run=lambda: model(torch.rand(1, 3, 9, 9)))
+    assert {row.name: row.role for row in report.layers} == {'0': 'first', '1': '', '1.conv_offset': '', '2': 'last'}
+    macs = {row.name: row.macs for row in report.layers}
+    assert macs['1'] == 5 * 5 * 4 * 4 * 9
+    assert macs['1.conv_offset'] == 5 * 5 * 27 * 4 * 9
 
 
 def test_scope_keeps_what_is_outside_float(model: nn.Module, images: Tensor) -> None:
@@ -155,7 +166,7 @@ def test_a_float_checkpoint_loads_into_a_prepared_model(model: nn.Module, images
     assert not unexpected
     assert all('_quantizer.' in key for key in missing)
     set_quantization(model, False)
-    assert torch.equal(model(images)['cls'][0], expected)
+    torch.testing.assert_close(model(images)['cls'][0], expected)
 
 
 def test_a_layer_with_two_parents_stays_one_layer() -> None:

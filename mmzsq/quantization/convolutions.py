@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers for MMCV's convolutions that compute more than a convolution.
+
+Padded as TensorFlow does, with a standardised weight, or deformable: each repeats the ``forward`` of its float class
+with quantized weight and input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvAWS2d, ConvWS2d
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
+from mmcv.ops import (
+    DeformConv2d,
+    DeformConv2dPack,
+    ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack,
+    deform_conv2d,
+    modulated_deform_conv2d,
+)
+from torch import Tensor, nn
+
+from mmzsq.quantization.modules import QuantizedLayer, register_quantized
+
+
+@register_quantized(Conv2dAdaptivePadding)
+class QuantConv2dAdaptivePadding(QuantizedLayer, Conv2dAdaptivePadding, nn.Conv2d):
+    """Convolution padded as TensorFlow's ``'same'``, with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, ceil(H / stride), ceil(W / stride))."""
+        extent: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[2:]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            missing = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            extent += [missing // 2, missing - missing // 2]
+        padded = F.pad(self.input_quantizer(x), extent)
+        return self._conv_forward(padded, self.weight_quantizer(self.weight), self.bias)
+
+
+@register_quantized(ConvWS2d)
+class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
+    """Weight-standardised convolution (Qiao et al., 2019) with quantized weight and input.
+
+    What is quantized is the standardised weight, which is all that integers need to know.
+    """
+
+    eps: float
+
+    def filters(self) -> Tensor:
+        """The weight with every filter standardised, (C_out, C_in / groups, kH, kW)."""
+        std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return (self.weight - mean) / (std + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        weight = self.weight_quantizer(self.filters())
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+@register_quantized(ConvAWS2d)
+class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
+    """Adaptively weight-standardised convolution (Qiao et al., 2020) with quantized weight and input, likewise."""
+
+    _get_weight: Callable[[Tensor], Tensor]
+
+    def filters(self) -> Tensor:
+        """The weight with every filter standardised, then scaled and moved, (C_out, C_in / groups, kH, kW)."""
+        return self._get_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        weight = self.weight_quantizer(self.filters())
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+class _QuantDeformConv(QuantizedLayer):
+    """What deformable convolutions share: their two operators, with quantized weight and input.
+
+    Where taps look, and in v2 how much they count, stays float, as does the interpolation between quantized inputs. The
+    convolution that a ``Pack`` makes these numbers with is a layer of its own.
+    """
+
+    def _convolve(self, x: Tensor, offset: Tensor) -> Tensor:
+        layer: Any = self
+        return deform_conv2d(
+            layer.input_quantizer(x),
+            offset,
+            layer.weight_quantizer(layer.weight),
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.deform_groups,
+            False,
+            layer.im2col_step,
+        )
+
+    def _convolve_modulated(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        layer: Any = self
+        return modulated_deform_conv2d(
+            layer.input_quantizer(x),
+            offset,
+            mask,
+            layer.weight_quantizer(layer.weight),
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.deform_groups,
+        )
+
+
+@register_quantized(DeformConv2d)
+class QuantDeformConv2d(_QuantDeformConv, DeformConv2d):
+    """Deformable convolution (Dai et al., 2017) with quantized weight and input."""
+
+    kernel_size: tuple[int, int]
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W), at places moved by ``offset`` in pixels, into (N, C_out, H', W')."""
+        # The compiled operator refuses what is smaller than its kernel.
+        height, width = (max(k - size, 0) for k, size in zip(self.kernel_size, x.shape[2:], strict=True))
+        if height or width:
+            x, offset = F.pad(x, (0, width, 0, height)), F.pad(offset, (0, width, 0, height))
+        out = self._convolve(x, offset)
+        return out[:, :, : out.shape[2] - height, : out.shape[3] - width]
+
+
+@register_quantized(DeformConv2dPack)
+class QuantDeformConv2dPack(_QuantDeformConv, DeformConv2dPack):
+    """Deformable convolution that makes its offsets itself, with quantized weight and input."""
+
+    conv_offset: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        return self._convolve(x, self.conv_offset(x))
+
+
+@register_quantized(ModulatedDeformConv2d)
+class QuantModulatedDeformConv2d(_QuantDeformConv, ModulatedDeformConv2d):
+    """Deformable convolution v2 (Zhu et al., 2019) with quantized weight and input."""
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W), at places moved by ``offset`` and scaled by ``mask``, into (N, C_out, H', W')."""
+        return self._convolve_modulated(x, offset, mask)
+
+
+@register_quantized(ModulatedDeformConv2dPack)
+class QuantModulatedDeformConv2dPack(_QuantDeformConv, ModulatedDeformConv2dPack):
+    """Deformable convolution v2 that makes offsets and mask itself, with quantized weight and input."""
+
+    conv_offset: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        rows, columns, mask = self.conv_offset(x).chunk(3, dim=1)
+        return self._convolve_modulated(x, torch.cat((rows, columns), dim=1), mask.sigmoid())

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads of a second stage are compared by what their outputs mean, or by their error where nothing is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from mmzsq.distillation import RegionPredictionLoss, TwoStagePredictionLoss
+from mmzsq.distillation.regions import region_heads, relative_error, why_no_regions
+from mmzsq.distillation.two_stage import box_head_terms, why_not_two_stage
+from mmzsq.errors import UserError
+
+
+def test_every_head_of_each_stage_is_compared(tiny_cfg: Callable[[str], Any]) -> None:
+    heads = region_heads(MODELS.build(tiny_cfg('htc_r18')))
+    stages = [f'roi_head.{head}.{stage}' for head in ('bbox_head', 'mask_head') for stage in range(3)]
+    assert sorted(heads) == sorted([*stages, 'roi_head.semantic_head'])
+
+
+def test_boxes_are_compared_as_boxes_and_other_outputs_by_their_error(tiny_cfg: Callable[[str], Any]) -> None:
+    detector = MODELS.build(tiny_cfg('htc_r18'))
+    loss = RegionPredictionLoss(rpn_weight=0.0, class_weight=2.0, box_weight=3.0, other_weight=5.0)
+    outputs: dict[str, dict[str, list[torch.Tensor]]] = {'S': {}, 'T': {}}
+    for kind in outputs:
+        for name in loss.taps(detector):
+            if name == 'rpn_head':
+                maps = [*(torch.randn(1, 3, 2, 2) for _ in range(5)), *(torch.randn(1, 12, 2, 2) for _ in range(5))]
+                outputs[kind][name] = maps
+            elif 'bbox_head' in name:
+                outputs[kind][name] = [torch.randn(6, 4), 0.1 * torch.randn(6, 4)]
+            else:
+                outputs[kind][name] = [torch.randn(6, 3, 4, 4), torch.randn(6, 2, 4, 4)]
+    expected = torch.zeros(())
+    for stage in range(3):
+        name = f'roi_head.bbox_head.{stage}'
+        coder = detector.roi_head.bbox_head[stage].bbox_coder
+        classes, boxes = box_head_terms(outputs['S'][name], outputs['T'][name], coder)
+        expected += (2 * classes + 3 * boxes) / 3
+    errors = [
+        ((s - t) ** 2).mean() / (t**2).mean()
+        for name in outputs['T']
+        if 'bbox_head' not in name and name != 'rpn_head'
+        for s, t in zip(outputs['S'][name], outputs['T'][name], strict=True)
+    ]
+    assert len(errors) == 8
+    expected += 5 * torch.stack(errors).mean()
+    torch.testing.assert_close(loss(outputs['S'], outputs['T'], detector), expected)
+
+
+def test_a_box_head_without_boxes_is_compared_by_its_classes() -> None:
+    logits_S, logits_T = torch.randn(5, 4), torch.randn(5, 4)
+    classes, boxes = box_head_terms([logits_S], [logits_T], None)
+    divergence = torch.nn.functional.kl_div(
+        logits_S.log_softmax(1), logits_T.log_softmax(1), reduction='sum', log_target=True
+    )
+    torch.testing.assert_close(classes, divergence / logits_T.softmax(1)[:, :3].amax(1).sum())
+    assert boxes == 0
+
+
+def test_the_error_of_nothing_is_that_of_the_scale() -> None:
+    teacher = torch.tensor([3.0, -4.0])
+    assert relative_error(torch.zeros(2), teacher) == 1
+    assert relative_error(2 * teacher, teacher) == 1
+    assert relative_error(teacher, teacher) == 0
+
+
+def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str], Any]) -> None:
+    """Mask Scoring and PointRend add one to a standard RoI head."""
+    detector = MODELS.build(tiny_cfg('mask-rcnn_r18'))
+    assert why_not_two_stage(detector) is None
+    detector.roi_head.mask_iou_head = torch.nn.Linear(2, 2)
+    assert why_not_two_stage(detector) == 'its roi_head has a mask_iou_head too'
+    with pytest.raises(UserError, match='mask_iou_head'):
+        TwoStagePredictionLoss().taps(detector)
+    assert 'roi_head.mask_iou_head' in RegionPredictionLoss().taps(detector)
+
+
+def test_a_detector_of_one_stage_is_refused_with_what_to_use(tiny_cfg: Callable[[str], Any]) -> None:
+    detector = MODELS.build(tiny_cfg('retinanet_r18'))
+    assert why_no_regions(detector) == 'RetinaNet is no TwoStageDetector'
+    with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
+        RegionPredictionLoss().taps(detector)

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What "works" means for a detector: every stage of a zero-shot run on it, with tiny numbers, each checked.
+
+:func:`check` takes any detector's config beside a zsq base and goes all the way: compose, quantize, synthesise,
+relabel, one training step, evaluation, a checkpoint. The stage that fails is named with its reason, and what would
+follow is left out. :func:`zoo_config` makes such a config of one of MMDetection's own, small enough for one CPU core.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import torch
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmzsq.config import class_names, compose
+from mmzsq.detectors import ZeroShotDetector, detection_task
+from mmzsq.detectors.task import blank_samples, pixel_range, sum_losses, whole_image_samples
+from mmzsq.quantization import calibrating, quantized_layers
+from mmzsq.registry import MODELS
+from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
+from mmzsq.synthesis.label_samplers import fit_masks
+from mmzsq.synthesis.synthesizer import seeded
+
+CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
+ZSQ_BASE = Path(__file__).resolve().parents[2] / 'configs/_base_/zsq_w4a8.py'
+
+CHANNEL_KEYS = ('channels', 'embed_dims', 'num_feats', 'num_ins')
+"""Endings of the names of settings that count channels; of what counts a part of them, as a width of groups, none."""
+
+MAX_PREDICTIONS = 20
+
+
+@dataclass
+class Result:
+    """What became of a detector.
+
+    Attributes:
+        failed: Name of the stage that failed; None if all went well.
+        reason: Why, one line.
+        error: The exception.
+        seconds: Wall time of all stages.
+        quantized: How many layers are.
+        floats: Name of each that is not, to its class and the reason.
+        silent: Names of quantized layers that learn nothing, since they see zeros alone.
+    """
+
+    failed: str | None = None
+    reason: str = ''
+    error: Exception | None = None
+    seconds: float = 0.0
+    quantized: int = 0
+    floats: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+
+    @property
+    def works(self) -> bool:
+        """Whether every stage went well."""
+        return self.failed is None
+
+
+def check(cfg: Config, work_dir: Path | str) -> Result:
+    """Take a detector through all stages.
+
+    Args:
+        cfg: Of the detector with a zsq section, such as :func:`zoo_config` makes; best with tiny numbers.
+        work_dir: An empty folder for teacher, calibration set and checkpoint.
+    """
+    result = Result()
+    run = _Run(cfg, Path(work_dir), result)
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    for stage in (run.compose, run.quantize, run.synthesise, run.relabel, run.train, run.evaluate, run.save_and_load):
+        try:
+            stage()
+        except Exception as error:
+            result.failed = stage.__name__.replace('_', ' ')
+            result.error = error
+            result.reason = ': '.join(filter(None, (type(error).__name__, *str(error).splitlines()[:1])))
+            break
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def zoo_config(path: str, size: int = 64, shrink: int = 4, changes: Mapping[str, Any] | None = None) -> Config:
+    """One of MMDetection's configs beside a zsq base, as small as it gets.
+
+    Args:
+        path: Of the config, below MMDetection's ``configs``.
+        size: Side of the images in pixels.
+        shrink: What all channels of the detector are divided by.
+        changes: More overrides of the config, as ``--cfg-options`` takes them.
+    """
+    cfg = Config.fromfile(CONFIGS / path)
+    base = Config.fromfile(ZSQ_BASE)
+    cfg.runner_type = base.runner_type
+    cfg.zsq = base.zsq
+    model = small(cfg.model.to_dict(), shrink)
+    cfg.pop('model')
+    cfg.model = ConfigDict(model)
+    cfg.merge_from_dict(tiny_run(size))
+    cfg.merge_from_dict(copy.deepcopy(dict(changes or {})))
+    return cfg
+
+
+def tiny_run(size: int) -> dict[str, Any]:
+    """Overrides for two images of ``size`` pixels in three iterations, without the search for the best first steps."""
+    return {
+        'zsq.quantizer.weight': dict(init='lsq'),
+        'zsq.quantizer.activation': dict(init='lsq'),
+        'zsq.calibration_set': dict(num_images=2, batch_size=2),
+        # Whatever an untrained detector takes for an object.
+        'zsq.label_sampler': dict(warmup=1, interval=1, score_thr=1e-6, area=(0.0, 1.0), add_iou=0.9),
+        'zsq.synthesis.relabel': dict(image_size=size, iterations=2, batch_size=2),
+        'zsq.synthesis.refine': None,
+        'zsq.synthesis.synthesise': dict(image_size=size, iterations=3, batch_size=2, lr=0.002),
+        'zsq.synthesis.cutout': None,
+        'zsq.synthesis.precision': 'fp32',
+        # With the labels' masks, where there are any.
+        'zsq.distillation.detection_weight': 1.0,
+        'zsq.train': dict(batch_size=2, num_workers=0),
+    }
+
+
+def small(model: dict[str, Any], shrink: int) -> dict[str, Any]:
+    """A detector's config with fewer channels, without pretrained weights, and with thresholds that let all through."""
+    backbone = model.get('backbone', {})
+    if shrink > 1 and isinstance(backbone.get('depth'), int) and 'base_channels' not in backbone:
+        backbone['base_channels'] = 64
+        if 'stem_channels' not in backbone:
+            backbone['stem_channels'] = 64
+    return _small(model, shrink)
+
+
+def _small(value: Any, shrink: int, key: str = '') -> Any:
+    if isinstance(value, dict):
+        if value.get('type') == 'Pretrained':
+            return None
+        return {name: _small(item, shrink, name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_small(item, shrink, key) for item in value)
+    if key.endswith(CHANNEL_KEYS) and type(value) is int and value >= 8 * shrink and value % shrink == 0:
+        return value // shrink
+    if key in ('score_thr', 'filter_thr', 'mask_thr'):
+        return 0.0
+    if key == 'max_per_img' and isinstance(value, int):
+        return min(value, MAX_PREDICTIONS)
+    return value
+
+
+class _Run:
+    """The stages, in order; each raises if it does not work."""
+
+    def __init__(self, cfg: Config, work_dir: Path, result: Result) -> None:
+        self.cfg = copy.deepcopy(cfg)
+        self.work_dir = work_dir
+        self.result = result
+        self.cfg.work_dir = str(work_dir)
+        self.cfg.load_from = str(work_dir / 'teacher.pth')
+
+    def compose(self) -> None:
+        register_all_modules()
+        self.classes = class_names(self.cfg)
+        self.cfg = compose(self.cfg)
+
+    def quantize(self) -> None:
+        teacher = MMDET_MODELS.build(copy.deepcopy(self.cfg.model.detector))
+        as_if_trained(teacher, self.cfg.zsq.synthesis.synthesise.image_size)
+        torch.save({'state_dict': teacher.state_dict()}, self.cfg.load_from)
+        self.model: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
+        self.model.init_weights()
+        listed = [layer.name for layer in self.model.report.layers if layer.quantized or layer.reason]
+        # The rows of a packed parameter's parts are named after the module that owns it.
+        listed += [name.rpartition('.')[0] for name in listed if name.endswith('_projection')]
+        left_out = [name for name in weights(teacher) if not _within(name, listed)]
+        expect(not left_out, f'weights that the report does not tell of: {enumerate_names(left_out)}')
+        layers = self.model.report.layers
+        self.result.quantized = sum(layer.quantized for layer in layers)
+        self.result.floats = {layer.name: f'{layer.type}: {layer.reason}' for layer in layers if not layer.quantized}
+
+    def synthesise(self) -> None:
+        zsq = self.cfg.zsq.to_dict()
+        task = detection_task(self.model.load_teacher())
+        batch_size, seed = zsq['calibration_set']['batch_size'], zsq['calibration_set']['seed']
+        self.generator = CalibrationSetGenerator(task, zsq['synthesis'], zsq['label_sampler'], batch_size, seed)
+        classes = self.classes or [f'class_{index}' for index in range(task.num_classes)]
+        expect(len(classes) == task.num_classes, f'{len(classes)} classes in the data, {task.num_classes} in the heads')
+        calibration_set = CalibrationSet.open(
+            Path(zsq['calibration_set']['dir']),
+            fingerprint={},
+            num_images=zsq['calibration_set']['num_images'],
+            shard_size=self.generator.shard_size,
+            classes=classes,
+            uses_real_labels=False,
+            versions={},
+        )
+        self.generator.generate(calibration_set, calibration_set.missing_shards())
+        calibration_set.merge()
+        stage = self.generator.stages[-1]
+        labels = self.generator.sampler.sample(2, stage.image_size, task.num_classes, torch.Generator().manual_seed(1))
+        self.labels = fit_masks(labels, stage.image_size, task.needs_masks)
+        start = torch.rand(2, 3, *stage.image_size)
+        before, grad = self.objective(start, self.labels)
+        expect(bool(torch.isfinite(grad).all()), 'the gradient of the image is not finite')
+        expect(all(image.abs().sum() > 0 for image in grad), 'an image has no gradient')
+        synthesizer = self.generator.synthesizer
+        made = synthesizer.run(self.labels, stage.image_size, stage.iterations, seed=0, start=start, lr=stage.lr)
+        after, _ = self.objective(made.images, self.labels)
+        expect(after < before, f'the loss does not fall: {before:.5g} before, {after:.5g} after')
+
+    def relabel(self) -> None:
+        stage = self.generator.stages[-1]
+        images = torch.rand(2, 3, *stage.image_size)
+        found = self.generator.synthesizer.predict(images)
+        expect(any(len(instances) for instances in found), 'the teacher predicts nothing')
+        labels, counts = self.generator.sampler.relabel(self.labels, found, stage.image_size)
+        expect(counts.added + counts.removed > 0, 'the predictions change no label')
+        value, _ = self.objective(images, labels)
+        expect(value == value and abs(value) < float('inf'), f'the loss of the new labels is {value}')
+
+    def train(self) -> None:
+        batch = next(iter(Runner.build_dataloader(self.cfg.train_dataloader, seed=0)))
+        self.batch = self.model.data_preprocessor(batch, False)
+        inputs, samples = self.batch['inputs'], self.batch['data_samples']
+        self.model.eval()
+        with torch.no_grad(), calibrating(self.model.student):
+            self.model.student(inputs, samples, mode='tensor')
+        self.model.train()
+        # The distillation alone has to reach every layer.
+        self.model.detection_weight = 0.0
+        with seeing_zeros(self.model.student) as self.result.silent:
+            losses = self.model(inputs, samples, mode='loss')
+        for name, value in losses.items():
+            expect(bool(torch.isfinite(value).all()), f'{name} is {value}')
+        sum_losses(losses).backward()
+        expect_gradients(self.model, self.result.silent)
+        self.model.detection_weight = 1.0
+        own = self.model(inputs, samples, mode='loss')['loss_detection']
+        expect(bool(torch.isfinite(own)), f'its own loss is {own}')
+        with torch.no_grad():
+            for parameter in self.model.student.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad.sign()
+
+    def evaluate(self) -> None:
+        inputs = self.batch['inputs']
+        samples = blank_samples(len(inputs), (inputs.shape[2], inputs.shape[3]), inputs.device)
+        with torch.no_grad():
+            results = self.model.eval()(inputs, samples, mode='predict')
+        expect(len(results) == 2, f'{len(results)} results of two images')
+        for result in results:
+            found = result.pred_instances
+            expect(len(found) > 0, 'the student predicts nothing')
+            expect(bool(torch.isfinite(found.scores).all()), 'scores are not finite')
+            expect(found.bboxes.shape == (len(found), 4), f'boxes of shape {tuple(found.bboxes.shape)}')
+
+    def save_and_load(self) -> None:
+        path = self.work_dir / 'student.pth'
+        torch.save({'state_dict': self.model.state_dict()}, path)
+        loaded: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
+        # Not strict, as in a run: some detectors come to hold a module under two names while they learn.
+        result = loaded.load_state_dict(torch.load(path, weights_only=True)['state_dict'], strict=False)
+        expect(not result.missing_keys, f'the checkpoint lacks {enumerate_names(result.missing_keys)}')
+        with torch.no_grad():
+            expected, found = (
+                tensors(model.eval()(**copy.deepcopy(self.batch), mode='tensor')) for model in (self.model, loaded)
+            )
+        expect(len(expected) > 0 and len(expected) == len(found), 'another number of outputs')
+        expect(all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), 'the loaded student says else')
+
+    def objective(self, images: Tensor, labels: list[InstanceData]) -> tuple[float, Tensor]:
+        """What synthesis minimises, by the same random numbers each time, and its gradient."""
+        task, synthesizer = self.generator.task, self.generator.synthesizer
+        images = images.clone().requires_grad_()
+        samples = task.data_samples(labels, (images.shape[2], images.shape[3]))
+        for prior in synthesizer.priors:
+            prior.attach(task.detector)
+        try:
+            with seeded(0, task.device):
+                total = synthesizer.detection_weight * len(images) * task.loss(images, samples)
+            for prior in synthesizer.priors:
+                total = total + prior(images)
+            total.backward()
+        finally:
+            for prior in synthesizer.priors:
+                prior.detach()
+        assert images.grad is not None
+        return float(total), images.grad
+
+
+def as_if_trained(detector: nn.Module, size: int) -> None:
+    """Give an untrained detector weights without the zeros of a new one, and statistics of real activations."""
+    detector.init_weights()
+    detector.eval()
+    handles = []
+    for module in detector.modules():
+        if isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(remember_statistics))
+    images = noise_of_all_scales(size)
+    samples = whole_image_samples(len(images), (size, size), torch.device('cpu'))
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(torch.randn_like(parameter) * max(0.1 * spread, 0.01))
+        black, white = pixel_range(detector.data_preprocessor)
+        detector(black + images * (white - black), samples, mode='tensor')
+    for handle in handles:
+        handle.remove()
+
+
+def noise_of_all_scales(size: int) -> Tensor:
+    """Images in [0, 1], (8, 3, size, size), two each of noise with so many grains a side."""
+    grains = (size, 16, 8, 4)
+    images = [F.interpolate(torch.rand(2, 3, side, side), (size, size), mode='bilinear') for side in grains]
+    return torch.cat(images)
+
+
+def remember_statistics(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+    """Let a BatchNorm layer take what it sees for all that there is."""
+    layer.running_mean.copy_(args[0].mean((0, 2, 3)))
+    layer.running_var.copy_(args[0].var((0, 2, 3), correction=0) + 1e-3)
+
+
+def weights(detector: nn.Module) -> list[str]:
+    """Names of the parameters of two dimensions or more."""
+    return [name for name, parameter in detector.named_parameters() if parameter.dim() >= 2]
+
+
+@contextmanager
+def seeing_zeros(student: nn.Module) -> Iterator[list[str]]:
+    """Inside the block, note the quantized layers whose input is all zeros, as the first queries of a decoder."""
+    inputs: dict[str, bool] = {}
+    handles = []
+    for name, layer in quantized_layers(student):
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            inputs[name] = inputs.get(name, False) or bool(args[0].any())
+
+        handles.append(layer.input_quantizer.register_forward_pre_hook(note))
+    silent: list[str] = []
+    try:
+        yield silent
+    finally:
+        for handle in handles:
+            handle.remove()
+        silent += [name for name, any_value in inputs.items() if not any_value]
+
+
+def expect_gradients(model: ZeroShotDetector, silent: Iterable[str]) -> None:
+    """Raise unless every quantized weight and every step has a finite gradient that is not zero.
+
+    Args:
+        model: After a backward.
+        silent: Names of layers that need none.
+    """
+    floats = [layer.name for layer in model.report.layers if not layer.quantized] + list(silent)
+    faults: dict[str, list[str]] = {}
+    for name, parameter in model.student.named_parameters():
+        learns = ('_quantizer.' in name or parameter.dim() >= 2) and not _within(name, floats)
+        fault = gradient_fault(parameter) if learns else None
+        if fault:
+            faults.setdefault(fault, []).append(name)
+    expect(not faults, '; '.join(f'{fault}: {enumerate_names(names)}' for fault, names in faults.items()))
+
+
+def _within(name: str, listed: Iterable[str]) -> bool:
+    return any(name == other or name.startswith(f'{other}.') for other in listed)
+
+
+def gradient_fault(parameter: Tensor) -> str | None:
+    """What is wrong with the gradient of a parameter; None if nothing is."""
+    if parameter.grad is None:
+        return 'no gradient'
+    if not torch.isfinite(parameter.grad).all():
+        return 'gradient not finite'
+    return 'gradient zero' if not parameter.grad.any() else None
+
+
+def tensors(nest: Any) -> list[Tensor]:
+    """All tensors of a nest of mappings, sequences and objects."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    if isinstance(nest, Mapping):
+        nest = list(nest.values())
+    elif isinstance(nest, InstanceData):
+        nest = [value for _, value in nest.items()]
+    if isinstance(nest, (list, tuple)):
+        return [tensor for item in nest for tensor in tensors(item)]
+    return []
+
+
+def enumerate_names(names: Iterable[str]) -> str:
+    """The first few names and how many there are."""
+    names = list(names)
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    return ', '.join(names[:4]) + more
+
+
+def expect(condition: bool, fault: str) -> None:
+    """Raise, saying the ``fault``, unless the ``condition`` holds."""
+    if not condition:
+        raise AssertionError(fault)
