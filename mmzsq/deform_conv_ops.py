@@ -98,6 +98,9 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Modulated deformable convolution (v2) into ``output``, with the signature of MMCV's operator.
 
+    Offsets and masks of a larger map than the output's, as DyHead takes them for the level above, are read as the
+    compiled operator reads them: their memory, image by image, as if it were of the output's height and width.
+
     Args:
         input: Feature map, (N, C, H, W).
         weight: Shape (C_out, C / group, kH, kW).
@@ -110,6 +113,7 @@ def modulated_deform_conv_forward(
         geometry: ``stride_h``, ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h``, ``dilation_w``, ``group``,
             ``deformable_group``, ``with_bias``; ``kernel_h`` and ``kernel_w`` are not needed.
     """
+    offset, mask = (_read_as(tensor, output) for tensor in (offset, mask))
     output.copy_(
         _deform_conv(input, weight, offset, mask, bias if geometry['with_bias'] else None, _geometry_v2(geometry))
     )
@@ -150,11 +154,25 @@ def modulated_deform_conv_backward(
         geometry: As in the forward pass.
     """
     bias_used = bias if geometry['with_bias'] else None
+    offset, mask = (_read_as(tensor, grad_output) for tensor in (offset, mask))
     grads = _deform_conv_backward(grad_output, input, weight, offset, mask, bias_used, _geometry_v2(geometry))
-    for written, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads[:4], strict=True):
-        written.copy_(grad)
+    grad_input.copy_(grads[0])
+    grad_weight.copy_(grads[1])
+    for written, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        # What was not read has no gradient.
+        written.zero_()
+        _read_as(written, grad_output).copy_(grad)
     if bias_used is not None:
         grad_bias.copy_(grads[4])
+
+
+def _read_as(tensor: Tensor, output: Tensor) -> Tensor:
+    """The memory of each image of ``tensor``, (N, C, H, W), as (N, C, H_out, W_out) from its start; a view."""
+    size = output.shape[2:]
+    if tensor.shape[2:] == size or tensor[0, 0].numel() < size.numel():
+        return tensor
+    values = tensor.flatten(1)[:, : tensor.shape[1] * size.numel()]
+    return values.unflatten(1, (tensor.shape[1], *size))
 
 
 def _geometry_v1(geometry: dict[str, int]) -> list[int]:

@@ -95,6 +95,23 @@ def test_gradients_of_all_operands_are_those_of_the_output(geometry: dict[str, A
     assert torch.autograd.gradcheck(lambda *v: deform_conv2d(*v, *arguments), (x, offset, weight))
 
 
+def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_shape() -> None:
+    """As the compiled operator indexes them: tap by tap, rows of the output's width behind one another."""
+    geometry = GEOMETRIES[0]
+    x, offset, mask, weight = operands(geometry)
+    wide_offset, wide_mask = torch.randn(2, 12, 10, 11).double(), torch.rand(2, 6, 10, 11).double()
+    for wide, small in ((wide_offset, offset), (wide_mask, mask)):
+        for image in range(2):
+            wide[image].reshape(-1)[: small[image].numel()] = small[image].reshape(-1)
+    bias = torch.randn(2).double()
+    arguments = tuple(geometry.values())
+    expected = plain_deform_conv(x, offset, mask, weight, geometry) + bias.numpy()[:, None, None]
+    leaves = [value.requires_grad_() for value in (x, wide_offset, wide_mask, weight, bias)]
+    actual = modulated_deform_conv2d(*leaves, *arguments)
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(lambda *v: modulated_deform_conv2d(*v, *arguments), leaves)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_16_bit_types_are_the_rounded_fp32_ones(dtype: torch.dtype) -> None:
     x, offset, mask, weight = operands(GEOMETRIES[0], dtype)

@@ -46,8 +46,9 @@ def test_values_pass_in_float_while_calibrating(model: nn.Module, images: Tensor
     expected = model(images)['cls'][0]
     _prepared(model)
     with torch.no_grad(), calibrating(model):
-        assert torch.equal(model(images)['cls'][0], expected)
-        assert torch.equal(model(images)['cls'][0], expected)
+        for _ in range(2):
+            # The projections of attention are layers of their own now: the same sums in another order.
+            torch.testing.assert_close(model(images)['cls'][0], expected, rtol=1e-5, atol=1e-6)
     quantized = model(images)['cls'][0]
     assert not torch.equal(quantized, expected)
     torch.testing.assert_close(quantized, expected, atol=1.0, rtol=0.5)
