@@ -8,10 +8,12 @@ standard error and exit code 2; anything else is a defect and keeps its tracebac
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -51,6 +53,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     options.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return options
+
+
+def write_json(content: Mapping[str, Any], path: Path | None) -> None:
+    """Write ``content`` to a file, or to standard output if ``path`` is None."""
+    text = json.dumps(content, indent=2) + '\n'
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        path.write_text(text, encoding='utf-8')
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -99,12 +99,18 @@ def blank_samples(count: int, image_size: tuple[int, int], device: torch.device)
     return data_samples([no_instances()] * count, image_size, device)
 
 
-def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """What black and white become under a detector's normalisation, each (3, 1, 1); 0 and 255 without any."""
+def normalisation(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and deviation by which a detector normalises pixels in [0, 255], each (3, 1, 1); (1, 1, 1) without any."""
     mean, std = (
         torch.as_tensor(getattr(data_preprocessor, name, neutral)).float().view(-1, 1, 1)
         for name, neutral in (('mean', 0.0), ('std', 1.0))
     )
+    return mean, std
+
+
+def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """What black and white become under a detector's normalisation, each (3, 1, 1); 0 and 255 without any."""
+    mean, std = normalisation(data_preprocessor)
     return (0 - mean) / std, (255 - mean) / std
 
 
@@ -165,13 +171,10 @@ class DetectionTask:
         self.note: str | None = None
         self.num_classes = num_classes(detector)
         self.needs_masks = needs_masks(detector)
-        preprocessor = detector.data_preprocessor
+        preprocessor: Any = detector.data_preprocessor
         # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
-        self._mean, self._std = (
-            torch.as_tensor(getattr(preprocessor, name, neutral), device=self.device).float().view(-1, 1, 1)
-            for name, neutral in (('mean', 0.0), ('std', 1.0))
-        )
+        self._mean, self._std = (value.to(self.device) for value in normalisation(preprocessor))
 
     @property
     def device(self) -> torch.device:

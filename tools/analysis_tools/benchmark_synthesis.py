@@ -11,8 +11,6 @@ part of one batch after the first steps, which run eagerly and are captured; mem
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -50,11 +48,7 @@ def main() -> None:
         measured = measure(cli.load_config(args), args)
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
-    text = json.dumps(dict(config=args.config, **measured), indent=2) + '\n'
-    if args.out is None:
-        sys.stdout.write(text)
-    else:
-        args.out.write_text(text, encoding='utf-8')
+    cli.write_json(dict(config=args.config, **measured), args.out)
 
 
 def measure(cfg: Config, args: argparse.Namespace) -> dict[str, Any]:

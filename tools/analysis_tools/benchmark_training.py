@@ -12,7 +12,6 @@ them. A step is all that MMEngine does of it: normalisation, forward, backward, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -60,11 +59,7 @@ def main() -> None:
         measured = measure(cli.load_config(args), args)
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
-    text = json.dumps(dict(config=args.config, **measured), indent=2) + '\n'
-    if args.out is None:
-        sys.stdout.write(text)
-    else:
-        args.out.write_text(text, encoding='utf-8')
+    cli.write_json(dict(config=args.config, **measured), args.out)
 
 
 def measure(cfg: Config, args: argparse.Namespace) -> dict[str, Any]:
