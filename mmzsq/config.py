@@ -89,7 +89,7 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(changes, str) and changes not in PRESETS:
         raise UserError(f'zsq.presets.{preset} is a dict or one of {", ".join(map(repr, PRESETS))}, not {changes!r}')
     source, changes = (changes, {}) if isinstance(changes, str) else (preset, changes)
-    defaults = merge(preset_section(source, zsq.get('quantizer') or {}), changes)
+    defaults = merge(preset_section(source, merge(changes, zsq)), changes)
     section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
     check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
     for name in (*SECTION_KEYS, *PART_SECTIONS):

@@ -82,7 +82,7 @@ DEFAULT: dict[str, Any] = dict(
         batch_size=16,
         accumulate=1,
         num_workers=2,
-        optimizer=dict(type='Adam', lr=2e-4),
+        optimizer=dict(type='Adam', lr=1e-4),
         step_lr=2e-3,
         schedule='cosine',
         final_lr_ratio=0.0,
@@ -92,7 +92,8 @@ DEFAULT: dict[str, Any] = dict(
         amp=False,
         init_batches=4,
         capture=True,
-        augmentation=None,
+        # A small set is learnt by heart: its images, sets of four of them and other tints.
+        augmentation=dict(flip=0.5, mosaic=0.5, colour=0.3),
     ),
 )
 
@@ -203,16 +204,24 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = dict(default=DEFAULT, paper=PAPER, paper_transformer=PAPER_TRANSFORMER)
 
 
-def preset_section(name: str, quantizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a preset, which may depend on the bits of what is trained.
+def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a preset, which may depend on the bits of what is trained and on whether it sees labels.
 
     Args:
         name: A key of :data:`PRESETS`.
-        quantizer: What the user says of ``zsq.quantizer``.
+        user: What the user's ``zsq`` says.
     """
     section = copy.deepcopy(PRESETS[name])
-    bits = (quantizer.get(key, section['quantizer'][key]) for key in ('w_bits', 'a_bits'))
-    if name == 'default' and min(bits) == 8:
+    if name != 'default':
+        return section
+    # What is no mapping is refused later.
+    quantizer, distillation = (
+        value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')
+    )
+    if min(quantizer.get(key, section['quantizer'][key]) for key in ('w_bits', 'a_bits')) == 8:
         # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
         section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
+    if distillation.get('detection_weight'):
+        # The detector's own loss reads labels, and they would no longer fit.
+        section['train'] = dict(section['train'], augmentation=None)
     return section

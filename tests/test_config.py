@@ -305,7 +305,7 @@ def test_a_presets_numbers_can_be_changed_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ('bits', 'lr', 'step_lr'), [((8, 8), 2e-5, 2e-4), ((6, 6), 2e-4, 2e-3), ((4, 8), 2e-4, 2e-3), ((8, 4), 2e-4, 2e-3)]
+    ('bits', 'lr', 'step_lr'), [((8, 8), 2e-5, 2e-4), ((6, 6), 1e-4, 2e-3), ((4, 8), 1e-4, 2e-3), ((8, 4), 1e-4, 2e-3)]
 )
 def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, step_lr: float) -> None:
     quantizer = dict(w_bits=bits[0], a_bits=bits[1])
@@ -313,7 +313,24 @@ def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, ste
     assert (train['optimizer']['lr'], train['step_lr']) == (lr, step_lr)
     own = complete_section(dict(quantizer=quantizer, train=dict(optimizer=dict(lr=1e-3))))['train']
     assert own['optimizer'] == dict(type='Adam', lr=1e-3)
-    assert complete_section(dict(preset='paper', quantizer=quantizer))['train']['optimizer']['lr'] == 1e-4
+    paper = complete_section(dict(preset='paper', quantizer=quantizer))['train']
+    assert (paper['optimizer']['lr'], paper['step_lr']) == (1e-4, None)
+
+
+def test_images_are_augmented_where_no_loss_reads_labels() -> None:
+    assert complete_section({})['train']['augmentation'] == dict(flip=0.5, mosaic=0.5, colour=0.3)
+    labels = dict(detection_weight=0.5)
+    for zsq in (
+        dict(distillation=labels),
+        dict(presets=dict(default=dict(distillation=labels))),
+        dict(preset='paper'),
+    ):
+        assert complete_section(zsq)['train']['augmentation'] is None
+    # The user's own word stands, and is refused where the model is built.
+    own = complete_section(dict(distillation=labels, train=dict(augmentation=dict(flip=1.0))))
+    assert own['train']['augmentation'] == dict(flip=1.0)
+    with pytest.raises(UserError, match='zsq.distillation is a dict, not 5'):
+        complete_section(dict(distillation=5))
 
 
 def test_a_run_needs_something_to_learn_from(user: Config) -> None:

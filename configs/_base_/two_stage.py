@@ -9,7 +9,7 @@ two_stage = dict(
             synthesis=dict(
                 relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(image_size=640, batch_size=16)
             ),
-            train=dict(batch_size=8, optimizer=dict(type='Adam', lr=1e-4)),
+            train=dict(batch_size=8),
         )
     )
 )

@@ -43,15 +43,18 @@ class _FrozenBatchNorm(torch.autograd.Function):
         needs_features, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         inverse = torch.rsqrt(variance + ctx.eps)
         grad_features = grad_weight = grad_bias = None
+        total = grad_output.sum((0, 2, 3), dtype=torch.float32)
         if needs_features:
             scale = (weight * inverse).view(-1, 1, 1)
             grad_features = grad_output * scale.to(grad_output.dtype)
         if needs_weight:
             # Centred before it is summed: a mean far from zero would leave the difference of large sums.
-            centred = features - mean.view(-1, 1, 1).to(features.dtype)
-            grad_weight = (grad_output * centred).sum((0, 2, 3), dtype=torch.float32) * inverse
+            near = mean.to(features.dtype)
+            grad_weight = (grad_output * (features - near.view(-1, 1, 1))).sum((0, 2, 3), dtype=torch.float32)
+            # In bf16, what the mean was rounded by counts as often as there are pixels.
+            grad_weight = (grad_weight + (near.float() - mean) * total) * inverse
         if needs_bias:
-            grad_bias = grad_output.sum((0, 2, 3), dtype=torch.float32)
+            grad_bias = total
         return grad_features, grad_weight, grad_bias, None, None, None
 
 

@@ -312,6 +312,8 @@ class _Step:
             fused=on_cuda,
         )
         self.may_capture = on_cuda and synthesizer.capture and synthesizer.eager_reason is None
+        # One for all eager steps: memory freed on a stream serves that stream alone.
+        self.side_stream = torch.cuda.Stream() if self.may_capture else None
         self.set_labels(labels)
 
     @property
@@ -342,7 +344,7 @@ class _Step:
             self._eager()
 
     def _eager(self) -> None:
-        stream = torch.cuda.Stream() if self.may_capture else torch.cuda.current_stream()
+        stream = torch.cuda.current_stream() if self.side_stream is None else self.side_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._compute()

@@ -40,6 +40,22 @@ def test_gradients_are_those_of_pytorch(memory_format: torch.memory_format) -> N
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_in_bf16_a_mean_that_rounds_leaves_no_error() -> None:
+    norm = layer()
+    with torch.no_grad():
+        norm.running_mean.fill_(100.2)  # 100 in bf16
+    x = (100 + torch.randn(4, 5, 20, 20)).bfloat16()
+    # All of one sign, so that the error of the mean adds up.
+    grad = torch.rand_like(x)
+    expected = torch.autograd.grad(norm(x.float()), (norm.weight, norm.bias), grad.float())
+    output = _FrozenBatchNorm.apply(
+        x.requires_grad_(), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(output, (norm.weight, norm.bias), grad), expected, rtol=1e-2, atol=1.0
+    )
+
+
 def test_a_fixed_scale_gets_no_gradient() -> None:
     norm = layer().requires_grad_(False)
     x = torch.randn(2, 5, 3, 3, requires_grad=True)
@@ -68,12 +84,15 @@ def test_on_a_gpu_a_frozen_layer_takes_it_and_a_training_one_does_not(dtype: tor
     norm = layer(16).cuda()
     x = (100 + torch.randn(4, 16, 20, 20, device='cuda')).to(dtype).requires_grad_()
     grad = torch.randn_like(x)
-    expected = torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), grad)
+    # PyTorch's in fp32: its own in bf16 rounds.
+    exact = x.detach().float().requires_grad_()
+    expected = torch.autograd.grad(norm(exact), (exact, norm.weight, norm.bias), grad.float())
     speed_up_frozen_batch_norm(norm)
     output = norm(x)
     assert type(output.grad_fn).__name__ == '_FrozenBatchNormBackward'
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    for value, reference in zip(torch.autograd.grad(output, (x, norm.weight, norm.bias), grad), expected, strict=True):
-        assert value.dtype == reference.dtype
-        torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance * 20)
+    results = torch.autograd.grad(output, (x, norm.weight, norm.bias), grad)
+    assert [value.dtype for value in results] == [dtype, torch.float32, torch.float32]
+    for value, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(value.float(), reference, rtol=tolerance, atol=tolerance * 20)
     assert type(norm.train()(x).grad_fn).__name__ != '_FrozenBatchNormBackward'

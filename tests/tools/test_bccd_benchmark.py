@@ -96,6 +96,9 @@ def test_the_plan_is_what_the_leaves_say(repo: Path, tool: SimpleNamespace) -> N
         if job.command[1] in leaves:
             # The teacher that the leaf names is the one that was waited for.
             assert Config.fromfile(repo / job.command[1]).load_from == str(jobs[job.needs[0]].result)
+    # Replaying graphs, they would keep a teacher from the GPU.
+    assert jobs[f'{R50}_set_seed0'].needs == (R50, SWIN)
+    assert jobs[f'{SWIN}_set_seed0'].needs == (SWIN, R50)
     student = jobs[f'{SWIN}_w4a8_seed2']
     assert student.needs == (SWIN, f'{SWIN}_set_seed2')
     of_set = jobs[f'{SWIN}_set_seed2'].work_dir / 'calibration_set'

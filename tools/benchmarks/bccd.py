@@ -121,6 +121,7 @@ def plan(detectors: Sequence[str], bits: Sequence[str], seeds: Sequence[int], op
         data,
         data / 'annotations' / f'{splits[-1]}.json',
     )
+    teachers = tuple(TEACHERS[detector][0] for detector in detectors)
     for detector in detectors:
         teacher, epochs = TEACHERS[detector]
         work_dir = Path('work_dirs') / teacher
@@ -128,7 +129,7 @@ def plan(detectors: Sequence[str], bits: Sequence[str], seeds: Sequence[int], op
         yield Job(teacher, command, work_dir, work_dir / f'epoch_{epochs}.pth', (CONVERT,), resumes=True)
     for seed in seeds:
         for detector in detectors:
-            yield _set_job(TEACHERS[detector][0], seed, options)
+            yield _set_job(TEACHERS[detector][0], seed, options, teachers)
         for suffix in SUFFIXES:
             for width in bits:
                 for detector in detectors:
@@ -205,11 +206,13 @@ def keep(job: Job, out: Path) -> str:
     return f': box AP {", ".join(shown) or "not measured"}'
 
 
-def _set_job(teacher: str, seed: int, options: Iterable[str]) -> Job:
+def _set_job(teacher: str, seed: int, options: Iterable[str], teachers: tuple[str, ...]) -> Job:
+    # All teachers first: a process that replays graphs leaves those that launch kernel by kernel little of the GPU.
+    needs = (teacher, *(other for other in teachers if other != teacher))
     work_dir = _set_dir(teacher, seed)
     # The set does not depend on the bits.
     command = _tool('generate', CONFIGS / f'{teacher}_w8a8.py', work_dir, _student_options(teacher, seed, options))
-    return Job(work_dir.name, command, work_dir, work_dir / 'calibration_set' / 'manifest.json', (teacher,))
+    return Job(work_dir.name, command, work_dir, work_dir / 'calibration_set' / 'manifest.json', needs)
 
 
 def _student_job(teacher: str, bits: str, suffix: str, seed: int, options: Iterable[str]) -> Job:
