@@ -38,7 +38,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation'),
+        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation', 'image_size'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -211,6 +211,7 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
             pipeline=[
                 dict(type='LoadImageFromFile'),
                 annotations,
+                *_resize(train['image_size']),
                 dict(
                     type='PackDetInputs',
                     meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
@@ -224,6 +225,16 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
         sampler=dict(type='DefaultSampler', shuffle=True),
         dataset=dataset,
     )
+
+
+def _resize(image_size: Any) -> list[dict[str, Any]]:
+    if image_size is None:
+        return []
+    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise UserError(f'zsq.train.image_size is None, one number, or (height, width) in pixels, not {image_size!r}')
+    height, width = sides
+    return [dict(type='Resize', scale=(width, height), keep_ratio=False)]
 
 
 def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, Any]]:

@@ -94,6 +94,7 @@ DEFAULT: dict[str, Any] = dict(
         capture=True,
         # A small set is learnt by heart: its images, sets of four of them and other tints.
         augmentation=dict(flip=0.5, mosaic=0.5, colour=0.3),
+        image_size=None,
     ),
 )
 
@@ -156,6 +157,7 @@ PAPER: dict[str, Any] = dict(
         init_batches=1,
         capture=True,
         augmentation=None,
+        image_size=None,
     ),
 )
 

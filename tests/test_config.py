@@ -333,6 +333,18 @@ def test_images_are_augmented_where_no_loss_reads_labels() -> None:
         complete_section(dict(distillation=5))
 
 
+@pytest.mark.parametrize(('image_size', 'scale'), [(96, (96, 96)), ([64, 96], (96, 64))])
+def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_size: Any, scale: Any) -> None:
+    plain = composed(user).train_dataloader.dataset.pipeline
+    pipeline = composed(user, train=dict(image_size=image_size)).train_dataloader.dataset.pipeline
+    # After the labels are read, so that they follow.
+    resize = dict(type='Resize', scale=scale, keep_ratio=False)
+    assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'LoadAnnotations'
+    for wrong in (0, 'large', [640], [640, 480.0]):
+        with pytest.raises(UserError, match=r'zsq.train.image_size is None, one number, or \(height, width\)'):
+            composed(user, train=dict(image_size=wrong))
+
+
 def test_a_run_needs_something_to_learn_from(user: Config) -> None:
     with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
         composed(user, distillation=dict(losses=[]))
