@@ -2,6 +2,7 @@
 """Detectors: teacher and student as one model, a detector as synthesis sees it, and families that MMDetection lacks."""
 
 from mmzsq.compat import let_ssd_predict
+from mmzsq.detectors.max_iou_assigner import MaxIoUAssigner
 from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.task_choice import detection_task
 from mmzsq.detectors.two_stage import TwoStageTask
@@ -13,6 +14,7 @@ from mmzsq.detectors.zero_shot_detector import ZeroShotDetector
 __all__ = [
     'YOLO11',
     'DetectionTask',
+    'MaxIoUAssigner',
     'QuantSpatialAttention',
     'QuantWindowMSA',
     'TwoStageTask',

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.detectors.comparison import Comparison, build_comparison
 from mmzsq.detectors.frozen_batch_norm import speed_up_frozen_batch_norm
+from mmzsq.detectors.max_iou_assigner import speed_up_assigners
 from mmzsq.detectors.modes import RANDOM_MODULES, in_training
 from mmzsq.detectors.probe import probe, probe_size
 from mmzsq.detectors.task import leave_semantics_out, pixel_range, sum_losses
@@ -87,6 +88,7 @@ class ZeroShotDetector(BaseModel):
         self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student, size))
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
+        speed_up_assigners(student)
         self._unfreeze()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
