@@ -38,7 +38,18 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture', 'augmentation', 'image_size'),
+        *(
+            'accumulate',
+            'bn',
+            'ema',
+            'clip_grad',
+            'amp',
+            'init_batches',
+            'capture',
+            'augmentation',
+            'image_size',
+            'channels_last',
+        ),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -157,6 +168,7 @@ def compose(cfg: Config) -> Config:
             bn=train['bn'],
             capture=train['capture'],
             augmentation=train['augmentation'],
+            channels_last=train['channels_last'],
         ),
     )
     _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))

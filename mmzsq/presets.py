@@ -95,6 +95,7 @@ DEFAULT: dict[str, Any] = dict(
         # A small set is learnt by heart: its images, sets of four of them and other tints.
         augmentation=dict(flip=0.5, mosaic=0.5, colour=0.3),
         image_size=None,
+        channels_last=False,
     ),
 )
 
@@ -158,6 +159,7 @@ PAPER: dict[str, Any] = dict(
         capture=True,
         augmentation=None,
         image_size=None,
+        channels_last=False,
     ),
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
@@ -58,6 +59,8 @@ class ZeroShotDetector(BaseModel):
         capture: Whether a training step may run as a CUDA graph, where it can (:meth:`train_step`).
         augmentation: The section ``zsq.train.augmentation``: arguments of
             :class:`~mmzsq.distillation.BatchAugmentation`, or None.
+        channels_last: Whether images, features and weights lie in memory channel by channel of a pixel, as the
+            convolutions of a GPU read them.
 
     Raises:
         UserError: If an argument is unfit.
@@ -72,6 +75,7 @@ class ZeroShotDetector(BaseModel):
         bn: str = 'frozen',
         capture: bool = True,
         augmentation: dict[str, float] | None = None,
+        channels_last: bool = False,
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
@@ -84,6 +88,8 @@ class ZeroShotDetector(BaseModel):
         self.teacher_checkpoint = teacher
         self.teacher_meta: dict[str, Any] = {}
         self.bn = bn
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        student.to(memory_format=self.memory_format)
         size = probe_size(student)
         self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student, size))
         if bn == 'frozen':
@@ -135,7 +141,8 @@ class ZeroShotDetector(BaseModel):
             teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
             self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint)
             device = next(self.student.parameters()).device
-            self._teacher.detector = teacher.to(device).eval().requires_grad_(False)
+            teacher.to(device=device, memory_format=self.memory_format)
+            self._teacher.detector = teacher.eval().requires_grad_(False)
         return self._teacher.detector
 
     def init_weights(self) -> None:
@@ -224,6 +231,7 @@ class ZeroShotDetector(BaseModel):
             inputs: Normalised images (N, 3, H, W).
             data_samples: One ``DetDataSample`` with ``gt_instances`` an image.
         """
+        inputs = inputs.contiguous(memory_format=self.memory_format)
         if self.detection_weight and data_samples is not None:
             leave_semantics_out(self.student, data_samples)
         if not self.distillation_losses:

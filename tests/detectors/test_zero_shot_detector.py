@@ -590,3 +590,25 @@ def test_teacher_and_student_see_the_same_other_view(make: Make, monkeypatch: py
 def test_other_views_without_their_labels_are_refused(make: Make) -> None:
     with pytest.raises(UserError, match=r'augmentation.*detection_weight=0'):
         make(PAPER, calibrate=False, augmentation=dict(flip=0.5))
+
+
+def test_features_lie_channels_last_where_asked_for_and_losses_stay(make: Make) -> None:
+    inputs = torch.rand(2, 3, *SIZE)
+    results = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        model = make(channels_last=channels_last)
+        maps: list[Tensor] = []
+        for detector in (model.student, model.teacher):
+            detector.backbone.register_forward_hook(lambda _, __, outputs, maps=maps: maps.extend(outputs))
+        losses = model.loss(inputs, None)
+        sum(losses.values()).backward()
+        gradients = {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
+        results.append((losses, gradients))
+        # A map of one channel or one pixel is both.
+        wide = [m for m in maps if m.shape[1] > 1 and m.shape[2] * m.shape[3] > 1]
+        assert wide and all(m.is_contiguous(memory_format=torch.channels_last) is channels_last for m in wide)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=1e-5)
+    # Sums in another order round a few values to the next level.
+    for name, gradient in results[0][1].items():
+        assert float((results[1][1][name] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-6, name
