@@ -597,7 +597,7 @@ def test_features_lie_channels_last_where_asked_for_and_losses_stay(make: Make) 
     results = []
     for channels_last in (False, True):
         torch.manual_seed(0)
-        model = make(channels_last=channels_last)
+        model = make(quantizer=dict(QUANTIZER, w_bits=8, a_bits=8), channels_last=channels_last)
         maps: list[Tensor] = []
         for detector in (model.student, model.teacher):
             detector.backbone.register_forward_hook(lambda _, __, outputs, maps=maps: maps.extend(outputs))
