@@ -38,18 +38,8 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     distillation={'detection_weight', 'losses'},
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *(
-            'accumulate',
-            'bn',
-            'ema',
-            'clip_grad',
-            'amp',
-            'init_batches',
-            'capture',
-            'augmentation',
-            'image_size',
-            'channels_last',
-        ),
+        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
+        *('augmentation', 'image_size', 'channels_last', 'drop'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -324,6 +314,10 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
         dict(type='mmzsq.QuantizerInitHook', num_batches=section['train']['init_batches']),
         dict(type='mmzsq.FiniteLossHook'),
     ]
+    drop = section['train']['drop']
+    if drop is not None:
+        check_keys(drop, ('activations', 'weights', 'until'), 'zsq.train.drop')
+        own.append(dict(type='mmzsq.QuantizationDropHook', **drop))
     if section['train']['ema'] is not None:
         # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
         batches = section['train']['accumulate']

@@ -96,6 +96,7 @@ DEFAULT: dict[str, Any] = dict(
         augmentation=dict(flip=0.5, mosaic=0.5, colour=0.3),
         image_size=None,
         channels_last=False,
+        drop=None,
     ),
 )
 
@@ -160,6 +161,7 @@ PAPER: dict[str, Any] = dict(
         augmentation=None,
         image_size=None,
         channels_last=False,
+        drop=None,
     ),
 )
 

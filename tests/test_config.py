@@ -345,6 +345,15 @@ def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_
             composed(user, train=dict(image_size=wrong))
 
 
+def test_a_part_of_the_values_stays_float_in_training_if_asked_for(user: Config) -> None:
+    hook = dict(type='mmzsq.QuantizationDropHook')
+    assert hook['type'] not in types(composed(user).custom_hooks)
+    hooks = composed(user, train=dict(drop=dict(activations=0.5))).custom_hooks
+    assert dict(hook, activations=0.5) in hooks
+    with pytest.raises(UserError, match='zsq.train.drop.*activation'):
+        composed(user, train=dict(drop=dict(activation=0.5)))
+
+
 def test_a_run_needs_something_to_learn_from(user: Config) -> None:
     with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
         composed(user, distillation=dict(losses=[]))
