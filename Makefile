@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo lint format clean
+.PHONY: demo test test-zoo benchmark lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -16,6 +16,10 @@ test: $(VENV)/.tests
 # Takes some twenty minutes on one core.
 test-zoo: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/zoo -m ''
+
+# Holds a GPU against the goals of docs/performance.md; without one, what is no matter of the device.
+benchmark: $(VENV)/.tests
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .

@@ -167,6 +167,7 @@ def compose(cfg: Config) -> Config:
     _replace(cfg, 'train_dataloader', _train_dataloader(cfg, section, with_mask))
     _replace(cfg, 'optim_wrapper', _optim_wrapper(train))
     _replace(cfg, 'param_scheduler', _param_scheduler(train))
+    _replace(cfg, 'model_wrapper_cfg', dict(type='mmzsq.AveragingDataParallel'))
     cfg.custom_hooks = _custom_hooks(cfg, section)
     if 'auto_scale_lr' in cfg:
         cfg.auto_scale_lr.enable = False
@@ -176,6 +177,9 @@ def compose(cfg: Config) -> Config:
         checkpoint_hook.pop('save_best', None)
     if cfg.get('randomness') is None or cfg.randomness.get('seed') is None:
         cfg.randomness = dict(seed=section['calibration_set']['seed'])
+    # Processes augment unlike each other, and draw from one order of the images.
+    cfg.randomness.setdefault('diff_rank_seed', True)
+    cfg.train_dataloader.sampler.seed = cfg.randomness.seed
     return cfg
 
 

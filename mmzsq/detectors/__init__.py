@@ -3,6 +3,7 @@
 
 from mmzsq.compat import let_ssd_predict
 from mmzsq.detectors.max_iou_assigner import MaxIoUAssigner
+from mmzsq.detectors.one_stage import OneStageTask
 from mmzsq.detectors.task import DetectionTask
 from mmzsq.detectors.task_choice import detection_task
 from mmzsq.detectors.two_stage import TwoStageTask
@@ -15,6 +16,7 @@ __all__ = [
     'YOLO11',
     'DetectionTask',
     'MaxIoUAssigner',
+    'OneStageTask',
     'QuantSpatialAttention',
     'QuantWindowMSA',
     'TwoStageTask',

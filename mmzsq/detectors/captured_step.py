@@ -3,19 +3,21 @@
 
 A quantized detector launches thousands of small kernels a step, and a host that launches them one by one takes several
 times as long as the GPU that runs them. What is learnt is the same: the graph holds the very kernels of an eager step.
+Gradients are averaged over processes behind it, and so is the step of the optimizer taken.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import get_backend, is_distributed
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 EAGER_STEPS = 3
 """Steps before the capture: they allocate what a captured step must find in place, and choose kernels."""
@@ -27,8 +29,9 @@ OPTIM_WRAPPERS = (OptimWrapper, AmpOptimWrapper)
 class CapturedStep:
     """Runs the training steps of one model, as a graph from the fourth of a shape on.
 
-    A step runs eagerly where a graph would not be true: on the CPU, with accumulated gradients, with images of another
-    shape than the captured ones or padded ones, and when the loss waits for the device. The log says which it is.
+    A step runs eagerly, as MMEngine's own, where a graph would not be true: on the CPU, with accumulated gradients,
+    with images of another shape than the captured ones or padded ones, and when the loss waits for the device. The log
+    says which it is. Processes exchange what a loss is divided by inside of the graph; of the backends NCCL can.
 
     Args:
         allowed: Whether to capture at all.
@@ -43,19 +46,28 @@ class CapturedStep:
         # A graph belongs to the tensors that it was captured with.
         return type(self)(self.allowed)
 
-    def __call__(self, model: BaseModel, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        model: BaseModel,
+        data: dict[str, Any],
+        optim_wrapper: OptimWrapper,
+        capturable: bool = True,
+        average: Callable[[nn.Module], None] | None = None,
+    ) -> dict[str, Tensor]:
         """Take one step.
 
         Args:
-            model: Its loss must depend on the pixels alone, not on the labels, and on no state of the host.
+            model: What learns.
             data: ``inputs`` (N, 3, H, W), normalised, on the device, and ``data_samples``.
             optim_wrapper: Of the model.
+            capturable: Whether the loss depends on the pixels alone, not on the labels, and on no state of the host.
+            average: Makes the gradients of the model the means over several processes.
 
         Returns:
             What MMEngine logs: each loss, and ``'loss'``, their sum.
         """
         inputs, samples = data['inputs'], data['data_samples']
-        if not self.allowed or not _can_capture(inputs, samples, optim_wrapper):
+        if not (self.allowed and capturable and _can_capture(inputs, samples, optim_wrapper)):
             log_vars = _forward_backward(model, inputs, samples, optim_wrapper)
         elif self.graph is None:
             log_vars = self._eager_or_capture(model, inputs, samples, optim_wrapper)
@@ -64,6 +76,8 @@ class CapturedStep:
         else:
             log_vars = self._replay(inputs)
         if optim_wrapper.should_update():
+            if average is not None:
+                average(model)
             optim_wrapper.step()
             optim_wrapper.zero_grad()
         return log_vars
@@ -115,6 +129,7 @@ def _can_capture(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrappe
         and inputs.is_cuda
         and type(optim_wrapper) in OPTIM_WRAPPERS
         and optim_wrapper._accumulative_counts == 1
+        and (not is_distributed() or get_backend() == 'nccl')
         # Padding, which attention masks out, differs from batch to batch.
         and all(tuple(sample.img_shape[:2]) == tuple(inputs.shape[-2:]) for sample in samples)
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from mmzsq.detectors import one_stage, two_stage
 from mmzsq.detectors.padded_task import PaddedTask, takes_padded_targets
 from mmzsq.detectors.task import DetectionTask, semantic_criterion
-from mmzsq.detectors.two_stage import TwoStageTask, reason_unfit
 
 
 def detection_task(detector: nn.Module) -> DetectionTask:
@@ -17,16 +17,20 @@ def detection_task(detector: nn.Module) -> DetectionTask:
         detector: Set to eval mode and frozen.
 
     Returns:
-        A :class:`~mmzsq.detectors.two_stage.TwoStageTask` or :class:`~mmzsq.detectors.padded_task.PaddedTask` for what
-        they fit, else a :class:`DetectionTask`, whose ``note`` says why if the detector has two stages.
+        A :class:`~mmzsq.detectors.two_stage.TwoStageTask`, :class:`~mmzsq.detectors.one_stage.OneStageTask` or
+        :class:`~mmzsq.detectors.padded_task.PaddedTask` for what they fit, else a :class:`DetectionTask`, whose
+        ``note`` says why.
     """
     if takes_padded_targets(detector):
         return PaddedTask(detector)
     if getattr(detector, 'roi_head', None) is None:
-        return DetectionTask(detector)
-    reason = reason_unfit(detector)
-    if reason is None:
-        return TwoStageTask(detector)
+        reason = one_stage.reason_unfit(detector)
+        if reason is None:
+            return one_stage.OneStageTask(detector)
+    else:
+        reason = two_stage.reason_unfit(detector)
+        if reason is None:
+            return two_stage.TwoStageTask(detector)
     task = DetectionTask(detector)
     task.note = (
         f'no batched detection loss for this {type(detector).__name__}, since {reason}: MMDetection computes it image '

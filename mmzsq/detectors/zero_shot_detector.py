@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -202,20 +202,22 @@ class ZeroShotDetector(BaseModel):
         detector = self.teacher if mode == 'predict' and self._predictor == 'teacher' else self.student
         return detector(inputs, data_samples, mode=mode)
 
-    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+    def train_step(
+        self, data: Any, optim_wrapper: OptimWrapper, average: Callable[[nn.Module], None] | None = None
+    ) -> dict[str, Tensor]:
         """Take one step, as a CUDA graph where it depends on the images alone: not on labels, nor on proposals.
 
         Args:
             data: A batch of the data loader.
             optim_wrapper: Of this model.
+            average: Makes the gradients of this model the means over several processes.
 
         Returns:
             Each loss, and ``'loss'``, their sum.
         """
         depends_on_more = bool(self.detection_weight) or not self.distillation_losses or not self.comparison.capturable
-        if depends_on_more or not next(self.student.parameters()).is_cuda:
-            return super().train_step(data, optim_wrapper)
-        return self._captured_step(self, self.data_preprocessor(data, True), optim_wrapper)
+        data = self.data_preprocessor(data, True)
+        return self._captured_step(self, data, optim_wrapper, not depends_on_more, average)
 
     @property
     def comparison(self) -> Comparison:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -51,11 +52,18 @@ class FeatureMSELoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar."""
-        losses: list[Tensor] = []
-        for name, features in teacher.items():
-            if name in self._names(detector):
-                losses.extend(self._layer(s, t) for s, t in zip(student[name], features, strict=True))
-        return self.loss_weight * torch.stack(losses).mean()
+        pairs = [
+            pair
+            for name, features in teacher.items()
+            if name in self._names(detector)
+            for pair in zip(student[name], features, strict=True)
+        ]
+        errors = torch.stack([mean_squared_error(s, t) for s, t in pairs])
+        if self.normalise:
+            # Of the images of all processes, in one call.
+            squares = reduce_mean(torch.stack([t.float().square().mean() for _, t in pairs]))
+            errors = errors / squares.clamp(min=1e-12)
+        return self.loss_weight * errors.mean()
 
     def extra_repr(self) -> str:
         """Weight and whether errors are relative."""
@@ -65,10 +73,6 @@ class FeatureMSELoss(DistillationLoss):
         if not hasattr(self, '_tapped'):
             self._tapped = set(self.taps(detector))
         return self._tapped
-
-    def _layer(self, student: Tensor, teacher: Tensor) -> Tensor:
-        error = mean_squared_error(student, teacher)
-        return error / teacher.float().square().mean().clamp(min=1e-12) if self.normalise else error
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:

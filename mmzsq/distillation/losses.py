@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmdet.utils import reduce_mean
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
@@ -103,6 +105,18 @@ def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:
     log_student = F.log_softmax(preds_S.float() / tau, dim=-1)
     log_teacher = F.log_softmax(preds_T.float() / tau, dim=-1)
     return tau**2 * F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(-1)
+
+
+def soft_number(scores: Tensor) -> Tensor:
+    """How many objects a teacher sees in a batch: the sum of its scores, at least 1; a scalar.
+
+    Of several processes each gets the mean of their numbers. The mean of their gradients then is the gradient of one
+    process that sees all of the images.
+
+    Args:
+        scores: The teacher's probabilities of an object, any shape; no gradient.
+    """
+    return reduce_mean(scores.sum()).clamp(min=1 / get_world_size())
 
 
 def binary_kl(logits: Tensor, target_logits: Tensor) -> Tensor:

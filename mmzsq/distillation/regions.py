@@ -16,6 +16,7 @@ import torch
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
+from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from mmzsq.distillation.dense import dense_terms
@@ -78,7 +79,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: The same.
     """
     teacher = teacher.float()
-    return (student.float() - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
+    return (student.float() - teacher).square().mean() / reduce_mean(teacher.square().mean()).clamp(min=1e-12)
 
 
 def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:

@@ -20,7 +20,7 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from mmzsq.distillation.dense import DensePredictions, dense_terms
-from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, kl_divergence
+from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, kl_divergence, soft_number
 from mmzsq.errors import UserError
 from mmzsq.geometry import complete_iou
 from mmzsq.registry import MODELS
@@ -138,7 +138,7 @@ def box_head_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], coder: 
         coder: The box coder of the head.
     """
     scores, labels = foreground(teacher[0])
-    total = scores.sum().clamp(min=1.0)
+    total = soft_number(scores)
     classes = kl_divergence(student[0], teacher[0], tau=1.0).sum() / total
     if len(teacher) == 1:
         return classes, torch.zeros_like(classes)
@@ -161,7 +161,7 @@ def mask_term(student: Tensor, teacher: Tensor, found: Foreground) -> Tensor:
     """
     logits_S, logits_T = (of_category(masks, found.labels).float() for masks in (student, teacher))
     divergence = binary_kl(logits_S, logits_T).flatten(1).mean(1)
-    return (found.scores * divergence).sum() / found.scores.sum().clamp(min=1.0)
+    return (found.scores * divergence).sum() / soft_number(found.scores)
 
 
 def scores_anchors_by_sigmoid(rpn_head: nn.Module) -> bool:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runner and hooks: zero-shot quantization on MMEngine."""
 
+from mmzsq.engine.distributed import AveragingDataParallel
 from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook
 from mmzsq.engine.optim_wrapper_constructor import GroupedOptimWrapperConstructor
 from mmzsq.engine.runner import ZeroShotRunner
 
 __all__ = [
+    'AveragingDataParallel',
     'CalibrationSetHook',
     'FiniteLossHook',
     'GroupedOptimWrapperConstructor',

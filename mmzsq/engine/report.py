@@ -90,7 +90,7 @@ def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
 
 def _train_time(runner: ZeroShotRunner) -> dict[str, float]:
     """Images seen in all, the iteration that this process started at, and its time for each image it saw."""
-    batch_size = runner.cfg.train_dataloader.batch_size
+    batch_size = runner.cfg.train_dataloader.batch_size * runner.world_size
     own = (runner.max_iters - runner.first_iter) * batch_size
     time_per_image = dict(ms_per_image=round(1000 * runner.seconds['train'] / own, 3)) if own else {}
     return dict(images=runner.max_iters * batch_size, first_iteration=runner.first_iter, **time_per_image)
@@ -111,7 +111,8 @@ def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
             stage['removed'] += measured['removed']
     for stage in stages.values():
         stage['seconds'] = round(stage['seconds'], 3)
-        stage['ms_per_image_iteration'] = round(1000 * stage['seconds'] / stage['image_iterations'], 4)
+        if stage['image_iterations']:
+            stage['ms_per_image_iteration'] = round(1000 * stage['seconds'] / stage['image_iterations'], 4)
     return dict(statistics=calibration_set.statistics(), stages=stages)
 
 

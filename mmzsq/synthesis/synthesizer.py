@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mmzsq.errors import UserError
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.augment import Cutout
-from mmzsq.synthesis.label_samplers import LabelSampler
+from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
 from mmzsq.synthesis.priors import Prior
 
 EAGER_STEPS = 3
@@ -188,12 +188,12 @@ class Synthesizer:
         Args:
             labels: One entry an image, ``bboxes`` xyxy in pixels of images of ``image_size``.
             image_size: Height and width in pixels.
-            iterations: Steps.
+            iterations: Steps; after none, the images are what they started from, and labels are corrected once.
             seed: Fixes noise and erasing: the same seed gives the same bits on the same device.
             start: Images in [0, 1], (N, 3, any height, any width), to start from, resized; None: fresh noise.
             lr: Learning rate in place of the synthesizer's own.
             sampler: If given and adaptive, corrects the labels by the detector's predictions on the way.
-            on_progress: Called about twenty times.
+            on_progress: Called about twenty times; never, without steps.
 
         Raises:
             UserError: If the loss stops being finite.
@@ -205,6 +205,8 @@ class Synthesizer:
         try:
             with seeded(seed, device):
                 images = self._start(start, len(labels), image_size)
+                if iterations == 0:
+                    return self._untouched(images, list(labels), sampler)
                 rate = self.lr if lr is None else lr
                 return self._run(images, list(labels), iterations, rate, sampler, on_progress)
         finally:
@@ -257,6 +259,13 @@ class Synthesizer:
         losses = self._finite_losses(step, iterations)
         seconds = time.perf_counter() - start
         return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts)
+
+    def _untouched(self, images: Tensor, labels: list[InstanceData], sampler: LabelSampler | None) -> SynthesisResult:
+        start = time.perf_counter()
+        counts = RelabelCounts()
+        if sampler is not None and sampler.adaptive:
+            labels, counts = sampler.relabel(labels, self.predict(images), (images.shape[2], images.shape[3]))
+        return SynthesisResult(images.clamp(0, 1), labels, {}, time.perf_counter() - start, False, asdict(counts))
 
     def schedule(self, iteration: int, iterations: int) -> float:
         """Share of the learning rate at step ``iteration`` (from 0) of ``iterations``: warm-up, then a half cosine."""

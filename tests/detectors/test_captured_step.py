@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 
-from mmzsq.detectors import ZeroShotDetector
+from mmzsq.detectors import ZeroShotDetector, captured_step
 from mmzsq.detectors.captured_step import EAGER_STEPS, CapturedStep
 from mmzsq.detectors.task import blank_samples
 from mmzsq.presets import DEFAULT, PAPER
@@ -106,7 +106,6 @@ def test_what_depends_on_labels_or_proposals_runs_eagerly(make: Make) -> None:
 
 def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, stock = make(), make()
-    monkeypatch.setattr(model, '_captured_step', None)
     logs = train(model, batches(2))
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
     assert logs == train(stock, batches(2))
@@ -132,3 +131,35 @@ def test_accumulated_gradients_wait_for_their_step() -> None:
         CapturedStep()(model, dict(inputs=torch.full((1,), value), data_samples=[]), optim_wrapper)
         weights.append(model.weight.item())
     assert weights == [0, -2, -2, -8]
+
+
+class Graph:
+    """Stands for a captured step of a :class:`Line`: reads and writes where the graph does."""
+
+    def __init__(self, step: CapturedStep, model: Line) -> None:
+        step.inputs = torch.zeros(1)
+        step.parameters, step.grads = [model.weight], [torch.zeros(())]
+        step.log_vars = dict(loss=torch.zeros(()))
+        self.step, self.model = step, model
+
+    def replay(self) -> None:
+        mean = self.step.inputs.mean()
+        self.step.grads[0].copy_(mean)
+        self.step.log_vars['loss'].copy_(self.model.weight.detach() * mean)
+
+
+@pytest.mark.parametrize('captured', [False, True])
+def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process has seen nothing but zeros."""
+    monkeypatch.setattr(captured_step, '_can_capture', lambda *args: captured)
+    model, step = Line(), CapturedStep()
+    step.graph = Graph(step, model) if captured else None
+    optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+    losses = []
+    for value in (2.0, 4.0):
+        data = dict(inputs=torch.full((1,), value), data_samples=[])
+        losses.append(step(model, data, optim_wrapper, average=lambda model: model.weight.grad.div_(2))['loss'].item())
+    assert model.weight.item() == -1 - 2
+    assert losses == [0, -4]

@@ -65,23 +65,29 @@ def teacher(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def make_config(repo: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    """Config of a tiny run in ``work_dir``, a folder of the test; the current folder is that of the test too."""
-    monkeypatch.chdir(tmp_path)
-    # Same content without layout: MMEngine formats a config by yapf six times a run, a second each.
-    monkeypatch.setattr(Config, 'pretty_text', property(_plain_text))
+@pytest.fixture(scope='session')
+def configure(repo: Path, teacher: Path) -> MakeConfig:
+    """Config of a tiny run in ``work_dir``, a path."""
 
-    def make(work_dir: str = 'out', **options: Any) -> Config:
+    def configure(work_dir: Path, **options: Any) -> Config:
         cfg = Config.fromfile(repo / 'configs/zsq/yolov5-p_shapes_w4a4.py')
         # Merging empties the options of their _delete_.
         cfg.merge_from_dict(copy.deepcopy({**TINY, 'load_from': str(teacher), **options}))
-        cfg.work_dir = str(tmp_path / work_dir)
+        cfg.work_dir = str(work_dir)
         cfg.launcher = 'none'
-        cfg.experiment_name = f'{tmp_path.name}_{work_dir}'
+        cfg.experiment_name = f'{work_dir.parent.name}_{work_dir.name}'
         return cfg
 
-    return make
+    return configure
+
+
+@pytest.fixture
+def make_config(configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """Config of a tiny run in ``work_dir``, a folder of the test; the current folder is that of the test too."""
+    monkeypatch.chdir(tmp_path)
+    # Same content without layout: MMEngine formats a config by yapf six times a run, a second each.
+    monkeypatch.setattr(Config, 'pretty_text', property(plain_text))
+    return lambda work_dir='out', **options: configure(tmp_path / work_dir, **options)
 
 
 @pytest.fixture
@@ -90,5 +96,5 @@ def make_runner(make_config: MakeConfig) -> MakeRunner:
     return lambda *args, **options: ZeroShotRunner.from_cfg(make_config(*args, **options))
 
 
-def _plain_text(cfg: Config) -> str:
+def plain_text(cfg: Config) -> str:
     return ''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items())

@@ -1,51 +1,243 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in two processes: both end with the same student."""
+"""Two processes: they make the set that one makes, learn what one learns, and end with the same student."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from mmengine.config import Config
+
+from mmzsq.engine import ZeroShotRunner
+from mmzsq.synthesis import CalibrationSet
+
+NO_EVALUATION = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
+SIX_IMAGES = {'zsq.calibration_set.num_images': 6}
+"""Three shards: one process makes one more than the other."""
+EXACT = {
+    # What does not depend on who sees which image: no draws of each process, no sample of the activations.
+    'zsq.train.augmentation': None,
+    'zsq.quantizer.activation.init': 'lsq',
+    # Adam would make whole steps of gradients that are nothing but rounding.
+    'zsq.train.optimizer': dict(_delete_=True, type='SGD', lr=1e-3),
+    'zsq.train.step_lr': None,
+}
+AVERAGED = {'zsq.train.bn': 'train', 'zsq.train.ema': 0.99}
 
 SCRIPT = """
+import datetime
+import os
+import time
 import torch
 import mmzsq
 from mmengine.config import Config
 from mmengine.dist import get_rank
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmzsq import cli
-from mmzsq.engine import QuantizerInitHook
+from mmzsq.detectors import captured_step
+from mmzsq.detectors.captured_step import CapturedStep
+from mmzsq.distillation.losses import soft_number
+from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
+from mmzsq.engine.distributed import average_gradients
+from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 
 # Without its layout, which takes seconds.
 Config.pretty_text = property(lambda cfg: '')
 initialise = QuantizerInitHook.before_train
+write_shard = CalibrationSet.write_shard
+make_shards = CalibrationSetGenerator.generate
 
 def before_train(self, runner):
     initialise(self, runner)
-    torch.save(runner.detector.state_dict(), f'first_{get_rank()}.pth')
+    torch.save(runner.detector.state_dict(), f'{runner.work_dir}/first_{get_rank()}.pth')
 
+def train(runner):
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    averages = [hook.ema_model.state_dict() for hook in runner.hooks if hasattr(hook, 'ema_model')]
+    last = dict(state=runner.detector.state_dict(), losses=torch.tensor(losses), averages=averages)
+    torch.save(last, f'{runner.work_dir}/last_{get_rank()}.pth')
+
+class Interrupted(Exception):
+    pass
+
+def interrupt_shards(self, index, *args):
+    # Of shards 0 and 2 of the first process and 1 of the second, the first alone is written.
+    if index:
+        raise Interrupted
+    write_shard(self, index, *args)
+
+def impatient(self, *args):
+    # Processes that wait for each other give up after a second, as with NCCL they would after ten minutes.
+    make_shards(self, *args)
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), torch.distributed.group.WORLD)
+    time.sleep(2.5 * get_rank())
+
+def interrupt_training(self, runner):
+    if runner.epoch == 1:
+        raise Interrupted
+
+class Line(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(torch.tensor(1.0)) for _ in range(3)])
+
+    def forward(self, inputs, data_samples, mode):
+        return dict(loss=self.weights[0] * inputs.mean())
+
+class Graph:
+    # Writes where a captured step would.
+    def __init__(self, step):
+        self.step = step
+
+    def replay(self):
+        self.step.grads[0].copy_(self.step.inputs.mean())
+
+rank = int(os.environ['RANK'])
 QuantizerInitHook.before_train = before_train
-runner = cli.build_runner(Config.fromfile('config.py'))
-runner.train()
-torch.save(runner.detector.state_dict(), f'last_{get_rank()}.pth')
+two = Config.fromfile('two.py')
+CalibrationSet.write_shard = interrupt_shards
+try:
+    cli.build_runner(two).generate()
+except Interrupted:
+    CalibrationSet.write_shard = write_shard
+CalibrationSetGenerator.generate = impatient
+ZeroShotRunner.from_cfg(two).generate()
+CalibrationSetGenerator.generate = make_shards
+torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=5), torch.distributed.group.WORLD)
+train(ZeroShotRunner.from_cfg(two))
+
+averaged = Config.fromfile('averaged.py')
+QuantizerInitHook.before_train_epoch = interrupt_training
+try:
+    ZeroShotRunner.from_cfg(averaged).train()
+except Interrupted:
+    del QuantizerInitHook.before_train_epoch
+averaged.resume, averaged.load_from = True, None
+train(ZeroShotRunner.from_cfg(averaged))
+
+# Of three weights one has gradients in both processes, one in the second, one in none.
+model = Line()
+model.weights[0].grad = torch.tensor(1.0 + 2 * rank)
+model.weights[1].grad = torch.tensor(4.0) if rank else None
+average_gradients(model)
+gradients = [w.grad for w in model.weights]
+
+step, model = CapturedStep(), Line()
+captured_step._can_capture = lambda *args: True
+step.graph, step.inputs, step.log_vars = Graph(step), torch.zeros(1), {}
+step.parameters, step.grads = [model.weights[0]], [torch.zeros(())]
+optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+for value in (1.0 + rank, 3.0 - rank):
+    step(model, dict(inputs=torch.full((1,), value), data_samples=[]), optim_wrapper, True, average_gradients)
+numbers = [float(soft_number(torch.full((2,), value))) for value in (1.0 + rank, 0.1)]
+torch.save(dict(numbers=numbers, gradients=gradients, replayed=model.weights[0].detach()), f'units_{rank}.pth')
 """
 
 
-def test_steps_and_weights_are_equal_on_all_ranks(make_config: Any, tmp_path: Path, repo: Path) -> None:
-    cfg = make_config('out', **{f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')})
-    cfg.launcher = 'pytorch'
-    cfg.dump('config.py')
-    Path('script.py').write_text(SCRIPT)
+def set_content(work_dir: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files of a complete set, and its manifest without times."""
+    calibration_set = CalibrationSet.load(work_dir / 'calibration_set')
+    manifest = calibration_set.manifest
+    assert manifest is not None
+    for shard in manifest['shards']:
+        for stage in shard['info'].values():
+            del stage['seconds'], stage['ms_per_image_iteration']
+    files = [*calibration_set.root.glob('images/*'), *calibration_set.root.glob('annotations/*')]
+    return {path.name: path.read_bytes() for path in files}, manifest
+
+
+@pytest.fixture(scope='module')
+def root(configure: Any, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run by one process, ``one``, the same by two, ``two``, and another by two, ``averaged``."""
+    root = tmp_path_factory.mktemp('distributed')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
+        options = {**NO_EVALUATION, **SIX_IMAGES}
+        runner = ZeroShotRunner.from_cfg(configure(root / 'one', **options, **EXACT))
+        runner.train()
+        losses = torch.tensor(runner.message_hub.get_scalar('train/loss').data[0])
+        torch.save(dict(state=runner.detector.state_dict(), losses=losses), root / 'one' / 'last.pth')
+    for name, changes in (('two', EXACT), ('averaged', AVERAGED)):
+        cfg = configure(root / name, **options, **changes, **{'zsq.train.batch_size': 1})
+        cfg.launcher = 'pytorch'
+        (root / f'{name}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items()))
+    (root / 'script.py').write_text(SCRIPT)
     env = dict(os.environ, PYTHONPATH=str(repo), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'script.py']
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    for moment in ('first', 'last'):
-        one, two = (torch.load(f'{moment}_{rank}.pth', weights_only=True) for rank in (0, 1))
-        assert one.keys() == two.keys()
-        assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    first = torch.load('first_0.pth', weights_only=True)
-    assert any(not torch.equal(first[name], one[name]) for name in one if '_quantizer.log_step' in name)
+    return root
+
+
+def of_ranks(root: Path, name: str) -> list[Any]:
+    return [torch.load(root / f'{name}_{rank}.pth', weights_only=True) for rank in (0, 1)]
+
+
+def assert_same(states: list[dict[str, torch.Tensor]]) -> None:
+    one, two = states
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_set_of_two_interrupted_and_unequally_busy_processes_is_that_of_one(root: Path) -> None:
+    """The one with a shard more may take longer than processes otherwise wait for each other."""
+    for two, one in zip(set_content(root / 'two'), set_content(root / 'one'), strict=True):
+        assert two == one
+    assert set_content(root / 'averaged') == set_content(root / 'one')
+
+
+def test_two_processes_learn_what_one_does_from_as_many_images_a_step(root: Path) -> None:
+    one = torch.load(root / 'one' / 'last.pth', weights_only=True)
+    two = of_ranks(root / 'two', 'last')
+    # Three steps in each of two epochs; the images of a step are shared out.
+    assert len(one['losses']) == 6
+    torch.testing.assert_close((two[0]['losses'] + two[1]['losses']) / 2, one['losses'], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(two[0]['losses'], two[1]['losses'])
+    assert two[0]['state'].keys() == one['state'].keys()
+    moved = 0.0
+    first = of_ranks(root / 'two', 'first')[0]
+    for name, value in one['state'].items():
+        torch.testing.assert_close(two[0]['state'][name], value, rtol=1e-5, atol=1e-6)
+        moved = max(moved, float((value.double() - first[name].double()).abs().max()))
+    assert moved > 1e-4
+    images = [json.loads((root / name / 'results.json').read_text())['train']['images'] for name in ('one', 'two')]
+    assert images == [12, 12]
+
+
+@pytest.mark.parametrize('name', ['two', 'averaged'])
+def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path, name: str) -> None:
+    """With frozen BatchNorm, and with one that learns, averaged weights and a resumed training."""
+    first, last = (of_ranks(root / name, moment) for moment in ('first', 'last'))
+    assert_same(first)
+    assert_same([rank['state'] for rank in last])
+    changed = [key for key in first[0] if not torch.equal(first[0][key], last[0]['state'][key])]
+    assert any('_quantizer.' in key for key in changed)
+    assert any('running_var' in key for key in changed) == (name == 'averaged')
+    averages = [rank['averages'] for rank in last]
+    assert len(averages[0]) == (name == 'averaged')
+    for states in zip(*averages, strict=True):
+        assert_same(list(states))
+
+
+def test_the_soft_number_of_objects_is_each_ones_share_of_all_and_at_least_one(root: Path) -> None:
+    for units in of_ranks(root, 'units'):
+        # (2 + 4) / 2, and 1 / 2 in place of (0.2 + 0.2) / 2.
+        assert units['numbers'] == [3.0, 0.5]
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zeros(root: Path) -> None:
+    for units in of_ranks(root, 'units'):
+        assert units['gradients'] == [2.0, 2.0, None]
+
+
+def test_gradients_are_averaged_behind_a_captured_step(root: Path) -> None:
+    for units in of_ranks(root, 'units'):
+        assert units['replayed'] == 1.0 - 1.5 - 2.5

@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmzsq.config import complete_section
 from mmzsq.detectors import DetectionTask
 from mmzsq.errors import UserError
 from mmzsq.synthesis import BNStatisticsPrior, CalibrationSet, CalibrationSetGenerator
@@ -166,6 +167,74 @@ def test_relabelling_may_take_several_rounds(task: DetectionTask, runs: list[dic
     assert list(info) == ['relabel', 'relabel_2', 'synthesise']
 
 
+def test_three_stages_correct_labels_once_by_finished_images(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+    """The paper's Table 6: images of the first labels, labels of these images as they are, images of those labels."""
+    rounds = [dict(image_size=64, iterations=3), dict(image_size=64, iterations=0, start='previous')]
+    made = generator(task, dict(ADAPTIVE, warmup=3), relabel=rounds)
+    _, labels, info = made.make_shard(0, 2)
+    drawn, looked, last = runs
+    assert [run['iterations'] for run in runs] == [3, 0, 2]
+    first = [InstanceData(bboxes=one.bboxes, labels=one.labels) for one in drawn['labels']]
+    assert all(map(same_labels, drawn['result'].labels, first))
+    # The second looks at the images that the first ended with, and changes labels alone.
+    assert torch.equal(looked['result'].images, drawn['result'].images)
+    expected, counts = made.sampler.relabel(first, task.predict(drawn['result'].images), (64, 64))
+    assert all(map(same_labels, looked['result'].labels, expected))
+    assert info['relabel_2']['added'] == counts.added > 0
+    assert info['relabel_2']['ms_per_image_iteration'] == 0
+    assert last['sampler'] is None
+    assert sum(map(len, labels)) == sum(map(len, expected))
+
+
+@pytest.mark.parametrize('preset', ['default', 'paper'])
+def test_one_two_and_three_stages_are_settings_of_any_preset(task: DetectionTask, preset: str) -> None:
+    def stages(**synthesis: Any) -> tuple[list[tuple[str, bool]], bool]:
+        section = complete_section(dict(preset=preset, label_sampler=dict(warmup=500), synthesis=synthesis))
+        made = CalibrationSetGenerator(task, section['synthesis'], section['label_sampler'], batch_size=2, seed=0)
+        return [(stage.name, stage.iterations > 0) for stage in made.stages], made.relabels_while_synthesising
+
+    last = ('synthesise', True)
+    assert stages(relabel=None, refine=None) == ([last], True)
+    assert stages(refine=None) == ([('relabel', True), last], False)
+    rounds = [dict(image_size=160, iterations=500), dict(image_size=160, iterations=0, start='previous')]
+    assert stages(relabel=rounds, refine=None) == ([('relabel', True), ('relabel', False), last], False)
+
+
+def same_labels(first: InstanceData, second: InstanceData) -> bool:
+    return torch.equal(first.bboxes, second.bboxes) and torch.equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize('init', ['uniform', 'normal'])
+def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
+    task: DetectionTask, runs: list[dict[str, Any]], init: str
+) -> None:
+    stage = dict(image_size=(64, 96), iterations=0)
+    made = generator(task, SINGLE, relabel=None, synthesise=stage, init=init)
+    images, labels, info = made.make_shard(1, 2)
+    [run] = runs
+    torch.manual_seed(shard_seed(0, 1, 1, 0))
+    noise = task.from_inputs(torch.randn(2, 3, 64, 96)) if init == 'normal' else torch.rand(2, 3, 64, 96)
+    expected = (noise.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(images, expected.numpy())
+    assert info['synthesise']['iterations'] == 0
+    assert info['synthesise']['losses'] == {}
+    assert run['result'].counts == dict(added=0, removed=0)
+    rng = torch.Generator().manual_seed(shard_seed(0, 1, 0, 0))
+    assert all(map(same_labels, labels, made.sampler.sample(2, (64, 96), 8, rng)))
+
+
+def test_only_stages_that_can_may_go_without_iterations(task: DetectionTask) -> None:
+    look = dict(image_size=64, iterations=0, start='previous')
+    with pytest.raises(UserError, match='begins with 0 iterations'):
+        generator(task, relabel=look)
+    with pytest.raises(UserError, match=r'refine needs positive'):
+        generator(task, refine=look)
+    with pytest.raises(UserError, match=r'relabel needs positive'):
+        generator(task, relabel=[dict(image_size=64, iterations=2), dict(look, start='noise')])
+    with pytest.raises(UserError, match=r'synthesise needs positive'):
+        generator(task, synthesise=dict(image_size=64, iterations=-1))
+
+
 def test_labels_that_are_not_adaptive_skip_relabelling(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     made = generator(task, SINGLE)
     assert (made.shard_size, [stage.name for stage in made.stages]) == (3, ['synthesise'])
@@ -301,6 +370,8 @@ def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
     # The coarse images are what the next stage starts from.
     assert names(**COARSE_TO_FINE) == ['relabel', 'refine', 'synthesise']
     assert names() == ['synthesise']
+    from_noise = dict(COARSE_TO_FINE, synthesise=SYNTHESIS['synthesise'])
+    assert names(**from_noise) == ['synthesise']
     alone = dict(COARSE_TO_FINE, refine=dict(COARSE_TO_FINE['refine'], start='noise'))
     assert names(**alone) == ['refine', 'synthesise']
 

@@ -14,7 +14,15 @@ from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.batch_norm import batch_statistics
 from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
-from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior, gaussian_kl, select_priors
+from mmzsq.synthesis.priors import (
+    BNStatisticsPrior,
+    Prior,
+    TotalVariationPrior,
+    directional_differences,
+    gaussian_kl,
+    select_priors,
+    total_variation,
+)
 
 
 class OutOfOrder(nn.Module):
@@ -137,6 +145,19 @@ def test_total_variation_of_a_hand_worked_image() -> None:
     expected = 13**0.5 + 5**0.5 + 4 + 1
     assert float(TotalVariationPrior(weight=0.5)(image)) == pytest.approx(0.5 * expected)
     assert float(TotalVariationPrior()(torch.full((2, 3, 5, 5), 0.3))) == 0
+
+
+def test_total_variation_and_its_gradient_are_those_of_autograd() -> None:
+    images = torch.rand(2, 3, 7, 5)
+    # Columns of one colour: the norm of vertical differences is 0, and so is its gradient.
+    for case in (images, images[:, :, :1].expand_as(images)):
+        grads = []
+        for function, dtype in ((total_variation, torch.float32), (directional_differences, torch.float64)):
+            variable = case.detach().to(dtype).clone().requires_grad_()
+            value = function(variable)
+            (3 * value).backward()
+            grads.append((value.double(), variable.grad.double()))
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA'))]

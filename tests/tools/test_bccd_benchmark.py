@@ -65,7 +65,8 @@ def root(repo: Path, tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(SCRIPT.replace('= sys.argv[1:]', f"= ['{name}', *sys.argv[1:]]"))
     (tmp_path / 'tools' / 'benchmarks').mkdir()
-    (tmp_path / TOOL).write_text((repo / TOOL).read_text())
+    for name in (TOOL, 'tools/benchmarks/jobs.py'):
+        (tmp_path / name).write_text((repo / name).read_text())
     (tmp_path / 'data' / 'bccd' / 'annotations').mkdir(parents=True)
     (tmp_path / 'data' / 'bccd' / 'annotations' / 'test.json').touch()
     (tmp_path / 'behaviour.json').write_text('{}')

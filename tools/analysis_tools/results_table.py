@@ -145,7 +145,7 @@ def update(text: str, root: Path) -> str:
     """
     if not any(kind.search(text) for kind in (BLOCK, PRINTED, COMPARISON)):
         raise UserError('no table to write: add the lines <!-- table of results/NAME --> and <!-- end of table -->')
-    text = PRINTED.sub(lambda match: f'{match[1]}{render_print(_read_results(root / match[2]))}{match[3]}', text)
+    text = PRINTED.sub(lambda match: f'{match[1]}{render_print(read_results(root / match[2]))}{match[3]}', text)
     text = COMPARISON.sub(
         lambda match: f'{match[1]}{render_comparison(read_comparison(root / match[2], root), root)}{match[3]}', text
     )
@@ -176,7 +176,7 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
     """
     runs: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob('*.json')):
-        results = _read_results(path)
+        results = read_results(path)
         leaf = repository_path(results['config'], root)
         if path.stem != f'{Path(leaf).stem}_{results["preset"]}':
             raise UserError(f'{path} holds {leaf} under the preset {results["preset"]}: name it so')
@@ -220,7 +220,7 @@ def read_comparison(folder: Path, root: Path) -> list[Comparison]:
         raise UserError(f'no config to compare in {configs}: they are named DETECTOR_wBITSaBITS.py')
     kept: dict[str, list[Row]] = {}
     for path in sorted(folder.glob('*.json')):
-        results = _read_results(path)
+        results = read_results(path)
         leaf, seed = repository_path(results['config'], root), _seed(results)
         if path.stem != f'{Path(leaf).stem}_seed{seed}':
             raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
@@ -243,7 +243,7 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     """Write a comparison as markdown: accuracy, what was not run, how it was run, a command for each config."""
     ran = [runs for entry in comparisons for runs in entry.runs.values() if runs]
     parts = [
-        _table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
+        markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
         'Box AP / box AP50 / mask AP in percent, mean over the seeds in brackets; PTQ is the student as initialised on '
         'the synthetic images, before QAT.',
     ]
@@ -253,7 +253,7 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     if missing:
         parts.append(f'Not run, therefore empty: {"; ".join(missing)}.')
     parts.append(
-        _table(
+        markdown_table(
             ['config', 'images', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds', 'device'],
             [_compared_run_cells(runs) for runs in ran],
         )
@@ -289,7 +289,7 @@ def render(rows: Sequence[Row], root: Path) -> str:
     ran = [row for row in rows if row.results is not None]
     missing = [row for row in rows if row.results is None]
     parts = [
-        _table(
+        markdown_table(
             ['detector', 'preset', 'bits', 'FP', 'PTQ', 'zero-shot QAT', 'model MB, FP', 'model MB, quantized'],
             [_accuracy_cells(row) for row in rows],
         ),
@@ -298,7 +298,7 @@ def render(rows: Sequence[Row], root: Path) -> str:
     if missing:
         parts.append(f'Not run, therefore empty: {_enumerate_missing(missing)}.')
     parts.append(
-        _table(
+        markdown_table(
             [
                 *('detector', 'preset', 'bits', 'images', 'synthesis: side x iterations', 'ms per image-iteration'),
                 *('QAT steps x batch', 'seed', 'device'),
@@ -322,20 +322,30 @@ def command(row: Row, root: Path) -> str:
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
     leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
     current = complete_section(dict(leaf, preset=row.preset))
-    changed = dict(_differences(recorded, json.loads(json.dumps(current)), 'zsq'))
+    changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
     if leaf.get('preset', 'default') != row.preset:
         changed = {'zsq.preset': row.preset, **changed}
     options = [f'{key}={shlex.quote(_option(key, value))}' for key, value in changed.items()]
     return ' \\\n    '.join([f'python tools/train.py {row.leaf}', *(['--cfg-options', *options] if options else [])])
 
 
-def _differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
+def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What a run recorded that is otherwise now.
+
+    Args:
+        recorded: Settings of the run.
+        current: Those of today, in JSON's types.
+        key: Of both.
+
+    Yields:
+        Dotted keys with the recorded values. Folders outside :data:`RELATIVE_DIR` are left out.
+    """
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         if recorded.get('type') != current.get('type'):
             # Another type replaces the section as a whole.
             current = {}
         for name, value in recorded.items():
-            yield from _differences(value, current.get(name), f'{key}.{name}')
+            yield from differences(value, current.get(name), f'{key}.{name}')
     elif key == 'zsq.calibration_set.dir' and not str(recorded).startswith(RELATIVE_DIR):
         return
     elif recorded != current:
@@ -414,20 +424,22 @@ def _compared_run_cells(runs: Sequence[Row]) -> list[str]:
     return [
         Path(runs[0].leaf).stem,
         f'{measured["images"]} {"real" if measured.get("real") else "synthetic"}',
-        _synthesis(results),
-        _training(results),
+        synthesis_text(results),
+        training_text(results),
         ', '.join(str(_seed(row.results)) for row in runs),
         ', '.join(dict.fromkeys(row.results['device'] for row in runs if row.results is not None)),
     ]
 
 
-def _synthesis(results: Mapping[str, Any]) -> str:
+def synthesis_text(results: Mapping[str, Any]) -> str:
+    """Sides and iterations of the stages that made the images of a run."""
     stages = results['calibration_set']['stages'].values()
     sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
     return ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True))
 
 
-def _training(results: Mapping[str, Any]) -> str:
+def training_text(results: Mapping[str, Any]) -> str:
+    """Steps and batch of a run."""
     return f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}'
 
 
@@ -454,9 +466,9 @@ def _run_cells(row: Row) -> list[str]:
     return [
         *(_leaf_name(row.leaf)['detector'], row.preset, row.bits),
         str(results['calibration_set']['statistics']['images']),
-        _synthesis(results),
+        synthesis_text(results),
         ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
-        _training(results),
+        training_text(results),
         str(results['settings']['calibration_set']['seed']),
         results['device'],
     ]
@@ -469,7 +481,8 @@ def _enumerate_missing(rows: Iterable[Row]) -> str:
     return '; '.join(f'{name}, {preset}: {", ".join(bits)}' for (name, preset), bits in groups.items())
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table as markdown."""
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
@@ -492,7 +505,12 @@ def _order(leaf: str) -> tuple[str, int, int]:
     return match['detector'], -int(match['w_bits']), -int(match['a_bits'])
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what a run wrote.
+
+    Raises:
+        UserError: If the file is missing, damaged or of another kind.
+    """
     try:
         results = json.loads(read_text(path))
     except ValueError as error:

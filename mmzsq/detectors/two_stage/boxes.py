@@ -70,20 +70,20 @@ class DeltaCoder(NamedTuple):
         offsets = torch.cat(((target_centre - centre) / side, (target_side / side).log()), dim=-1)
         return (offsets - self.means) / self.stds
 
-    def decode(self, bboxes: Tensor, deltas: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def decode(self, bboxes: Tensor, deltas: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
         """Boxes (..., 4), xyxy in pixels, to which offsets ``deltas`` lead from ``bboxes``, both (..., 4).
 
         Args:
             bboxes: xyxy in pixels.
             deltas: As a head predicts them.
-            image_size: Height and width in pixels, to clip to.
+            image_size: Height and width in pixels, to clip to; None: boxes are not clipped.
         """
         centre, side = _centre_and_side(bboxes)
         offsets = deltas * self.stds + self.means
         centre = centre + offsets[..., :2] * side
         half = 0.5 * side * offsets[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         decoded = torch.cat((centre - half, centre + half), dim=-1)
-        return clip_boxes_to_image(decoded, image_size) if self.clip_border else decoded
+        return decoded if image_size is None or not self.clip_border else clip_boxes_to_image(decoded, image_size)
 
 
 def suppress(bboxes: Tensor, groups: Tensor, eligible: Tensor, iou_thr: float, rounds: int = 8) -> Tensor:

@@ -17,6 +17,8 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 from torch import nn
 
+from mmzsq.detectors.parts import unknown_parts, unknown_settings
+
 BOX_LOSSES = (L1Loss, SmoothL1Loss)
 
 PARTS: dict[str, tuple[type, ...]] = {
@@ -89,16 +91,16 @@ def _reasons(detector: Any) -> Iterator[str]:
         yield f'{type(detector).__name__} is not FasterRCNN or MaskRCNN'
     if detector.train_cfg is None:
         yield 'it has no train_cfg'
-    yield from _unknown_parts(detector, PARTS)
-    yield from _unknown_settings(detector, SETTINGS)
+    yield from unknown_parts(detector, PARTS)
+    yield from unknown_settings(detector, SETTINGS)
     if not isinstance(detector.roi_head.bbox_assigner.neg_iou_thr, float):
         yield 'roi_head.bbox_assigner.neg_iou_thr is a range'
     proposal_cfg = proposal_settings(detector)
     if proposal_cfg['nms'].get('type') != 'nms':
         yield f'its proposals are suppressed by {proposal_cfg["nms"].get("type")}'
     if detector.roi_head.with_mask:
-        yield from _unknown_parts(detector, MASK_PARTS)
-        yield from _unknown_settings(detector, MASK_SETTINGS)
+        yield from unknown_parts(detector, MASK_PARTS)
+        yield from unknown_settings(detector, MASK_SETTINGS)
         if detector.roi_head.train_cfg.get('soft_mask_target', False):
             yield 'its mask targets are soft'
         if detector.roi_head.mask_roi_extractor.featmap_strides != detector.roi_head.bbox_roi_extractor.featmap_strides:
@@ -108,25 +110,3 @@ def _reasons(detector: Any) -> Iterator[str]:
 def proposal_settings(detector: Any) -> Mapping[str, Any]:
     """How ``detector`` turns outputs of its first stage into proposals while it is trained."""
     return detector.train_cfg.get('rpn_proposal', detector.test_cfg.rpn)
-
-
-def _unknown_parts(detector: nn.Module, parts: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
-    for name, allowed in parts.items():
-        part = _attribute(detector, name)
-        if type(part) not in allowed:
-            yield f'its {name} is {type(part).__name__}, not {" or ".join(cls.__name__ for cls in allowed)}'
-
-
-def _unknown_settings(detector: nn.Module, settings: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    for name, allowed in settings.items():
-        value = _attribute(detector, name)
-        if value not in allowed:
-            yield f'its {name} is {value!r}, not {" or ".join(map(repr, allowed))}'
-
-
-def _attribute(detector: nn.Module, name: str) -> Any:
-    """What a dotted ``name`` leads to; None where it leads nowhere."""
-    part: Any = detector
-    for attribute in name.split('.'):
-        part = getattr(part, attribute, None)
-    return part

@@ -6,10 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torchvision
 from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
@@ -25,6 +27,8 @@ from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 
 GALLERY_IMAGES = 16
+LONGEST_WAIT = timedelta(days=30)
+"""For the slowest process; a shard may take longer than the ten minutes after which NCCL gives up."""
 
 
 @HOOKS.register_module()
@@ -84,7 +88,8 @@ class CalibrationSetHook(Hook):
             return
         missing = calibration_set.missing_shards()
         # All ranks list before any writes: they share out the same shards.
-        barrier()
+        group = dist.new_group(backend='gloo', timeout=LONGEST_WAIT) if get_world_size() > 1 else None
+        barrier(group)
         mine = missing[get_rank() :: get_world_size()]
         runner.logger.info(
             f'making the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
@@ -104,11 +109,11 @@ class CalibrationSetHook(Hook):
                 f'synthesis ran without a CUDA graph: the detection loss waits for the device '
                 f'({generator.synthesizer.eager_reason})'
             )
-        barrier()
+        barrier(group)
         if get_rank() == 0:
             calibration_set.merge()
             save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
-        barrier()
+        barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
     def _fingerprint(self, detector: Any, task: DetectionTask) -> dict[str, Any]:

@@ -8,6 +8,7 @@ int64, and, where the detector learns them, ``masks`` (n, H, W) bool.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,3 +144,20 @@ def checked_number(name: str, value: float, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UserError(f'{name} must be a number in [{low}, {high}], got {value!r}')
     return value
+
+
+def checked_histogram(name: str, value: Sequence[float] | None) -> list[float] | None:
+    """Return ``value`` as a list if it is a list of weights, none below 0 and one above; None stays None.
+
+    Raises:
+        UserError: If it is neither; the message names the argument, the value and what is allowed.
+    """
+    if value is None:
+        return None
+    if (
+        not isinstance(value, Sequence)
+        or not all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in value)
+        or not any(weight > 0 for weight in value)
+    ):
+        raise UserError(f'{name} must be a list of weights, none below 0 and one above, got {value!r}')
+    return list(value)

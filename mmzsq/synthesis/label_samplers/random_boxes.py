@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels drawn blindly: boxes of random size, place and class.
 
-:class:`SingleBoxSampler` is where the paper's adaptive sampling starts (Table 1),
-:class:`MultiBoxSampler` its MultiSample baseline "out of distribution" (Table 5).
+:class:`SingleBoxSampler` is where the paper's adaptive sampling starts (Table 1), :class:`MultiBoxSampler` its
+MultiSample baseline (Table 5): "out of distribution" as it stands, "in distribution" with the histogram of how many
+objects real images hold. ``tools/analysis_tools/label_statistics.py`` writes such histograms.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS
-from mmzsq.synthesis.label_samplers.base import LabelSampler, checked_range
+from mmzsq.synthesis.label_samplers.base import LabelSampler, checked_histogram, checked_range
 
 
 def random_boxes(
@@ -37,10 +38,53 @@ def random_boxes(
         Boxes (count, 4), xyxy in pixels; each box's centre is uniform over where it can be.
     """
     size = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
-    corner = torch.rand(count, 2, generator=generator) * (1 - size)
+    return _place(size, image_size, generator)
+
+
+def boxes_by_size(
+    count: int,
+    image_size: tuple[int, int],
+    histogram: Sequence[float],
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw boxes that lie inside the image and are as large as a histogram says.
+
+    Args:
+        count: How many.
+        image_size: Height and width in pixels.
+        histogram: Weights of sizes, a size being the square root of a box's share of the image, in bins of equal width
+            over (0, 1]; uniform within a bin.
+        ratio: Range of width to height, both as shares of the image's, drawn log-uniformly from the part of the range
+            that leaves both within the image.
+        generator: A CPU generator.
+
+    Returns:
+        Boxes (count, 4), xyxy in pixels, at least a pixel wide and high; each box's centre is uniform over where it
+        can be.
+    """
+    bins = _draw(histogram, count, generator)
+    size = (bins + 1 - torch.rand(count, generator=generator)) / len(histogram)
+    # Beyond these a side would be longer than the image's.
+    low, high = (torch.full_like(size, bound).clamp(size**2, size**-2).log() for bound in ratio)
+    root = ((low + torch.rand(count, generator=generator) * (high - low)) / 2).exp()
+    height, width = image_size
+    pixel = torch.tensor([1 / width, 1 / height])
+    return _place(torch.stack([size * root, size / root], dim=1).clamp(max=1).maximum(pixel), image_size, generator)
+
+
+def _place(size: Tensor, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Boxes (n, 4), xyxy in pixels, of widths and heights (n, 2) that are shares of the image's."""
+    corner = torch.rand(len(size), 2, generator=generator) * (1 - size)
     height, width = image_size
     pixels = torch.tensor([width, height, width, height])
     return torch.cat([corner, corner + size], dim=1) * pixels
+
+
+def _draw(histogram: Sequence[float], count: int, generator: torch.Generator) -> Tensor:
+    """Bins of a histogram, (count,) int64, each drawn in proportion to its weight."""
+    weights = torch.tensor(histogram, dtype=torch.float64)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 @LABEL_SAMPLERS.register_module()
@@ -51,12 +95,29 @@ class MultiBoxSampler(LabelSampler):
         num_boxes: Fewest and most boxes of an image; every number between is equally likely.
         side: Range of each box's width and height, drawn apart, as shares of the image's, in (0,
             1].
+        count_histogram: In place of ``num_boxes``: weights of one box in an image, two, three, and so on. No label of a
+            real image is read, but such numbers come from somewhere: taken from the real data set, the labels are the
+            paper's "in distribution", which knows more than a label-free run.
+        size_histogram: In place of ``side``: weights of the boxes' sizes, see :func:`boxes_by_size`.
+        ratio: Width to height with ``size_histogram``, both as shares of the image's: its range, in (0, inf).
 
     Raises:
-        UserError: If a range is empty or out of bounds.
+        UserError: If a range is empty or out of bounds, or a histogram is none.
+
+    Example:
+        >>> sampler = MultiBoxSampler(count_histogram=[0, 1])
+        >>> [len(instances) for instances in sampler.sample(3, (160, 160), 80, torch.Generator())]
+        [2, 2, 2]
     """
 
-    def __init__(self, num_boxes: Sequence[int] = (1, 10), side: Sequence[float] = (0.1, 0.5)) -> None:
+    def __init__(
+        self,
+        num_boxes: Sequence[int] = (1, 10),
+        side: Sequence[float] = (0.1, 0.5),
+        count_histogram: Sequence[float] | None = None,
+        size_histogram: Sequence[float] | None = None,
+        ratio: Sequence[float] = (0.5, 2.0),
+    ) -> None:
         name = type(self).__name__
         low, high = checked_range(f'{name}: num_boxes', num_boxes, 1, math.inf)
         if not isinstance(low, int) or not isinstance(high, int):
@@ -65,6 +126,11 @@ class MultiBoxSampler(LabelSampler):
         self.side = checked_range(f'{name}: side', side, 0, 1)
         if self.side[0] == 0:
             raise UserError(f'{name}: side must start above 0, got {side!r}')
+        self.count_histogram = checked_histogram(f'{name}: count_histogram', count_histogram)
+        self.size_histogram = checked_histogram(f'{name}: size_histogram', size_histogram)
+        self.ratio = checked_range(f'{name}: ratio', ratio, 0, math.inf)
+        if self.ratio[0] == 0 or self.ratio[1] == math.inf:
+            raise UserError(f'{name}: ratio must start above 0 and be finite, got {ratio!r}')
 
     def sample(
         self,
@@ -74,14 +140,25 @@ class MultiBoxSampler(LabelSampler):
         generator: torch.Generator,
     ) -> list[InstanceData]:
         """Draw labels; see :meth:`LabelSampler.sample`."""
-        low, high = self.num_boxes
-        counts = torch.randint(low, high + 1, (num_images,), generator=generator).tolist()
-        bboxes = random_boxes(sum(counts), image_size, self.side, generator)
+        counts = self._draw_counts(num_images, generator)
+        bboxes = self._draw_boxes(counts, image_size, generator)
         labels = torch.randint(num_classes, (sum(counts),), generator=generator)
         return [
             InstanceData(bboxes=boxes, labels=classes)
             for boxes, classes in zip(bboxes.split(counts), labels.split(counts), strict=True)
         ]
+
+    def _draw_counts(self, num_images: int, generator: torch.Generator) -> list[int]:
+        if self.count_histogram is not None:
+            return (_draw(self.count_histogram, num_images, generator) + 1).tolist()
+        low, high = self.num_boxes
+        return torch.randint(low, high + 1, (num_images,), generator=generator).tolist()
+
+    def _draw_boxes(self, counts: list[int], image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Boxes of all images, ``counts`` of each, (sum of counts, 4), xyxy in pixels."""
+        if self.size_histogram is not None:
+            return boxes_by_size(sum(counts), image_size, self.size_histogram, self.ratio, generator)
+        return random_boxes(sum(counts), image_size, self.side, generator)
 
 
 @LABEL_SAMPLERS.register_module()

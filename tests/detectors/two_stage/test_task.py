@@ -13,8 +13,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mmzsq.detectors import DetectionTask, TwoStageTask, detection_task
 from mmzsq.detectors.two_stage import reason_unfit
@@ -39,31 +38,6 @@ NO_FIXED_ORDER = (
     'Bilinear',
 )
 """Parts of the names of backward functions that add up in no fixed order on a GPU."""
-
-
-class NoCopies(TorchDispatchMode):
-    """Notes operators that read host memory on behalf of the device. A number that fills a tensor is an argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        kinds = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
-        if kinds == {'cpu', 'cuda'} and func is not torch.ops.aten.fill_.Tensor:
-            self.copies.add(str(func))
-        return result
-
-
-class NoValues(TorchDispatchMode):
-    """Refuses operators whose result, or its shape, the host has to wait for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if any(part in name for part in ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal')):
-            raise AssertionError(f'{name} waits for the device')
-        return func(*args, **(kwargs or {}))
 
 
 def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
@@ -91,6 +65,7 @@ def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
 def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A synthesis step as it is on a GPU: fast layers, erasing, priors; only Adam's own step is left out."""
     monkeypatch.setattr(torch.optim, 'Adam', lambda images, **options: torch.optim.SGD(images, lr=0.1))
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda: None)
     monkeypatch.setattr(task, 'data_samples', lambda *args: samples)
     # Triton's kernels want a GPU that exists; so does the operator that takes BatchNorm's statistics.
     monkeypatch.setattr('mmzsq.synthesis.priors.HAS_TRITON', False)
@@ -106,7 +81,7 @@ def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatc
 
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
 def test_a_step_reads_nothing_of_the_hosts_memory(
-    build: Build, labels: list[InstanceData], backbone: str, monkeypatch: pytest.MonkeyPatch
+    build: Build, labels: list[InstanceData], backbone: str, no_copies: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole step in bf16, as far as a GPU is not needed: to the sum of the losses."""
     monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
@@ -119,16 +94,16 @@ def test_a_step_reads_nothing_of_the_hosts_memory(
     monkeypatch.setattr(torch.Tensor, 'backward', lambda total: None)
     with mode:
         step = make_step(task, samples, torch.rand(4, 3, *SIZE, device='cuda'), monkeypatch)
-        with NoCopies() as watch:
+        with no_copies:
             step._compute()
     assert len(step.losses) == (3 if backbone == 'swin' else 2)
     assert all(loss.shape == () and loss.device.type == 'cuda' for loss in step.losses.values())
-    assert not watch.copies
+    assert not no_copies.copies
 
 
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
 def test_a_step_never_asks_for_a_value(
-    build: Build, labels: list[InstanceData], backbone: str, monkeypatch: pytest.MonkeyPatch
+    build: Build, labels: list[InstanceData], backbone: str, no_values: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole step with its backward."""
     task = TwoStageTask(build(backbone=SWIN) if backbone == 'swin' else build())
@@ -136,7 +111,7 @@ def test_a_step_never_asks_for_a_value(
     step = make_step(task, samples, torch.rand(4, 3, *SIZE), monkeypatch)
     step._compute()
     before = step.images.detach().clone()
-    with NoValues():
+    with no_values():
         step._compute()
     assert len(step.losses) == 3
     assert not torch.equal(step.images, before)

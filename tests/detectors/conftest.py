@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches of what a CUDA graph cannot hold, for losses that run on the CPU or on a GPU that need not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WAITING = ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal', 'is_nonzero')
+
+
+class NoCopies(TorchDispatchMode):
+    """Notes operators that read host memory on behalf of the device. A number that fills a tensor is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kinds = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        if kinds == {'cpu', 'cuda'} and func is not torch.ops.aten.fill_.Tensor:
+            self.copies.add(str(func))
+        return result
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses operators whose result, or its shape, the host has to wait for; notes all others.
+
+    Attributes:
+        calls: Operator and shapes of its results, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        masks = 'aten.index' in name and any(
+            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1])
+        )
+        if masks or any(part in name for part in WAITING):
+            raise AssertionError(f'{name} waits for the device')
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((name, [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]))
+        return result
+
+
+@pytest.fixture
+def no_copies() -> NoCopies:
+    return NoCopies()
+
+
+@pytest.fixture
+def no_values() -> type[NoValues]:
+    return NoValues

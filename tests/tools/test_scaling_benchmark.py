@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of several processes in a toy size on the CPU: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = 'tools/benchmarks/scaling.py'
+CONFIG = 'configs/zsq/yolov5-p_shapes_w4a4.py'
+TOY = (
+    'zsq.calibration_set.num_images=3',
+    'zsq.synthesis.relabel.image_size=64',
+    'zsq.synthesis.relabel.iterations=2',
+    'zsq.synthesis.relabel.batch_size=1',
+    'zsq.synthesis.synthesise.image_size=64',
+    'zsq.synthesis.synthesise.iterations=1',
+    'zsq.synthesis.synthesise.batch_size=1',
+    'zsq.train.max_epochs=2',
+    'zsq.train.batch_size=1',
+    'zsq.train.num_workers=0',
+    'zsq.train.init_batches=1',
+    *(f'val_{part}=None' for part in ('dataloader', 'evaluator', 'cfg')),
+)
+
+
+PLAIN_CONFIGS = """
+from mmengine.config import Config
+
+# Without their layout, which takes seconds each time that a config is logged or saved.
+Config.pretty_text = property(lambda cfg: '')
+"""
+
+
+@pytest.fixture
+def call(repo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def call(*arguments: str) -> None:
+        (tmp_path / 'sitecustomize.py').write_text(PLAIN_CONFIGS)
+        monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+        monkeypatch.setenv('OMP_NUM_THREADS', '1')
+        weights = 'mmzsq://yolov5-p_shapes.safetensors'
+        monkeypatch.setattr(sys, 'argv', [str(repo / TOOL), str(repo / CONFIG), '--checkpoint', weights, *arguments])
+        runpy.run_path(str(repo / TOOL), run_name='__main__')
+
+    return call
+
+
+def test_times_one_and_two_processes_and_finds_their_sets_equal(call: Any, tmp_path: Path) -> None:
+    out = tmp_path / 'scaling.json'
+    call('--gpus', '1', '2', '--out', str(out), '--cfg-options', *TOY)
+    measured = json.loads(out.read_text())
+    assert measured['same_set']
+    one, two = measured['runs']['1'], measured['runs']['2']
+    assert one['set_sha256'] == two['set_sha256']
+    parts = {'start_up', 'warm_up', 'claim', 'synthesis', 'merge', 'verification', 'initialisation', 'training_step'}
+    for run in (one, two):
+        assert (run['images'], run['shards'], run['batch_size']) == (3, 3, 1)
+        assert parts < set(run['seconds'])
+        assert all(run['seconds'][part] > 0 for part in parts)
+    # The images of an epoch are shared out.
+    assert (one['train_steps'], two['train_steps']) == (6, 4)
+    assert len(one['synthesis_seconds']) == 1
+    assert max(two['synthesis_seconds']) == two['seconds']['synthesis']
+    assert one['seconds']['all_reduce'] == 0 < two['seconds']['all_reduce']
+    made = [sum(run['seconds'][part] for part in ('claim', 'synthesis', 'merge', 'verification')) for run in (one, two)]
+    assert measured['speedup']['generation'] == pytest.approx(made[0] / made[1], abs=2e-3)
+    assert measured['speedup']['training'] == pytest.approx(
+        2 * one['seconds']['training_step'] / two['seconds']['training_step'], rel=0.01
+    )
+    serial = made[0] - one['seconds']['synthesis']
+    assert measured['serial_share']['generation'] == pytest.approx(serial / made[0], abs=1e-4)
+    assert {'device', 'versions', 'command'} < set(measured)
+
+
+def test_processes_to_compare_with_one_are_asked_for(call: Any) -> None:
+    with pytest.raises(SystemExit, match='--gpus is 1 and then rising numbers, not 2'):
+        call('--gpus', '2')

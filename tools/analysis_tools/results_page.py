@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/results.md, the paper's tables with our numbers, from the results of the runs, or check it.
+
+    python tools/analysis_tools/results_page.py
+    python tools/analysis_tools/results_page.py --check
+
+The tables and what each cell is run with are those of ``tools/benchmarks/yolo_tables.py``; ``tools/benchmarks/yolo.py``
+leaves a run's results as ``results/yolov5-n/METHOD_BITS_seedSEED.json``. What was not run stays empty, and under each
+table the page says so. A run with other settings than its cell has now is shown, and named there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from results_table import (
+    ROOT,
+    SAME_TEACHER,
+    differences,
+    markdown_table,
+    read_results,
+    read_text,
+    repository_path,
+    synthesis_text,
+    training_text,
+)
+
+from mmzsq.config import complete_section
+from mmzsq.errors import UserError
+
+sys.path.append(str(ROOT / 'tools' / 'benchmarks'))
+
+from yolo_tables import METHODS, TABLES, Cell, Row, Table, student_options
+
+PAGE = 'docs/results.md'
+RESULTS = 'results/yolov5-n'
+EARLIER = ('results/yolov5-n_coco200', ('default', 'paper'))
+"""Folder with runs of configs/zsq/README.md, ``yolov5-n_BITS_METHOD.json``, and the methods that they are of."""
+NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
+METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
+NOT_COMPARED = (
+    *('zsq.calibration_set.seed', 'zsq.calibration_set.dir', 'zsq.train.num_workers'),
+    'zsq.calibration_set.real.data_root',
+)
+"""Settings by which runs of one cell may differ."""
+OF_SYNTHETIC_IMAGES = ('zsq.synthesis.', 'zsq.label_sampler.', 'zsq.calibration_set.num_images')
+"""Settings that a run on real images has no use for."""
+INTRODUCTION = """# Results on YOLOv5-n
+
+The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the smallest
+YOLOv5. This page is written by `python tools/analysis_tools/results_page.py` from the files in [results](../results).
+What is run for a cell stands in [yolo_tables.py](../tools/benchmarks/yolo_tables.py), and
+`python tools/benchmarks/yolo.py --tables 2 --list` prints it as commands.
+
+Numbers are AP / AP50 in percent on 200 images of COCO val2017, described in
+[configs/zsq/README.md](../configs/zsq/README.md): means over the seeds, ± half the range between them where there are
+several. On so few images AP carries a few points of sampling noise, the same in all rows: compare rows. **The columns
+of the paper are of another detector, YOLOv5-s, on all 5000 images**: they stand beside ours for the order of the rows,
+not for their height. The checkpoint evaluated is the last one, where the paper's is chosen on the validation images.
+
+Calibration sets have 512 images, where the paper has 2000. `paper` is the paper's recipe cut short (800 and 300
+iterations in place of 2500 and 2500, 192 steps of training at batch 32), `default` ours (640 steps at batch 16); within
+a preset all rows take as many steps. Rows on real images or with labels of real images are for comparison and not
+zero-shot, nor are those "in distribution" to the letter. Two-stage detectors, the paper's Table 3, are in
+[configs/zsq/README.md](../configs/zsq/README.md).
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a method at a bit width.
+
+    Attributes:
+        source: Its file, in the repository.
+        seed: Of its calibration set and its training.
+        content: What it wrote.
+        changed: Settings that are otherwise in the method as it is now, with the values of the run.
+    """
+
+    source: str
+    seed: int
+    content: dict[str, Any]
+    changed: dict[str, Any]
+
+
+Runs = Mapping[tuple[str, str], Sequence[Result]]
+"""By method and bits, by rising seed."""
+
+
+def main() -> None:
+    """Parse the command line; write or check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if the page is not up to date')
+    parser.add_argument(
+        '--root', type=Path, default=ROOT, help='folder with configs/, results/ and docs/ (default: this repository)'
+    )
+    args = parser.parse_args()
+    page = args.root / PAGE
+    try:
+        text = render(read_runs(args.root))
+        current = read_text(page) if page.is_file() else ''
+    except UserError as error:
+        raise SystemExit(f'error: {error}') from None
+    if text == current:
+        return
+    if args.check:
+        sys.stderr.write(f'{page} is not up to date: run {Path(__file__).name}\n')
+        sys.exit(1)
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(text, encoding='utf-8')
+
+
+def read_runs(root: Path) -> Runs:
+    """Read the results in a repository.
+
+    Args:
+        root: Folder with ``configs/`` and ``results/``.
+
+    Returns:
+        Kept runs; where a method was not run at some bits, that of an earlier table.
+
+    Raises:
+        UserError: If a file is not named after what it holds, or the runs of a cell differ in more than the seed, or
+            their teachers do.
+    """
+    found: dict[tuple[str, str], list[Result]] = {}
+    for path in sorted((root / RESULTS).glob('*.json')):
+        match = NAME.fullmatch(path.stem)
+        if match is None or match['method'] not in METHODS:
+            raise UserError(f'{path} is not named METHOD_BITS_seedSEED.json, with a method of yolo_tables.py')
+        result = _result(path, match['method'], match['bits'], root)
+        if result.seed != int(match['seed']):
+            raise UserError(f'{path} holds a run with the seed {result.seed}: name it so')
+        found.setdefault((match['method'], match['bits']), []).append(result)
+    folder, methods = EARLIER
+    for method in methods:
+        for path in sorted((root / folder).glob(f'*_{method}.json')):
+            bits = path.stem.split('_')[-2]
+            if (method, bits) not in found:
+                found[method, bits] = [_result(path, method, bits, root)]
+    for key, results in found.items():
+        results.sort(key=lambda result: result.seed)
+        if any(result.changed != results[0].changed for result in results):
+            raise UserError(f'the runs of {key[0]} at {key[1]} differ in more than the seed: keep those that are alike')
+    teachers = [_accuracy(result, 'float') for results in found.values() for result in results]
+    aps = [accuracy[0] for accuracy in teachers if accuracy is not None]
+    if aps and max(aps) - min(aps) > SAME_TEACHER:
+        raise UserError(
+            f'the runs had different teachers: their AP is from {min(aps):.3f} to {max(aps):.3f}; keep those of one'
+        )
+    return found
+
+
+def render(runs: Runs) -> str:
+    """The page."""
+    return '\n'.join([INTRODUCTION, *(render_table(table, runs) for table in TABLES.values())])
+
+
+def render_table(table: Table, runs: Runs) -> str:
+    """One table of the page, with what has to be known of its runs, as markdown."""
+    header = [*table.heads, *table.columns, *(['share of the teacher'] if table.share else []), *table.paper]
+    rows = [_row(row, runs, table.share) for row in table.rows]
+    here = {key: runs[key] for key in table.runs if key in runs}
+    parts = [
+        f'## Table {table.number}: {table.title}',
+        markdown_table(header, rows),
+        table.note,
+        *_missing(table, runs),
+    ]
+    seeds = sorted({result.seed for results in here.values() for result in results}) or [0, 1]
+    command = f'python tools/benchmarks/yolo.py --tables {table.number} --seeds {" ".join(map(str, seeds))}'
+    parts.append(f'```bash\n{command}\n```')
+    if here:
+        head = ('run', 'bits', 'images', 'boxes an image', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds')
+        times = ('minutes of the set', 'minutes of training and evaluation', 'evaluated on', 'device')
+        parts.append(markdown_table([*head, *times], _how(here)))
+    parts.extend(_elsewhere(here, table))
+    return '\n\n'.join(parts) + '\n'
+
+
+def _row(row: Row, runs: Runs, share: bool) -> list[str]:
+    shares = []
+    if share:
+        measured, teacher = (_accuracies(cell, runs) for cell in (row.cells[0], _teacher_of(row.cells[0])))
+        shares = [f'{100 * _mean(measured)[0] / _mean(teacher)[0]:.1f} %' if measured and teacher else '']
+    return [*row.labels, *(_text(_accuracies(cell, runs)) for cell in row.cells), *shares, *row.paper]
+
+
+def _teacher_of(cell: Cell) -> Cell:
+    return Cell(cell.method, cell.bits, 'float')
+
+
+def _accuracies(cell: Cell, runs: Runs) -> list[tuple[float, float]]:
+    """AP and AP50 of each run that was evaluated, in [0, 1]."""
+    measured = [_accuracy(result, cell.metric) for result in runs.get((cell.method, cell.bits), ())]
+    return [accuracy for accuracy in measured if accuracy is not None]
+
+
+def _accuracy(result: Result, metric: str) -> tuple[float, float] | None:
+    found = result.content['metrics'].get(metric)
+    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    return None if found is None else (found.get(METRICS[0], 0.0), found.get(METRICS[1], 0.0))
+
+
+def _mean(accuracies: Iterable[tuple[float, float]]) -> list[float]:
+    return [statistics.mean(values) for values in zip(*accuracies, strict=True)]
+
+
+def _text(accuracies: Sequence[tuple[float, float]]) -> str:
+    texts = []
+    for values in zip(*accuracies, strict=True):
+        spread = f' ± {50 * (max(values) - min(values)):.1f}' if len(values) > 1 else ''
+        texts.append(f'{100 * statistics.mean(values):.1f}{spread}')
+    return ' / '.join(texts)
+
+
+def _missing(table: Table, runs: Runs) -> Iterator[str]:
+    cells = [cell for row in table.rows for cell in row.cells]
+    missing = dict.fromkeys((cell.method, cell.bits) for cell in cells if not _accuracies(cell, runs))
+    if len(missing) == len(table.runs):
+        yield 'Nothing of it has been run yet, therefore all of our columns are empty.'
+        return
+    if missing:
+        yield f'Not run, therefore empty: {_by_method(missing, table)}.'
+
+
+def _by_method(runs: Iterable[tuple[str, str]], table: Table) -> str:
+    """Name methods, with their bits where these are not all that the table has of them."""
+    found: dict[str, list[str]] = {}
+    for method, bits in runs:
+        found.setdefault(method, []).append(bits)
+    texts = []
+    for method, widths in found.items():
+        whole = set(widths) == {bits for known, bits in table.runs if known == method}
+        texts.append(f'`{method}`' + ('' if whole else f' ({", ".join(widths).upper()})'))
+    return ', '.join(texts)
+
+
+def _how(runs: Runs) -> Iterator[list[str]]:
+    """How the runs of each method were made, one row a method."""
+    for method in dict.fromkeys(method for method, _ in runs):
+        results = [result for key, found in runs.items() if key[0] == method for result in found]
+        contents = [result.content for result in results]
+        first = contents[0]
+        measured = first['calibration_set']['statistics']
+        boxes = [_boxes(content) for content in contents]
+        sets = [sum(stage['seconds'] for stage in c['calibration_set']['stages'].values()) for c in contents]
+        training = [sum(content['seconds'].values()) for content in contents]
+        synthetic = not measured.get('real')
+        yield [
+            f'`{method}`',
+            ', '.join(bits.upper() for found, bits in runs if found == method),
+            f'{measured["images"]} {"synthetic" if synthetic else "real"}',
+            f'{statistics.mean(filter(None, boxes)):.1f}' if any(boxes) else '',
+            synthesis_text(first),
+            _distinct(training_text(content) for content in contents),
+            _distinct(str(seed) for seed in sorted({result.seed for result in results})),
+            f'{statistics.mean(sets) / 60:.1f}' if synthetic else '',
+            f'{statistics.mean(training) / 60:.1f}',
+            f'{_distinct(str(content["evaluation_images"]) for content in contents)} images',
+            _distinct(content['device'] for content in contents),
+        ]
+
+
+def _boxes(results: Mapping[str, Any]) -> float | None:
+    found = results['calibration_set']['statistics'].get('boxes_per_image')
+    return None if found is None else found['mean']
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return ', '.join(dict.fromkeys(texts))
+
+
+def _elsewhere(runs: Runs, table: Table) -> Iterator[str]:
+    """Runs from another table's folder, and those that were made otherwise than their cells say now."""
+    folder, _ = EARLIER
+    earlier = [key for key, found in runs.items() if found[0].source.startswith(f'{folder}/')]
+    if earlier:
+        yield (
+            f'Of the runs of [configs/zsq/README.md](../configs/zsq/README.md), in [{folder}](../{folder}): '
+            f'{_by_method(earlier, table)}.'
+        )
+    by_settings: dict[str, list[tuple[str, str]]] = {}
+    for key, found in runs.items():
+        settings = ', '.join(f'{name}={value}' for name, value in found[0].changed.items())
+        by_settings.setdefault(settings, []).append(key)
+    for settings, keys in by_settings.items():
+        if settings:
+            yield f'Run with settings that are otherwise now: {_by_method(keys, table)}: `{settings}`.'
+
+
+def _result(path: Path, method: str, bits: str, root: Path) -> Result:
+    content = read_results(path)
+    config, _ = METHODS[method].config_for(bits)
+    quantizer = content['quantizer']
+    held = (repository_path(content['config'], root), f'w{quantizer["w_bits"]}a{quantizer["a_bits"]}')
+    if held != (config, bits):
+        raise UserError(f'{path} holds {held[0]} at {held[1]}, not {config} at {bits}: move it away')
+    recorded = dict(content['settings'], quantizer=quantizer, preset=content['preset'])
+    current = _settings(method, bits, root)
+    # Settings of later versions, unless they are switched off.
+    added = {key: 'absent' for key, value in differences(current, recorded, 'zsq') if value}
+    changed = {**added, **dict(differences(recorded, current, 'zsq'))}
+    skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *OF_SYNTHETIC_IMAGES)
+    return Result(
+        path.relative_to(root).as_posix(),
+        content['settings']['calibration_set']['seed'],
+        content,
+        {key: value for key, value in changed.items() if not key.startswith(skipped)},
+    )
+
+
+def _settings(method: str, bits: str, root: Path) -> dict[str, Any]:
+    """The ``zsq`` section of a method as it is now, in JSON's types."""
+    recipe = METHODS[method]
+    config, _ = recipe.config_for(bits)
+    cfg = copy.deepcopy(_config(root / config))
+    cfg.merge_from_dict(dict(student_options(recipe, bits)))
+    return json.loads(json.dumps(complete_section(cfg.zsq.to_dict())))
+
+
+@cache
+def _config(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+if __name__ == '__main__':
+    main()
