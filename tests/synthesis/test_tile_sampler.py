@@ -46,6 +46,15 @@ def test_each_box_lies_in_a_cell_of_its_own(count: int, rows: int) -> None:
         assert (high <= 1 + 1e-5).all()
 
 
+def test_images_of_one_call_have_grids_of_their_own() -> None:
+    sampler = TileSampler(count_histogram=[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], side=(1.0, 1.0))
+    for instances in sampler.sample(20, SIZE, 5, generator()):
+        # Boxes that fill their cells cover the image, be they one or sixteen.
+        sides = instances.bboxes[:, 2:] - instances.bboxes[:, :2]
+        torch.testing.assert_close(sides, (WIDTH_HEIGHT / len(instances) ** 0.5).expand_as(sides))
+        assert sides.prod(dim=1).sum() == pytest.approx(120 * 240)
+
+
 def test_every_cell_is_taken_equally_often() -> None:
     taken = torch.zeros(3, 3)
     for instances in sample(5, images=900):
