@@ -43,10 +43,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
         needs_features, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         inverse = torch.rsqrt(variance + ctx.eps)
         grad_features = grad_weight = grad_bias = None
-        total = grad_output.sum((0, 2, 3), dtype=torch.float32)
         if needs_features:
             scale = (weight * inverse).view(-1, 1, 1)
             grad_features = grad_output * scale.to(grad_output.dtype)
+        if needs_weight or needs_bias:
+            total = grad_output.sum((0, 2, 3), dtype=torch.float32)
         if needs_weight:
             # Centred before it is summed: a mean far from zero would leave the difference of large sums.
             near = mean.to(features.dtype)
