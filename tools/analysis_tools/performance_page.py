@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from results_table import ROOT, markdown_table, renew
+
 from mmzsq import cli
 from mmzsq.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'tools' / 'benchmarks'))
 
-from speed_cases import CASES, Case, Goal, lookup  # noqa: E402
+from speed_cases import CASES, Case, Goal, lookup
 
 BLOCK = re.compile(r'(<!-- speed: (\w+) -->\n).*?(<!-- end of speed -->)', re.DOTALL)
 IMAGES, ITERATIONS, EPOCHS = 2000, 2500, 20
@@ -73,12 +74,7 @@ def main() -> None:
         raise UserError(f'page {args.page} does not exist')
     text = args.page.read_text(encoding='utf-8')
     updated = update(text, read_results(args.results))
-    if updated == text:
-        return
-    if args.check:
-        sys.stderr.write(f'{args.page} is not up to date: run {Path(__file__).name} {args.page} with its results\n')
-        sys.exit(1)
-    args.page.write_text(updated, encoding='utf-8')
+    renew(args.page, text, updated, args.check, f'{Path(__file__).name} {args.page} with its results')
 
 
 def read_results(paths: Iterable[Path]) -> Results:
@@ -146,7 +142,7 @@ def render_goals(results: Results) -> str:
             [f'two GPUs, {part}, times as fast as one', '', '', f'>= {goal}', _number(speedup, 2), *[''] * 3, met]
         )
     parts = [
-        _table(header, rows),
+        markdown_table(header, rows),
         'Milliseconds per image and iteration of the whole synthesis step, unless a row says otherwise. The times of '
         "the authors' code and of the prototype were taken on one H100; those marked with * had nothing done for their "
         'speed.',
@@ -191,7 +187,13 @@ def render_synthesis(results: Results) -> str:
         'the share of the step that these are, NVML the utilisation that the driver reports.'
     )
     return _join(
-        [_table(header, rows), legend, *reasons, _missing(rows), _provenance(r for _, r in results.having('synthesis'))]
+        [
+            markdown_table(header, rows),
+            legend,
+            *reasons,
+            _missing(rows),
+            _provenance(r for _, r in results.having('synthesis')),
+        ]
     )
 
 
@@ -217,7 +219,9 @@ def render_relabelling(results: Results) -> str:
         'Step and stage in ms per image and iteration: a step alone, and with the share of the corrections that the '
         'stage of the config makes.'
     )
-    return _join([_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('relabel'))])
+    return _join(
+        [markdown_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('relabel'))]
+    )
 
 
 def render_training(results: Results) -> str:
@@ -241,7 +245,9 @@ def render_training(results: Results) -> str:
         'Lowest and highest of a ratio in brackets; graph and busy are of the distilled step. The float detector and '
         "the student alone learn by the detector's own loss, in which the host launches every kernel."
     )
-    return _join([_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('training'))])
+    return _join(
+        [markdown_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('training'))]
+    )
 
 
 def render_memory(results: Results) -> str:
@@ -252,7 +258,7 @@ def render_memory(results: Results) -> str:
     measured = results.having('synthesis', 'relabel', 'training')
     rows = [[case.title, *(_memory_cell(lookup(result, key)) for key in kinds.values())] for case, result in measured]
     return _join(
-        [_table(['', *kinds], rows), 'Peak GiB that tensors held / that PyTorch had reserved.', _missing(rows)]
+        [markdown_table(['', *kinds], rows), 'Peak GiB that tensors held / that PyTorch had reserved.', _missing(rows)]
     )
 
 
@@ -268,7 +274,7 @@ def render_costs(results: Results) -> str:
                     for cost in top
                 ]
                 parts.append(f'**{case.title}: {title}**')
-                parts.append(_table(['kernel', 'ms a step', 'calls', 'share'], rows))
+                parts.append(markdown_table(['kernel', 'ms a step', 'calls', 'share'], rows))
     return _join(parts or ['Nothing was measured yet.'])
 
 
@@ -286,7 +292,7 @@ def render_scaling(results: Results) -> str:
     )
     same = lookup(results.scaling, 'same_set')
     sets = '' if same is None else f'All runs made the same set, by its SHA-256 sums: {_yes(same)}.'
-    return _join([_table(header, rows), legend, sets, _missing(rows), _provenance([results.scaling])])
+    return _join([markdown_table(header, rows), legend, sets, _missing(rows), _provenance([results.scaling])])
 
 
 def amdahl(serial_share: float, processes: int) -> float:
@@ -398,11 +404,6 @@ def _provenance(results: Iterable[Mapping[str, Any] | None]) -> str:
     return '\n\n'.join(
         f'Measured on {where}:\n\n```bash\n' + '\n'.join(lines) + '\n```' for where, lines in commands.items()
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines)
 
 
 def _join(parts: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from results_table import (
     markdown_table,
     read_results,
     read_text,
+    renew,
     repository_path,
     synthesis_text,
     training_text,
@@ -112,13 +113,7 @@ def main() -> None:
         current = read_text(page) if page.is_file() else ''
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
-    if text == current:
-        return
-    if args.check:
-        sys.stderr.write(f'{page} is not up to date: run {Path(__file__).name}\n')
-        sys.exit(1)
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(text, encoding='utf-8')
+    renew(page, current, text, args.check, Path(__file__).name)
 
 
 def read_runs(root: Path) -> Runs:

@@ -125,12 +125,26 @@ def main() -> None:
         updated = update(text, args.root)
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
-    if updated == text:
+    renew(args.markdown, text, updated, args.check, f'{Path(__file__).name} {args.markdown}')
+
+
+def renew(page: Path, current: str, updated: str, check: bool, command: str) -> None:
+    """Write a page that has changed, or only say that it has.
+
+    Args:
+        page: The file; its folder is made.
+        current: What it holds.
+        updated: What it should hold.
+        check: Write nothing, and exit with 1 if the two differ.
+        command: What brings the page up to date, for the message.
+    """
+    if updated == current:
         return
-    if args.check:
-        sys.stderr.write(f'{args.markdown} is not up to date: run {Path(__file__).name} {args.markdown}\n')
+    if check:
+        sys.stderr.write(f'{page} is not up to date: run {command}\n')
         sys.exit(1)
-    args.markdown.write_text(updated, encoding='utf-8')
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(updated, encoding='utf-8')
 
 
 def update(text: str, root: Path) -> str:
@@ -484,7 +498,7 @@ def _enumerate_missing(rows: Iterable[Row]) -> str:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table as markdown."""
     lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines)
 
 
 def _leaves_of_one_detector(leaf: str, root: Path) -> list[str]:
