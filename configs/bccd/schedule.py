@@ -2,7 +2,7 @@
 
 _base_ = ['../_base_/datasets/bccd_instance.py', 'mmdet::_base_/default_runtime.py']
 
-max_epochs = 30
+max_epochs = 40
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

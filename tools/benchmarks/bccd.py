@@ -22,8 +22,9 @@ from jobs import ROOT, Job, keep_results, lock, run, tool, write
 
 CONFIGS = Path('configs/bccd')
 WORK = Path('work_dirs/bccd')
-TEACHERS = {'r50': ('mask-rcnn_r50_bccd', 30), 'swin-t': ('mask-rcnn_swin-t_bccd', 40)}
-"""Name of a detector's config, and the epochs that it trains for."""
+TEACHERS = {'r50': 'mask-rcnn_r50_bccd', 'swin-t': 'mask-rcnn_swin-t_bccd'}
+"""Name of a detector's config."""
+TEACHER_EPOCHS = 40
 GALLERY_SEED = 0
 BITS = ('w8a8', 'w4a8', 'w6a6')
 SUFFIXES = ('', '_lsq-real', '_lsq-real-distil')
@@ -78,19 +79,18 @@ def plan(detectors: Sequence[str], bits: Sequence[str], seeds: Sequence[int], op
         data,
         data / 'annotations' / f'{splits[-1]}.json',
     )
-    teachers = tuple(TEACHERS[detector][0] for detector in detectors)
-    for detector in detectors:
-        teacher, epochs = TEACHERS[detector]
+    teachers = tuple(TEACHERS[detector] for detector in detectors)
+    for teacher in teachers:
         work_dir = Path('work_dirs') / teacher
         command = tool('train', CONFIGS / f'{teacher}.py', work_dir, ['default_hooks.checkpoint.interval=5'])
-        yield Job(teacher, command, work_dir, work_dir / f'epoch_{epochs}.pth', (CONVERT,), resumes=True)
+        yield Job(teacher, command, work_dir, work_dir / f'epoch_{TEACHER_EPOCHS}.pth', (CONVERT,), resumes=True)
     for seed in seeds:
         for detector in detectors:
-            yield _set_job(TEACHERS[detector][0], seed, options, teachers)
+            yield _set_job(TEACHERS[detector], seed, options, teachers)
         for suffix in SUFFIXES:
             for width in bits:
                 for detector in detectors:
-                    yield _student_job(TEACHERS[detector][0], width, suffix, seed, options)
+                    yield _student_job(TEACHERS[detector], width, suffix, seed, options)
 
 
 def keep(job: Job, out: Path) -> str:
