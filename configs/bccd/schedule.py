@@ -1,8 +1,9 @@
-"""What the detectors of this folder share: data, AdamW along a cosine, bf16, the last checkpoint."""
+"""What the detectors of this folder share: data, AdamW, bf16, 40 epochs of distorted images and 16 of plain ones."""
 
 _base_ = ['../_base_/datasets/bccd_instance.py', 'mmdet::_base_/default_runtime.py']
 
-max_epochs = 40
+distorted, plain = 40, 16
+max_epochs = distorted + plain
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -15,9 +16,35 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5, norm_type=2),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )
+warm_up = 3
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
-    dict(type='CosineAnnealingLR', T_max=max_epochs, end=max_epochs, by_epoch=True, convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=0.01, end=warm_up, by_epoch=True, convert_to_iter_based=True),
+    dict(
+        type='CosineRestartLR',
+        periods=[distorted - warm_up, plain],
+        restart_weights=[1.0, 0.25],
+        eta_min=0.0,
+        begin=warm_up,
+        end=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+# The detector ends on images as it will see them. Without this, whoever trains on these images goes on to learn, with
+# quantized layers or without, and BatchNorm remembers tints and borders that no image has.
+custom_hooks = [
+    dict(
+        type='PipelineSwitchHook',
+        switch_epoch=distorted,
+        switch_pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
+            dict(type='Resize', scale={{_base_.image_size}}, keep_ratio=True),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='RandomFlip', prob=0.5, direction='vertical'),
+            dict(type='PackDetInputs'),
+        ],
+    )
 ]
 default_hooks = dict(checkpoint=dict(interval=max_epochs, max_keep_ckpts=1), logger=dict(interval=20))
 randomness = dict(seed=0)

@@ -373,10 +373,11 @@ class _Step:
                 f'synthesis runs eagerly: the detection loss waits for the device ({self.synthesizer.eager_reason})',
                 stacklevel=2,
             )
-            self._eager()
-            return
         finally:
             torch.cuda.set_sync_debug_mode(mode)
+        if not self.may_capture:
+            self._eager()
+            return
         self.optimizer.zero_grad(set_to_none=True)
         # A graph has memory of its own: that of the eager steps would stay beside it.
         torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ CONFIGS = Path('configs/bccd')
 WORK = Path('work_dirs/bccd')
 TEACHERS = {'r50': 'mask-rcnn_r50_bccd', 'swin-t': 'mask-rcnn_swin-t_bccd'}
 """Name of a detector's config."""
-TEACHER_EPOCHS = 40
+TEACHER_EPOCHS = 56
 GALLERY_SEED = 0
 BITS = ('w8a8', 'w4a8', 'w6a6')
 SUFFIXES = ('', '_lsq-real', '_lsq-real-distil')

@@ -17,6 +17,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 from torch import nn
 
+from mmzsq.detectors.max_iou_assigner import MaxIoUAssigner as WithoutWaiting
 from mmzsq.detectors.parts import unknown_parts, unknown_settings
 
 BOX_LOSSES = (L1Loss, SmoothL1Loss)
@@ -29,7 +30,7 @@ PARTS: dict[str, tuple[type, ...]] = {
     'rpn_head.loss_cls': (CrossEntropyLoss,),
     'rpn_head.loss_bbox': BOX_LOSSES,
     'roi_head': (StandardRoIHead,),
-    'roi_head.bbox_assigner': (MaxIoUAssigner,),
+    'roi_head.bbox_assigner': (MaxIoUAssigner, WithoutWaiting),
     'roi_head.bbox_sampler': (RandomSampler,),
     'roi_head.bbox_roi_extractor': (SingleRoIExtractor,),
     'roi_head.bbox_roi_extractor.roi_layers.0': (RoIAlign,),
