@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/results.md reports of YOLOv5-n: the paper's Tables 2 and 4 to 8, and how every number of ours is made.
+"""What docs/results.md reports of YOLOv5-n: the paper's Tables 2 and 4 to 8, one of ours, and how our numbers are made.
 
 All of it is data. A calibration set is made once a seed and serves every student that names it. A method is a recipe
 for a student: a config, settings on top of it, and the images it learns from. A cell of a table is one accuracy of a
@@ -137,7 +137,7 @@ class Table:
     """One table of the paper, with our numbers.
 
     Attributes:
-        number: The paper's.
+        number: The paper's, or 9 for ours.
         title: What is compared.
         heads: Titles of the label columns.
         columns: Titles of our columns.
@@ -249,6 +249,80 @@ SETS: tuple[Images, ...] = (
 
 _DEFAULT, _PAPER = SETS[:2]
 
+_PARTS: tuple[tuple[str, str, Method], ...] = (
+    *(
+        ('quantizer', title, _on_set(_DEFAULT, f'default_{name}', **options))
+        for title, name, options in (
+            ('weights: one step a tensor', 'per-tensor', dict(zsq__quantizer__weight__per_channel=False)),
+            ('activations: signed', 'signed', dict(zsq__quantizer__activation__scheme='signed')),
+            (
+                'first steps: the rule of LSQ',
+                'lsq-steps',
+                dict(zsq__quantizer__weight__init='lsq', zsq__quantizer__activation__init='lsq'),
+            ),
+            (
+                'steps: learnt as they are, at the rate of weights',
+                'linear-steps',
+                dict(zsq__quantizer__step='linear', zsq__train__step_lr=None),
+            ),
+            (
+                'first and last layers: as all others',
+                'same-first-last',
+                dict(zsq__quantizer__first_bits='same', zsq__quantizer__last_bits='same'),
+            ),
+        )
+    ),
+    *(
+        ('training', title, _on_set(_DEFAULT, f'default_{name}', config and COMPARISON.format(config), **options))
+        for title, name, config, options in (
+            ('steps: at the rate of weights', 'one-rate', None, dict(zsq__train__step_lr=None)),
+            ('rate: twice as high', 'double-rate', None, dict(zsq__train__optimizer__lr=2e-4)),
+            ('rate: constant', 'constant-rate', None, dict(zsq__train__schedule='constant')),
+            ('BatchNorm: learns', 'bn-train', None, dict(zsq__train__bn='train')),
+            ('augmentation: none', 'plain', None, dict(zsq__train__augmentation=None)),
+            ('weights: averaged', 'ema', None, dict(zsq__train__ema=0.999)),
+            ('a half of the activations left float at first', 'drop', None, dict(zsq__train__drop__activations=0.5)),
+            ('three times as many steps', 'long', None, dict(zsq__train__max_epochs=60)),
+            ('predictions: one softmax over a map', 'kl', 'kl-predictions', {}),
+            ('features: as they are, not normalised', 'raw-features', 'raw-features', {}),
+        )
+    ),
+    *(
+        ('images', title, _on_set(_images('default', name, options, size, config), **own))
+        for title, name, options, size, config, own in (
+            (
+                'BatchNorm prior: Euclidean, as in `paper`',
+                'l2-prior',
+                {},
+                IMAGES,
+                COMPARISON.format('l2-prior'),
+                {},
+            ),
+            ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
+            ('erasing: none', 'no-cutout', {'zsq.synthesis.cutout': None}, IMAGES, None, {}),
+            (
+                'labels: start as one box',
+                'one-box',
+                {'zsq.label_sampler.start.type': 'mmzsq.SingleBoxSampler', 'zsq.label_sampler.start.side': (0.2, 0.8)},
+                IMAGES,
+                None,
+                {},
+            ),
+            (
+                '2048 at 320 px, as many pixels',
+                'half-size',
+                {'zsq.synthesis.refine': None, 'zsq.synthesis.synthesise.image_size': 320},
+                4 * IMAGES,
+                None,
+                dict(zsq__train__image_size=640),
+            ),
+        )
+    ),
+)
+"""What is otherwise than in ``default``, where, and the method."""
+
+SETS = (*SETS, *(method.images for *_, method in _PARTS if method.images not in (None, _DEFAULT)))
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -270,6 +344,7 @@ METHODS: dict[str, Method] = {
             zsq__distillation__losses=(),
             zsq__distillation__detection_weight=1.0,
         ),
+        *(method for *_, method in _PARTS),
     )
 }
 """Every method, by name."""
@@ -397,6 +472,8 @@ _TABLE_8: tuple[tuple[str, tuple[str, str, str], str, tuple[str]], ...] = (
     ('`default`', ('', '', 'yes'), 'default_detection-alone', ('',)),
 )
 
+_PART_BITS = ('w4a8', 'w4a4')
+
 _THEIRS = 'the paper, another detector: YOLOv5-s'
 
 TABLES: dict[int, Table] = {
@@ -504,6 +581,22 @@ TABLES: dict[int, Table] = {
             ),
             'Where the detection loss is learnt, `default` goes without its augmentation: labels would no longer fit.',
         ),
+        Table(
+            9,
+            'What each part of `default` is worth',
+            ('part', 'otherwise'),
+            tuple(map(_shown, _PART_BITS)),
+            (),
+            (
+                Row(('', '`default`'), tuple(Cell('default', bits) for bits in _PART_BITS)),
+                *(
+                    Row((part, title), tuple(Cell(method.name, bits) for bits in _PART_BITS))
+                    for part, title, method in _PARTS
+                ),
+            ),
+            'Ours, not in the paper. One thing is otherwise in each row, and all else as in `default`. Rows of the '
+            'part "images" have a calibration set of their own.',
+        ),
     )
 }
-"""By the paper's number."""
+"""By the paper's number; 9 is ours."""

@@ -1,0 +1,11 @@
+"""Ablation: ``default`` with the paper's loss of predictions, one softmax over each whole map."""
+
+_base_ = ['../yolov5-n_w8a8.py']
+zsq = dict(
+    distillation=dict(
+        losses=[
+            dict(type='mmzsq.PredictionKLLoss', tau=4.0, loss_weight=0.1),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=True),
+        ]
+    )
+)

@@ -1,0 +1,11 @@
+"""Ablation: ``default`` with features compared as they are, not divided by the teacher's mean square."""
+
+_base_ = ['../yolov5-n_w8a8.py']
+zsq = dict(
+    distillation=dict(
+        losses=[
+            dict(type='mmzsq.PredictionLoss', loss_weight=1.0),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=False),
+        ]
+    )
+)
