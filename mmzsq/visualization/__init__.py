@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of what was made."""
 
-from mmzsq.visualization.gallery import draw_labels, save_gallery, save_set_gallery
+from mmzsq.visualization.gallery import draw_labels, save_gallery, save_set_gallery, save_side_by_side
 
-__all__ = ['draw_labels', 'save_gallery', 'save_set_gallery']
+__all__ = ['draw_labels', 'save_gallery', 'save_set_gallery', 'save_side_by_side']

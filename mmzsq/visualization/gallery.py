@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -20,6 +20,8 @@ from mmzsq.synthesis.coco_format import read_mask
 
 TILE = 256
 GAP = 4
+TITLE = 28
+"""Height in pixels of a row's name."""
 MASK_OPACITY = 0.15
 
 
@@ -86,15 +88,7 @@ def save_gallery(
         classes: Category names.
     """
     tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
-    columns = min(len(tiles), math.ceil(math.sqrt(2 * len(tiles))))
-    rows = math.ceil(len(tiles) / columns)
-    sheet = np.full((rows * (TILE + GAP) - GAP, columns * (TILE + GAP) - GAP, 3), 255, np.uint8)
-    for index, tile in enumerate(tiles):
-        top, left = (TILE + GAP) * (index // columns), (TILE + GAP) * (index % columns)
-        sheet[top : top + TILE, left : left + TILE] = tile
-    part = Path(path).with_suffix('.part.png')
-    cv2.imwrite(str(part), sheet[..., ::-1])
-    os.replace(part, path)
+    _save(path, _sheet(tiles, min(len(tiles), math.ceil(math.sqrt(2 * len(tiles))))))
 
 
 def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str], indices: Iterable[int]) -> None:
@@ -105,13 +99,56 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
         root: Folder of a complete set.
         indices: Which images.
     """
-    coco = json.loads((Path(root) / 'annotations' / 'instances.json').read_text())
+    save_gallery(path, *read_labelled(root, indices))
+
+
+def save_side_by_side(
+    path: str | os.PathLike[str], roots: Mapping[str, str | os.PathLike[str]], indices: Sequence[int]
+) -> None:
+    """Write a PNG with a row of labelled images for each calibration set, the same indices of all, under its name.
+
+    Args:
+        path: The file, replaced at once.
+        roots: Folders of complete sets, by what their rows are called.
+        indices: Which images.
+    """
+    rows = []
+    for name, root in roots.items():
+        images, labels, classes = read_labelled(root, indices)
+        row = _sheet([draw_labels(*pair, classes) for pair in zip(images, labels, strict=True)], len(indices))
+        title = np.full((TITLE, row.shape[1], 3), 255, np.uint8)
+        cv2.putText(title, name, (2, TITLE - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+        rows += [title, row]
+    _save(path, np.concatenate(rows))
+
+
+def read_labelled(
+    root: str | os.PathLike[str], indices: Iterable[int]
+) -> tuple[list[np.ndarray], list[InstanceData], list[str]]:
+    """Read images of a calibration set.
+
+    Args:
+        root: Folder of a complete set.
+        indices: Which images.
+
+    Returns:
+        Images, uint8 RGB (H, W, 3); their labels, as :func:`draw_labels` takes them; category names.
+
+    Raises:
+        UserError: If the set has no such image, or its file is missing or damaged.
+    """
+    annotations_file = Path(root) / 'annotations' / 'instances.json'
+    if not annotations_file.is_file():
+        raise UserError(f'{root} is not the folder of a complete calibration set')
+    coco = json.loads(annotations_file.read_text())
     category_index = {category['id']: index for index, category in enumerate(coco['categories'])}
     annotations = defaultdict(list)
     for annotation in coco['annotations']:
         annotations[annotation['image_id']].append(annotation)
     images, labels = [], []
     for index in indices:
+        if not 0 <= index < len(coco['images']):
+            raise UserError(f'{root} has images 0 to {len(coco["images"]) - 1}, and {index} was asked for')
         image = coco['images'][index]
         pixels = cv2.imread(str(Path(root) / 'images' / image['file_name']))
         if pixels is None:
@@ -127,4 +164,21 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
         if known and len(known) == len(masks):
             instances.masks = torch.stack(known)
         labels.append(instances)
-    save_gallery(path, images, labels, [category['name'] for category in coco['categories']])
+    return images, labels, [category['name'] for category in coco['categories']]
+
+
+def _sheet(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Square tiles row by row, on white."""
+    rows = math.ceil(len(tiles) / columns)
+    sheet = np.full((rows * (TILE + GAP) - GAP, columns * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = (TILE + GAP) * (index // columns), (TILE + GAP) * (index % columns)
+        sheet[top : top + TILE, left : left + TILE] = tile
+    return sheet
+
+
+def _save(path: str | os.PathLike[str], sheet: np.ndarray) -> None:
+    part = Path(path).with_suffix('.part.png')
+    if not cv2.imwrite(str(part), sheet[..., ::-1]):
+        raise UserError(f'{path} cannot be written')
+    os.replace(part, path)

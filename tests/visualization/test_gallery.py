@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -11,10 +13,11 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
+from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.synthesis.label_samplers import ellipse_masks
-from mmzsq.visualization import save_gallery, save_set_gallery
-from mmzsq.visualization.gallery import MASK_OPACITY, draw_labels
+from mmzsq.visualization import save_gallery, save_set_gallery, save_side_by_side
+from mmzsq.visualization.gallery import GAP, MASK_OPACITY, TITLE, draw_labels
 
 SIZE = (128, 128)
 TILE = 256
@@ -58,14 +61,48 @@ def test_masks_of_an_image_that_is_not_square_lie_where_the_image_lies() -> None
     assert (drawn[128:] == 255).all()
 
 
+def write_set(root: Path, images: np.ndarray, masks: bool) -> Path:
+    count = len(images)
+    made = CalibrationSet.open(root, fingerprint={}, num_images=count, shard_size=count, classes=['cat'])
+    made.write_shard(0, images, [label(masks)] * count)
+    made.merge()
+    return root
+
+
 @pytest.mark.parametrize('masks', [True, False])
 def test_the_gallery_of_a_set_shows_the_labels_on_disk(tmp_path: Path, masks: bool) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
-    calibration_set = CalibrationSet.open(tmp_path / 'set', fingerprint={}, num_images=2, shard_size=2, classes=['cat'])
-    calibration_set.write_shard(0, images, [label(masks)] * 2)
-    calibration_set.merge()
+    write_set(tmp_path / 'set', images, masks)
     save_set_gallery(tmp_path / 'set.png', tmp_path / 'set', [1, 0])
     save_gallery(tmp_path / 'direct.png', images[::-1], [label(masks)] * 2, ['cat'])
     assert (tmp_path / 'set.png').read_bytes() == (tmp_path / 'direct.png').read_bytes()
     save_gallery(tmp_path / 'plain.png', images[::-1], [label(False)] * 2, ['cat'])
     assert ((tmp_path / 'set.png').read_bytes() != (tmp_path / 'plain.png').read_bytes()) == masks
+
+
+def test_sets_stand_one_under_the_other_by_the_same_indices(repo: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    many = random.integers(0, 256, (2, 3, *SIZE, 3), dtype=np.uint8)
+    roots = [write_set(tmp_path / name, images, masks=False) for name, images in zip('ab', many, strict=True)]
+    tool = [sys.executable, repo / 'tools/analysis_tools/compare_galleries.py']
+    words = [f'first={roots[0]}', roots[1], '--out', tmp_path / 'both.png', '--indices', '2', '0']
+    subprocess.run([*tool, *words], check=True, timeout=60)
+    sheet = cv2.imread(str(tmp_path / 'both.png'))[..., ::-1]
+    height = TITLE + TILE
+    assert sheet.shape == (2 * height, 2 * TILE + GAP, 3)
+    for row, images in enumerate(many):
+        for column, index in enumerate((2, 0)):
+            left = column * (TILE + GAP)
+            shown = sheet[row * height + TITLE :][:TILE, left : left + TILE]
+            np.testing.assert_array_equal(shown, draw_labels(images[index], label(False), ['cat']))
+        assert (sheet[row * height : row * height + TITLE] < 128).any(), 'no name over the row'
+
+
+def test_what_cannot_be_shown_is_told(tmp_path: Path) -> None:
+    root = write_set(tmp_path / 'set', np.zeros((2, *SIZE, 3), np.uint8), masks=False)
+    with pytest.raises(UserError, match='has images 0 to 1, and 2 was asked for'):
+        save_side_by_side(tmp_path / 'out.png', {'set': root}, [2])
+    with pytest.raises(UserError, match='not the folder of a complete calibration set'):
+        save_side_by_side(tmp_path / 'out.png', {'set': tmp_path}, [0])
+    with pytest.raises(UserError, match='cannot be written'):
+        save_side_by_side(tmp_path / 'missing' / 'out.png', {'set': root}, [0])
