@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmzsq.fused import fused_kernels
+
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
 
@@ -65,7 +67,7 @@ def fake_quantize(
 
 def _function_for(x: Tensor, step: Tensor, zero_point: Tensor | None) -> type[torch.autograd.Function]:
     """The fused function where it can run. A compiler fuses the plain one by itself."""
-    if x.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+    if x.is_cuda and HAS_TRITON and fused_kernels() and not torch.compiler.is_compiling():
         from mmzsq.quantization import kernels
 
         if kernels.can_fuse(x, step, zero_point):

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from mmzsq.fused import fused_kernels
+
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
 
@@ -55,7 +57,7 @@ class BatchNormWatch:
 
     def attach(self, detector: nn.Module) -> None:
         """Watch the layers with running statistics; those of a shared pyramid head may run several times a forward."""
-        on_gpu = HAS_TRITON and next(detector.parameters()).is_cuda
+        on_gpu = HAS_TRITON and fused_kernels() and next(detector.parameters()).is_cuda
         activations = _activations_behind(detector) if on_gpu else {}
         for layer in watched_layers(detector):
             if on_gpu and _is_fusible(layer):

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
+from mmzsq.fused import fused_kernels
 from mmzsq.registry import PRIORS
 from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch, watched_layers
 
@@ -243,7 +244,7 @@ class TotalVariationPrior(Prior):
 
 def total_variation(images: Tensor) -> Tensor:
     """Sum of the Frobenius norms of the four directional differences of ``images`` (N, C, H, W)."""
-    if HAS_TRITON and images.is_cuda and images.dtype == torch.float32:
+    if HAS_TRITON and fused_kernels() and images.is_cuda and images.dtype == torch.float32:
         from mmzsq.synthesis.kernels import MAX_VALUES, TotalVariation
 
         if images.numel() < MAX_VALUES:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.errors import UserError
+from mmzsq.fused import fused_kernels
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.augment import Cutout
 from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
@@ -199,7 +200,8 @@ class Synthesizer:
             UserError: If the loss stops being finite.
         """
         device = self.task.device
-        self.layers = Acceleration(self.task.detector, self.dtype) if device.type == 'cuda' else None
+        fast = device.type == 'cuda' and fused_kernels()
+        self.layers = Acceleration(self.task.detector, self.dtype) if fast else None
         for prior in self.priors:
             prior.attach(self.task.detector)
         try:

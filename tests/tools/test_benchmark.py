@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import benchmark_steps
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mmengine.structures import InstanceData
 
 from mmzsq.detectors.modes import in_use
 from mmzsq.errors import UserError
+from mmzsq.fused import fused_kernels
 from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
 
 TOOL = 'tools/analysis_tools/benchmark.py'
@@ -179,6 +181,20 @@ def test_a_mistake_is_one_message(
         run(repo, monkeypatch, '--device', 'cpu', '--out', 'unused.json', *options)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_general_path_is_on_while_it_is_measured_and_no_longer(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        allowed.append(fused_kernels())
+        return {}
+
+    monkeypatch.setitem(benchmark.MEASURES, 'synthesis', look)
+    options = [str(repo / LEAF), '--what', 'synthesis', *SIZE, '--out', 'unused.json']
+    results = [measure(parse([*options, *more])) for more in ([], ['--general'], [])]
+    assert allowed == [result['fused_kernels'] for result in results] == [True, False, True]
+    assert [word for word in shlex.split(results[1]['command']) if word == '--general']
 
 
 def test_a_config_without_a_section_is_refused(repo: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import performance_page
 import pytest
-from performance_page import TABLES, Results, amdahl, whole_method_minutes
+from performance_page import TABLES, Results, amdahl, general_ratio, render_goals, whole_method_minutes
 from speed_cases import CASES
 
 TOOL = 'tools/analysis_tools/performance_page.py'
@@ -200,3 +200,12 @@ def test_the_page_of_this_repository_is_up_to_date(repo: Path, monkeypatch: pyte
     assert {path.stem for path in results} <= {'scaling', *(case.name for case in CASES)}
     monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, results), str(repo / 'docs' / 'performance.md'), '--check'])
     runpy.run_path(str(repo / TOOL), run_name='__main__')
+
+
+def test_the_general_path_is_set_against_the_fused_one() -> None:
+    general = dict(MAIN, case='yolov5-s_640_b32_general', synthesis=dict(STEP, ms_per_image_iteration=0.79))
+    both = Results({result['case']: result for result in (MAIN, general)}, None)
+    assert general_ratio(both) == pytest.approx(2.0)
+    assert general_ratio(Results({MAIN['case']: MAIN}, None)) is None
+    row = next(line for line in render_goals(both).splitlines() if 'general path / fused' in line)
+    assert [cell.strip() for cell in row.split('|')][4:6] == ['<= 3', '2.000'] and row.rstrip(' |').endswith('yes')

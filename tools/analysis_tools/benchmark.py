@@ -12,9 +12,11 @@ them. On a CPU, name a small detector and a small size.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mmengine.config import Config
 
 from mmzsq import cli
 from mmzsq.errors import UserError
+from mmzsq.fused import VARIABLE, fused_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURES: dict[str, Callable[[Config, Settings], dict[str, Any]]] = dict(
@@ -55,6 +58,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="sets zsq.synthesis.precision and zsq.train.amp (default: the config's; a CPU computes in fp32)",
     )
     options.add_argument('--checkpoint', help='of the float detector (default: random weights)')
+    options.add_argument(
+        '--general', action='store_true', help=f"PyTorch's operators alone, as with {VARIABLE}=0 in the environment"
+    )
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--out', type=Path, required=True, help='JSON file to write')
     return options.parse_args(arguments)
@@ -104,9 +110,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats,
         steps=args.steps,
     )
-    for name in args.what:
-        measured[name] = MEASURES[name](cfg, settings)
+    with _general_path() if args.general else nullcontext():
+        measured['fused_kernels'] = fused_kernels()
+        for name in args.what:
+            measured[name] = MEASURES[name](cfg, settings)
     return measured
+
+
+@contextmanager
+def _general_path() -> Iterator[None]:
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = '0'
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def command(args: argparse.Namespace) -> str:
@@ -117,6 +137,8 @@ def command(args: argparse.Namespace) -> str:
         if value is not None:
             values = value if isinstance(value, list) else [_in_repository(value) if name == 'checkpoint' else value]
             words += ['--' + name.replace('_', '-'), *map(str, values)]
+    if args.general:
+        words.append('--general')
     if args.cfg_options:
         words += ['--cfg-options', *(f'{key}={value}' for key, value in args.cfg_options.items())]
     return shlex.join(words)

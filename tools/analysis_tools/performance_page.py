@@ -40,6 +40,8 @@ WHOLE_GOAL = 40.0
 """Minutes."""
 SCALING = 'scaling'
 """Name of the file that ``scaling.py`` writes."""
+GENERAL_GOAL = 3.0
+"""How many times as long a step may take by PyTorch's operators alone."""
 TWO_PROCESS_GOALS = dict(generation=1.9, training=1.8)
 """How many times as fast two GPUs are to be."""
 PROCESSES = (2, 4, 8, 16, 64)
@@ -134,6 +136,8 @@ def render_goals(results: Results) -> str:
     ]
     minutes = whole_method_minutes(results)
     rows.append(_goal_cells('YOLOv5-s, whole method, minutes', Goal('', WHOLE_GOAL, 660.0), minutes, ''))
+    ratio = general_ratio(results)
+    rows.append(_goal_cells('YOLOv5-s, 640 px, batch 32: general path / fused', Goal('', GENERAL_GOAL), ratio, ''))
     for part, goal in TWO_PROCESS_GOALS.items():
         two = lookup(results.scaling, 'processes') == [1, 2]
         speedup = lookup(results.scaling, f'speedup.{part}') if two else None
@@ -317,6 +321,15 @@ def whole_method_minutes(results: Results) -> float | None:
     if coarse is None or fine is None or training is None:
         return None
     return IMAGES * (ITERATIONS * (coarse + fine) / 1000 + EPOCHS / training) / 60
+
+
+def general_ratio(results: Results) -> float | None:
+    """Time of a synthesis step of YOLOv5-s by PyTorch's operators alone over that of the fused one, or None."""
+    general, fused = (
+        lookup(results.cases.get(name), 'synthesis.ms_per_image_iteration')
+        for name in ('yolov5-s_640_b32_general', 'yolov5-s_640_b32')
+    )
+    return None if general is None or fused is None else general / fused
 
 
 TABLES: dict[str, Callable[[Results], str]] = dict(
