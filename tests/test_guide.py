@@ -121,6 +121,11 @@ def test_every_step_of_the_guide_runs_in_its_order(
         elif 'export_safetensors.py' in words[1]:
             monkeypatch.setattr(sys, 'argv', words[1:])
             runpy.run_path(str(repo / words[1]), run_name='__main__')
+        elif 'allocate_bits.py' in words[1]:
+            few = ('--batches', '1', '--candidates', '3', '8')
+            small = (*SMALL_DETECTOR, *SMALL_RUN, *SMALL_SET)
+            monkeypatch.setattr(sys, 'argv', [*words[1:], *few, '--cfg-options', *small])
+            runpy.run_path(str(repo / words[1]), run_name='__main__')
         else:
             # Several processes at once; what they run is what one runs.
             assert words[:4] == ['python', '-m', 'torch.distributed.run', '--nproc_per_node']
@@ -133,6 +138,10 @@ def test_every_step_of_the_guide_runs_in_its_order(
     assert (site / 'work_dirs/look/gallery.png').is_file()
     assert (site / 'work_dirs/rehearsal/results.json').is_file()
     assert (site / 'my_detector_w4a8.safetensors').is_file()
+    sizes = [
+        json.loads((site / f'work_dirs/my_detector_{name}/results.json').read_text()) for name in ('mixed', 'w4a8')
+    ]
+    assert sizes[0]['model_mb']['quantized'] <= sizes[1]['model_mb']['quantized']
     assert set(json.loads((out / 'results.json').read_text())['metrics']) == {'float', 'ptq', 'zero_shot'}
     named = set(re.findall(r'^\| `([^`]+)` \| ', GUIDE.read_text().split('## 6')[1].split('## Messages')[0], re.M))
     assert named == {'results.json', 'quantization_report.json', LAST, 'ptq.pth', 'calibration_set/'}

@@ -24,6 +24,30 @@ def takes_padded_targets(detector: nn.Module) -> bool:
     return hasattr(getattr(detector, 'bbox_head', None), 'loss_by_targets')
 
 
+class Room:
+    """How many targets an image are padded to: more are made room for until what reads them is fixed.
+
+    Attributes:
+        targets: That number, a multiple of :data:`ROOM`.
+    """
+
+    def __init__(self) -> None:
+        self.targets = 2 * ROOM
+
+    def pad(self, instances: Sequence[InstanceData], fixed: bool) -> PaddedTargets:
+        """Pad the targets of a batch, as :func:`~mmzsq.detectors.targets.pad_targets` does.
+
+        Args:
+            instances: One entry an image; ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,).
+            fixed: Whether the number stays, and a batch that wants more gets a shape of its own.
+        """
+        longest = max(len(image) for image in instances)
+        wanted = max(self.targets, -(-longest // ROOM) * ROOM)
+        if not fixed:
+            self.targets = wanted
+        return pad_targets(instances, wanted)
+
+
 class PaddedTask(DetectionTask):
     """A detector whose ``bbox_head`` has ``loss_by_targets(maps, PaddedTargets)``; see :class:`DetectionTask`."""
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,13 @@ from mmzsq.detectors.comparison import Comparison, build_comparison
 from mmzsq.detectors.frozen_batch_norm import speed_up_frozen_batch_norm
 from mmzsq.detectors.max_iou_assigner import speed_up_assigners
 from mmzsq.detectors.modes import RANDOM_MODULES, in_training
+from mmzsq.detectors.padded_task import Room, takes_padded_targets
 from mmzsq.detectors.probe import probe, probe_size
 from mmzsq.detectors.task import leave_semantics_out, pixel_range, sum_losses
 from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
+from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers
 from mmzsq.registry import MODELS, build_part
 
 PREFIX = 'student.'
@@ -117,6 +118,7 @@ class ZeroShotDetector(BaseModel):
         self._predictor = 'student'
         self._comparison: Comparison | None = None
         self._captured_step = CapturedStep(capture)
+        self._room = Room()
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -148,6 +150,21 @@ class ZeroShotDetector(BaseModel):
     def init_weights(self) -> None:
         """Start the student from the teacher."""
         self.student.load_state_dict(self.load_teacher().state_dict(), strict=False)
+
+    @torch.no_grad()
+    def initialise_quantizers(self, batches: Iterable[Any]) -> None:
+        """Give quantizers that have no steps their first ones, see :func:`~mmzsq.quantization.calibrating`.
+
+        Args:
+            batches: Of the data loader, run in eval mode.
+        """
+        training = self.training
+        self.eval()
+        with calibrating(self.student):
+            for batch in batches:
+                data = self.data_preprocessor(batch, False)
+                self.student(data['inputs'], data['data_samples'], mode='tensor')
+        self.train(training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ZeroShotDetector:
         if self._teacher.detector is not None:
@@ -205,7 +222,7 @@ class ZeroShotDetector(BaseModel):
     def train_step(
         self, data: Any, optim_wrapper: OptimWrapper, average: Callable[[nn.Module], None] | None = None
     ) -> dict[str, Tensor]:
-        """Take one step, as a CUDA graph where it depends on the images alone: not on labels, nor on proposals.
+        """Take one step, as a CUDA graph where all shapes are known before: of labels too, but not of proposals.
 
         Args:
             data: A batch of the data loader.
@@ -215,9 +232,15 @@ class ZeroShotDetector(BaseModel):
         Returns:
             Each loss, and ``'loss'``, their sum.
         """
-        depends_on_more = bool(self.detection_weight) or not self.distillation_losses or not self.comparison.capturable
         data = self.data_preprocessor(data, True)
-        return self._captured_step(self, data, optim_wrapper, not depends_on_more, average)
+        capturable = not self.distillation_losses or self.comparison.capturable
+        targets = None
+        if self.detection_weight and takes_padded_targets(self.student):
+            instances = [sample.gt_instances for sample in data['data_samples']]
+            targets = self._room.pad(instances, fixed=self._captured_step.graph is not None)
+        elif self.detection_weight:
+            capturable = False
+        return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
 
     @property
     def comparison(self) -> Comparison:
@@ -231,7 +254,8 @@ class ZeroShotDetector(BaseModel):
 
         Args:
             inputs: Normalised images (N, 3, H, W).
-            data_samples: One ``DetDataSample`` with ``gt_instances`` an image.
+            data_samples: One ``DetDataSample`` with ``gt_instances`` an image, or the
+                :class:`~mmzsq.detectors.targets.PaddedTargets` of all if the student's head takes them.
         """
         inputs = inputs.contiguous(memory_format=self.memory_format)
         if self.detection_weight and data_samples is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.structures import InstanceData
 
 from mmzsq.detectors import ZeroShotDetector, captured_step
 from mmzsq.detectors.captured_step import EAGER_STEPS, CapturedStep
-from mmzsq.detectors.task import blank_samples
+from mmzsq.detectors.padded_task import ROOM, Room
+from mmzsq.detectors.targets import PaddedTargets, pad_targets
+from mmzsq.detectors.task import blank_samples, data_samples
 from mmzsq.presets import DEFAULT, PAPER
 from mmzsq.quantization import calibrating
 
@@ -45,6 +48,19 @@ def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
         return model.train()
 
     return make
+
+
+def labels(count: int) -> InstanceData:
+    corners = torch.rand(count, 2, 2).sort(1).values * torch.tensor(SIZE[::-1])
+    return InstanceData(bboxes=corners.flatten(1), labels=torch.arange(count) % 3)
+
+
+def labelled(counts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Batches of two images with so many objects."""
+    data = batches(len(counts))
+    for batch, of_images in zip(data, counts, strict=True):
+        batch['data_samples'] = data_samples([labels(count) for count in of_images], SIZE, torch.device('cpu'))
+    return data
 
 
 def batches(count: int, images: int = 2) -> list[dict[str, Any]]:
@@ -98,10 +114,50 @@ def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wr
 @pytest.mark.cuda
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_what_depends_on_labels_or_proposals_runs_eagerly(make: Make) -> None:
-    for name, preset in (('yolov5', PAPER), ('mask-rcnn_r18', DEFAULT)):
+    for name, preset in (('retinanet_r18', PAPER), ('mask-rcnn_r18', DEFAULT)):
         model = make(name, preset).cuda()
         train(model, batches(EAGER_STEPS + 2))
         assert model._captured_step.graph is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('bn', ['frozen', 'train'])
+def test_labels_of_padded_shape_are_learnt_by_a_captured_step_too(make: Make, bn: str) -> None:
+    """One batch has more objects than there is room for, and is learnt eagerly."""
+    data = labelled([*[(1 + index, 3) for index in range(EAGER_STEPS + 3)], (1, 2 * ROOM + 1), (2, 2)])
+    logs, statistics = [], []
+    for capture in (True, False):
+        model = make('yolov5', PAPER, capture=capture, bn=bn).cuda()
+        logs.append(train(model, data))
+        assert (model._captured_step.graph is not None) == capture
+        statistics.append({key: value for key, value in model.state_dict().items() if 'running' in key})
+    for captured, eager in zip(*logs, strict=True):
+        assert captured == pytest.approx(eager, rel=5e-3)
+        assert captured['loss_detection'] > 0
+    for key, value in statistics[0].items():
+        torch.testing.assert_close(value, statistics[1][key], rtol=1e-2, atol=1e-3)
+
+
+def test_padded_targets_are_the_labels(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = labelled([(1, 3), (0, 2 * ROOM + 1), (2, 1)])
+    model, stock = make('yolov5', PAPER), make('yolov5', PAPER)
+    logs = train(model, data)
+    assert model._room.targets == 3 * ROOM
+    monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
+    for padded, own in zip(logs, train(stock, data), strict=True):
+        assert padded == pytest.approx(own, rel=1e-5) and padded['loss_detection'] > 0
+
+
+def test_once_there_is_a_graph_room_stays() -> None:
+    room = Room()
+    assert [
+        room.pad([labels(count)], fixed).labels.shape[1] for count, fixed in ((3, False), (33, True), (3, True))
+    ] == [
+        2 * ROOM,
+        3 * ROOM,
+        2 * ROOM,
+    ]
+    assert room.pad([labels(33)], fixed=False).valid.sum() == 33 and room.targets == 3 * ROOM
 
 
 def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +196,7 @@ class Graph:
         step.inputs = torch.zeros(1)
         step.parameters, step.grads = [model.weight], [torch.zeros(())]
         step.log_vars = dict(loss=torch.zeros(()))
+        step.targets = PaddedTargets(torch.zeros(1, 2, 4), torch.zeros(1, 2).long(), torch.zeros(1, 2).bool())
         self.step, self.model = step, model
 
     def replay(self) -> None:
@@ -163,3 +220,15 @@ def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
         losses.append(step(model, data, optim_wrapper, average=lambda model: model.weight.grad.div_(2))['loss'].item())
     assert model.weight.item() == -1 - 2
     assert losses == [0, -4]
+
+
+def test_a_graph_gets_the_targets_of_each_batch_and_none_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_step, '_can_capture', lambda *args: True)
+    model, step = Line(), CapturedStep()
+    step.graph = Graph(step, model)
+    optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+    data = dict(inputs=torch.ones(1), data_samples=[])
+    step(model, data, optim_wrapper, targets=pad_targets([labels(2)]))
+    assert step.targets is not None and step.targets.valid.all() and step.targets.labels.tolist() == [[0, 1]]
+    step(model, data, optim_wrapper, targets=pad_targets([labels(3)]))
+    assert step.targets.labels.tolist() == [[0, 1]] and model.weight.item() == -2

@@ -430,8 +430,11 @@ def _training_models(cfg: Config, settings: Settings) -> tuple[dict[str, nn.Modu
             ('quantized', dict(detection_weight=1.0, losses=[])),
             ('distilled', cfg.model.distillation),
         ):
-            augmentation = cfg.model.augmentation if name == 'distilled' else None
-            model = MODELS.build(dict(cfg.model, distillation=distillation, augmentation=augmentation))
+            changed = dict(cfg.model, distillation=distillation)
+            if name == 'quantized':
+                # Eager, as the float detector is, which nobody captures.
+                changed.update(augmentation=None, capture=False)
+            model = MODELS.build(changed)
             model.init_weights()
             models[name] = model
             # The float detector is not to lose by the layout of its memory.

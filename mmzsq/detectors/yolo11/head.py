@@ -137,6 +137,22 @@ class YOLO11Head(BaseDenseHead):
             ],
         )
 
+    def loss(self, x: Sequence[Tensor], batch_data_samples: Any) -> dict[str, Tensor]:
+        """Compute the loss of features.
+
+        Args:
+            x: Features of each scale, (N, C, H, W).
+            batch_data_samples: One ``DetDataSample`` an image, or the :class:`PaddedTargets` of all, whose shape does
+                not depend on how many objects there are.
+
+        Returns:
+            See :meth:`loss_by_targets`.
+        """
+        if isinstance(batch_data_samples, PaddedTargets):
+            return self.loss_by_targets(*self(x), batch_data_samples)
+        losses: dict[str, Tensor] = super().loss(x, batch_data_samples)
+        return losses
+
     def loss_by_feat(
         self,
         maps: Sequence[Tensor],

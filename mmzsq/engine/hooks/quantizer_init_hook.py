@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization import calibrating, quantizers
+from mmzsq.quantization import quantizers
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
@@ -43,13 +43,7 @@ class QuantizerInitHook(Hook):
         detector = runner.detector
         if not _uninitialised(detector.student):
             return
-        training = detector.training
-        detector.eval()
-        with torch.no_grad(), calibrating(detector.student):
-            for batch in itertools.islice(runner.train_dataloader, self.num_batches):
-                data = detector.data_preprocessor(batch, False)
-                detector.student(data['inputs'], data['data_samples'], mode='tensor')
-        detector.train(training)
+        detector.initialise_quantizers(itertools.islice(runner.train_dataloader, self.num_batches))
         runner.logger.info(f'quantizers initialised on {self.num_batches} batches\n{detector.report.to_table()}')
         self._save(runner)
 

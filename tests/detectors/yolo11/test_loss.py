@@ -200,6 +200,10 @@ def test_the_head_takes_data_samples_and_runs_forward_once(head: YOLO11Head) -> 
     for name in expected:
         torch.testing.assert_close(losses[name], expected[name])
         assert losses[name].shape == ()
+    # Labels may come as tensors, too.
+    padded = head.loss(feats, pad_targets([sample.gt_instances], 16))
+    for name in expected:
+        torch.testing.assert_close(padded[name], expected[name])
 
 
 def test_fresh_biases_expect_few_objects(head: YOLO11Head) -> None:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocate bits to the layers of a detector by their sensitivity, within a budget, from the synthetic images alone.
+
+    python tools/analysis_tools/allocate_bits.py my_detector_w4a8.py --average-bits 4 --out my_detector_mixed.py
+    python tools/train.py my_detector_mixed.py
+
+Makes the calibration set of the config where it is missing, measures on some of its batches how much the loss that the
+student would learn from grows when one layer alone has few bits, and chooses the bits of all layers so that the sum is
+least (:mod:`mmzsq.detectors.sensitivity`, :mod:`mmzsq.quantization.allocation`). The budget is one of
+
+* ``--average-bits``: the size of the weights in question, as if each had so many bits;
+* ``--budget-size-mb``: the size of the whole model in MB (10^6 bytes);
+* ``--budget-gbops``: its bit operations in 10^9, for one image as small as ``quantization_report.json`` counts them.
+
+The first two give bits to weights, and inputs keep theirs; the last gives both. First and last layers with bits of
+their own, layers with overrides and float layers stay as they are and count as such. What is written is a config that
+trains: the given one, with the options of the command line, the calibration set that was used, and the bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import keyword
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from mmzsq import cli
+from mmzsq.detectors.sensitivity import measure_sensitivity
+from mmzsq.errors import UserError
+from mmzsq.quantization.allocation import Budget, overrides_of, totals
+from mmzsq.quantization.config import Bits
+from mmzsq.quantization.quantizers import check_bits
+
+WIDTH = 120
+"""Of the table, in characters."""
+
+
+def main() -> None:
+    """Parse the command line, measure, allocate, print, write."""
+    args = _parse_args()
+    candidates = sorted(set(args.candidates))
+    _check(args, candidates)
+    cfg = cli.load_config(args)
+    if 'zsq' not in cfg:
+        raise UserError(
+            f'config {args.config} has no zsq section: add a base such as '
+            "'mmzsq::_base_/zsq_w4a8.py' beside the detector's config"
+        )
+    runner: Any = cli.build_runner(cfg)
+    detector = runner.detector
+    budget = _budget(args, detector.report, candidates)
+    # Before the images, which take longest.
+    budget.check()
+    runner.generate()
+    detector.init_weights()
+    num_init = runner.cfg.zsq.train.init_batches
+    batches = list(itertools.islice(runner.train_dataloader, max(args.batches, num_init)))
+    console = Console(width=WIDTH)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task('measuring layers', total=len(budget.layers))
+        sensitivity = measure_sensitivity(
+            detector,
+            [layer.name for layer in budget.layers],
+            candidates,
+            batches[: args.batches],
+            batches[:num_init],
+            inputs=budget.inputs,
+            layer_done=lambda: progress.advance(task),
+        )
+    allocated = budget.allocate(sensitivity)
+    uniform = budget.uniform()
+    bits = {layer.name: chosen for layer, chosen in zip(budget.layers, allocated, strict=True)}
+    same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
+    summary = (
+        f'Model size and bit operations {_amounts(totals(detector.report, bits))}. '
+        f'With {uniform} bits in each of these layers {_amounts(totals(detector.report, same))}.'
+    )
+    console.print(_table(budget, sensitivity, allocated))
+    console.print(summary, highlight=False)
+    settings = _given(cfg, args.cfg_options or {})
+    quantizer = settings.setdefault('zsq', {}).setdefault('quantizer', {})
+    quantizer['overrides'] = {
+        name: None if of is None else of._asdict() for name, of in overrides_of(detector.report, bits).items()
+    }
+    if runner.cfg.zsq.calibration_set.real is None:
+        settings['zsq'].setdefault('calibration_set', {})['dir'] = runner.cfg.zsq.calibration_set.dir
+    args.out.write_text(leaf(args.config, args.out, settings, _docstring(summary, len(bits))), encoding='utf-8')
+    console.print(f'written: {args.out}', highlight=False)
+
+
+def _parse_args() -> argparse.Namespace:
+    options = cli.parser((__doc__ or '').split('\n')[0])
+    budget = options.add_mutually_exclusive_group(required=True)
+    budget.add_argument('--average-bits', type=float, help='bits of the weights in question, on average')
+    budget.add_argument('--budget-size-mb', type=float, help='size of the quantized model in MB (10^6 bytes)')
+    budget.add_argument(
+        '--budget-gbops', type=float, help='bit operations in 10^9, as quantization_report.json counts them'
+    )
+    options.add_argument(
+        '--candidates', type=int, nargs='+', default=[3, 4, 5, 6, 8], help='numbers of bits (default: 3 4 5 6 8)'
+    )
+    options.add_argument('--batches', type=int, default=2, help='batches that losses are measured on (default: 2)')
+    options.add_argument('--out', type=Path, required=True, help='config to write, .py')
+    return options.parse_args()
+
+
+def _check(args: argparse.Namespace, candidates: Sequence[int]) -> None:
+    for bits in candidates:
+        check_bits('--candidates', bits)
+    if args.batches < 1:
+        raise UserError(f'--batches is a whole number of at least 1, not {args.batches}')
+    if args.launcher != 'none':
+        raise UserError('bits are allocated by one process: make the set by several with tools/generate.py if you like')
+    if args.out.suffix != '.py':
+        raise UserError(f'--out {args.out}: a config is a .py file')
+    if args.out.exists() and Path(args.config).exists() and args.out.samefile(args.config):
+        raise UserError(f'--out {args.out} is the config itself: choose another name')
+    if not args.out.parent.is_dir():
+        raise UserError(f'--out {args.out}: there is no folder {args.out.parent}')
+
+
+def _budget(args: argparse.Namespace, report: Any, candidates: Sequence[int]) -> Budget:
+    if args.average_bits is not None:
+        return Budget.of_average(report, candidates, args.average_bits)
+    if args.budget_size_mb is not None:
+        return Budget.of_size(report, candidates, args.budget_size_mb)
+    return Budget.of_operations(report, candidates, args.budget_gbops)
+
+
+def _table(budget: Budget, sensitivity: Tensor, allocated: Sequence[Bits]) -> Table:
+    """A line a layer: its bits, and the growth of the loss with each candidate."""
+    table = Table(title=f'{budget.name}: at most {budget.limit:g} {budget.unit}')
+    table.add_column('layer', overflow='fold')
+    for column in ('weights', 'w', 'a', 'sensitivity', *(f'at {bits}' for bits in budget.candidates)):
+        table.add_column(column, justify='right')
+    for layer, bits, values in zip(budget.layers, allocated, sensitivity.tolist(), strict=True):
+        of_bits = values[list(budget.candidates).index(bits.w_bits)]
+        numbers = (layer.weights, bits.w_bits, bits.a_bits, *(f'{value:.2g}' for value in (of_bits, *values)))
+        table.add_row(layer.name, *map(str, numbers))
+    return table
+
+
+def _amounts(of: tuple[float, float]) -> str:
+    return f'{of[0]:.3f} MB, {of[1]:.3f} G'
+
+
+def _docstring(summary: str, layers: int) -> str:
+    command = shlex.join(['python', 'tools/analysis_tools/allocate_bits.py', *sys.argv[1:]])
+    text = f'Bits of {layers} layers, allocated by their sensitivity.\n\n    {command}\n\n{summary}\n'
+    return text.replace('\\', r'\\').replace('"""', r'\"\"\"')
+
+
+def _given(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of the command line set, as nested dicts; lists of which they change an entry as a whole."""
+    given: dict[str, Any] = {}
+    for key in options:
+        value: Any = cfg.to_dict()
+        path: list[str] = []
+        for part in key.split('.'):
+            if not isinstance(value, dict):
+                break
+            path.append(part)
+            value = value[part]
+        place = given
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = value
+    return given
+
+
+def leaf(config: str, out: Path, settings: Mapping[str, Any], docstring: str) -> str:
+    """The text of a config that is another one with some settings.
+
+    Args:
+        config: Path of the other one.
+        out: Path that the text is for.
+        settings: Top-level names to values.
+        docstring: Its first lines.
+    """
+    base = Path(os.path.relpath(os.path.abspath(config), os.path.dirname(os.path.abspath(out)))).as_posix()
+    lines = [f'"""{docstring}"""\n', f'_base_ = [{base!r}]']
+    lines += [f'{name} = {_source(value)}' for name, value in settings.items()]
+    return '\n'.join(lines) + '\n'
+
+
+def _source(value: Any, indent: str = '') -> str:
+    """Python's source of nested dicts, a line an entry; those of one or two plain entries on one line."""
+    if not isinstance(value, dict):
+        return repr(value)
+    words = all(name.isidentifier() and not keyword.iskeyword(name) for name in value)
+    entries = [
+        (f'{name}=' if words else f'{name!r}: ') + _source(entry, indent + '    ') for name, entry in value.items()
+    ]
+    start, end = ('dict(', ')') if words else ('{', '}')
+    if len(value) <= 2 and not any(isinstance(entry, dict) for entry in value.values()):
+        return start + ', '.join(entries) + end
+    inner = ''.join(f'{indent}    {entry},\n' for entry in entries)
+    return f'{start}\n{inner}{indent}{end}'
+
+
+if __name__ == '__main__':
+    cli.run(main)
