@@ -288,7 +288,7 @@ _PARTS: tuple[tuple[str, str, Method], ...] = (
         )
     ),
     *(
-        ('images', title, _on_set(_images('default', name, options, size, config), **own))
+        ('images', title, _on_set(_images('default', name, options, size, config), None, None, **own))
         for title, name, options, size, config, own in (
             (
                 'BatchNorm prior: Euclidean, as in `paper`',

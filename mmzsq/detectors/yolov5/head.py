@@ -130,7 +130,8 @@ class YOLOv5Head(BaseDenseHead):
             See :meth:`loss_by_targets`.
         """
         if isinstance(batch_data_samples, PaddedTargets):
-            return self.loss_by_targets(*self(x), batch_data_samples)
+            (maps,) = self(x)
+            return self.loss_by_targets(maps, batch_data_samples)
         losses: dict[str, Tensor] = super().loss(x, batch_data_samples)
         return losses
 
