@@ -12,6 +12,7 @@ from torch import nn
 
 from mmzsq.errors import UserError
 from mmzsq.synthesis import AdaptiveLabelSampler, BNStatisticsPrior, Synthesizer, TotalVariationPrior
+from mmzsq.synthesis.synthesizer import _Step
 
 SIZE = (16, 16)
 
@@ -236,3 +237,29 @@ def test_corrected_labels_are_written_in_place_where_the_task_can() -> None:
     assert (task.made, task.updated, result.counts['added']) == (1, 1, 1)
     # The images show the corrected labels.
     assert (result.images - BrightBoxes().data_samples(result.labels, SIZE)).abs().max() < 0.05
+
+
+def test_a_step_that_waits_for_the_device_is_taken_again_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that finds it out is off by then."""
+    mode = 'default'
+
+    def set_mode(new: str) -> None:
+        nonlocal mode
+        mode = new
+
+    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: mode)
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', set_mode)
+    step = _Step(Synthesizer(BrightBoxes(), []), torch.rand(2, 3, *SIZE), LABELS)
+    step.may_capture = True
+    taken = []
+
+    def eager() -> None:
+        if mode == 'error':
+            raise RuntimeError('called a synchronizing CUDA operation')
+        taken.append(mode)
+
+    monkeypatch.setattr(step, '_eager', eager)
+    with pytest.warns(UserWarning, match='synthesis runs eagerly'):
+        step._step_and_capture()
+    assert taken == ['default'] and not step.may_capture
+    assert step.synthesizer.eager_reason == 'called a synchronizing CUDA operation'

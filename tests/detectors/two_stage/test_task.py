@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from mmzsq.detectors import DetectionTask, TwoStageTask, detection_task
+from mmzsq.detectors.max_iou_assigner import MaxIoUAssigner, speed_up_assigners
 from mmzsq.detectors.two_stage import reason_unfit
 from mmzsq.errors import UserError
 from mmzsq.synthesis import BNStatisticsPrior, PatchSimilarityPrior, Synthesizer, TotalVariationPrior, select_priors
@@ -236,6 +237,10 @@ def test_what_computes_something_else_keeps_its_own_loss_and_says_why(
 
 def test_a_subclass_of_a_part_does_not_fit(build: Build) -> None:
     detector = build(FASTER)
+    assert reason_unfit(detector) is None
+    # The same assignment without waiting, as configs may ask for.
+    speed_up_assigners(detector)
+    assert type(detector.roi_head.bbox_assigner) is MaxIoUAssigner
     assert reason_unfit(detector) is None
     detector.rpn_head.__class__ = type('OtherRPNHead', (type(detector.rpn_head),), {})
     assert reason_unfit(detector) == 'its rpn_head is OtherRPNHead, not RPNHead'
