@@ -24,6 +24,11 @@ def takes_padded_targets(detector: nn.Module) -> bool:
     return hasattr(getattr(detector, 'bbox_head', None), 'loss_by_targets')
 
 
+def _with_room(instances: Sequence[InstanceData]) -> int:
+    """The least multiple of :data:`ROOM` that has room for the targets of each image."""
+    return -(-max(len(image) for image in instances) // ROOM) * ROOM
+
+
 class Room:
     """How many targets an image are padded to: more are made room for until what reads them is fixed.
 
@@ -41,8 +46,7 @@ class Room:
             instances: One entry an image; ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,).
             fixed: Whether the number stays, and a batch that wants more gets a shape of its own.
         """
-        longest = max(len(image) for image in instances)
-        wanted = max(self.targets, -(-longest // ROOM) * ROOM)
+        wanted = max(self.targets, _with_room(instances))
         if not fixed:
             self.targets = wanted
         return pad_targets(instances, wanted)
@@ -58,8 +62,7 @@ class PaddedTask(DetectionTask):
             labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
             image_size: Not used.
         """
-        longest = max(len(instances) for instances in labels)
-        return pad_targets([instances.to(self.device) for instances in labels], -(-longest // ROOM) * ROOM)
+        return pad_targets([instances.to(self.device) for instances in labels], _with_room(labels))
 
     def update_samples(
         self, samples: PaddedTargets, labels: Sequence[InstanceData], image_size: tuple[int, int]

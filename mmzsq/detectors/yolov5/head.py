@@ -9,11 +9,11 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmzsq.detectors.targets import PaddedTargets, pad_targets
+from mmzsq.detectors.padded_head import PaddedTargetsHead
+from mmzsq.detectors.targets import PaddedTargets
 from mmzsq.detectors.yolov5.decode import decode_bboxes
 from mmzsq.detectors.yolov5.layers import scale_width
 from mmzsq.detectors.yolov5.loss import yolov5_loss
@@ -29,7 +29,7 @@ COCO_ANCHORS = (
 
 
 @MODELS.register_module()
-class YOLOv5Head(BaseDenseHead):
+class YOLOv5Head(PaddedTargetsHead):
     """Predicts, for each anchor in each cell, a box, an objectness and a logit for each class.
 
     Args:
@@ -117,43 +117,6 @@ class YOLOv5Head(BaseDenseHead):
             centre y, width, height, objectness, classes.
         """
         return ([conv(feat) for conv, feat in zip(self.convs, feats, strict=True)],)
-
-    def loss(self, x: Sequence[Tensor], batch_data_samples: Any) -> dict[str, Tensor]:
-        """Compute the loss of features.
-
-        Args:
-            x: Features of each scale, (N, C, H, W).
-            batch_data_samples: One ``DetDataSample`` an image, or the :class:`PaddedTargets` of all, whose shape does
-                not depend on how many objects there are.
-
-        Returns:
-            See :meth:`loss_by_targets`.
-        """
-        if isinstance(batch_data_samples, PaddedTargets):
-            (maps,) = self(x)
-            return self.loss_by_targets(maps, batch_data_samples)
-        losses: dict[str, Tensor] = super().loss(x, batch_data_samples)
-        return losses
-
-    def loss_by_feat(
-        self,
-        maps: Sequence[Tensor],
-        batch_gt_instances: Sequence[InstanceData],
-        batch_img_metas: Sequence[dict[str, Any]],
-        batch_gt_instances_ignore: Sequence[InstanceData] | None = None,
-    ) -> dict[str, Tensor]:
-        """Compute the loss of raw outputs. Ignored instances are background, as upstream has it.
-
-        Args:
-            maps: Raw outputs as :meth:`forward` lists them.
-            batch_gt_instances: The targets of each image.
-            batch_img_metas: Not used.
-            batch_gt_instances_ignore: Not used.
-
-        Returns:
-            See :meth:`loss_by_targets`.
-        """
-        return self.loss_by_targets(maps, pad_targets(batch_gt_instances))
 
     def loss_by_targets(self, maps: Sequence[Tensor], targets: PaddedTargets) -> dict[str, Tensor]:
         """Compute the loss of raw outputs for padded targets: fixed shapes, no wait for the device.
