@@ -1,8 +1,8 @@
-"""What the detectors of this folder share: data, AdamW, bf16, 40 epochs of distorted images and 16 of plain ones."""
+"""What the detectors of this folder share: data, AdamW, bf16, 40 epochs of distorted images and 24 of plain ones."""
 
 _base_ = ['../_base_/datasets/bccd_instance.py', 'mmdet::_base_/default_runtime.py']
 
-distorted, plain = 40, 16
+distorted, plain = 40, 24
 max_epochs = distorted + plain
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
@@ -22,7 +22,7 @@ param_scheduler = [
     dict(
         type='CosineRestartLR',
         periods=[distorted - warm_up, plain],
-        restart_weights=[1.0, 0.25],
+        restart_weights=[1.0, 0.5],
         eta_min=0.0,
         begin=warm_up,
         end=max_epochs,

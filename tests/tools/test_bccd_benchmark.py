@@ -44,7 +44,7 @@ elif work_dir.parent.name == 'bccd':
     (work_dir / 'results.json').write_text(json.dumps(dict(config='/home/somebody/' + arguments[0], metrics=metrics)))
 else:
     work_dir.mkdir(parents=True, exist_ok=True)
-    last = work_dir / 'epoch_56.pth'
+    last = work_dir / 'epoch_64.pth'
     last.touch()
     (work_dir / 'last_checkpoint').write_text(str(last))
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeat the comparison on blood cells of configs/zsq/README.md, as much of it at once as one GPU allows.
+"""Repeat the comparison on blood cells of configs/zsq/README.md, as much of it at once as the GPUs allow.
 
     python tools/benchmarks/bccd.py --jobs 6 --seeds 0 1 2
 
@@ -24,7 +24,7 @@ CONFIGS = Path('configs/bccd')
 WORK = Path('work_dirs/bccd')
 TEACHERS = {'r50': 'mask-rcnn_r50_bccd', 'swin-t': 'mask-rcnn_swin-t_bccd'}
 """Name of a detector's config."""
-TEACHER_EPOCHS = 56
+TEACHER_EPOCHS = 64
 GALLERY_SEED = 0
 BITS = ('w8a8', 'w4a8', 'w6a6')
 SUFFIXES = ('', '_lsq-real', '_lsq-real-distil')
@@ -35,7 +35,8 @@ CONVERT = 'annotations'
 def main() -> None:
     """Parse the command line and run what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--jobs', type=int, default=4, help='processes at once (default: 4)')
+    parser.add_argument('--jobs', type=int, default=4, help='processes at once, on all GPUs together (default: 4)')
+    parser.add_argument('--gpus', type=int, default=1, help='GPUs that they are spread over (default: 1)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of sets and students (default: 0)')
     parser.add_argument('--detectors', nargs='+', choices=list(TEACHERS), default=list(TEACHERS))
     parser.add_argument('--bits', nargs='+', choices=BITS, default=list(BITS))
@@ -54,7 +55,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     jobs = list(plan(args.detectors, args.bits, args.seeds, args.cfg_options))
     with lock(WORK) as held:
-        failed = run(jobs, max(args.jobs, 1), WORK, held.fileno(), lambda job: keep(job, out))
+        failed = run(jobs, max(args.jobs, 1), WORK, held.fileno(), lambda job: keep(job, out), max(args.gpus, 1))
     if failed:
         sys.exit(f'error: {len(failed)} of {len(jobs)} jobs failed or could not start: {", ".join(failed)}')
 
