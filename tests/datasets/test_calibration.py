@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine.structures import InstanceData
 
@@ -102,3 +104,65 @@ def test_an_incomplete_set_is_refused(root):
     (root / 'images' / '000001.png').unlink()
     with pytest.raises(UserError, match='not complete'):
         CalibrationDataset(str(root))
+
+
+@pytest.fixture
+def files_read(monkeypatch) -> list[str]:
+    """Paths of the images that were decoded since."""
+    paths: list[str] = []
+    transform = LoadImageFromFile.transform
+
+    def counted(self, results):
+        paths.append(results['img_path'])
+        return transform(self, results)
+
+    monkeypatch.setattr(LoadImageFromFile, 'transform', counted)
+    return paths
+
+
+def test_images_are_decoded_once(root, files_read):
+    dataset = CalibrationDataset(str(root), pipeline=PIPELINE)
+    assert_is_the_set(dataset)
+    read = len(files_read)
+    assert set(files_read) == {dataset.get_data_info(index)['img_path'] for index in range(3)}
+    assert_is_the_set(dataset)
+    assert len(files_read) == read
+
+
+def test_items_do_not_depend_on_where_images_come_from(root):
+    held, read = (CalibrationDataset(str(root), pipeline=PIPELINE, cache_gib=size) for size in (4.0, 0.0))
+    for index in (0, 2, -1):
+        a, b = held[index], read[index]
+        assert torch.equal(a['inputs'], b['inputs'])
+        assert a['data_samples'].metainfo == b['data_samples'].metainfo
+        assert torch.equal(a['data_samples'].gt_instances.bboxes.tensor, b['data_samples'].gt_instances.bboxes.tensor)
+
+
+@pytest.mark.parametrize(('images_that_fit', 'decoded_again'), [(3, 0), (2, 3)])
+def test_a_set_larger_than_the_room_for_it_is_decoded_image_by_image(root, files_read, images_that_fit, decoded_again):
+    room = images_that_fit * HEIGHT * WIDTH * 3 / 2**30
+    dataset = CalibrationDataset(str(root), pipeline=PIPELINE, cache_gib=room)
+    files_read.clear()
+    assert_is_the_set(dataset)
+    assert len(files_read) == decoded_again
+
+
+def test_what_a_pipeline_does_to_an_image_is_done_to_a_copy(root):
+    class Blacken:
+        def __call__(self, results):
+            results['img'][:] = 0
+            return results
+
+    dataset = CalibrationDataset(str(root), pipeline=[*PIPELINE[:2], Blacken(), PIPELINE[2]])
+    assert not dataset[0]['inputs'].any()
+    dataset.pipeline.transforms.pop(2)
+    assert_is_the_set(dataset)
+
+
+def test_a_process_that_is_not_forked_reads_its_own_files(root, files_read):
+    dataset = CalibrationDataset(str(root), pipeline=PIPELINE)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < images().nbytes
+    files_read.clear()
+    assert_is_the_set(pickle.loads(pickled))
+    assert len(files_read) == 3
