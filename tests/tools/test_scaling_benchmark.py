@@ -7,9 +7,13 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scaling
+
+from mmzsq.errors import UserError
 
 TOOL = 'tools/benchmarks/scaling.py'
 CONFIG = 'configs/zsq/yolov5-p_shapes_w4a4.py'
@@ -81,3 +85,30 @@ def test_times_one_and_two_processes_and_finds_their_sets_equal(call: Any, tmp_p
 def test_processes_to_compare_with_one_are_asked_for(call: Any) -> None:
     with pytest.raises(SystemExit, match='--gpus is 1 and then rising numbers, not 2'):
         call('--gpus', '2')
+
+
+def test_a_step_is_timed_within_epochs_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 epochs of 4 steps that take 1 s each, and 100 s until the workers of an epoch have begun."""
+    clock, time = scaling.Clock(), [0.0]
+    monkeypatch.setattr(scaling, 'now', lambda: time[0])
+    runner = SimpleNamespace(iter=0, max_iters=120, train_dataloader=range(4))
+    hook = scaling.StepsHook(clock)
+    for _ in range(30):
+        hook.before_train_epoch(runner)
+        time[0] += 100
+        for step in range(4):
+            # Before all is compiled and captured, a step takes ten times as long.
+            time[0] += 10 if runner.iter < scaling.WARM_UP_STEPS else 1
+            hook.after_train_iter(runner, step)
+            runner.iter += 1
+    hook.after_train(runner)
+    assert clock.seconds['training_step'] == 1
+
+
+def test_epochs_of_one_step_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook, runner = scaling.StepsHook(scaling.Clock()), SimpleNamespace(iter=0, max_iters=2, train_dataloader=[0])
+    for runner.iter in range(2):
+        hook.before_train_epoch(runner)
+        hook.after_train_iter(runner, 0)
+    with pytest.raises(UserError, match='epochs of 1 steps are too short.*num_images'):
+        hook.after_train(runner)

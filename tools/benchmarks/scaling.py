@@ -266,26 +266,42 @@ class Clock:
 
 
 class StepsHook(Hook):
-    """Takes the time of a training step, loading included, from the mean over all but the first."""
+    """Takes the mean time of a training step, loading included, after a warm-up.
+
+    The first step of an epoch, which waits for workers to begin anew, is left out: epochs of this benchmark are a few
+    steps long, and those of several processes shorter than those of one.
+    """
 
     priority = 'LOWEST'
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.start = 0.0
+        self.start: float | None = None
+        self.seconds = 0.0
+        self.steps = 0
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Stop the clock until a step of the epoch is done."""
+        self.start = None
 
     def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Start the clock after the warm-up."""
-        if runner.iter + 1 == self._warm_up(runner):
-            self.start = now()
+        """Read the clock, and start it again."""
+        if self.start is None and runner.iter + 1 < min(WARM_UP_STEPS, max(runner.max_iters // 2, 1)):
+            return
+        end = now()
+        if self.start is not None:
+            self.seconds += end - self.start
+            self.steps += 1
+        self.start = end
 
     def after_train(self, runner: Any) -> None:
-        """Stop it."""
-        self.clock.seconds['training_step'] = (now() - self.start) / (runner.max_iters - self._warm_up(runner))
-
-    @staticmethod
-    def _warm_up(runner: Any) -> int:
-        return min(WARM_UP_STEPS, max(runner.max_iters // 2, 1))
+        """Write down the mean."""
+        if not self.steps:
+            raise UserError(
+                f'no step of training was timed: epochs of {len(runner.train_dataloader)} steps are too short. Make '
+                'more images by --cfg-options zsq.calibration_set.num_images=N'
+            )
+        self.clock.seconds['training_step'] = self.seconds / self.steps
 
 
 def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
