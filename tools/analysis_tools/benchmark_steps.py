@@ -134,7 +134,7 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
     """Time a training step of the float detector, its quantized student alone, and the student with its teacher.
 
     All learn by the same optimizer from the same random images and boxes: the first two by the detector's own loss, the
-    third as the config says. A step is all that MMEngine does of it: copying images to the device, normalisation,
+    third as the config says. The float detector does by MMEngine's step, the others by their own, which may be a graph. A step is all that MMEngine does of it: copying images to the device, normalisation,
     forward, backward, clipping, optimizer; only reading images is left out.
 
     Args:
@@ -432,8 +432,8 @@ def _training_models(cfg: Config, settings: Settings) -> tuple[dict[str, nn.Modu
         ):
             changed = dict(cfg.model, distillation=distillation)
             if name == 'quantized':
-                # Eager, as the float detector is, which nobody captures.
-                changed.update(augmentation=None, capture=False)
+                # Its labels would no longer fit.
+                changed.update(augmentation=None)
             model = MODELS.build(changed)
             model.init_weights()
             models[name] = model
