@@ -18,14 +18,14 @@ from mmzsq.detectors.targets import PaddedTargets
 
 
 class Candidates(NamedTuple):
-    """The cells that may answer for each target on one scale.
+    """The cells that may answer for each target, on L scales.
 
     The last dimension is the cell of the centre, then its neighbour left, up, right and down.
 
     Attributes:
-        x: Column of the cell, shape (N, M, 1, 5), long, inside the map.
-        y: Row of the cell, shape (N, M, 1, 5), long, inside the map.
-        matched: Whether cell and anchor answer for the target, shape (N, M, A, 5), bool.
+        x: Column of the cell, shape (L, N, M, 1, 5), long, inside the map.
+        y: Row of the cell, shape (L, N, M, 1, 5), long, inside the map.
+        matched: Whether cell and anchor answer for the target, shape (L, N, M, A, 5), bool.
     """
 
     x: Tensor
@@ -36,28 +36,30 @@ class Candidates(NamedTuple):
 def find_candidates(
     targets: PaddedTargets,
     anchors: Tensor,
-    stride: int,
-    map_size: tuple[int, int],
+    strides: Tensor,
+    rows: Tensor,
+    columns: Tensor,
     max_ratio: float,
 ) -> Candidates:
-    """Find the cells and anchors of one scale that answer for each target.
+    """Find the cells and anchors that answer for each target, on all scales at once.
 
     Args:
         targets: The targets of the batch.
-        anchors: Width and height of the scale's anchors in pixels, shape (A, 2).
-        stride: Pixels between the cells of the scale.
-        map_size: Rows and columns of the scale.
+        anchors: Width and height of the anchors of each scale in pixels, shape (L, A, 2).
+        strides: Pixels between the cells of each scale, shape (L,).
+        rows: Of the map of each scale, shape (L,).
+        columns: Likewise.
         max_ratio: An anchor fits when neither side is this many times the target's, nor the
             target's its own.
     """
-    rows, columns = map_size
+    strides, rows, columns = (of_scale.view(-1, 1, 1) for of_scale in (strides, rows, columns))
     low, high = targets.bboxes.float().chunk(2, dim=-1)
-    x, y = ((low + high) / (2 * stride)).unbind(-1)
-    ratio = (high - low)[:, :, None] / anchors
+    x, y = ((low + high) / (2 * strides[..., None])).unbind(-1)
+    ratio = (high - low)[:, :, None] / anchors[:, None, None]
     fits = torch.maximum(ratio, 1 / ratio).amax(-1) < max_ratio
     near = torch.stack(
         (
-            torch.ones_like(targets.valid),
+            torch.ones_like(x, dtype=torch.bool),
             _is_near_edge(x),
             _is_near_edge(y),
             _is_near_edge(columns - x),
@@ -65,12 +67,17 @@ def find_candidates(
         ),
         dim=-1,
     )
-    cell_x = torch.stack((x, x - 0.5, x, x + 0.5, x), dim=-1).long().clamp(0, columns - 1)
-    cell_y = torch.stack((y, y, y - 0.5, y, y + 0.5), dim=-1).long().clamp(0, rows - 1)
-    matched = targets.valid[:, :, None, None] & fits[..., None] & near[:, :, None]
-    return Candidates(cell_x[:, :, None], cell_y[:, :, None], matched)
+    cell_x = _inside(torch.stack((x, x - 0.5, x, x + 0.5, x), dim=-1), columns)
+    cell_y = _inside(torch.stack((y, y, y - 0.5, y, y + 0.5), dim=-1), rows)
+    matched = targets.valid[:, :, None, None] & fits[..., None] & near[:, :, :, None]
+    return Candidates(cell_x[:, :, :, None], cell_y[:, :, :, None], matched)
 
 
 def _is_near_edge(distance: Tensor) -> Tensor:
     """Whether a centre is nearest to the neighbour on the side it is ``distance`` cells from."""
     return (distance % 1 < 0.5) & (distance > 1)
+
+
+def _inside(place: Tensor, cells: Tensor) -> Tensor:
+    """The index of the cell, of so many, that a place (L, N, M, 5) lies in or is nearest to."""
+    return torch.minimum(place.long().clamp(min=0), cells[..., None].long() - 1)

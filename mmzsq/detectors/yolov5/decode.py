@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride: int) -> Tensor:
+def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride: int | Tensor) -> Tensor:
     """Turn raw outputs into boxes.
 
     A centre lies up to one cell from its cell's own, sides reach four times the anchor's.
@@ -17,7 +17,7 @@ def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride:
         x: Column of the cell, broadcastable to (...).
         y: Row of the cell, broadcastable to (...).
         anchors: Width and height of the anchor in pixels, broadcastable to (..., 2).
-        stride: Pixels between cells.
+        stride: Pixels between cells, broadcastable to (...).
 
     Returns:
         Boxes, xyxy in pixels of the network's input, shape (..., 4), not clipped.

@@ -20,7 +20,10 @@ def one_target(x: float, y: float, width: float, height: float) -> PaddedTargets
 
 def matches(targets: PaddedTargets, anchors: Tensor) -> list[tuple[int, int, int]]:
     """Return (anchor, column, row) of all that answer, on a map of 4 rows and 6 columns."""
-    x, y, matched = find_candidates(targets, anchors, 8, (4, 6), 4.0)
+    # The second scale is there to be told from the first.
+    both = torch.stack((anchors, 100 * anchors))
+    found = find_candidates(targets, both, torch.tensor([8, 16]), torch.tensor([4, 2]), torch.tensor([6, 3]), 4.0)
+    x, y, matched = (of_scale[0] for of_scale in found)
     return sorted(
         (anchor, int(x[0, 0, 0, place]), int(y[0, 0, 0, place])) for anchor, place in matched[0, 0].nonzero().tolist()
     )

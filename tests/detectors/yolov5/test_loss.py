@@ -87,9 +87,11 @@ def head() -> YOLOv5Head:
     return YOLOv5Head(CLASSES, widen_factor=0.125)
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (40, 40, 40)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts) -> None:
-    maps, instances = random_maps(), random_instances(*counts)
+def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts, layout) -> None:
+    maps = [m.detach().contiguous(memory_format=layout).requires_grad_() for m in random_maps()]
+    instances = random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
     expected = reference_loss(maps, instances, plain.anchors, plain.strides)
     assert result.keys() == expected.keys()
@@ -98,6 +100,8 @@ def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, count
     grads = torch.autograd.grad(sum(result.values()), maps)
     expected_grads = torch.autograd.grad(sum(expected.values()), maps)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-7)
+    # What made the maps need not rearrange them.
+    assert all(grad.is_contiguous(memory_format=layout) for grad in grads)
 
 
 def test_length_of_the_padding_and_order_of_the_targets_do_not_matter(head: YOLOv5Head) -> None:
