@@ -174,7 +174,10 @@ class DetectionTask:
         preprocessor: Any = detector.data_preprocessor
         # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
-        self._mean, self._std = (value.to(self.device) for value in normalisation(preprocessor))
+        mean, std = normalisation(preprocessor)
+        self._is_normalised = bool((mean == 0).all() and (std == 255).all())
+        self._mean, self._std = mean.to(self.device), std.to(self.device)
+        self._shift, self._scale = (-mean / std).to(self.device), (255 / std).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +193,8 @@ class DetectionTask:
         Returns:
             What the network takes, the same shape.
         """
-        return (images * 255 - self._mean) / self._std
+        # On a GPU what counts is how often all pixels are read.
+        return images if self._is_normalised else torch.addcmul(self._shift, images, self._scale)
 
     def from_inputs(self, inputs: Tensor) -> Tensor:
         """Undo :meth:`to_inputs`: images in [0, 1], (N, 3, H, W), of what the network takes."""

@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from mmcv.cnn.bricks import wrappers as mmcv_layers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ALIGNMENT = 8
@@ -158,7 +160,31 @@ def _convolution(
     groups: int,
 ) -> Tensor:
     output = F.conv2d(x.to(weight.dtype), weight, bias, stride, padding, dilation, groups)
-    return output if output.shape[1] == channels else output[:, :channels]
+    return output if output.shape[1] == channels else _FirstChannels.apply(output, channels)
+
+
+class _FirstChannels(torch.autograd.Function):
+    """The first channels of features, whose gradient keeps the layout: that of a slice would be rearranged.
+
+    Inputs: features (N, C, H, W), channels last; how many channels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, channels: int) -> Tensor:
+        """See the class."""
+        ctx.padded = features.shape[1]
+        return features[:, :channels]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """Zeros behind the gradient."""
+        count, channels, *size = grad_output.shape
+        shape = (count, ctx.padded, *size)
+        grad = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=torch.channels_last)
+        grad[:, :channels] = grad_output
+        grad[:, channels:] = 0
+        return grad, None
 
 
 def _stem(
@@ -166,5 +192,9 @@ def _stem(
 ) -> Tensor:
     if x.shape[2] % block or x.shape[3] % block:
         return type(layer).forward(layer, x)
-    blocks = F.pad(F.pixel_unshuffle(x.to(weight.dtype), block), padding)
-    return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), weight, bias)
+    blocks = F.pixel_unshuffle(x.to(weight.dtype), block)
+    left, right, above, below = padding
+    around = (above, left)
+    if (left, above) != (right, below):
+        blocks, around = F.pad(blocks, padding), (0, 0)
+    return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), weight, bias, padding=around)

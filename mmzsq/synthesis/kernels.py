@@ -24,6 +24,8 @@ TILE = 4096
 """Values that one program holds at once."""
 PROGRAMS = 1024
 """Programs of a reduction, at most: each leaves one partial sum."""
+SUM_COLUMNS = 16
+"""Columns that one program adds up."""
 MAX_VALUES = 2**31 - TILE
 """Values of the images whose total variation is taken: places are 32-bit, because the kernel divides them."""
 
@@ -61,6 +63,31 @@ def _batch_norm_forward(
         tl.store(y + place, normal.to(y.dtype.element_ty), mask=inside)
     tl.store(partial + (program * 2) * channels + column, total, mask=is_column)
     tl.store(partial + (program * 2 + 1) * channels + column, squares, mask=is_column)
+
+
+@triton.jit
+def _sum_rows(x, y, rows, columns, block_rows: tl.constexpr, block_columns: tl.constexpr):
+    column = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
+    is_column = column < columns
+    total = tl.zeros((block_columns,), tl.float32)
+    for first in range(0, rows, block_rows):
+        row = first + tl.arange(0, block_rows)
+        inside = (row < rows)[:, None] & is_column[None, :]
+        total += tl.sum(tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0.0), axis=0)
+    tl.store(y + column, total, mask=is_column)
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """Sum fp32 values (N, ...) over N, always in the same order.
+
+    Of a thousand rows of some hundred columns, one for each layer of a step.
+    """
+    output = torch.empty(values.shape[1:], dtype=torch.float32, device=values.device)
+    columns = output.numel()
+    _sum_rows[(_ceil_div(columns, SUM_COLUMNS),)](
+        values, output, len(values), columns, TILE // SUM_COLUMNS, SUM_COLUMNS
+    )
+    return output
 
 
 @triton.jit
@@ -121,7 +148,7 @@ class BatchNormActivation(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(features, centre, scale, bias)
         ctx.activation = activation
-        return output, partial.sum(0)
+        return output, sum_rows(partial)
 
     @staticmethod
     @once_differentiable

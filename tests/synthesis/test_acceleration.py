@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmzsq.synthesis.acceleration import Acceleration, fast_convolution
+from mmzsq.synthesis.acceleration import Acceleration, _FirstChannels, fast_convolution
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,24 @@ def test_an_image_that_is_no_multiple_of_the_stride_is_convolved_as_ever() -> No
 
 @pytest.mark.parametrize('options', [dict(bias=True), dict(bias=False), dict(groups=5, stride=2, padding=1)])
 def test_output_channels_are_padded_and_cut(options: dict) -> None:
-    layer = nn.Conv2d(20, 255, 3, **options)
-    features = torch.rand(2, 20, 8, 8)
-    torch.testing.assert_close(fast_convolution(layer, torch.float32)(features), layer(features))
+    layer = nn.Conv2d(20, 255, 3, **options).requires_grad_(False)
+    features = torch.rand(2, 20, 8, 8, requires_grad=True)
+    output, expected = fast_convolution(layer, torch.float32)(features), layer(features)
+    torch.testing.assert_close(output, expected)
+    direction = torch.randn_like(output)
+    grads = (torch.autograd.grad(value, features, direction)[0] for value in (output, expected))
+    torch.testing.assert_close(*grads)
+
+
+def test_the_gradient_of_padded_channels_is_zero_and_keeps_its_layout() -> None:
+    features = torch.rand(2, 8, 4, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    direction = torch.randn(2, 5, 4, 6).contiguous(memory_format=torch.channels_last)
+    grads = []
+    features.register_hook(grads.append)
+    _FirstChannels.apply(features, 5).backward(direction)
+    assert grads[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(grads[0][:, :5], direction)
+    assert not grads[0][:, 5:].any()
 
 
 def test_layers_are_fast_inside_the_block_and_themselves_outside() -> None:

@@ -26,9 +26,12 @@ def reference(features: Tensor, centre: Tensor, scale: Tensor, bias: Tensor, act
 
 
 def check(device: str) -> None:
-    from mmzsq.synthesis.kernels import BatchNormActivation, TotalVariation, row_stride
+    from mmzsq.synthesis.kernels import BatchNormActivation, TotalVariation, row_stride, sum_rows
 
     torch.manual_seed(0)
+    for rows, columns in ((1, 3), (7, 32), (700, 40)):
+        values = torch.randn(rows, 2, columns, device=device)
+        torch.testing.assert_close(sum_rows(values), values.sum(0), rtol=1e-4, atol=1e-4)
     for channels in (3, 16, 24):
         for activation in ACTIVATIONS:
             features = torch.randn(2, channels, 9, 7, device=device).to(memory_format=torch.channels_last)
