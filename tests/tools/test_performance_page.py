@@ -113,7 +113,7 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     assert cells(text, training)[2:] == ['<= 1.8', '2.000', '1.900 to 2.100', '', '', 'no']
     assert cells(text, 'two GPUs, generation, times as fast as one')[3] == '1.95'
     assert cells(text, 'two GPUs, training, times as fast as one')[-1] == 'no'
-    assert 'Not measured: YOLOv5-n, 640 px, batch 64;' in text
+    assert 'Not measured: YOLOv5-s, 160 px, batch 256;' in text
     assert 'Measured on NVIDIA H100; mmzsq 0.1.0, torch 2.9:\n\n```bash\npython a.py\npython b.py\n```' in text
     # 1 / (0.1 + 0.9 / 4)
     assert cells(text, 'training') == ['10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
@@ -146,11 +146,14 @@ def test_why_a_step_ran_eagerly_is_said() -> None:
 
 
 def test_the_whole_method_is_extrapolated_from_three_rates() -> None:
-    results = {result['case']: result for result in (MAIN, COARSE)}
+    slower = dict(COARSE, case='yolov5-s_160_b128', relabel=dict(RELABEL, ms_per_image_iteration=0.06))
+    results = Results({result['case']: result for result in (MAIN, slower, COARSE)}, None)
     # 2000 images: 2500 iterations of 0.05 and of 0.395 ms, and 20 epochs at 160 images a second.
     seconds = 2000 * (2500 * (0.05 + 0.395) / 1000 + 20 / 160)
-    assert whole_method_minutes(Results(results, None)) == pytest.approx(seconds / 60)
-    assert whole_method_minutes(Results({MAIN['case']: MAIN}, None)) is None
+    assert whole_method_minutes(results, labels=True) == pytest.approx(seconds / 60)
+    assert whole_method_minutes(results, labels=False) == pytest.approx((seconds - 2000 * 2.5 * 0.05) / 60)
+    assert whole_method_minutes(Results({MAIN['case']: MAIN}, None), labels=True) is None
+    assert whole_method_minutes(Results({COARSE['case']: COARSE}, None), labels=False) is None
 
 
 def test_a_part_that_is_all_serial_gains_nothing() -> None:
