@@ -75,7 +75,7 @@ class CalibrationDataset(CocoDataset):
 
     def _read_images(self) -> np.ndarray | None:
         """All images (N, H, W, 3) as the pipeline loads them; None where they are not to be held."""
-        load = next(iter(self.pipeline.transforms), None)
+        load: Any = next(iter(self.pipeline.transforms), None)
         if type(load) is not LoadImageFromFile or not len(self):
             return None
 
