@@ -16,9 +16,10 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
+from mmzsq.detectors.label_prior import label_prior
 from mmzsq.detectors.modes import in_training
 from mmzsq.errors import UserError
-from mmzsq.synthesis.label_samplers import mask_boxes
+from mmzsq.synthesis.label_samplers import LabelPrior, mask_boxes
 
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
@@ -199,6 +200,10 @@ class DetectionTask:
     def from_inputs(self, inputs: Tensor) -> Tensor:
         """Undo :meth:`to_inputs`: images in [0, 1], (N, 3, H, W), of what the network takes."""
         return (inputs * self._std + self._mean) / 255
+
+    def label_prior(self) -> LabelPrior:
+        """What the detector's weights tell of the labels that it was trained on."""
+        return label_prior(self.detector, self.num_classes)
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> list[DetDataSample]:
         """Wrap labels as MMDetection's losses take them, on the detector's device; see :func:`data_samples`."""

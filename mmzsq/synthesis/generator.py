@@ -133,6 +133,8 @@ class CalibrationSetGenerator:
         self.task = task
         self.seed = seed
         self.sampler = build_part(LABEL_SAMPLERS, label_sampler, 'zsq.label_sampler')
+        if self.sampler.uses_detector_prior:
+            self.sampler.take_prior(task.label_prior(), last.image_size)
         self.relabels_while_synthesising = self.sampler.adaptive and self.stages[0].name != 'relabel'
         # What nothing remains of is not worth its time: neither corrected labels nor images to start from.
         while not self.sampler.adaptive and any(stage.start == 'noise' for stage in self.stages[1:]):

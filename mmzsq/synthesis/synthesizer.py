@@ -26,7 +26,7 @@ from mmzsq.errors import UserError
 from mmzsq.fused import fused_kernels
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.augment import Cutout
-from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
+from mmzsq.synthesis.label_samplers import LabelPrior, LabelSampler, RelabelCounts
 from mmzsq.synthesis.priors import Prior
 
 EAGER_STEPS = 3
@@ -59,6 +59,9 @@ class Task(Protocol):
 
     def from_inputs(self, inputs: Tensor) -> Tensor:
         """Images in [0, 1] of what the network takes; the inverse of the detector's normalisation."""
+
+    def label_prior(self) -> LabelPrior:
+        """What the detector's weights tell of the labels that it was trained on."""
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,9 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
     """Time a training step of the float detector, its quantized student alone, and the student with its teacher.
 
     All learn by the same optimizer from the same random images and boxes: the first two by the detector's own loss, the
-    third as the config says. The float detector does by MMEngine's step, the others by their own, which may be a graph. A step is all that MMEngine does of it: copying images to the device, normalisation,
-    forward, backward, clipping, optimizer; only reading images is left out.
+    third as the config says. The float detector does by MMEngine's step, the others by their own, which may be a graph.
+    A step is all that there is of it: copying images to the device, normalisation, forward, backward, clipping,
+    optimizer; only reading images is left out.
 
     Args:
         cfg: A detector's config with a ``zsq`` section.

@@ -153,8 +153,8 @@ def render_goals(results: Results) -> str:
         "the authors' code and of the prototype were taken on one H100; those marked with * had nothing done for their "
         'speed.',
         f'Minutes are extrapolated: {IMAGES} images with {ITERATIONS} iterations at 640 px and {EPOCHS} epochs of '
-        "training at batch 32, from the rates of yolov5-s_640_b32; the authors' 660 minutes are the images alone. Labels "
-        f'take another {ITERATIONS} iterations at 160 px, corrections included, at the batch that is fastest.',
+        "training at batch 32, from the rates of yolov5-s_640_b32; the authors' 660 minutes are the images alone. "
+        f'Labels take another {ITERATIONS} iterations at 160 px, corrections included, at the batch that is fastest.',
     ]
     return _join(
         [

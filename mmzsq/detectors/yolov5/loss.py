@@ -95,7 +95,7 @@ def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
 class _Selection(torch.autograd.Function):
     """What the loss reads of one scale's map, and the gradient of the map made in its own layout, in one piece.
 
-    By operators the gradient is three maps, each nearly all zeros: of the objectness, of what was chosen, and their sum.
+    By operators the gradient is three maps, nearly all zeros: of the objectness, of what was chosen, and their sum.
 
     Inputs: the map (N, A*(5+C), H, W); A; column and row of the cells of each target, long (N, M, 1, S).
 

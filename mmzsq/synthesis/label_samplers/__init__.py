@@ -3,6 +3,7 @@
 
 from mmzsq.synthesis.label_samplers.adaptive import AdaptiveLabelSampler
 from mmzsq.synthesis.label_samplers.base import LabelSampler, RelabelCounts, rescale_labels
+from mmzsq.synthesis.label_samplers.detector_prior import DetectorPriorSampler, LabelPrior
 from mmzsq.synthesis.label_samplers.false_positive import FalsePositiveSampler
 from mmzsq.synthesis.label_samplers.masks import ellipse_masks, fit_masks, mask_boxes, resize_masks
 from mmzsq.synthesis.label_samplers.random_boxes import MultiBoxSampler, SingleBoxSampler
@@ -11,7 +12,9 @@ from mmzsq.synthesis.label_samplers.tile import TileSampler
 
 __all__ = [
     'AdaptiveLabelSampler',
+    'DetectorPriorSampler',
     'FalsePositiveSampler',
+    'LabelPrior',
     'LabelSampler',
     'MultiBoxSampler',
     'RealLabelSampler',

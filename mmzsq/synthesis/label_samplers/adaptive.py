@@ -27,6 +27,7 @@ from mmzsq.synthesis.label_samplers.base import (
     checked_number,
     checked_range,
 )
+from mmzsq.synthesis.label_samplers.detector_prior import LabelPrior
 
 
 def best_iou(bboxes: Tensor, others: Tensor) -> Tensor:
@@ -134,6 +135,7 @@ class AdaptiveLabelSampler(LabelSampler):
                 f"dict(type='mmzsq.SingleBoxSampler'), got {type(self.start).__name__}"
             )
         self.uses_real_labels = self.start.uses_real_labels
+        self.uses_detector_prior = self.start.uses_detector_prior
         self.warmup = checked_number(f'{name}: warmup', warmup, 0, math.inf)
         self.interval = checked_number(f'{name}: interval', interval, 1, math.inf)
         self.score_thr = checked_number(f'{name}: score_thr', score_thr, 0, 1)
@@ -141,6 +143,10 @@ class AdaptiveLabelSampler(LabelSampler):
         self.add_iou = checked_number(f'{name}: add_iou', add_iou, 0, 1)
         self.remove_iou = checked_number(f'{name}: remove_iou', remove_iou, 0, 1)
         self.area = checked_range(f'{name}: area', area, 0, 1)
+
+    def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
+        """Pass it on to the start; see :meth:`LabelSampler.take_prior`."""
+        self.start.take_prior(prior, image_size)
 
     def sample(
         self,

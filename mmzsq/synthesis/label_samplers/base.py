@@ -12,12 +12,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
 from mmzsq.synthesis.label_samplers.masks import resize_masks
+
+if TYPE_CHECKING:
+    from mmzsq.synthesis.label_samplers.detector_prior import LabelPrior
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,21 @@ class LabelSampler(ABC):
     Attributes:
         adaptive: Whether :meth:`relabel` can change labels while the images are optimised.
         uses_real_labels: Whether any label of a real image is read: such a run is not zero-shot.
+        uses_detector_prior: Whether :meth:`take_prior` has to come before :meth:`sample`.
     """
 
     adaptive: bool = False
     uses_real_labels: bool = False
+    uses_detector_prior: bool = False
+
+    def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
+        """Learn what the detector's weights tell of labels; of use to samplers that ask for it alone.
+
+        Args:
+            prior: Of the detector.
+            image_size: Height and width in pixels of the images that its sizes are of.
+        """
+        return None
 
     @abstractmethod
     def sample(

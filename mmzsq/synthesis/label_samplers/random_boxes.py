@@ -38,7 +38,7 @@ def random_boxes(
         Boxes (count, 4), xyxy in pixels; each box's centre is uniform over where it can be.
     """
     size = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
-    return _place(size, image_size, generator)
+    return place_boxes(size, image_size, generator)
 
 
 def boxes_by_size(
@@ -63,17 +63,19 @@ def boxes_by_size(
         Boxes (count, 4), xyxy in pixels, at least a pixel wide and high; each box's centre is uniform over where it
         can be.
     """
-    bins = _draw(histogram, count, generator)
+    bins = draw_bins(histogram, count, generator)
     size = (bins + 1 - torch.rand(count, generator=generator)) / len(histogram)
     # Beyond these a side would be longer than the image's.
     low, high = (torch.full_like(size, bound).clamp(size**2, size**-2).log() for bound in ratio)
     root = ((low + torch.rand(count, generator=generator) * (high - low)) / 2).exp()
     height, width = image_size
     pixel = torch.tensor([1 / width, 1 / height])
-    return _place(torch.stack([size * root, size / root], dim=1).clamp(max=1).maximum(pixel), image_size, generator)
+    return place_boxes(
+        torch.stack([size * root, size / root], dim=1).clamp(max=1).maximum(pixel), image_size, generator
+    )
 
 
-def _place(size: Tensor, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+def place_boxes(size: Tensor, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Boxes (n, 4), xyxy in pixels, of widths and heights (n, 2) that are shares of the image's."""
     corner = torch.rand(len(size), 2, generator=generator) * (1 - size)
     height, width = image_size
@@ -81,7 +83,7 @@ def _place(size: Tensor, image_size: tuple[int, int], generator: torch.Generator
     return torch.cat([corner, corner + size], dim=1) * pixels
 
 
-def _draw(histogram: Sequence[float], count: int, generator: torch.Generator) -> Tensor:
+def draw_bins(histogram: Sequence[float], count: int, generator: torch.Generator) -> Tensor:
     """Bins of a histogram, (count,) int64, each drawn in proportion to its weight."""
     weights = torch.tensor(histogram, dtype=torch.float64)
     return torch.multinomial(weights, count, replacement=True, generator=generator)
@@ -142,15 +144,18 @@ class MultiBoxSampler(LabelSampler):
         """Draw labels; see :meth:`LabelSampler.sample`."""
         counts = self._draw_counts(num_images, generator)
         bboxes = self._draw_boxes(counts, image_size, generator)
-        labels = torch.randint(num_classes, (sum(counts),), generator=generator)
+        labels = self._draw_labels(sum(counts), num_classes, generator)
         return [
             InstanceData(bboxes=boxes, labels=classes)
             for boxes, classes in zip(bboxes.split(counts), labels.split(counts), strict=True)
         ]
 
+    def _draw_labels(self, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(num_classes, (count,), generator=generator)
+
     def _draw_counts(self, num_images: int, generator: torch.Generator) -> list[int]:
         if self.count_histogram is not None:
-            return (_draw(self.count_histogram, num_images, generator) + 1).tolist()
+            return (draw_bins(self.count_histogram, num_images, generator) + 1).tolist()
         low, high = self.num_boxes
         return torch.randint(low, high + 1, (num_images,), generator=generator).tolist()
 
