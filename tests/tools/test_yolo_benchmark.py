@@ -26,6 +26,7 @@ from yolo_tables import BITS, METHODS, SETS, TABLES
 from mmzsq.config import complete_section, compose
 from mmzsq.quantization import QuantizationConfig
 from mmzsq.synthesis import CalibrationSetGenerator
+from mmzsq.synthesis.label_samplers import LabelPrior
 
 TOOL = 'tools/benchmarks/yolo.py'
 RUNS = list(yolo.runs_of(list(TABLES), [3]))
@@ -116,7 +117,10 @@ def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures('labels')
 def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
-    task: Any = SimpleNamespace(detector=nn.Sequential(nn.BatchNorm2d(3)), num_classes=80)
+    tells_nothing = LabelPrior(None, None)
+    task: Any = SimpleNamespace(
+        detector=nn.Sequential(nn.BatchNorm2d(3)), num_classes=80, label_prior=lambda: tells_nothing
+    )
     stages, boxes = {}, {}
     for images in SETS:
         section = section_of(repo, yolo.set_command(images, 0, yolo.WORK, ()))
@@ -133,6 +137,7 @@ def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
             *('real-labels', 'noise', 'tile-out', 'tile-in', 'multi-out', 'multi-in'),
         )
         assert generator.sampler.adaptive == corrects
+        assert generator.sampler.uses_detector_prior == images.name.endswith('_prior')
     assert stages['paper'] == [('relabel', 160, 800), ('synthesise', 640, 300)]
     assert stages['default'] == [('relabel', 160, 800), ('refine', 320, 300), ('synthesise', 640, 400)]
     assert stages['paper_noise'] == stages['default_noise'] == [('synthesise', 640, 0)]
