@@ -538,7 +538,7 @@ TABLES: dict[int, Table] = {
             'In distribution, the numbers of objects an image are drawn from those of the real training images; out'
             ' of it, they are even from 1 to 10, of Tile from 1 to 9. Sides of boxes are even from 0.2 to 0.8 of '
             'the image, of Tile from 0.2 to 0.8 of a cell. The paper shows false-positive sampling in figures '
-            'alone. Ours starts from categories by the biases of the head, sizes by the anchors, and 1 to 15 objects an '
+            'alone. Ours starts from categories by the biases of the head, sizes by the anchors, 1 to 15 objects an '
             'image.',
         ),
         Table(
