@@ -27,7 +27,7 @@ from mmzsq.detectors.task import leave_semantics_out, pixel_range, sum_losses
 from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers
+from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers
 from mmzsq.registry import MODELS, build_part
 
 PREFIX = 'student.'
@@ -158,12 +158,19 @@ class ZeroShotDetector(BaseModel):
         Args:
             batches: Of the data loader, run in eval mode.
         """
-        training = self.training
-        self.eval()
-        with calibrating(self.student):
+        batches = list(batches)
+
+        def run() -> None:
             for batch in batches:
                 data = self.data_preprocessor(batch, False)
                 self.student(data['inputs'], data['data_samples'], mode='tensor')
+
+        training = self.training
+        self.eval()
+        if self.quantizer_cfg.get('equalise'):
+            equalise(self.student, run)
+        with calibrating(self.student):
+            run()
         self.train(training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ZeroShotDetector:

@@ -31,6 +31,7 @@ from mmzsq.quantization.convolutions import (
     QuantModulatedDeformConv2d,
     QuantModulatedDeformConv2dPack,
 )
+from mmzsq.quantization.equalise import equalise
 from mmzsq.quantization.fake_quantize import fake_quantize, quantize
 from mmzsq.quantization.modules import (
     QuantConv1d,
@@ -66,6 +67,7 @@ __all__ = [
     'QuantizedAttention',
     'QuantizedLayer',
     'calibrating',
+    'equalise',
     'fake_quantize',
     'prepare',
     'quantize',

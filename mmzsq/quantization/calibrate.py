@@ -76,7 +76,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     statistics: dict[str, ActivationStatistics] = {}
     with ExitStack() as undo:
         for name, quantizer in pending.items():
-            undo.enter_context(_switched_off(quantizer))
+            undo.enter_context(switched_off(quantizer))
             if quantizer not in layer_of:
                 seen = statistics[name] = ActivationStatistics(quantizer.initialized.device)
                 undo.enter_context(_watching(quantizer, seen))
@@ -110,7 +110,8 @@ def _owners(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _switched_off(quantizer: LSQ) -> Iterator[None]:
+def switched_off(quantizer: LSQ) -> Iterator[None]:
+    """Inside, a quantizer passes values on."""
     before = quantizer.enabled
     quantizer.enabled = False
     try:

@@ -18,6 +18,7 @@ from mmzsq.quantization.attention import (
     quantized_attention_class,
 )
 from mmzsq.quantization.config import WHERE, AttentionBits, Bits, QuantizationConfig, matches
+from mmzsq.quantization.equalise import add_input_scale
 from mmzsq.quantization.modules import (
     QuantizedLayer,
     make_quantized,
@@ -104,6 +105,8 @@ def _convert(name: str, layer: nn.Module, config: QuantizationConfig, seen: Trac
             config.weight_quantizer(bits.w_bits, len(quantized.filters())),
             config.input_quantizer(bits.a_bits),
         )
+        if config.equalise and min(bits) < 8:
+            add_input_scale(quantized)
     return LayerReport(
         name=name,
         type=float_class.__name__,
