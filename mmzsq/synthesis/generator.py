@@ -216,6 +216,7 @@ class CalibrationSetGenerator:
             'cuda_graph': all(result.captured for result in results),
             'added': sum(result.counts.get('added', 0) for result in results),
             'removed': sum(result.counts.get('removed', 0) for result in results),
+            'adopted': sum(result.counts.get('adopted', 0) for result in results),
         }
 
     def generate(

@@ -239,15 +239,14 @@ class Synthesizer:
             # The layout of the fast convolutions and reductions on a GPU.
             images = images.contiguous(memory_format=torch.channels_last)
         step = _Step(self, images, labels)
-        counts = {'added': 0, 'removed': 0}
+        counts = asdict(RelabelCounts())
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
         for iteration in range(iterations):
             if sampler is not None and sampler.adaptive and sampler.due(iteration):
                 labels, relabelled = sampler.relabel(labels, self.predict(step.images), image_size)
-                counts['added'] += relabelled.added
-                counts['removed'] += relabelled.removed
-                if relabelled.added or relabelled.removed:
+                counts = {key: counts[key] + number for key, number in asdict(relabelled).items()}
+                if relabelled.any:
                     step.set_labels(labels)
             if best_images is not None and iteration % self.keep_interval == 0:
                 before = step.images.detach().clone()

@@ -142,7 +142,7 @@ def test_labels_of_one_stage_are_the_next_ones_rescaled(task: DetectionTask, run
     # Labels are fixed while the images of the set are made.
     assert last['sampler'] is None
     assert all(call['sampler'] is not None for call in relabel)
-    assert last['result'].counts == dict(added=0, removed=0)
+    assert last['result'].counts == dict(added=0, removed=0, adopted=0)
 
 
 def test_one_stage_corrects_labels_and_images_together(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
@@ -218,7 +218,7 @@ def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
     np.testing.assert_array_equal(images, expected.numpy())
     assert info['synthesise']['iterations'] == 0
     assert info['synthesise']['losses'] == {}
-    assert run['result'].counts == dict(added=0, removed=0)
+    assert run['result'].counts == dict(added=0, removed=0, adopted=0)
     rng = torch.Generator().manual_seed(shard_seed(0, 1, 0, 0))
     assert all(map(same_labels, labels, made.sampler.sample(2, (64, 96), 8, rng)))
 

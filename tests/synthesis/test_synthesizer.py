@@ -117,7 +117,7 @@ def test_relabelling_changes_labels_on_the_way_and_the_images_follow() -> None:
     sampler = AdaptiveLabelSampler(warmup=20, interval=20)
     synthesizer = Synthesizer(task, [BNStatisticsPrior(weight=1e-6)], detection_weight=100.0, lr=0.05)
     result = synthesizer.run(boxes([[2, 2, 8, 8]]), SIZE, 200, seed=0, sampler=sampler)
-    assert result.counts == {'added': 1, 'removed': 0}
+    assert result.counts == {'added': 1, 'removed': 0, 'adopted': 0}
     assert result.labels[0].bboxes.tolist() == [[2, 2, 8, 8], [10, 10, 16, 16]]
     assert result.labels[0].labels.tolist() == [0, 1]
     assert result.images[0, :, 11:15, 11:15].min() > 0.9

@@ -271,6 +271,7 @@ _PARTS: tuple[tuple[str, str, Method], ...] = (
                 'linear-steps',
                 dict(zsq__quantizer__step='linear', zsq__train__step_lr=None),
             ),
+            ('inputs: channels brought to like ranges', 'equalised', dict(zsq__quantizer__equalise=True)),
             (
                 'first and last layers: as all others',
                 'same-first-last',

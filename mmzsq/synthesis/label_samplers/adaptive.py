@@ -89,6 +89,29 @@ def unseen(current: Tensor, predicted: Tensor, iou: float) -> Tensor:
     return gone
 
 
+def seen_as(current: Tensor, predicted: Tensor, iou: float) -> tuple[Tensor, Tensor]:
+    """Pair labels with what the detector sees in their place, each label and each prediction once, the closest first.
+
+    Args:
+        current: Boxes (n, 4) of the labels, xyxy in pixels.
+        predicted: Boxes (p, 4), xyxy in pixels.
+        iou: Pairs overlap by this much or more.
+
+    Returns:
+        Indices of the labels and of their predictions, (m,) each, by rising index of the label.
+    """
+    overlap = box_iou(current, predicted)
+    pairs: dict[int, int] = {}
+    for pair in overlap.flatten().argsort(descending=True, stable=True).tolist():
+        label, prediction = divmod(pair, len(predicted))
+        if overlap[label, prediction] < iou:
+            break
+        if label not in pairs and prediction not in pairs.values():
+            pairs[label] = prediction
+    labels = sorted(pairs)
+    return torch.tensor(labels, dtype=torch.long), torch.tensor([pairs[label] for label in labels], dtype=torch.long)
+
+
 @LABEL_SAMPLERS.register_module()
 class AdaptiveLabelSampler(LabelSampler):
     """Starts from another sampler's labels and corrects them by the teacher's predictions.
@@ -107,6 +130,9 @@ class AdaptiveLabelSampler(LabelSampler):
         add_iou: Predictions are added that overlap every current box, of any class, by less.
         remove_iou: Current boxes are removed that overlap every prediction, of any class, by less.
         area: Only predictions of an area strictly between these shares of the image are added.
+        adopt: Whether labels that the teacher sees become what it sees: its box, class and mask in place of those that
+            were drawn, each prediction for one label. In the paper they stay. Where sizes and classes go together, as
+            with cells, those drawn apart ask for objects that no image can hold.
 
     Raises:
         UserError: If an argument is out of range, or ``start`` is adaptive itself.
@@ -124,6 +150,7 @@ class AdaptiveLabelSampler(LabelSampler):
         add_iou: float = 0.35,
         remove_iou: float = 0.35,
         area: Sequence[float] = (0.01, 0.85),
+        adopt: bool = False,
     ) -> None:
         name = type(self).__name__
         self.start: LabelSampler = build_part(
@@ -143,6 +170,9 @@ class AdaptiveLabelSampler(LabelSampler):
         self.add_iou = checked_number(f'{name}: add_iou', add_iou, 0, 1)
         self.remove_iou = checked_number(f'{name}: remove_iou', remove_iou, 0, 1)
         self.area = checked_range(f'{name}: area', area, 0, 1)
+        if not isinstance(adopt, bool):
+            raise UserError(f'{name}: adopt must be True or False, got {adopt!r}')
+        self.adopt = adopt
 
     def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
         """Pass it on to the start; see :meth:`LabelSampler.take_prior`."""
@@ -171,10 +201,11 @@ class AdaptiveLabelSampler(LabelSampler):
         """Add what the detector sees and the labels lack, remove what it does not see.
 
         See :meth:`LabelSampler.relabel`. Both decisions are taken against the labels as they come
-        in. Boxes that stay come first, in their order; then those added, by falling score.
+        in. Boxes that stay come first, in their order; then those added, by falling score. A pair that
+        ``adopt`` joins overlaps by ``add_iou`` or more, so that no prediction is both added and adopted.
         """
         relabelled = []
-        added = removed = 0
+        added = removed = adopted = 0
         for current, predicted in zip(labels, predictions, strict=True):
             seen = self.confident(predicted, image_size)
             new = unlabelled(seen.bboxes, current.bboxes, image_size, self.add_iou, self.area)
@@ -182,10 +213,14 @@ class AdaptiveLabelSampler(LabelSampler):
                 # A box without a pixel of its object is no label for a mask head.
                 new &= seen.masks.flatten(1).any(dim=1)
             gone = unseen(current.bboxes, seen.bboxes, self.remove_iou)
+            if self.adopt:
+                place, source = seen_as(current.bboxes, seen.bboxes, self.add_iou)
+                adopted += _differing(current[place], seen[source])
+                current = _replaced(current, place, seen[source])
             relabelled.append(_concatenate(current[~gone], seen[new]))
             added += int(new.sum())
             removed += int(gone.sum())
-        return relabelled, RelabelCounts(added, removed)
+        return relabelled, RelabelCounts(added, removed, adopted)
 
     def confident(self, predictions: InstanceData, image_size: tuple[int, int]) -> InstanceData:
         """Return the predictions that count, by falling score.
@@ -211,3 +246,16 @@ def _concatenate(labels: InstanceData, predictions: InstanceData) -> InstanceDat
     return InstanceData(
         **{name: torch.cat([value, predictions[name].to(value.dtype)]) for name, value in labels.items()}
     )
+
+
+def _replaced(labels: InstanceData, place: Tensor, predictions: InstanceData) -> InstanceData:
+    """Labels of one image with those at ``place`` replaced, in the fields of the labels; the others stay."""
+    return InstanceData(
+        **{name: value.index_copy(0, place, predictions[name].to(value.dtype)) for name, value in labels.items()}
+    )
+
+
+def _differing(labels: InstanceData, predictions: InstanceData) -> int:
+    """How many of the labels are of another class or box than the predictions beside them."""
+    same = (labels.labels == predictions.labels) & (labels.bboxes == predictions.bboxes).all(dim=1)
+    return int((~same).sum())

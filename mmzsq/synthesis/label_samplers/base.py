@@ -31,10 +31,17 @@ class RelabelCounts:
     Attributes:
         added: Boxes that the detector saw and the labels lacked.
         removed: Boxes that the labels had and the detector did not see.
+        adopted: Boxes that became what the detector saw in their place.
     """
 
     added: int = 0
     removed: int = 0
+    adopted: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether a label changed at all."""
+        return bool(self.added or self.removed or self.adopted)
 
 
 class LabelSampler(ABC):
