@@ -33,32 +33,31 @@ def _colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str], tile: int = TILE) -> np.ndarray:
-    """Draw boxes, category names and masks on a copy of an image, scaled to fit a square tile.
+    """Draw boxes, category names and masks on a copy of an image, scaled to fit a square.
 
     Args:
         image: uint8 RGB, (H, W, 3).
         labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,), and perhaps ``masks`` (n, H, W) bool.
         classes: Category names.
-        tile: Side of the tile in pixels.
+        tile: Side of the square in pixels.
 
     Returns:
-        uint8 RGB, (tile, tile, 3).
+        uint8 RGB, (H', W', 3), the longer of them ``tile``.
     """
     height, width = image.shape[:2]
     scale = tile / max(height, width)
     size = (round(width * scale), round(height * scale))
-    canvas = np.full((tile, tile, 3), 255, np.uint8)
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=interpolation)
+    canvas = cv2.resize(image, size, interpolation=interpolation)
     if 'masks' in labels:
         # Below all boxes and names.
         for mask, label in zip(labels.masks.numpy(), labels.labels.tolist(), strict=True):
-            _draw_mask(canvas[: size[1], : size[0]], mask, _colour(label))
+            _draw_mask(canvas, mask, _colour(label))
     for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
         x1, y1, x2, y2 = (round(value * scale) for value in bbox)
         colour = _colour(label)
         cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), colour, 1)
-        origin = (x1 + 2, min(y1 + 11, tile - 2))
+        origin = (x1 + 2, min(y1 + 11, size[1] - 2))
         for line, width_ in (((0, 0, 0), 3), (colour, 1)):
             cv2.putText(canvas, classes[label], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.38, line, width_, cv2.LINE_AA)
     return canvas
@@ -168,12 +167,13 @@ def read_labelled(
 
 
 def _sheet(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Square tiles row by row, on white."""
+    """Tiles row by row, on white, each with as much room as the largest takes."""
     rows = math.ceil(len(tiles) / columns)
-    sheet = np.full((rows * (TILE + GAP) - GAP, columns * (TILE + GAP) - GAP, 3), 255, np.uint8)
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
     for index, tile in enumerate(tiles):
-        top, left = (TILE + GAP) * (index // columns), (TILE + GAP) * (index % columns)
-        sheet[top : top + TILE, left : left + TILE] = tile
+        top, left = (height + GAP) * (index // columns), (width + GAP) * (index % columns)
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return sheet
 
 

@@ -57,8 +57,16 @@ def test_masks_of_an_image_that_is_not_square_lie_where_the_image_lies() -> None
         masks=torch.ones(1, 64, 128, dtype=torch.bool),
     )
     drawn = draw_labels(wide, instances, [''])
-    assert drawn[:128].any(2).all()
-    assert (drawn[128:] == 255).all()
+    assert drawn.shape == (128, 256, 3)
+    assert drawn.any(2).all()
+
+
+def test_images_that_are_not_square_leave_no_white_between_them(tmp_path: Path) -> None:
+    wide = [np.full((64, 128, 3), 100, np.uint8)] * 4
+    save_gallery(tmp_path / 'wide.png', wide, [label(False)] * 4, ['cat'])
+    sheet = cv2.imread(str(tmp_path / 'wide.png'))
+    # Three in the first row, one in the second.
+    assert sheet.shape == (2 * 128 + GAP, 3 * 256 + 2 * GAP, 3)
 
 
 def write_set(root: Path, images: np.ndarray, masks: bool) -> Path:
