@@ -68,14 +68,14 @@ def measure_sensitivity(
         set_quantization(student, False)
         quantizers[bits] = [(modules[name].weight_quantizer, modules[name].input_quantizer) for name in layers]
 
-    float_loss = _mean_loss(detector, batches)
+    float_loss = mean_loss(detector, batches)
     growth = torch.zeros(len(layers), len(candidates), dtype=torch.float64)
     for row, name in enumerate(layers):
         for column, bits in enumerate(candidates):
             weight_quantizer, input_quantizer = quantizers[bits][row]
             modules[name].add_quantizers(weight_quantizer, input_quantizer)
             weight_quantizer.enabled, input_quantizer.enabled = True, inputs
-            loss = _mean_loss(detector, batches)
+            loss = mean_loss(detector, batches)
             weight_quantizer.enabled = input_quantizer.enabled = False
             if not math.isfinite(loss):
                 raise UserError(
@@ -88,7 +88,13 @@ def measure_sensitivity(
 
 
 @torch.no_grad()
-def _mean_loss(detector: ZeroShotDetector, batches: Sequence[Any]) -> float:
+def mean_loss(detector: ZeroShotDetector, batches: Sequence[Any]) -> float:
+    """The loss that the student learns from, without gradient, the mean over batches; draws are alike each time.
+
+    Args:
+        detector: Teacher, loaded, and student, in the modes that they are to have, without augmentation.
+        batches: Of the data loader.
+    """
     device = next(detector.student.parameters()).device
     total = 0.0
     # The same draws each time, and none taken from what comes after.
