@@ -98,7 +98,8 @@ def equalise(model: nn.Module, run: Callable[[], Any]) -> None:
         scale = best_scale(layer, torch.cat(rows)[:MAX_ROWS]) if rows else torch.ones_like(_scale_of(layer))
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scale, src=0)
-        _scale_of(layer).copy_(scale)
+        # What was sampled has been divided already, where this is not the first time.
+        _scale_of(layer).mul_(scale)
         layer.weight.copy_(scaled_weight(layer, scale))
 
 

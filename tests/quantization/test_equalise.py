@@ -123,6 +123,19 @@ def test_a_layer_that_has_steps_keeps_its_factors() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_other_quantizers_find_other_factors_and_float_stays() -> None:
+    layer, shape = LAYERS['conv2d']
+    x = inputs(shape, False)
+    model = initialised(layer, x, equalise=True)
+    first = model[0].input_scale.clone()
+    config = QuantizationConfig(w_bits=2, a_bits=8, equalise=True)
+    model[0].add_quantizers(config.weight_quantizer(2, 6), config.input_quantizer(8))
+    equalise(model, lambda: model(x * torch.logspace(1, -1, 8).view(-1, 1, 1)))
+    assert not torch.allclose(model[0].input_scale, first)
+    set_quantization(model, False)
+    torch.testing.assert_close(model(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_weight_learns_and_the_factor_does_not() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False).requires_grad_()
