@@ -90,7 +90,8 @@ def test_a_step_reads_nothing_of_the_hosts_memory(build: Build, labels: Draw, na
             if tensor is not None:
                 module._parameters[key] = nn.Parameter(to_fake(tensor), False)
         module._buffers.update({key: to_fake(tensor) for key, tensor in module._buffers.items()})
-    task._mean, task._std = to_fake(task._mean), to_fake(task._std)
+    for key in ('_mean', '_std', '_shift', '_scale'):
+        setattr(task, key, to_fake(getattr(task, key)))
     samples.targets = tree_map(to_fake, samples.targets)
     with mode:
         images = torch.rand(4, 3, *SIZE, device='cuda')

@@ -56,7 +56,7 @@ def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
                 if tensor is not None:
                     tensors[name] = nn.Parameter(fake(tensor), False) if tensors is module._parameters else fake(tensor)
     for holder, names in (
-        (task, ('_mean', '_std', '_coder', '_rpn_coder')),
+        (task, ('_mean', '_std', '_shift', '_scale', '_coder', '_rpn_coder')),
         (samples, ('targets', 'masks', 'filler', 'plan')),
     ):
         for name in names:
