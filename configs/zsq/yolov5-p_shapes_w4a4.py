@@ -20,6 +20,8 @@ zsq = dict(
         detection_weight=1.0,
         lr=0.1,
     ),
-    train=dict(max_epochs=60),
+    quantizer=dict(equalise=True),
+    # Few steps.
+    train=dict(max_epochs=60, optimizer=dict(lr=2e-4)),
 )
 default_hooks = dict(checkpoint=dict(interval=20))
