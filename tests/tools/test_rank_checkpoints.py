@@ -76,10 +76,13 @@ def test_two_rankings_are_compared(repo: Path) -> None:
     correlation = runpy.run_path(str(repo / TOOL))['correlation']
 
     def rows(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
-        return [dict(checkpoint='', loss=loss, metrics=dict(ap=ap, ap50=0.5)) for loss, ap in pairs]
+        return [
+            dict(checkpoint='', loss=loss, metrics={'coco/cat_precision': 0.5, 'coco/bbox_mAP': ap})
+            for loss, ap in pairs
+        ]
 
     agree = correlation(rows((3.0, 0.1), (2.0, 0.2), (1.0, 0.3)))
-    assert (agree['metric'], agree['spearman'], agree['kendall']) == ('ap', 1.0, 1.0)
+    assert (agree['metric'], agree['spearman'], agree['kendall']) == ('coco/bbox_mAP', 1.0, 1.0)
     # One pair of six is the other way round: (5 - 1) / 6, and 1 - 6 * 2 / (4 * 15).
     nearly = correlation(rows((4.0, 0.1), (3.0, 0.2), (2.0, 0.4), (1.0, 0.3)))
     assert (nearly['spearman'], nearly['kendall']) == (0.8, pytest.approx(4 / 6, abs=1e-4))

@@ -7,13 +7,14 @@
         --held-out work_dirs/held_out/calibration_set --checkpoints work_dirs/yolov5-n_w4a4/*.pth --out ranks.json
 
 The criterion is the loss that the student learns from, on synthetic images of another seed that no checkpoint has seen,
-without augmentation: the less, the better. Where the config has evaluation data, its first metric is measured too, with
+without augmentation: the less, the better. Where the config has evaluation data, accuracy is measured too, with
 Spearman's and Kendall's correlation between the two rankings. All checkpoints are of one config; ``ptq.pth``, which is
 the student before training, may be among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,14 @@ def measure(runner: Any, checkpoints: list[Path]) -> list[dict[str, Any]]:
 
 
 def correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the ranking by falling loss agrees with that by the first metric; empty without accuracies, or of one.
+    """How the ranking by falling loss agrees with that by box AP; empty without accuracies, or of one.
 
     Args:
         rows: As of :func:`measure`.
     """
     if len(rows) < 2 or not all(row.get('metrics') for row in rows):
         return {}
-    metric = next(iter(rows[0]['metrics']))
+    metric = main_metric(rows[0]['metrics'])
     better = [-row['loss'] for row in rows]
     accuracies = [row['metrics'][metric] for row in rows]
     return dict(
@@ -103,6 +104,11 @@ def correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+def main_metric(metrics: Mapping[str, float]) -> str:
+    """The mean over categories of box AP, or whatever comes first: AP of single categories may."""
+    return next((name for name in metrics if name.endswith('bbox_mAP')), next(iter(metrics)))
+
+
 def _seed(calibration_set: CalibrationSet) -> int | None:
     manifest = calibration_set.manifest or {}
     seed = manifest.get('fingerprint', {}).get('seed')
@@ -110,7 +116,7 @@ def _seed(calibration_set: CalibrationSet) -> int | None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    metrics = list(rows[0].get('metrics', {}))[:2]
+    metrics = [main_metric(rows[0]['metrics'])] if rows[0].get('metrics') else []
     table = Table(title='by falling loss on images held out')
     table.add_column('checkpoint', overflow='fold')
     for name in ('loss', *metrics):
