@@ -112,6 +112,9 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Else its threads may still be at work when the interpreter ends, which then aborts now and again.
+        torch.distributed.destroy_process_group()
 
 
 def _join_processes_on_cpu(cfg: Config) -> None:
