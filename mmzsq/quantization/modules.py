@@ -164,6 +164,11 @@ def make_quantized(layer: nn.Module, cls: type[QuantizedLayer]) -> QuantizedLaye
     return cast(QuantizedLayer, layer)
 
 
+def input_scale(layer: nn.Module) -> Tensor | None:
+    """What a layer divides the channels of its input by, (C,), or None; see :mod:`mmzsq.quantization.equalise`."""
+    return getattr(layer, 'input_scale', None)
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer that has one."""
     return cast(Tensor, layer.weight)

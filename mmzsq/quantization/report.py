@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mmzsq.quantization.attention import QuantMatmul
-from mmzsq.quantization.modules import QuantizedLayer
+from mmzsq.quantization.modules import QuantizedLayer, input_scale
 from mmzsq.quantization.quantizers import LSQ
 
 FLOAT_BITS = 32
@@ -80,6 +80,8 @@ class QuantizationReport:
             if isinstance(module, QuantizedLayer):
                 weight = module.weight
                 bits -= weight.numel() * (8 * weight.element_size() - module.weight_quantizer.bits)
+                scale = input_scale(module)
+                bits += 0 if scale is None else FLOAT_BITS * scale.numel()
             elif isinstance(module, LSQ):
                 bits += _grid_bits(module)
         return bits / 8 / MEGABYTE
@@ -181,11 +183,13 @@ def _describe(quantizer: LSQ) -> dict[str, Any]:
 
 def _float_bits(model: nn.Module) -> int:
     """Bits of parameters and floating point buffers, without those of quantizers."""
-    tensors: set[Tensor] = set()
+    tensors: set[Tensor | None] = set()
     for module in model.modules():
         if not isinstance(module, LSQ):
             tensors.update(module.parameters(recurse=False), module.buffers(recurse=False))
-    return sum(t.numel() * t.element_size() * 8 for t in tensors if t.is_floating_point())
+            # The float layer has none.
+            tensors -= {input_scale(module)}
+    return sum(t.numel() * t.element_size() * 8 for t in tensors if t is not None and t.is_floating_point())
 
 
 def _grid_bits(quantizer: LSQ) -> int:

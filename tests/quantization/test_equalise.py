@@ -151,3 +151,15 @@ def test_layers_of_8_bits_and_those_that_compute_more_have_none() -> None:
     image = torch.rand(1, 3, 8, 8)
     prepare(model, QuantizationConfig.from_dict(config), run=lambda: model(image))
     assert [name for name, layer in quantized_layers(model) if hasattr(layer, 'input_scale')] == ['2']
+
+
+def test_factors_count_as_a_part_of_the_quantized_model_alone() -> None:
+    model, plain = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)) for _ in range(2))
+    config = dict(w_bits=4, a_bits=4, first_bits='same', last_bits='same')
+    report, without = (
+        prepare(m, QuantizationConfig.from_dict(dict(config, equalise=option)))
+        for m, option in ((model, True), (plain, False))
+    )
+    assert report.size_before == without.size_before
+    # 3 and 4 input channels, a float each.
+    assert report.size_after - without.size_after == pytest.approx(7 * 4 / 1e6)
