@@ -112,8 +112,15 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
+    leave_processes()
+
+
+def leave_processes() -> None:
+    """End what joins this process to others, if anything does.
+
+    Else its threads may still be at work when the interpreter ends, which then aborts now and again.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Else its threads may still be at work when the interpreter ends, which then aborts now and again.
         torch.distributed.destroy_process_group()
 
 

@@ -75,6 +75,7 @@ def main() -> None:
     try:
         if args.worker is not None:
             work(args)
+            cli.leave_processes()
         else:
             cli.write_json(measure(args), args.out)
     except UserError as error:
