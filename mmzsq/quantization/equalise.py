@@ -30,6 +30,7 @@ from mmzsq.quantization.modules import (
     QuantConvTranspose2d,
     QuantizedLayer,
     QuantLinear,
+    input_scale,
     quantized_layers,
 )
 from mmzsq.quantization.quantizers import LSQ
@@ -50,21 +51,17 @@ RANGE = 16.0
 """Factors lie between this and its inverse: a channel that was silent by chance may speak up later."""
 
 
-def add_input_scale(layer: QuantizedLayer) -> bool:
+def add_input_scale(layer: QuantizedLayer) -> None:
     """Have a layer divide its input channel by channel, by one until :func:`equalise` knows better.
 
     Args:
-        layer: A quantized one.
-
-    Returns:
-        Whether it can.
+        layer: A quantized one; nothing is done if it is none of :data:`EQUALISED`.
     """
     if type(layer) not in EQUALISED:
-        return False
+        return
     channels = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
     layer.register_buffer('input_scale', torch.ones(channels, device=layer.weight.device))  # type: ignore[arg-type]
     layer.register_forward_pre_hook(_divide)
-    return True
 
 
 @torch.no_grad()
@@ -80,12 +77,12 @@ def equalise(model: nn.Module, run: Callable[[], Any]) -> None:
     layers = [
         layer
         for _, layer in quantized_layers(model)
-        if hasattr(layer, 'input_scale') and not (layer.input_quantizer.ready or layer.weight_quantizer.ready)
+        if input_scale(layer) is not None and not (layer.input_quantizer.ready or layer.weight_quantizer.ready)
     ]
-    samples: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
-    generator = torch.Generator().manual_seed(0)
     if not layers:
         return
+    samples: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
+    generator = torch.Generator().manual_seed(0)
     with ExitStack() as undo:
         for _, quantizer in quantizers(model):
             if not quantizer.ready:
@@ -143,15 +140,16 @@ def scaled_weight(layer: QuantizedLayer, scale: Tensor) -> Tensor:
 
 
 def _divide(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    scale: Tensor = layer.input_scale  # type: ignore[assignment]
+    scale = _scale_of(layer)
     features: Tensor = inputs[0]
     if not isinstance(layer, QuantLinear):
         scale = scale.view(-1, *(1,) * (features.dim() - 2))
     return (features / scale.to(features.dtype), *inputs[1:])
 
 
-def _scale_of(layer: QuantizedLayer) -> Tensor:
-    scale: Tensor = layer.input_scale  # type: ignore[assignment]
+def _scale_of(layer: nn.Module) -> Tensor:
+    scale = input_scale(layer)
+    assert scale is not None
     return scale
 
 
@@ -209,8 +207,8 @@ def _rounded_inputs(quantizer: LSQ, inputs: Tensor) -> Tensor:
     """Inputs (R, C) on the grid that calibration would give them."""
     values = inputs.flatten()
     sample = values[:: max(values.numel() // VALUES, 1)]
-    low, high = values.amin(), values.amax()
-    grid = quantizer.first_grid(torch.cat((sample, torch.stack((low, high)))))
+    # One step for values that are all there, which is how a weight gets its own.
+    grid = quantizer.grid_of_weight(torch.cat((sample, torch.stack(values.aminmax()))))
     return fake_quantize(values, grid.step, quantizer.qmin, quantizer.qmax, grid.zero_point).view_as(inputs)
 
 

@@ -225,12 +225,6 @@ class LSQ(nn.Module):
         ends = (seen.low.float()[None], seen.high.float()[None], seen.mean_abs.float()[None])
         return self._first_grid(seen.sample[None], *ends)
 
-    @torch.no_grad()
-    def first_grid(self, values: Tensor) -> Grid:
-        """The first grid for values that are all there, (n,)."""
-        rows = values.detach().float()[None]
-        return self._first_grid(rows, rows.amin(1), rows.amax(1), rows.abs().mean(1))
-
     def _first_grid(self, rows: Tensor, low: Tensor, high: Tensor, mean_abs: Tensor) -> Grid:
         if self.init == 'mse':
             zero_points = range(self.qmin, self.qmax + 1) if self.scheme == 'offset' else [0]

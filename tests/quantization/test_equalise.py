@@ -20,6 +20,8 @@ from mmzsq.quantization import (
 )
 from mmzsq.quantization.equalise import RANGE, best_scale, scaled_weight
 
+# Made when this is read, before any test is seeded: the same weights each time.
+torch.manual_seed(0)
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     'conv2d': (nn.Conv2d(8, 6, 3, padding=1), (4, 8, 9, 7)),
     'grouped': (nn.Conv2d(8, 6, 3, groups=2), (4, 8, 9, 7)),
