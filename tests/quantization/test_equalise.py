@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     'conv1d': (nn.Conv1d(8, 6, 3), (4, 8, 9)),
     'transposed': (nn.ConvTranspose2d(8, 6, 2, stride=2), (4, 8, 9, 7)),
     'transposed, grouped': (nn.ConvTranspose2d(8, 6, 2, groups=2), (4, 8, 9, 7)),
-    'linear': (nn.Linear(8, 6), (4, 5, 8)),
+    'linear': (nn.Linear(8, 6), (16, 20, 8)),
 }
 
 
