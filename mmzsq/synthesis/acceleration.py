@@ -8,7 +8,8 @@ and takes them off again.
 * Output channels that are no multiple of 8 (255 of a COCO head) keep a convolution from the tensor cores: they are
   padded, and the padding is cut off.
 * A strided convolution of an image (3 channels: unaligned again, and most of its cost is moving them) becomes a dense
-  one of the image's blocks, stride x stride pixels each.
+  one of the image's blocks, stride x stride pixels each, with zeros up to the next multiple of 8 channels.
+* Max pooling of stride 1 and nearest upsampling are kernels of our own (:mod:`mmzsq.synthesis.layer_kernels`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mmzsq.synthesis.batch_norm import HAS_TRITON
+
 ALIGNMENT = 8
 """Channels that tensor cores want in multiples of, in 16-bit types."""
 
 CONVOLUTIONS = (nn.Conv2d, mmcv_layers.Conv2d)
 LINEARS = (nn.Linear, mmcv_layers.Linear)
+MAX_POOLS = (nn.MaxPool2d, mmcv_layers.MaxPool2d)
 """Exact classes: a subclass may compute something else."""
+
+MAX_POOL_SIDE = 15
+"""Of a window of max pooling: a place in it is one byte, and 255 is no place."""
 
 
 class Acceleration:
@@ -50,6 +57,8 @@ class Acceleration:
                 self._forwards[module] = partial(_linear, weight=module.weight.detach().to(dtype), bias=bias)
             elif type(module) is nn.Upsample and module.mode == 'nearest':
                 self._forwards[module] = partial(_upsample, module)
+            elif isinstance(module, nn.MaxPool2d) and _keeps_size(module):
+                self._forwards[module] = partial(_max_pool, module)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -65,6 +74,21 @@ class Acceleration:
 
 def _is_plain(layer: nn.Conv2d) -> bool:
     return type(layer) in CONVOLUTIONS and layer.padding_mode == 'zeros' and isinstance(layer.padding, tuple)
+
+
+def _keeps_size(layer: nn.MaxPool2d) -> bool:
+    """Whether ``layer`` takes the maximum of an odd square around each pixel, and returns that alone."""
+    side = layer.kernel_size
+    return (
+        type(layer) in MAX_POOLS
+        and isinstance(side, int)
+        and side % 2 == 1
+        and side <= MAX_POOL_SIDE
+        and layer.stride in (1, (1, 1))
+        and layer.padding in (side // 2, (side // 2,) * 2)
+        and layer.dilation in (1, (1, 1))
+        and not layer.return_indices
+    )
 
 
 def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -86,6 +110,7 @@ def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor],
     )
     if is_stem:
         weight, padding = blocks_of_weight(weight, stride, layer.padding)  # type: ignore[arg-type]
+        weight = F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % ALIGNMENT))
         weight = _for_gpu(weight, dtype)
         return partial(_stem, layer=layer, weight=weight, bias=bias, block=stride, padding=padding)
     missing = -layer.out_channels % ALIGNMENT if layer.groups == 1 else 0
@@ -143,7 +168,26 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
+def _has_kernel(x: Tensor, places: int) -> bool:
+    """Whether a kernel runs where ``x`` (N, C, H, W) is, with so many places, which it takes as 32-bit numbers."""
+    return x.is_cuda and HAS_TRITON and x.dim() == 4 and places < 2**31
+
+
+def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+    if not _has_kernel(x, x.numel()):
+        return type(layer).forward(layer, x)
+    from mmzsq.synthesis.layer_kernels import MaxPool
+
+    assert isinstance(layer.kernel_size, int)
+    return MaxPool.apply(x, layer.kernel_size)
+
+
 def _upsample(layer: nn.Upsample, x: Tensor) -> Tensor:
+    factor = layer.scale_factor
+    if isinstance(factor, float) and factor.is_integer() and _has_kernel(x, x.numel() * int(factor) ** 2):
+        from mmzsq.synthesis.layer_kernels import Upsample
+
+        return Upsample.apply(x, int(factor))
     # Autocast would copy to fp32, and with it all that is concatenated.
     with torch.autocast(x.device.type, enabled=False):
         return nn.Upsample.forward(layer, x)
@@ -192,9 +236,19 @@ def _stem(
 ) -> Tensor:
     if x.shape[2] % block or x.shape[3] % block:
         return type(layer).forward(layer, x)
-    blocks = F.pixel_unshuffle(x.to(weight.dtype), block)
+    blocks = _image_blocks(x, block, weight.shape[1], weight.dtype)
     left, right, above, below = padding
     around = (above, left)
     if (left, above) != (right, below):
         blocks, around = F.pad(blocks, padding), (0, 0)
     return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), weight, bias, padding=around)
+
+
+def _image_blocks(images: Tensor, block: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """``pixel_unshuffle`` of images in ``dtype``, with zeros up to so many channels."""
+    if _has_kernel(images, images.numel() * channels):
+        from mmzsq.synthesis.layer_kernels import ImageBlocks
+
+        return ImageBlocks.apply(images, block, channels, dtype)
+    blocks = F.pixel_unshuffle(images.to(dtype), block)
+    return F.pad(blocks, (0, 0, 0, 0, 0, channels - blocks.shape[1]))

@@ -112,7 +112,7 @@ class BatchNormWatch:
             return None
         layers = list(self._seen)
         runs = [layer for layer, seen in self._seen.items() for _ in seen]
-        sums = [run for seen in self._seen.values() for run, _ in seen]
+        sums = _added_up([run for seen in self._seen.values() for run, _ in seen])
         counts = [count for seen in self._seen.values() for _, count in seen]
         self._seen.clear()
         key = tuple(zip(runs, counts, strict=True))
@@ -134,6 +134,13 @@ class BatchNormWatch:
         self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
 
     def _remember(self, layer: nn.Module, sums: Tensor, count: int) -> None:
+        """Keep the sums (2, C), or parts of them (P, 2, C), of the distance to the centre and of its square.
+
+        Args:
+            layer: That ran.
+            sums: Over (N, H, W).
+            count: Of values in each sum.
+        """
         self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
 
     def _fused_forward(self, layer: _BatchNorm, activation: int) -> Callable[[Tensor], Tensor]:
@@ -149,8 +156,8 @@ class BatchNormWatch:
         centre = _centre(layer)
 
         def forward(features: Tensor) -> Tensor:
-            output, sums = BatchNormActivation.apply(features, centre, scale, bias, activation)
-            self._remember(layer, sums, features.numel() // features.shape[1])
+            output, partial = BatchNormActivation.apply(features, centre, scale, bias, activation)
+            self._remember(layer, partial, features.numel() // features.shape[1])
             return output
 
         return forward
@@ -207,6 +214,17 @@ class _BatchStatistics(torch.autograd.Function):
 def _centre(layer: nn.Module) -> Tensor:
     running_mean: Tensor = layer.running_mean  # type: ignore[assignment]
     return running_mean.float()
+
+
+def _added_up(sums: list[Tensor]) -> list[Tensor]:
+    """Add up what fused layers left in parts (P, 2, C), all of them at once; other sums (2, C) stay as they are."""
+    parts = [run for run in sums if run.dim() == 3]
+    if not parts:
+        return sums
+    from mmzsq.synthesis.kernels import SumRows
+
+    totals = iter(SumRows.apply(torch.cat(parts, dim=2)).split([run.shape[2] for run in parts], dim=1))
+    return [next(totals) if run.dim() == 3 else run for run in sums]
 
 
 def _is_fusible(layer: _BatchNorm) -> bool:

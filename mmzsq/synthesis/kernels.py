@@ -24,19 +24,24 @@ TILE = 4096
 """Values that one program holds at once."""
 PROGRAMS = 1024
 """Programs of a reduction, at most: each leaves one partial sum."""
+BATCH_NORM_TILE = 2048
+"""Values that one program of BatchNorm holds at once, beside as many sums of two kinds."""
+BATCH_NORM_PROGRAMS = 528
+"""Programs of BatchNorm, whatever the size of a layer: the sums of all layers are one reduction."""
 SUM_COLUMNS = 16
 """Columns that one program adds up."""
 MAX_VALUES = 2**31 - TILE
 """Values of the images whose total variation is taken: places are 32-bit, because the kernel divides them."""
 
 
-def _ceil_div(value: int, divisor: int) -> int:
+def ceil_div(value: int, divisor: int) -> int:
+    """How many times ``divisor`` covers ``value``."""
     return -(-value // divisor)
 
 
 @triton.jit
 def _batch_norm_forward(
-    x, y, partial, shift, scale, bias, rows, tiles_each, channels: tl.constexpr, block_rows: tl.constexpr,
+    x, y, partial, shift, scale, bias, rows, channels: tl.constexpr, block_rows: tl.constexpr,
     block_channels: tl.constexpr, activation: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -45,24 +50,33 @@ def _batch_norm_forward(
     centre = tl.load(shift + column, mask=is_column, other=0.0)
     slope = tl.load(scale + column, mask=is_column, other=0.0)
     offset = tl.load(bias + column, mask=is_column, other=0.0)
-    total = tl.zeros((block_channels,), tl.float32)
-    squares = tl.zeros((block_channels,), tl.float32)
-    for tile in range(tiles_each):
-        row = (program * tiles_each + tile) * block_rows + tl.arange(0, block_rows)
-        inside = (row < rows)[:, None] & is_column[None, :]
-        place = row.to(tl.int64)[:, None] * channels + column[None, :]
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    # One reduction at the end: one a tile would wait for all threads each time.
+    total = tl.zeros((block_rows, block_channels), tl.float32)
+    squares = tl.zeros((block_rows, block_channels), tl.float32)
+    step = tl.num_programs(0) * block_rows
+    row = program * block_rows + tl.arange(0, block_rows)
+    place = row.to(tl.int64)[:, None] * channels + column[None, :]
+    inside = (row < rows)[:, None] & is_column[None, :]
+    loaded = tl.load(x + place, mask=inside, other=0.0)
+    for _ in range(program * block_rows, rows, step):
+        # The next tile is on its way while this one is worked on.
+        next_row = row + step
+        next_place = next_row.to(tl.int64)[:, None] * channels + column[None, :]
+        next_inside = (next_row < rows)[:, None] & is_column[None, :]
+        next_loaded = tl.load(x + next_place, mask=next_inside, other=0.0)
+        value = loaded.to(tl.float32)
         distance = tl.where(inside, value - centre[None, :], 0.0)
-        total += tl.sum(distance, axis=0)
-        squares += tl.sum(distance * distance, axis=0)
+        total += distance
+        squares += distance * distance
         normal = value * slope[None, :] + offset[None, :]
         if activation == 1:
             normal = tl.maximum(normal, 0.0)
         if activation == 2:
             normal = normal * tl.sigmoid(normal)
         tl.store(y + place, normal.to(y.dtype.element_ty), mask=inside)
-    tl.store(partial + (program * 2) * channels + column, total, mask=is_column)
-    tl.store(partial + (program * 2 + 1) * channels + column, squares, mask=is_column)
+        row, place, inside, loaded = next_row, next_place, next_inside, next_loaded
+    tl.store(partial + (program * 2) * channels + column, tl.sum(total, axis=0), mask=is_column)
+    tl.store(partial + (program * 2 + 1) * channels + column, tl.sum(squares, axis=0), mask=is_column)
 
 
 @triton.jit
@@ -77,22 +91,30 @@ def _sum_rows(x, y, rows, columns, block_rows: tl.constexpr, block_columns: tl.c
     tl.store(y + column, total, mask=is_column)
 
 
-def sum_rows(values: Tensor) -> Tensor:
-    """Sum fp32 values (N, ...) over N, always in the same order.
+class SumRows(torch.autograd.Function):
+    """Sum of fp32 values (N, ...) over N, always in the same order: of some hundred rows of very many columns."""
 
-    Of a thousand rows of some hundred columns, one for each layer of a step.
-    """
-    output = torch.empty(values.shape[1:], dtype=torch.float32, device=values.device)
-    columns = output.numel()
-    _sum_rows[(_ceil_div(columns, SUM_COLUMNS),)](
-        values, output, len(values), columns, TILE // SUM_COLUMNS, SUM_COLUMNS
-    )
-    return output
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        """See the class."""
+        output = torch.empty(values.shape[1:], dtype=torch.float32, device=values.device)
+        columns = output.numel()
+        _sum_rows[(ceil_div(columns, SUM_COLUMNS),)](
+            values, output, len(values), columns, TILE // SUM_COLUMNS, SUM_COLUMNS
+        )
+        ctx.rows = len(values)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        """The same for all rows."""
+        return grad_output.expand(ctx.rows, *grad_output.shape)
 
 
 @triton.jit
 def _batch_norm_backward(
-    x, grad_y, grad_x, grad_sums, shift, scale, bias, rows, grad_stride, channels: tl.constexpr,
+    x, grad_y, grad_x, grad_sums, shift, scale, bias, rows, grad_stride, sums_stride, channels: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr, activation: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block_channels)
@@ -104,7 +126,7 @@ def _batch_norm_backward(
     slope = tl.load(scale + column, mask=is_column, other=0.0)
     offset = tl.load(bias + column, mask=is_column, other=0.0)
     of_total = tl.load(grad_sums + column, mask=is_column, other=0.0)
-    of_squares = tl.load(grad_sums + channels + column, mask=is_column, other=0.0)
+    of_squares = tl.load(grad_sums + sums_stride + column, mask=is_column, other=0.0)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     grad_place = row.to(tl.int64)[:, None] * grad_stride + column[None, :]
     grad = tl.load(grad_y + grad_place, mask=inside, other=0.0).to(tl.float32)
@@ -124,8 +146,9 @@ class BatchNormActivation(torch.autograd.Function):
     Inputs: features (N, C, H, W), channels last; the statistics' centre, the scale and the bias of each channel, fp32
     (C,), without gradient; the activation: 0 for none, 1 for ReLU, 2 for SiLU.
 
-    Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32 (2, C): the sums over
-    (N, H, W) of ``features - centre`` and of its square.
+    Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32
+    (:data:`BATCH_NORM_PROGRAMS`, 2, C), whose sum over the programs is that over (N, H, W) of ``features - centre`` and
+    of its square. It is left to :class:`SumRows`, which takes all layers at once; another use has no gradient.
     """
 
     @staticmethod
@@ -137,36 +160,46 @@ class BatchNormActivation(torch.autograd.Function):
         channels = features.shape[1]
         rows = features.numel() // channels
         block_channels = triton.next_power_of_2(channels)
-        block_rows = max(TILE // block_channels, 1)
-        tiles_each = _ceil_div(_ceil_div(rows, block_rows), PROGRAMS)
-        programs = _ceil_div(rows, block_rows * tiles_each)
+        block_rows = max(BATCH_NORM_TILE // block_channels, 1)
         output = torch.empty_like(features)
-        partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=features.device)
-        _batch_norm_forward[(programs,)](
-            features, output, partial, centre, scale, bias, rows, tiles_each, channels, block_rows, block_channels,
-            activation,
-        )  # fmt: skip
+        partial = torch.empty((BATCH_NORM_PROGRAMS, 2, channels), dtype=torch.float32, device=features.device)
+        _batch_norm_forward[(BATCH_NORM_PROGRAMS,)](
+            features, output, partial, centre, scale, bias, rows, channels, block_rows, block_channels, activation
+        )
         ctx.save_for_backward(features, centre, scale, bias)
         ctx.activation = activation
-        return output, sum_rows(partial)
+        ctx.set_materialize_grads(False)
+        return output, partial
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Gradient of the features alone."""
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_partial: Tensor | None
+    ) -> tuple[Tensor, None, None, None, None]:
+        """Gradient of the features alone.
+
+        Raises:
+            RuntimeError: If the gradient of the programs' sums is not that of a sum over them.
+        """
         features, centre, scale, bias = ctx.saved_tensors
         channels = features.shape[1]
         rows = features.numel() // channels
         block_channels = triton.next_power_of_2(channels)
         block_rows = max(TILE // block_channels, 1)
         grad = torch.empty_like(features)
+        if grad_output is None:
+            grad_output = torch.zeros_like(features)
+        if grad_partial is None:
+            grad_partial = centre.new_zeros(2, channels).expand(BATCH_NORM_PROGRAMS, 2, channels)
         grad_stride = row_stride(grad_output)
         if grad_stride is None:
             grad_output = grad_output.contiguous(memory_format=torch.channels_last)
             grad_stride = channels
-        _batch_norm_backward[(_ceil_div(rows, block_rows),)](
-            features, grad_output, grad, grad_sums.contiguous(), centre, scale, bias, rows, grad_stride, channels,
-            block_rows, block_channels, ctx.activation,
+        if grad_partial.stride(0) != 0 or grad_partial.stride(2) != 1:
+            raise RuntimeError('the sums of the programs are to be added up by SumRows')
+        _batch_norm_backward[(ceil_div(rows, block_rows),)](
+            features, grad_output, grad, grad_partial, centre, scale, bias, rows, grad_stride, grad_partial.stride(1),
+            channels, block_rows, block_channels, ctx.activation,
         )  # fmt: skip
         return grad, None, None, None, None
 
@@ -252,8 +285,8 @@ class TotalVariation(torch.autograd.Function):
         images = images.contiguous(memory_format=torch.channels_last)
         channels, height, width = images.shape[1:]
         block = TILE // 4
-        tiles_each = _ceil_div(_ceil_div(images.numel(), block), 4 * PROGRAMS)
-        programs = _ceil_div(images.numel(), block * tiles_each)
+        tiles_each = ceil_div(ceil_div(images.numel(), block), 4 * PROGRAMS)
+        programs = ceil_div(images.numel(), block * tiles_each)
         partial = torch.empty((programs, 4), dtype=torch.float32, device=images.device)
         _total_variation_forward[(programs,)](
             images, partial, images.numel(), height, width, tiles_each, channels, block
@@ -272,7 +305,7 @@ class TotalVariation(torch.autograd.Function):
         grad = torch.empty_like(images)
         # Where a norm is 0 so are all of its differences.
         factors = grad_output * norms.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
-        _total_variation_backward[(_ceil_div(images.numel(), block),)](
+        _total_variation_backward[(ceil_div(images.numel(), block),)](
             images, grad, factors, images.numel(), height, width, channels, block
         )
         return grad

@@ -4,6 +4,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +27,25 @@ def reference(features: Tensor, centre: Tensor, scale: Tensor, bias: Tensor, act
     return output, torch.stack((distance.sum((0, 2, 3)), distance.square().sum((0, 2, 3))))
 
 
+def batch_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from mmzsq.synthesis.kernels import BatchNormActivation, SumRows
+
+    output, partial = BatchNormActivation.apply(*arguments)
+    return output, SumRows.apply(partial)
+
+
 def check(device: str) -> None:
-    from mmzsq.synthesis.kernels import BatchNormActivation, TotalVariation, row_stride, sum_rows
+    from mmzsq.synthesis.kernels import SumRows, TotalVariation, row_stride
 
     torch.manual_seed(0)
     for rows, columns in ((1, 3), (7, 32), (700, 40)):
-        values = torch.randn(rows, 2, columns, device=device)
-        torch.testing.assert_close(sum_rows(values), values.sum(0), rtol=1e-4, atol=1e-4)
+        values = torch.randn(rows, 2, columns, device=device, requires_grad=True)
+        direction = torch.randn(2, columns, device=device)
+        results = [
+            (total, *torch.autograd.grad(total, values, direction)) for total in (SumRows.apply(values), values.sum(0))
+        ]
+        for value, expected in zip(*results, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
     for channels in (3, 16, 24):
         for activation in ACTIVATIONS:
             features = torch.randn(2, channels, 9, 7, device=device).to(memory_format=torch.channels_last)
@@ -41,7 +55,7 @@ def check(device: str) -> None:
             assert row_stride(wide[:, 4:-4]) == channels + 8
             grads = (wide[:, 4:-4], torch.randn(2, channels, device=device))
             results = []
-            for function in (BatchNormActivation.apply, reference):
+            for function in (batch_norm, reference):
                 x = features.clone().requires_grad_()
                 outputs = function(x, *constants, activation)
                 results.append((*outputs, *torch.autograd.grad(outputs, x, grads)))
@@ -61,6 +75,57 @@ def check(device: str) -> None:
     assert not grad.any()
 
 
+def check_layers(device: str) -> None:
+    from mmzsq.synthesis.layer_kernels import ImageBlocks, MaxPool, Upsample
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 12, 18, device=device)
+    features = torch.randn(2, 5, 7, 6, device=device)
+    # Equal values: the gradient goes to the first.
+    features[:, :, 2:5] = features[:, :, :1]
+    for block, padded in ((2, 16), (3, 32), (1, 8)):
+        blocks = F.pad(F.pixel_unshuffle(images, block), (0, 0, 0, 0, 0, padded - 3 * block**2))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            compare(
+                lambda x, block=block, padded=padded: ImageBlocks.apply(x, block, padded, torch.float32),
+                lambda x, block=block, padded=padded: F.pad(
+                    F.pixel_unshuffle(x, block), (0, 0, 0, 0, 0, padded - 3 * block**2)
+                ),
+                images.contiguous(memory_format=layout),
+            )
+        output = ImageBlocks.apply(images, block, padded, torch.bfloat16)
+        # Triton's interpreter cuts off where a GPU rounds.
+        torch.testing.assert_close(output, blocks.bfloat16(), rtol=2**-7, atol=0)
+    for side in (1, 3, 5):
+        compare(
+            lambda x, side=side: MaxPool.apply(x, side),
+            lambda x, side=side: F.max_pool2d(x, side, stride=1, padding=side // 2),
+            features,
+        )
+    for factor in (2, 3):
+        compare(
+            lambda x, factor=factor: Upsample.apply(x, factor),
+            lambda x, factor=factor: F.interpolate(x, scale_factor=factor, mode='nearest'),
+            features,
+        )
+    broken = features.clone()
+    broken[0, 0, 3, 3] = torch.nan
+    assert MaxPool.apply(broken, 3).isnan().equal(F.max_pool2d(broken, 3, stride=1, padding=1).isnan())
+
+
+def compare(function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
+    """Values and gradient, that of the output as it may come: dense, in the other layout, or part of a wider one."""
+    inputs = inputs.clone().requires_grad_()
+    output, expected = function(inputs), reference(inputs)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected)
+    batch, channels, *size = output.shape
+    wide = torch.randn(batch, channels + 3, *size, device=inputs.device).to(memory_format=torch.channels_last)
+    for grad in (torch.randn_like(output), torch.randn(output.shape, device=inputs.device), wide[:, 2:-1]):
+        grads = [torch.autograd.grad(value, inputs, grad, retain_graph=True)[0] for value in (output, expected)]
+        torch.testing.assert_close(*grads)
+
+
 def test_kernels_compute_what_pytorch_does_in_the_interpreter() -> None:
     if torch.cuda.is_available():
         pytest.skip('compiled kernels are tested here')
@@ -72,15 +137,14 @@ def test_kernels_compute_what_pytorch_does_in_the_interpreter() -> None:
 @pytest.mark.cuda
 def test_kernels_compute_what_pytorch_does() -> None:
     check('cuda')
+    check_layers('cuda')
 
 
 @pytest.mark.cuda
 def test_kernels_take_bf16_and_sum_in_fp32() -> None:
-    from mmzsq.synthesis.kernels import BatchNormActivation
-
     features = torch.randn(8, 32, 40, 40, device='cuda').bfloat16().to(memory_format=torch.channels_last)
     constants = torch.randn(3, 32, device='cuda')
-    output, sums = BatchNormActivation.apply(features, *constants, 2)
+    output, sums = batch_norm(features, *constants, 2)
     expected, expected_sums = reference(features.double(), *constants.double(), 2)
     assert output.dtype == torch.bfloat16 and sums.dtype == torch.float32
     torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2)
@@ -139,3 +203,4 @@ def test_a_paused_watch_sees_nothing_and_keeps_its_constants() -> None:
 
 if __name__ == '__main__':
     check('cpu')
+    check_layers('cpu')
