@@ -199,7 +199,7 @@ class BatchNormActivation(torch.autograd.Function):
             raise RuntimeError('the sums of the programs are to be added up by SumRows')
         _batch_norm_backward[(ceil_div(rows, block_rows),)](
             features, grad_output, grad, grad_partial, centre, scale, bias, rows, grad_stride, grad_partial.stride(1),
-            channels, block_rows, block_channels, ctx.activation,
+            channels, block_rows, block_channels, ctx.activation, num_warps=8,
         )  # fmt: skip
         return grad, None, None, None, None
 
