@@ -45,6 +45,17 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.targets: PaddedTargets | None = None
 
+    def release(self) -> None:
+        """Free the graph and its memory; the next steps run eagerly, and then one is captured again.
+
+        NCCL waits for the graphs that hold its exchanges before it lets a process leave its group.
+        """
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph, self.targets, self.eager_steps = None, None, 0
+        for name in ('inputs', 'log_vars', 'parameters', 'grads'):
+            vars(self).pop(name, None)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep:
         # A graph belongs to the tensors that it was captured with.
         return type(self)(self.allowed)

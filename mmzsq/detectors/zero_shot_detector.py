@@ -226,6 +226,10 @@ class ZeroShotDetector(BaseModel):
         detector = self.teacher if mode == 'predict' and self._predictor == 'teacher' else self.student
         return detector(inputs, data_samples, mode=mode)
 
+    def end_training(self) -> None:
+        """Free the memory that steps of training hold; see :meth:`CapturedStep.release`."""
+        self._captured_step.release()
+
     def train_step(
         self, data: Any, optim_wrapper: OptimWrapper, average: Callable[[nn.Module], None] | None = None
     ) -> dict[str, Tensor]:

@@ -74,6 +74,7 @@ class ZeroShotRunner(Runner):
         start = time.perf_counter()
         model = super().train()
         self.seconds = dict(train=time.perf_counter() - start)
+        self.detector.end_training()
         self._val_loop = val_loop
         report_results(self)
         return model

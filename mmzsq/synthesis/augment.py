@@ -54,4 +54,5 @@ class Cutout:
         in_rows = (rows >= top[:, None]) & (rows < (top + box_height)[:, None])
         in_columns = (columns >= left[:, None]) & (columns < (left + box_width)[:, None])
         erased = in_rows[:, :, None] & in_columns[:, None, :] & (draw[4] < self.probability)[:, None, None]
-        return images.masked_fill(erased[:, None], self.value)
+        # masked_fill would rearrange images that lie channels last, and with them all features.
+        return torch.where(erased[:, None], self.value, images)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,31 @@ def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wr
     # The images of each batch are those that were learnt from.
     assert len({log['loss'] for log in logs[0]}) == len(data)
     assert copy.deepcopy(model)._captured_step.graph is None
+
+
+def test_a_released_step_holds_nothing_and_begins_anew() -> None:
+    step, reset = CapturedStep(), []
+    step.release()
+    step.graph, step.eager_steps = SimpleNamespace(reset=lambda: reset.append(1)), EAGER_STEPS
+    step.inputs, step.log_vars, step.parameters, step.grads = torch.ones(1), {}, [], []
+    step.release()
+    assert reset == [1]
+    assert vars(step) == vars(CapturedStep())
+
+
+@pytest.mark.cuda
+def test_training_goes_on_after_a_release(make: Make) -> None:
+    data, logs = batches(2 * EAGER_STEPS + 2), []
+    for release in (True, False):
+        model = make().cuda()
+        first = train(model, data)
+        if release:
+            model.end_training()
+            assert model._captured_step.graph is None
+        logs.append([first, train(model, data)])
+        assert model._captured_step.graph is not None
+    for released, kept in zip(*(sum(log, []) for log in logs), strict=True):
+        assert released == pytest.approx(kept, rel=2e-3)
 
 
 @pytest.mark.cuda

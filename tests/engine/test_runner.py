@@ -21,6 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 
 from mmzsq import test as test_tool
+from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.engine import FiniteLossHook, ZeroShotRunner
 from mmzsq.errors import UserError
 from mmzsq.quantization import quantizers
@@ -76,7 +77,11 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
 ) -> None:
     copy = tmp_path / 'copy.pth'
     copy.write_bytes(teacher.read_bytes())
+    released: list[Any] = []
+    monkeypatch.setattr(CapturedStep, 'release', lambda step: released.append(step))
     runner = run(make_runner, load_from=str(copy))
+    # A graph that is left keeps several processes from ending.
+    assert released == [runner.detector._captured_step]
 
     written = results('out')
     assert list(written['metrics']) == ['float', 'ptq', 'zero_shot']

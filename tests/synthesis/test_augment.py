@@ -35,6 +35,15 @@ def test_erased_pixels_get_no_gradient_and_the_others_theirs() -> None:
     assert torch.equal(images.grad, (seen == images).float())
 
 
+def test_images_and_gradients_stay_channels_last() -> None:
+    """Else all features of the network would lie otherwise, where a GPU is several times slower."""
+    images = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = Cutout(probability=1.0)(images)
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(seen.square().sum(), images)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_draws_anew_each_time_and_the_same_for_a_seed() -> None:
     images = torch.ones(8, 3, 32, 32)
     cutout = Cutout(probability=1.0)

@@ -87,6 +87,23 @@ def test_processes_to_compare_with_one_are_asked_for(call: Any) -> None:
         call('--gpus', '2')
 
 
+@pytest.mark.parametrize(
+    ('code', 'message'),
+    [('import time; print("so far"); time.sleep(60)', 'had not ended after 3 s'), ('1 / 0', 'code 1')],
+)
+def test_a_run_that_fails_or_hangs_is_given_up_with_the_end_of_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, message: str
+) -> None:
+    worker = tmp_path / 'worker.py'
+    worker.write_text(code)
+    monkeypatch.setattr(scaling, '__file__', str(worker))
+    monkeypatch.setattr(scaling, 'RUN_SECONDS', 3)
+    monkeypatch.setenv('PYTHONUNBUFFERED', '1')
+    with pytest.raises(UserError, match=f'the run of 1 process .*{message}') as error:
+        scaling.run(SimpleNamespace(), 'weights.pth', 1, tmp_path / 'run')
+    assert 'so far' in str(error.value) or 'ZeroDivisionError' in str(error.value)
+
+
 def test_a_step_is_timed_within_epochs_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """30 epochs of 4 steps that take 1 s each, and 100 s until the workers of an epoch have begun."""
     clock, time = scaling.Clock(), [0.0]

@@ -60,6 +60,8 @@ EXCHANGES = 20
 """Averages of the gradients that are timed."""
 SERIAL_PARTS = ('claim', 'merge', 'verification')
 """Parts of making a set that do not become shorter with more processes, and grow with the set."""
+RUN_SECONDS = 1800
+"""After which a run is given up."""
 STARTED = 'SCALING_STARTED'
 """Environment variable: when the command began, in seconds since 1970."""
 
@@ -162,12 +164,24 @@ def run(args: argparse.Namespace, checkpoint: str, count: int, folder: Path) -> 
     env = dict(os.environ, **{STARTED: str(time.time())})
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     start = time.perf_counter()
+    processes = f'{count} process{"es" * (count > 1)}'
+    failure = None
     with (folder / 'log.txt').open('w') as log:
-        code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            if code := process.wait(RUN_SECONDS):
+                failure = f'ended with code {code}'
+        except subprocess.TimeoutExpired:
+            failure = f'had not ended after {RUN_SECONDS} s'
+        finally:
+            if process.poll() is None:
+                # Asked to, torchrun ends its workers, which a kill would leave behind.
+                process.terminate()
+                process.wait()
+    if failure is not None:
         end = (folder / 'log.txt').read_text(errors='replace')[-3000:]
-        raise UserError(f'the run of {count} process{"es" * (count > 1)} ended with code {code}:\n{end}')
-    sys.stderr.write(f'{count} process{"es" * (count > 1)}: {time.perf_counter() - start:.0f} s\n')
+        raise UserError(f'the run of {processes} {failure}:\n{end}')
+    sys.stderr.write(f'{processes}: {time.perf_counter() - start:.0f} s\n')
     return join([json.loads((folder / f'rank_{rank}.json').read_text()) for rank in range(count)])
 
 
