@@ -4,7 +4,7 @@
 It may, unless the environment says ``MMZSQ_FUSED_KERNELS=0``: then the general path runs, PyTorch's operators alone, on
 any GPU that PyTorch knows, with the same results but for rounding. Fused are fake quantization
 (``quantization/kernels.py``), and in synthesis BatchNorm with its statistics and total variation
-(``synthesis/kernels.py``), and max pooling, upsampling and the blocks of an image (``synthesis/layer_kernels.py``) where
+(``synthesis/kernels.py``), and max pooling, upsampling and the blocks of an image (``synthesis/layer_kernels.py``);
 ``synthesis/acceleration.py`` rearranges layers of the frozen detector.
 """
 

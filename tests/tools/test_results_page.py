@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -236,9 +237,34 @@ def test_the_page_is_written_and_checked(
         run(repo, monkeypatch, '--root', root, '--check')
 
 
+def test_labels_of_sets_stand_beside_those_of_real_images(
+    repo: Path, root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbers(images: int, boxes: float, small: float, **correlation: float) -> dict[str, Any]:
+        sizes = dict(small=small, medium=0.25, large=0.75 - small)
+        return dict(images=images, boxes_per_image=dict(mean=boxes), box_sizes=sizes, correlation=correlation)
+
+    keep('default_w4a4_seed0', 200)
+    measured = dict(
+        annotations=dict(numbers(337, 8.34, 0.34), correlation={}),
+        sets={'default_prior': numbers(512, 8.24, 0.5, pearson=0.945, spearman=0.601), 'mine': numbers(4, 1, 0)},
+    )
+    (root / results_page.LABELS).write_text(json.dumps(measured))
+    run(repo, monkeypatch, '--root', root)
+    text = (root / 'docs/results.md').read_text()
+    ours = "adaptive sampling from the detector's prior (ours)"
+    labels = text[text.index('## Labels') :]
+    assert row(labels, ours) == ['512', '8.2', '50 %', '25 %', '25 %', '0.94', '0.60']
+    assert row(labels, '`mine`') == ['4', '1.0', '0 %', '25 %', '75 %', '', '']
+    assert row(labels, 'real, train2017') == ['337', '8.3', '34 %', '25 %', '41 %', '', '']
+    assert 'mine=work_dirs/yolov5-n/set_mine_seed0/calibration_set' in labels
+    for image in re.findall(r'\]\((images/[^)]*)\)', labels):
+        assert (repo / 'docs' / image).is_file()
+
+
 def test_the_numbers_of_the_page_are_those_of_the_runs_that_are_kept(repo: Path) -> None:
     def tables(text: str) -> list[str]:
         return [line for line in text.splitlines() if line[:1] == '|']
 
     page = (repo / results_page.PAGE).read_text(encoding='utf-8')
-    assert tables(page) == tables(results_page.render(results_page.read_runs(repo)))
+    assert tables(page) == tables(results_page.render(results_page.read_runs(repo), results_page.read_labels(repo)))

@@ -48,6 +48,19 @@ PAGE = 'docs/results.md'
 RESULTS = 'results/yolov5-n'
 EARLIER = ('results/yolov5-n_coco200', ('default', 'paper'))
 """Folder with runs of configs/zsq/README.md, ``yolov5-n_BITS_METHOD.json``, and the methods that they are of."""
+LABELS = 'results/yolov5-n_labels.json'
+LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
+LABELS_OF = {
+    'default': 'adaptive sampling, `default`',
+    'default_prior': "adaptive sampling from the detector's prior (ours)",
+    'default_multi-out': 'MultiSample, out of distribution',
+    'default_multi-in': 'MultiSample, in distribution',
+    'default_tile-out': 'Tile, out of distribution',
+    'default_tile-in': 'Tile, in distribution',
+}
+SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior')}
+"""Sets whose galleries are on the page."""
+SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
 METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
 NOT_COMPARED = (
@@ -109,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     page = args.root / PAGE
     try:
-        text = render(read_runs(args.root))
+        text = render(read_runs(args.root), read_labels(args.root))
         current = read_text(page) if page.is_file() else ''
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
@@ -157,9 +170,55 @@ def read_runs(root: Path) -> Runs:
     return found
 
 
-def render(runs: Runs) -> str:
-    """The page."""
-    return '\n'.join([INTRODUCTION, *(render_table(table, runs) for table in TABLES.values())])
+def read_labels(root: Path) -> Mapping[str, Any] | None:
+    """What label_statistics.py wrote of the calibration sets; None if it has not."""
+    path = root / LABELS
+    return json.loads(read_text(path)) if path.is_file() else None
+
+
+def render(runs: Runs, labels: Mapping[str, Any] | None = None) -> str:
+    """The page.
+
+    Args:
+        runs: Of :func:`read_runs`.
+        labels: Of :func:`read_labels`; None leaves the section out.
+    """
+    tables = (render_table(table, runs) for table in TABLES.values())
+    return '\n'.join([INTRODUCTION, *tables, *([] if labels is None else [render_labels(labels)])])
+
+
+def render_labels(labels: Mapping[str, Any]) -> str:
+    """How alike the labels of calibration sets and of real images are, as markdown."""
+    head = ('labels', 'images', 'boxes an image', *(f'{size} boxes' for size in SIZES), 'Pearson', 'Spearman')
+    rows = [[LABELS_OF.get(name, f'`{name}`'), *_label_numbers(of_set)] for name, of_set in labels['sets'].items()]
+    rows.append(['real, train2017', *_label_numbers(labels['annotations'])])
+    sets = ' '.join(f'{name}=work_dirs/yolov5-n/set_{name}_seed0/calibration_set' for name in labels['sets'])
+    command = (
+        f'python tools/analysis_tools/label_statistics.py {sets} \\\n'
+        f'    --annotations data/coco/annotations/instances_train2017.json --out {LABELS} --plot {LABELS_PLOT}'
+    )
+    parts = (
+        '## Labels',
+        "The labels of sets of Table 5 (seed 0) beside those of the real training images, as in the paper's Figure 1b: "
+        "correlation of the numbers of boxes of the 80 categories, Pearson's, and of their ranks, Spearman's. Small is "
+        'below 32 x 32 pixels, large from 96 x 96 on. Nothing corrects those of MultiSample and Tile.',
+        markdown_table(head, rows),
+        f'```bash\n{command}\n```',
+        f'![Categories, boxes an image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
+        'The first images of both adaptive sets, by index:',
+        *(f'![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)' for name, text in SHOWN.items()),
+    )
+    return '\n\n'.join(parts) + '\n'
+
+
+def _label_numbers(statistics_of: Mapping[str, Any]) -> list[str]:
+    correlation = statistics_of.get('correlation', {})
+    return [
+        str(statistics_of['images']),
+        f'{statistics_of["boxes_per_image"]["mean"]:.1f}',
+        *(f'{100 * statistics_of["box_sizes"][size]:.0f} %' for size in SIZES),
+        *(f'{correlation[kind]:.2f}' if kind in correlation else '' for kind in ('pearson', 'spearman')),
+    ]
 
 
 def render_table(table: Table, runs: Runs) -> str:
