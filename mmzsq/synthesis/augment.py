@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,12 @@ class Cutout:
         probability: That an image is erased, in [0, 1].
         area: Range of the erased share of the image, in (0, 1].
         ratio: Range of height over width, drawn log-uniformly.
-        value: What the rectangle is filled with, in [0, 1].
+        value: What the rectangle is filled with, in [0, 1], or ``'mean'``: each image's own mean colour. The paper's is
+            black. To statistics of batches a black rectangle is an outlier, the more so the brighter and smoother what
+            the images show: BatchNorm's memory is then matched by images that have lost all contrast themselves.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -28,8 +34,10 @@ class Cutout:
         probability: float = 0.5,
         area: tuple[float, float] = (0.02, 0.2),
         ratio: tuple[float, float] = (0.3, 3.3),
-        value: float = 0.0,
+        value: float | str = 0.0,
     ) -> None:
+        if value != 'mean' and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UserError(f"value of cutout is a number in [0, 1] or 'mean', not {value!r}")
         if not 0 <= probability <= 1:
             raise UserError(f'probability of cutout is in [0, 1], not {probability}')
         if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
@@ -37,7 +45,7 @@ class Cutout:
         self.probability = probability
         self.area = area
         self.log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-        self.value = value
+        self.value: Any = value
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return ``images`` (N, 3, H, W) with rectangles erased; erased pixels get no gradient."""
@@ -54,5 +62,6 @@ class Cutout:
         in_rows = (rows >= top[:, None]) & (rows < (top + box_height)[:, None])
         in_columns = (columns >= left[:, None]) & (columns < (left + box_width)[:, None])
         erased = in_rows[:, :, None] & in_columns[:, None, :] & (draw[4] < self.probability)[:, None, None]
+        fill = images.detach().mean((2, 3), keepdim=True) if self.value == 'mean' else self.value
         # masked_fill would rearrange images that lie channels last, and with them all features.
-        return torch.where(erased[:, None], self.value, images)
+        return torch.where(erased[:, None], fill, images)

@@ -54,7 +54,23 @@ def test_draws_anew_each_time_and_the_same_for_a_seed() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize('kwargs', [dict(probability=1.5), dict(area=(0.5, 0.2)), dict(ratio=(0, 1))])
+def test_rectangles_of_the_mean_colour_leave_the_mean_of_an_image_as_it_was() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 32, 32) * torch.rand(6, 3, 1, 1)
+    seen = Cutout(probability=1.0, value='mean')(images.requires_grad_())
+    for image, erased in zip(images, seen, strict=True):
+        inside = (erased != image).any(0)
+        assert 0.01 < inside.float().mean() < 0.25
+        torch.testing.assert_close(erased[:, inside], image.mean((1, 2))[:, None].expand(3, int(inside.sum())))
+    # What a rectangle shows is not learnt by the pixels around it.
+    (grad,) = torch.autograd.grad(seen.sum(), images)
+    assert torch.equal(grad, (seen == images).float())
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [dict(probability=1.5), dict(area=(0.5, 0.2)), dict(ratio=(0, 1)), dict(value=2.0), dict(value='black')],
+)
 def test_refuses_impossible_ranges(kwargs: dict) -> None:
     with pytest.raises(UserError):
         Cutout(**kwargs)
