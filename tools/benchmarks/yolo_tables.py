@@ -308,6 +308,14 @@ _PARTS: tuple[tuple[str, str, Method], ...] = (
             ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
             ('erasing: none', 'no-cutout', {'zsq.synthesis.cutout': None}, IMAGES, None, {}),
             (
+                "erasing: by an image's mean colour",
+                'mean-cutout',
+                {'zsq.synthesis.cutout.value': 'mean'},
+                IMAGES,
+                None,
+                {},
+            ),
+            (
                 'labels: start as one box',
                 'one-box',
                 {'zsq.label_sampler.start.type': 'mmzsq.SingleBoxSampler', 'zsq.label_sampler.start.side': (0.2, 0.8)},
