@@ -69,7 +69,8 @@ def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatc
     monkeypatch.setattr(torch.cuda, 'Stream', lambda: None)
     monkeypatch.setattr(task, 'data_samples', lambda *args: samples)
     # Triton's kernels want a GPU that exists; so does the operator that takes BatchNorm's statistics.
-    monkeypatch.setattr('mmzsq.synthesis.priors.HAS_TRITON', False)
+    for module in ('priors', 'acceleration'):
+        monkeypatch.setattr(f'mmzsq.synthesis.{module}.HAS_TRITON', False)
     kinds = (PatchSimilarityPrior(), TotalVariationPrior(), *(() if images.is_cuda else (BNStatisticsPrior(),)))
     priors = select_priors(kinds, task.detector, require_features=False)
     cutout = dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0)
