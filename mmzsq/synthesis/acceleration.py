@@ -170,7 +170,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _has_kernel(x: Tensor, places: int) -> bool:
     """Whether a kernel runs where ``x`` (N, C, H, W) is, with so many places, which it takes as 32-bit numbers."""
-    return x.is_cuda and HAS_TRITON and x.dim() == 4 and places < 2**31
+    if not (x.is_cuda and HAS_TRITON and x.dim() == 4):
+        return False
+    from mmzsq.synthesis.kernels import MAX_VALUES
+
+    return places <= MAX_VALUES
 
 
 def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:

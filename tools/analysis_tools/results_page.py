@@ -50,14 +50,8 @@ EARLIER = ('results/yolov5-n_coco200', ('default', 'paper'))
 """Folder with runs of configs/zsq/README.md, ``yolov5-n_BITS_METHOD.json``, and the methods that they are of."""
 LABELS = 'results/yolov5-n_labels.json'
 LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
-LABELS_OF = {
-    'default': 'adaptive sampling, `default`',
-    'default_prior': "adaptive sampling from the detector's prior (ours)",
-    'default_multi-out': 'MultiSample, out of distribution',
-    'default_multi-in': 'MultiSample, in distribution',
-    'default_tile-out': 'Tile, out of distribution',
-    'default_tile-in': 'Tile, in distribution',
-}
+LABELS_OF = {row.cells[1].method: row.labels[1] for row in TABLES[5].rows}
+"""What Table 5 calls the sets of ``default``."""
 SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior')}
 """Sets whose galleries are on the page."""
 SIZES = ('small', 'medium', 'large')
