@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce_params
+from mmengine.dist import all_reduce, all_reduce_params
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -72,15 +72,28 @@ def average_gradients(model: nn.Module) -> None:
         model: The same parameters are trained in every process.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0].device)
     missing = [p for p in parameters if p.grad is None]
+    # Filled on the device where nothing is missing: a copy from the host would wait for backward to end.
+    found = torch.ones(len(parameters), device=parameters[0].device)
+    if missing:
+        found.copy_(torch.tensor([float(p.grad is not None) for p in parameters]))
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
-    all_reduce_params([found, *(p.grad for p in parameters if p.grad is not None)], op='mean')
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # Joined by one kernel. The means are taken as they lie, not copied back one by one.
+    joined = torch.cat([found, *(grad.reshape(-1) for grad in grads)])
+    all_reduce(joined, op='mean')
+    anywhere, *means = joined.split([len(found), *(grad.numel() for grad in grads)])
+    for parameter, grad, mean in zip(parameters, grads, means, strict=True):
+        if grad.is_contiguous() and grad.dtype == joined.dtype:
+            parameter.grad = mean.view_as(grad)
+        else:
+            # The optimizer wants the layout and the type of the parameter.
+            grad.copy_(mean.view_as(grad))
     if missing:
-        anywhere = dict(zip(parameters, found.tolist(), strict=True))
+        found_anywhere = dict(zip(parameters, anywhere.tolist(), strict=True))
         for parameter in missing:
-            if not anywhere[parameter]:
+            if not found_anywhere[parameter]:
                 parameter.grad = None
 
 
