@@ -56,11 +56,13 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def write_json(content: Mapping[str, Any], path: Path | None) -> None:
-    """Write ``content`` to a file, or to standard output if ``path`` is None."""
+    """Write ``content`` to a file, whose folder is made, or to standard output if ``path`` is None."""
     text = json.dumps(content, indent=2) + '\n'
     if path is None:
         sys.stdout.write(text)
     else:
+        # What took minutes to measure is not lost for want of a folder.
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding='utf-8')
 
 

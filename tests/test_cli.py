@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -180,6 +181,15 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
         timeout=120,
         check=False,
     )
+
+
+def test_results_go_where_they_are_asked_for_though_no_such_folder_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / 'results' / 'benchmarks' / 'one.json'
+    cli.write_json(dict(ms=0.5), path)
+    cli.write_json(dict(ms=0.5), None)
+    assert json.loads(path.read_text()) == json.loads(capsys.readouterr().out) == dict(ms=0.5)
 
 
 def test_the_script_in_tools_is_the_same_tool(tmp_path: Path, repo: Path) -> None:

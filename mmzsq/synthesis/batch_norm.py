@@ -57,16 +57,19 @@ class BatchNormWatch:
 
     def attach(self, detector: nn.Module) -> None:
         """Watch the layers with running statistics; those of a shared pyramid head may run several times a forward."""
-        on_gpu = HAS_TRITON and fused_kernels() and next(detector.parameters()).is_cuda
-        activations = _activations_behind(detector) if on_gpu else {}
+        on_gpu = next(detector.parameters()).is_cuda
+        fused = on_gpu and HAS_TRITON and fused_kernels()
+        activations = _activations_behind(detector) if fused else {}
         for layer in watched_layers(detector):
-            if on_gpu and _is_fusible(layer):
+            if fused and _is_replaceable(layer) and layer.num_features <= MAX_CHANNELS:
                 activation = activations.get(layer)
                 kind = 0
                 if activation is not None and 'forward' not in vars(activation):
                     kind = FUSED_ACTIVATIONS[type(activation)]
                     self._forwards[activation] = _identity
                 self._forwards[layer] = self._fused_forward(layer, kind)
+            elif on_gpu and _is_replaceable(layer):
+                self._forwards[layer] = self._joint_forward(layer)
             else:
                 self._handles.append(layer.register_forward_pre_hook(self._record))
         self._resume()
@@ -143,16 +146,22 @@ class BatchNormWatch:
         """
         self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
 
+    def _joint_forward(self, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        scale, bias = _affine(layer)
+        centre = _centre(layer)
+
+        def forward(features: Tensor) -> Tensor:
+            output, mean, variance = _BatchNormWithStatistics.apply(features, scale, bias)
+            distance = mean - centre
+            self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+            return output
+
+        return forward
+
     def _fused_forward(self, layer: _BatchNorm, activation: int) -> Callable[[Tensor], Tensor]:
         from mmzsq.synthesis.kernels import BatchNormActivation
 
-        assert layer.running_mean is not None and layer.running_var is not None
-        scale = (layer.running_var.float() + layer.eps).rsqrt()
-        if layer.weight is not None:
-            scale = scale * layer.weight.detach().float()
-        bias = -layer.running_mean.float() * scale
-        if layer.bias is not None:
-            bias = bias + layer.bias.detach().float()
+        scale, bias = _affine(layer)
         centre = _centre(layer)
 
         def forward(features: Tensor) -> Tensor:
@@ -182,19 +191,11 @@ def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """One pass over the features forward, one backward.
-
-    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
-    """
+    """One pass over the features forward, one backward."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        if features.is_cuda:
-            mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
-            variance = inverse_deviation.square().reciprocal()
-        else:
-            # A third of the time of var_mean, whose reduction is over several dimensions at once.
-            mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
+        mean, variance = _statistics(features)
         ctx.save_for_backward(features, mean)
         return mean, variance
 
@@ -202,13 +203,80 @@ class _BatchStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
         features, mean = ctx.saved_tensors
-        count = features.numel() // features.shape[1]
-        slope, offset = 2 * grad_variance / count, grad_mean / count
-        if features.is_cuda:
-            return torch.batch_norm_elemt(features, slope, offset, mean, torch.ones_like(mean), 0.0)
-        shape = (1, -1, *[1] * (features.dim() - 2))
-        grad = (features - mean.view(shape)) * slope.view(shape) + offset.view(shape)
-        return grad.to(features.dtype)
+        return _statistics_backward(features, mean, grad_mean, grad_variance)
+
+
+class _BatchNormWithStatistics(torch.autograd.Function):
+    """What a BatchNorm layer in eval mode returns, and the statistics of what it got, by PyTorch's operators alone.
+
+    The layer's own backward rearranges gradients that lie channels last, and all that follows is then slow on a GPU:
+    the gradients of its two readers are of two layouts, and so are the inputs of the convolution before it.
+
+    Args:
+        features: Shape (N, C, H, W).
+        scale: Of each channel, (C,), fp32.
+        bias: Added after it, likewise.
+
+    Returns:
+        ``features * scale + bias``, and mean and biased variance of ``features``, (C,) each, fp32. ``scale`` and
+        ``bias`` get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, variance = _statistics(features)
+        ctx.save_for_backward(features, mean, scale)
+        return _scaled(features, scale, bias), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None, None]:
+        features, mean, scale = ctx.saved_tensors
+        layout = torch.channels_last if _is_channels_last(features) else torch.contiguous_format
+        grad = _scaled(grad_output.contiguous(memory_format=layout), scale, torch.zeros_like(scale))
+        return grad.add_(_statistics_backward(features, mean, grad_mean, grad_variance)), None, None
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (C,), fp32.
+
+    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
+    """
+    if features.is_cuda:
+        mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
+        return mean, inverse_deviation.square().reciprocal()
+    # A third of the time of var_mean, whose reduction is over several dimensions at once.
+    mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
+    return mean, variance
+
+
+def _statistics_backward(features: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+    """The gradient of ``features`` by those of their mean and variance."""
+    count = features.numel() // features.shape[1]
+    return _scaled(features, 2 * grad_variance / count, grad_mean / count, mean)
+
+
+def _scaled(features: Tensor, scale: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
+    """``(features - centre) * scale + bias`` of each channel, in the type of ``features``; without a centre it is 0."""
+    centre = torch.zeros_like(scale) if centre is None else centre
+    if features.is_cuda:
+        return torch.batch_norm_elemt(features, scale, bias, centre, torch.ones_like(scale), 0.0)
+    shape = (1, -1, *[1] * (features.dim() - 2))
+    return ((features - centre.view(shape)) * scale.view(shape) + bias.view(shape)).to(features.dtype)
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    return features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+
+
+def _affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """By what each channel is multiplied in eval mode, and what is added then, (C,) each, fp32."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    scale = (layer.running_var.float() + layer.eps).rsqrt()
+    if layer.weight is not None:
+        scale = scale * layer.weight.detach().float()
+    bias = -layer.running_mean.float() * scale
+    return scale, bias if layer.bias is None else bias + layer.bias.detach().float()
 
 
 def _centre(layer: nn.Module) -> Tensor:
@@ -227,13 +295,8 @@ def _added_up(sums: list[Tensor]) -> list[Tensor]:
     return [next(totals) if run.dim() == 3 else run for run in sums]
 
 
-def _is_fusible(layer: _BatchNorm) -> bool:
-    return (
-        type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and not layer.training
-        and layer.num_features <= MAX_CHANNELS
-        and 'forward' not in vars(layer)
-    )
+def _is_replaceable(layer: _BatchNorm) -> bool:
+    return type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not layer.training and 'forward' not in vars(layer)
 
 
 def _activations_behind(detector: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmzsq.synthesis import batch_norm as watching
 from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
 
@@ -151,9 +152,16 @@ def test_kernels_take_bf16_and_sum_in_fp32() -> None:
     torch.testing.assert_close(sums.double(), expected_sums, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.cuda
-def test_a_fused_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ('device', 'path'),
+    [
+        ('cpu', 'joint'),
+        *(pytest.param('cuda', path, marks=pytest.mark.cuda) for path in ('joint', 'fused')),
+    ],
+)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
+    device: str, path: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.cnn import ConvModule
 
@@ -163,22 +171,33 @@ def test_a_fused_network_has_the_outputs_statistics_and_gradient_of_the_plain_on
         ConvModule(16, 16, 3, norm_cfg=norm, act_cfg=dict(type='ReLU')),
         ConvModule(16, 8, 3, norm_cfg=norm, act_cfg=None),
     )
-    network = network.cuda().eval().requires_grad_(False)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+    network = network.to(device).eval().requires_grad_(False)
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
     results = []
     # cuDNN would round to TF32, to other values in another layout.
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    for fused in (False, True):
-        monkeypatch.setattr('mmzsq.synthesis.batch_norm.HAS_TRITON', fused)
+    replaceable = watching._is_replaceable
+    for taken in ('hooks', path):
+        monkeypatch.setattr(watching, 'HAS_TRITON', taken == 'fused')
+        monkeypatch.setattr(watching, '_is_replaceable', replaceable if taken != 'hooks' else lambda layer: False)
         prior = BNStatisticsPrior(form='kl', weight=1.0)
-        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        images = images.to(device).contiguous(memory_format=layout).requires_grad_()
         prior.attach(network)
-        assert bool(prior._watch._forwards) == fused
+        if device == 'cpu' and taken == 'joint':
+            # Only a GPU gains from it; what it computes is the same anywhere.
+            prior.detach()
+            prior._watch._forwards = {layer: prior._watch._joint_forward(layer) for layer in layers}
+            prior._watch._resume()
+        assert bool(prior._watch._forwards) == (taken != 'hooks')
         output = network(images)
-        total = prior(images) + output.square().mean()
+        # The half of it, as a concatenation would hand on, has gaps.
+        total = prior(images) + output[:, :4].square().mean()
         prior.detach()
         results.append((output, total, *torch.autograd.grad(total, images)))
     for value, expected in zip(*results, strict=True):
