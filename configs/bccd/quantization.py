@@ -21,9 +21,6 @@ blood_cells = dict(
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.02),
         ],
-        # Nothing is erased: beside a black rectangle BatchNorm sees a bright, even smear as one without contrast, and
-        # to match what it remembers the images lose theirs.
-        cutout=dict(probability=0.0),
         # Height and width of the images that the detectors take; half of it first.
         relabel=dict(image_size=0.5, iterations=500, batch_size=32),
         refine=None,

@@ -8,6 +8,7 @@ import copy
 import json
 import runpy
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def results(**changes: Any) -> dict[str, Any]:
         quantizer=dict(w_bits=4, a_bits=4),
         calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),
         label_sampler=dict(warmup=2),
-        synthesis=dict(betas=(0.5, 0.9), synthesise=dict(image_size=64, iterations=5, batch_size=2)),
+        synthesis=dict(
+            betas=(0.5, 0.9), cutout=dict(probability=0.3), synthesise=dict(image_size=64, iterations=5, batch_size=2)
+        ),
         # Another type, whose rate is the preset's.
         train=dict(max_epochs=2, batch_size=3, ema=0.99, optimizer=dict(type='AdamW', lr=2e-4)),
     )
@@ -98,6 +101,40 @@ def test_a_row_holds_what_the_run_measured(written: str) -> None:
     [accuracy, _, how] = rows(written, 'W4A4')
     assert accuracy == ['tiny', 'default', 'W4A4', '29.4 / 44.5', '0.0 / 0.0', '20.0 / 33.2', '7.53', '1.09']
     assert how[3:] == ['6', '32 px x 4, 64x48 px x 5', '0.184, 0.994', '4 x 3', '7', 'one GPU']
+
+
+def of_seed(seed: int, ap: float) -> dict[str, Any]:
+    content = results()
+    content['settings']['calibration_set'].update(seed=seed, dir=f'/somewhere/{seed}')
+    content['metrics']['zero_shot']['coco/bbox_mAP'] = ap
+    return content
+
+
+def test_several_seeds_are_one_row_of_means(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / 'results' / 'run' / 'tiny_w4a4_default.json').unlink()
+    for seed, ap in ((11, 0.25), (2, 0.2)):
+        keep(root, of_seed(seed, ap), f'tiny_w4a4_default_seed{seed}')
+    run(repo, monkeypatch, root / 'README.md', '--root', root)
+    text = (root / 'README.md').read_text()
+    [accuracy, _, how] = rows(text, 'W4A4')
+    assert accuracy[3:6] == ['29.4 ± 0.0 / 44.5 ± 0.0', '0.0 ± 0.0 / 0.0 ± 0.0', '22.5 ± 2.5 / 33.2 ± 0.0']
+    assert how[-2:] == ['2, 11', 'one GPU']
+    assert 'zsq.calibration_set.seed=2' in text and 'those of the first seed' in text
+
+
+@pytest.mark.parametrize(
+    ('content', 'name', 'message'),
+    [
+        (of_seed(3, 0.2), 'tiny_w4a4_default_seed4', 'name it so'),
+        (dict(of_seed(3, 0.2), settings=dict(of_seed(3, 0.2)['settings'], train=dict(batch_size=9))), '', 'more than'),
+    ],
+)
+def test_runs_of_one_row_are_of_the_seed_in_their_name_and_otherwise_alike(
+    repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], name: str, message: str
+) -> None:
+    keep(root, content, name or 'tiny_w4a4_default_seed3')
+    with pytest.raises(SystemExit, match=message):
+        run(repo, monkeypatch, root / 'README.md', '--root', root)
 
 
 def test_what_was_not_run_is_empty_and_named(written: str) -> None:
@@ -171,7 +208,7 @@ def test_check_tells_a_stale_file_and_writes_nothing(
     ('change', 'message'),
     [
         (dict(config='configs/zsq/other_w4a4.py'), 'other_w4a4.py is no config'),
-        (dict(preset='paper'), 'under the preset paper: name it so'),
+        (dict(preset='paper'), 'under the preset paper with the seed 7: name it so'),
         (dict(settings=dict(synthesis=dict(priors=[dict(type='A')]))), 'zsq.synthesis.priors differs'),
     ],
 )
@@ -211,13 +248,14 @@ def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo:
         assert model['Config'] == f'configs/zsq/{model["Name"]}.py'
         if 'Results' not in model:
             continue
-        run_of_model = kept[f'{model["Name"]}_default']
-        assert model['Config'] == run_of_model['config']
+        runs = [found for name, found in kept.items() if name.startswith(f'{model["Name"]}_default')]
+        run_of_model, *_ = runs
+        assert {found['config'] for found in runs} == {model['Config']}
         [result] = model['Results']
-        metrics = run_of_model['metrics']['zero_shot']
+        metrics = [found['metrics']['zero_shot'] for found in runs]
         assert result['Metrics'] == {
-            'box AP': pytest.approx(100 * metrics['coco/bbox_mAP']),
-            'box AP50': pytest.approx(100 * metrics['coco/bbox_mAP_50']),
+            'box AP': pytest.approx(statistics.mean(100 * found['coco/bbox_mAP'] for found in metrics)),
+            'box AP50': pytest.approx(statistics.mean(100 * found['coco/bbox_mAP_50'] for found in metrics)),
         }
         assert model['Metadata'] == {
             'Epochs': run_of_model['settings']['train']['max_epochs'],

@@ -29,6 +29,7 @@ from results_table import (
     SAME_TEACHER,
     differences,
     markdown_table,
+    means_with_spread,
     read_results,
     read_text,
     renew,
@@ -242,7 +243,7 @@ def _row(row: Row, runs: Runs, share: bool) -> list[str]:
     if share:
         measured, teacher = (_accuracies(cell, runs) for cell in (row.cells[0], _teacher_of(row.cells[0])))
         shares = [f'{100 * _mean(measured)[0] / _mean(teacher)[0]:.1f} %' if measured and teacher else '']
-    return [*row.labels, *(_text(_accuracies(cell, runs)) for cell in row.cells), *shares, *row.paper]
+    return [*row.labels, *(means_with_spread(_accuracies(cell, runs)) for cell in row.cells), *shares, *row.paper]
 
 
 def _teacher_of(cell: Cell) -> Cell:
@@ -263,14 +264,6 @@ def _accuracy(result: Result, metric: str) -> tuple[float, float] | None:
 
 def _mean(accuracies: Iterable[tuple[float, float]]) -> list[float]:
     return [statistics.mean(values) for values in zip(*accuracies, strict=True)]
-
-
-def _text(accuracies: Sequence[tuple[float, float]]) -> str:
-    texts = []
-    for values in zip(*accuracies, strict=True):
-        spread = f' ± {50 * (max(values) - min(values)):.1f}' if len(values) > 1 else ''
-        texts.append(f'{100 * statistics.mean(values):.1f}{spread}')
-    return ' / '.join(texts)
 
 
 def _missing(table: Table, runs: Runs) -> Iterator[str]:

@@ -4,8 +4,9 @@
     python tools/analysis_tools/results_table.py configs/zsq/README.md
     python tools/analysis_tools/results_table.py configs/zsq/README.md --check
 
-A run writes ``results.json`` into its work_dir; what is reported is kept as ``results/NAME/CONFIG_PRESET.json``. The
-tables stand between two lines of the markdown file, the first of which names the folder:
+A run writes ``results.json`` into its work_dir; what is reported is kept as ``results/NAME/CONFIG_PRESET.json``, or, of
+several seeds, as ``results/NAME/CONFIG_PRESET_seedSEED.json``. The tables stand between two lines of the markdown file,
+the first of which names the folder:
 
     <!-- table of results/NAME -->
     <!-- end of table -->
@@ -62,6 +63,12 @@ COMPARED = {
 COMPARED_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP')
 SAME_TEACHER = 0.005
 """The most that the accuracy of one teacher differs between evaluations: a GPU does not add in a fixed order."""
+OF_SYNTHETIC_IMAGES = ('label_sampler', 'synthesis')
+"""Parts of the settings that real images have no use for."""
+OTHER_SEEDS = (
+    'The commands are those of the first seed in the table; another is `zsq.calibration_set.seed=1`, with a '
+    '`zsq.calibration_set.dir` of its own.'
+)
 RELATIVE_DIR = 'work_dirs/'
 """What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
 
@@ -73,12 +80,17 @@ class Row:
     Attributes:
         leaf: Path of its config in the repository.
         preset: Name of the preset.
-        results: What its run wrote; None if it was not run.
+        runs: What its runs wrote, by rising seed; none if it was not run.
     """
 
     leaf: str
     preset: str
-    results: dict[str, Any] | None
+    runs: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What the first run wrote."""
+        return self.runs[0] if self.runs else None
 
     @property
     def bits(self) -> str:
@@ -108,7 +120,7 @@ class Comparison:
     @property
     def name(self) -> list[str]:
         """Detector and bits."""
-        return [_leaf_name(self.leaf)['detector'], Row(self.leaf, '', None).bits]
+        return [_leaf_name(self.leaf)['detector'], Row(self.leaf, '').bits]
 
 
 def main() -> None:
@@ -186,22 +198,29 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
         preset and falling bits.
 
     Raises:
-        UserError: If there are no results, or a file is not named after its config and preset.
+        UserError: If there are no results, a file is not named after its config, preset and seed, or the runs of a leaf
+            differ in more than the seed.
     """
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         results = read_results(path)
         leaf = repository_path(results['config'], root)
-        if path.stem != f'{Path(leaf).stem}_{results["preset"]}':
-            raise UserError(f'{path} holds {leaf} under the preset {results["preset"]}: name it so')
-        runs[leaf, results['preset']] = results
+        name = f'{Path(leaf).stem}_{results["preset"]}'
+        if path.stem not in (name, f'{name}_seed{_seed(results)}'):
+            raise UserError(
+                f'{path} holds {leaf} under the preset {results["preset"]} with the seed {_seed(results)}: name it so'
+            )
+        runs.setdefault((leaf, results['preset']), []).append(results)
+    for (leaf, preset), found in runs.items():
+        found.sort(key=_seed)
+        _refuse_other_settings([Row(leaf, preset, (run,)) for run in found], folder)
     if not runs:
         raise UserError(f'no results in {folder}: copy the results.json of a run there, as CONFIG_PRESET.json')
     leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=_order)
     detectors = dict.fromkeys(_order(leaf)[0] for leaf in leaves)
     tried = {(_order(leaf)[0], preset) for leaf, preset in runs}
     return [
-        Row(leaf, preset, runs.get((leaf, preset)))
+        Row(leaf, preset, tuple(runs.get((leaf, preset), ())))
         for detector in detectors
         for preset in PRESETS
         if preset in EXPECTED_PRESETS or (detector, preset) in tried
@@ -238,11 +257,10 @@ def read_comparison(folder: Path, root: Path) -> list[Comparison]:
         leaf, seed = repository_path(results['config'], root), _seed(results)
         if path.stem != f'{Path(leaf).stem}_seed{seed}':
             raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
-        kept.setdefault(leaf, []).append(Row(leaf, results['preset'], results))
-    for leaf, runs in kept.items():
+        kept.setdefault(leaf, []).append(Row(leaf, results['preset'], (results,)))
+    for runs in kept.values():
         runs.sort(key=lambda row: _seed(row.results))
-        if len({json.dumps(_beside_the_seed(row), sort_keys=True) for row in runs}) > 1:
-            raise UserError(f'the runs of {leaf} in {folder} differ in more than the seed: keep those that are alike')
+        _refuse_other_settings(runs, folder)
     suffixes = dict.fromkeys(suffix for suffix, _ in COMPARED.values())
     found = [
         Comparison(leaf, {suffix: kept.pop(_compared_leaf(leaf, suffix), []) for suffix in suffixes}) for leaf in leaves
@@ -272,10 +290,7 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
             [_compared_run_cells(runs) for runs in ran],
         )
     )
-    parts.append(
-        'The commands are those of the first seed in the table; another is `zsq.calibration_set.seed=1`, with a '
-        '`zsq.calibration_set.dir` of its own.'
-    )
+    parts.append(OTHER_SEEDS)
     parts.append('```bash\n' + '\n'.join(command(runs[0], root) for runs in ran) + '\n```')
     return '\n' + '\n\n'.join(parts) + '\n\n'
 
@@ -307,7 +322,8 @@ def render(rows: Sequence[Row], root: Path) -> str:
             ['detector', 'preset', 'bits', 'FP', 'PTQ', 'zero-shot QAT', 'model MB, FP', 'model MB, quantized'],
             [_accuracy_cells(row) for row in rows],
         ),
-        'AP / AP50 in percent; PTQ is the student as initialised on the synthetic images, before QAT.',
+        'AP / AP50 in percent, of several seeds their mean ± half the range between them; PTQ is the student as '
+        'initialised on the synthetic images, before QAT.',
     ]
     if missing:
         parts.append(f'Not run, therefore empty: {_enumerate_missing(missing)}.')
@@ -315,11 +331,13 @@ def render(rows: Sequence[Row], root: Path) -> str:
         markdown_table(
             [
                 *('detector', 'preset', 'bits', 'images', 'synthesis: side x iterations', 'ms per image-iteration'),
-                *('QAT steps x batch', 'seed', 'device'),
+                *('QAT steps x batch', 'seeds', 'device'),
             ],
             [_run_cells(row) for row in ran],
         )
     )
+    if any(len(row.runs) > 1 for row in ran):
+        parts.append(OTHER_SEEDS)
     parts.append('```bash\n' + '\n'.join(command(row, root) for row in ran) + '\n```')
     return '\n' + '\n\n'.join(parts) + '\n\n'
 
@@ -334,12 +352,17 @@ def command(row: Row, root: Path) -> str:
     if recorded['calibration_set'].get('real') is not None:
         # No set is made.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
+        recorded = {key: value for key, value in recorded.items() if key not in OF_SYNTHETIC_IMAGES}
     leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
     current = complete_section(dict(leaf, preset=row.preset))
     changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
     if leaf.get('preset', 'default') != row.preset:
         changed = {'zsq.preset': row.preset, **changed}
-    options = [f'{key}={shlex.quote(_option(key, value))}' for key, value in changed.items()]
+    options = [
+        f'{key}={shlex.quote(_option(key, value))}'
+        for section, content in changed.items()
+        for key, value in _assignments(section, content)
+    ]
     return ' \\\n    '.join([f'python tools/train.py {row.leaf}', *(['--cfg-options', *options] if options else [])])
 
 
@@ -364,6 +387,15 @@ def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, An
         return
     elif recorded != current:
         yield key, recorded
+
+
+def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A section that is switched off now is given setting by setting."""
+    if isinstance(value, Mapping):
+        for name, setting in value.items():
+            yield from _assignments(f'{key}.{name}', setting)
+    else:
+        yield key, value
 
 
 def _option(key: str, value: Any) -> str:
@@ -391,6 +423,13 @@ def _beside_the_seed(row: Row) -> dict[str, Any]:
     settings = row.settings
     own = settings['calibration_set'].items()
     return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
+
+
+def _refuse_other_settings(rows: Sequence[Row], folder: Path) -> None:
+    if len({json.dumps(_beside_the_seed(row), sort_keys=True) for row in rows}) > 1:
+        raise UserError(
+            f'the runs of {rows[0].leaf} in {folder} differ in more than the seed: keep those that are alike'
+        )
 
 
 def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> None:
@@ -461,16 +500,24 @@ def _accuracy_cells(row: Row) -> list[str]:
     name = _leaf_name(row.leaf)['detector']
     if row.results is None:
         return [name, row.preset, row.bits, *[''] * 5]
-    metrics, sizes = row.results['metrics'], row.results['model_mb']
-    accuracies = [_accuracy(metrics.get(kind)) for kind in ('float', 'ptq', 'zero_shot')]
+    sizes = row.results['model_mb']
+    accuracies = [_accuracy([run['metrics'].get(kind) for run in row.runs]) for kind in ('float', 'ptq', 'zero_shot')]
     return [name, row.preset, row.bits, *accuracies, f'{sizes["float"]:.2f}', f'{sizes["quantized"]:.2f}']
 
 
-def _accuracy(metrics: Mapping[str, float] | None) -> str:
-    if metrics is None:
-        return ''
+def _accuracy(runs: Sequence[Mapping[str, float] | None]) -> str:
     # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
-    return ' / '.join(f'{100 * metrics.get(f"coco/bbox_{name}", 0.0):.1f}' for name in ('mAP', 'mAP_50'))
+    names = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
+    return means_with_spread([[found.get(name, 0.0) for name in names] for found in runs if found is not None])
+
+
+def means_with_spread(runs: Sequence[Sequence[float]]) -> str:
+    """Accuracies in percent, one after the other; of several runs their means, ± half the range of what varies."""
+    texts = []
+    for values in zip(*runs, strict=True):
+        spread = f' ± {50 * (max(values) - min(values)):.1f}' if len(values) > 1 else ''
+        texts.append(f'{100 * statistics.mean(values):.1f}{spread}')
+    return ' / '.join(texts)
 
 
 def _run_cells(row: Row) -> list[str]:
@@ -483,8 +530,8 @@ def _run_cells(row: Row) -> list[str]:
         synthesis_text(results),
         ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
         training_text(results),
-        str(results['settings']['calibration_set']['seed']),
-        results['device'],
+        ', '.join(str(_seed(run)) for run in row.runs),
+        ', '.join(dict.fromkeys(run['device'] for run in row.runs)),
     ]
 
 

@@ -57,6 +57,12 @@ _PRIOR_START = {
     # Objects of a few pixels are not to be seen in the small images that labels are corrected on.
     'zsq.label_sampler.remove_iou': 0.0,
 }
+_CUTOUT = {
+    'zsq.synthesis.cutout.probability': 0.5,
+    'zsq.synthesis.cutout.area': (0.02, 0.2),
+    'zsq.synthesis.cutout.ratio': (0.3, 3.3),
+    'zsq.synthesis.cutout.value': 0.0,
+}
 _NO_STEPS = {
     'zsq.synthesis.relabel': None,
     'zsq.synthesis.refine': None,
@@ -306,11 +312,11 @@ _PARTS: tuple[tuple[str, str, Method], ...] = (
                 {},
             ),
             ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
-            ('erasing: none', 'no-cutout', {'zsq.synthesis.cutout': None}, IMAGES, None, {}),
+            ('erasing: of rectangles, to black, as in `paper`', 'cutout', _CUTOUT, IMAGES, None, {}),
             (
-                "erasing: by an image's mean colour",
+                "erasing: of rectangles, to an image's mean colour",
                 'mean-cutout',
-                {'zsq.synthesis.cutout.value': 'mean'},
+                {**_CUTOUT, 'zsq.synthesis.cutout.value': 'mean'},
                 IMAGES,
                 None,
                 {},
@@ -612,7 +618,8 @@ TABLES: dict[int, Table] = {
                 ),
             ),
             'Ours, not in the paper. One thing is otherwise in each row, and all else as in `default`. Rows of the '
-            'part "images" have a calibration set of their own.',
+            'part "images" have a calibration set of their own. Those run with erasing, as the list below says, stand '
+            'beside the row of erasing, not beside `default`.',
         ),
     )
 }
