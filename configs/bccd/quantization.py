@@ -1,4 +1,4 @@
-"""What the quantization of both detectors shares beside the bits: ``zsq = {{_base_.blood_cells}}``."""
+"""How detectors of blood cells are quantized, beside the bits: ``zsq = {{_base_.blood_cells}}``."""
 
 blood_cells = dict(
     # 16 steps an epoch; the comparison has 292 real images.
@@ -21,10 +21,11 @@ blood_cells = dict(
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.02),
         ],
+        cutout=dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0),
         # Height and width of the images that the detectors take; half of it first.
         relabel=dict(image_size=0.5, iterations=500, batch_size=32),
         refine=None,
-        synthesise=dict(image_size=(480, 640), iterations=300, batch_size=16, start='previous'),
+        synthesise=dict(image_size=(480, 640), iterations=150, batch_size=16, start='previous'),
     ),
     train=dict(max_epochs=16, batch_size=8),
 )

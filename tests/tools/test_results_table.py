@@ -175,6 +175,37 @@ def test_the_command_sets_what_the_run_had(written: str, root: Path) -> None:
     assert section == recorded['settings']
 
 
+def of_weight(weight: float) -> list[dict[str, Any]]:
+    return [dict(type='mmzsq.BNStatisticsPrior', weight=1.0), dict(type='mmzsq.TotalVariationPrior', weight=weight)]
+
+
+@pytest.mark.parametrize('in_leaf', [True, False])
+def test_a_setting_in_a_list_is_given_by_its_place_if_the_leaf_has_the_list(
+    repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, in_leaf: bool
+) -> None:
+    content = results()
+    if in_leaf:
+        leaf = root / 'configs' / 'zsq' / 'tiny_w4a4.py'
+        leaf.write_text(f'{leaf.read_text()}zsq["synthesis"] = dict(priors={of_weight(0.5)})\n')
+        content['settings']['synthesis']['priors'] = of_weight(0.25)
+    else:
+        content['settings']['synthesis']['priors'][0]['weight'] = 0.25
+    keep(root, content)
+    if in_leaf:
+        run(repo, monkeypatch, root / 'README.md', '--root', root)
+        options = dict(
+            word.split('=') for word in shlex.split((root / 'README.md').read_text()) if word.startswith('zsq.')
+        )
+        assert options['zsq.synthesis.priors.1.weight'] == '0.25'
+        assert not any(key.startswith('zsq.synthesis.priors.0') for key in options)
+        cfg = Config.fromfile(leaf)
+        cfg.merge_from_dict({'zsq.synthesis.priors.1.weight': 0.25})
+        assert cfg.zsq.synthesis.priors == of_weight(0.25)
+    else:
+        with pytest.raises(SystemExit, match=r'priors\.0\.weight differs from the preset'):
+            run(repo, monkeypatch, root / 'README.md', '--root', root)
+
+
 def test_what_a_run_printed_is_shown_with_its_times(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = results(seconds=dict(train=48.3, evaluate_float=6.2))
     for stage, seconds in content['calibration_set']['stages'].items():

@@ -356,6 +356,8 @@ def command(row: Row, root: Path) -> str:
     leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
     current = complete_section(dict(leaf, preset=row.preset))
     changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
+    for key in changed:
+        _refuse_lists_of_presets(key, {'zsq': leaf})
     if leaf.get('preset', 'default') != row.preset:
         changed = {'zsq.preset': row.preset, **changed}
     options = [
@@ -383,10 +385,34 @@ def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, An
             current = {}
         for name, value in recorded.items():
             yield from differences(value, current.get(name), f'{key}.{name}')
+    elif _alike(recorded, current):
+        for index, pair in enumerate(zip(recorded, current, strict=True)):
+            yield from differences(*pair, f'{key}.{index}')
     elif key == 'zsq.calibration_set.dir' and not str(recorded).startswith(RELATIVE_DIR):
         return
     elif recorded != current:
         yield key, recorded
+
+
+def _alike(recorded: Any, current: Any) -> bool:
+    """Whether both are lists of sections of the same types, so that a setting of one is set by its place."""
+    return (
+        isinstance(recorded, list)
+        and isinstance(current, list)
+        and all(isinstance(section, Mapping) and 'type' in section for section in (*recorded, *current))
+        and [section['type'] for section in recorded] == [section['type'] for section in current]
+    )
+
+
+def _refuse_lists_of_presets(key: str, leaf: Any) -> None:
+    """A place in a list can be given on a command line where the config itself has that list."""
+    content = leaf
+    for name in key.split('.'):
+        if name.isdigit() and not isinstance(content, list):
+            raise UserError(
+                f'{key} differs from the preset and cannot be given on a command line: keep a config that sets it'
+            )
+        content = content[int(name)] if isinstance(content, list) else content.get(name, {})
 
 
 def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,19 @@
+"""As ``quantization.py``, for a detector of two stages whose memory is that of BatchNorm."""
+
+_base_ = './quantization.py'
+blood_cells = dict(
+    synthesis=dict(
+        priors=[
+            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.005),
+        ],
+        # The prior of BatchNorm is one number for a batch. Against the sum of the images' detection losses, which at
+        # hundreds of regions an image stay large, it does not converge, and images without contrast are what is left.
+        detection_weight=2.0,
+        detection_reduction='mean',
+        # Beside a black rectangle BatchNorm sees a bright, even smear as one without contrast.
+        cutout=None,
+        synthesise=dict(iterations=300),
+    )
+)
