@@ -1,8 +1,13 @@
-"""As ``two_stage.py``; the paper quantized trunk and FPN without the stem and the last bottleneck, and no head."""
+"""As ``two_stage.py``; the paper quantized trunk and FPN without the stem and the last bottleneck, and no head.
+
+The detection loss of two stages stays large: added up over the images, it keeps the prior of BatchNorm, one number for a
+batch, from converging.
+"""
 
 _base_ = './two_stage.py'
 two_stage = dict(
     presets=dict(
+        default=dict(synthesis=dict(detection_weight=2.0, detection_reduction='mean')),
         paper=dict(
             quantizer=dict(
                 scope=['backbone', 'neck'],
