@@ -6,7 +6,7 @@ blood_cells = dict(
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.005),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.01),
         ],
         # The prior of BatchNorm is one number for a batch. Against the sum of the images' detection losses, which at
         # hundreds of regions an image stay large, it does not converge, and images without contrast are what is left.
