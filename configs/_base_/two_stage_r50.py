@@ -1,7 +1,7 @@
 """As ``two_stage.py``; the paper quantized trunk and FPN without the stem and the last bottleneck, and no head.
 
-The detection loss of two stages stays large: added up over the images, it keeps the prior of BatchNorm, one number for a
-batch, from converging.
+The detection loss of two stages stays large: added up over the images, it keeps the prior of BatchNorm, one number for
+a batch, from converging.
 """
 
 _base_ = './two_stage.py'
@@ -15,6 +15,6 @@ two_stage = dict(
                 first_bits='same',
                 last_bits='same',
             )
-        )
+        ),
     )
 )

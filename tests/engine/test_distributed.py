@@ -157,6 +157,12 @@ model.weights[1].grad = torch.tensor(4.0) if rank else None
 average_gradients(model)
 gradients = [w.grad for w in model.weights]
 
+# Of a layer in another layout, which the optimizer expects of its gradient.
+layer = torch.nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+own = torch.arange(108.0).view(4, 3, 3, 3) * (1 + 2 * rank)
+layer.weight.grad = own.contiguous(memory_format=torch.channels_last)
+average_gradients(layer)
+
 step, model = CapturedStep(), Line()
 captured_step._can_capture = lambda *args: True
 step.graph, step.inputs, step.log_vars = Graph(step), torch.zeros(1), {}
@@ -165,7 +171,8 @@ optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
 for value in (1.0 + rank, 3.0 - rank):
     step(model, dict(inputs=torch.full((1,), value), data_samples=[]), optim_wrapper, True, average_gradients)
 numbers = [float(soft_number(torch.full((2,), value))) for value in (1.0 + rank, 0.1)]
-torch.save(dict(numbers=numbers, gradients=gradients, replayed=model.weights[0].detach()), f'units_{rank}.pth')
+units = dict(numbers=numbers, gradients=gradients, layer=layer.weight.grad, replayed=model.weights[0].detach())
+torch.save(units, f'units_{rank}.pth')
 # As the command line tools do.
 torch.distributed.destroy_process_group()
 """
@@ -274,6 +281,8 @@ def test_the_soft_number_of_objects_is_each_ones_share_of_all_and_at_least_one(r
 def test_a_gradient_that_one_process_lacks_counts_as_zeros(root: Path) -> None:
     for units in of_ranks(root, 'units'):
         assert units['gradients'] == [2.0, 2.0, None]
+        assert torch.equal(units['layer'], 2 * torch.arange(108.0).view(4, 3, 3, 3))
+        assert units['layer'].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_are_averaged_behind_a_captured_step(root: Path) -> None:
