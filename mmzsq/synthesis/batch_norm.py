@@ -132,9 +132,7 @@ class BatchNormWatch:
     def _record(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not self._active:
             return
-        mean, variance = batch_statistics(inputs[0])
-        distance = mean - _centre(layer)
-        self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+        self._remember_statistics(layer, *batch_statistics(inputs[0]), _centre(layer))
 
     def _remember(self, layer: nn.Module, sums: Tensor, count: int) -> None:
         """Keep the sums (2, C), or parts of them (P, 2, C), of the distance to the centre and of its square.
@@ -146,14 +144,17 @@ class BatchNormWatch:
         """
         self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
 
+    def _remember_statistics(self, layer: nn.Module, mean: Tensor, variance: Tensor, centre: Tensor) -> None:
+        distance = mean - centre
+        self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+
     def _joint_forward(self, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         scale, bias = _affine(layer)
         centre = _centre(layer)
 
         def forward(features: Tensor) -> Tensor:
             output, mean, variance = _BatchNormWithStatistics.apply(features, scale, bias)
-            distance = mean - centre
-            self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+            self._remember_statistics(layer, mean, variance, centre)
             return output
 
         return forward

@@ -47,7 +47,7 @@ def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
         torch.manual_seed(1)
         with torch.no_grad():
             # A student that is its teacher learns from the noise of rounding: a millionth in its weights changes the
-            # loss by a tenth. From here on losses stay within a hundredth of each other, and moves of weights alike.
+            # loss by a tenth. From here on it is a hundredth.
             for weight in model.student.parameters():
                 weight.mul_(1 + 0.3 * torch.randn_like(weight))
         with torch.no_grad(), calibrating(model.eval().student):
@@ -116,7 +116,7 @@ def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wr
         moves.append(weights(model) - before)
         assert (model._captured_step.graph is not None) == capture
     assert torch.cosine_similarity(*moves, dim=0) > 0.9
-    tolerance = 2e-2 if wrapper == 'OptimWrapper' else 5e-2
+    tolerance = 2e-3 if wrapper == 'OptimWrapper' else 3e-2
     for captured, eager in zip(*logs, strict=True):
         assert captured.keys() == eager.keys()
         assert captured == pytest.approx(eager, rel=tolerance)
@@ -147,7 +147,7 @@ def test_training_goes_on_after_a_release(make: Make) -> None:
         logs.append([first, train(model, data)])
         assert model._captured_step.graph is not None
     for released, kept in zip(*(sum(log, []) for log in logs), strict=True):
-        assert released == pytest.approx(kept, rel=2e-2)
+        assert released == pytest.approx(kept, rel=2e-3)
 
 
 @pytest.mark.cuda
@@ -171,7 +171,7 @@ def test_labels_of_padded_shape_are_learnt_by_a_captured_step_too(make: Make, bn
         assert (model._captured_step.graph is not None) == capture
         statistics.append({key: value for key, value in model.state_dict().items() if 'running' in key})
     for captured, eager in zip(*logs, strict=True):
-        assert captured == pytest.approx(eager, rel=2e-2)
+        assert captured == pytest.approx(eager, rel=5e-3)
         assert captured['loss_detection'] > 0
     for key, value in statistics[0].items():
         torch.testing.assert_close(value, statistics[1][key], rtol=1e-2, atol=1e-3)

@@ -417,7 +417,7 @@ def _refuse_lists_of_presets(key: str, leaf: Any) -> None:
 
 def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """A section that is switched off now is given setting by setting."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         for name, setting in value.items():
             yield from _assignments(f'{key}.{name}', setting)
     else:
