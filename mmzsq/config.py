@@ -39,7 +39,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
         *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
-        *('augmentation', 'image_size', 'channels_last', 'drop'),
+        *('augmentation', 'image_size', 'channels_last', 'drop', 'relative_lr'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -229,6 +229,8 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
         num_workers=train['num_workers'],
         persistent_workers=train['num_workers'] > 0,
         sampler=dict(type='DefaultSampler', shuffle=True),
+        # Only the detection loss reads labels.
+        collate_fn=dict(type='mmzsq.stack_images', labels=bool(section['distillation']['detection_weight'])),
         dataset=dataset,
     )
 
@@ -275,6 +277,7 @@ def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             bias_decay_mult=0.0,
+            relative_lr=train['relative_lr'],
             custom_keys={'_quantizer.': dict(lr_mult=multiplier, decay_mult=0.0)},
         ),
     )

@@ -176,6 +176,8 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
         assert load.with_mask is read
         assert load.with_bbox is True
+        # Of the detection loss alone.
+        assert cfg.train_dataloader.collate_fn == dict(type='mmzsq.stack_images', labels=bool(weight))
 
 
 # Mistakes.

@@ -7,7 +7,7 @@ a batch, from converging.
 _base_ = './two_stage.py'
 two_stage = dict(
     presets=dict(
-        default=dict(synthesis=dict(detection_weight=2.0, detection_reduction='mean')),
+        default=dict(synthesis=dict(detection_weight=0.5, detection_reduction='mean')),
         paper=dict(
             quantizer=dict(
                 scope=['backbone', 'neck'],

@@ -1,4 +1,4 @@
 """As ``quantization_r50.py``, with a rate between those of detectors of one stage and of transformers."""
 
 _base_ = './quantization_r50.py'
-blood_cells = dict(train=dict(optimizer=dict(lr=5e-5)))
+blood_cells = dict(train=dict(optimizer=dict(lr=2e-5)))

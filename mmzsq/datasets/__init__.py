@@ -2,6 +2,7 @@
 """Data sets and transforms."""
 
 from mmzsq.datasets.calibration import CalibrationDataset
+from mmzsq.datasets.collate import stack_images
 from mmzsq.datasets.shapes import ShapesDataset
 
-__all__ = ['CalibrationDataset', 'ShapesDataset']
+__all__ = ['CalibrationDataset', 'ShapesDataset', 'stack_images']

@@ -282,7 +282,8 @@ class RegionComparison(Comparison):
         # What is not ranked, such as learnt proposals, belongs together.
         found = [result[: self.limit] if 'scores' in result else result for result in found]
         return [
-            result if len(result) else _whole_image(sample) for result, sample in zip(found, data_samples, strict=True)
+            result if len(result) else _whole_image(sample, result.bboxes.device)
+            for result, sample in zip(found, data_samples, strict=True)
         ]
 
     @staticmethod
@@ -304,10 +305,10 @@ def build_comparison(student: nn.Module, teacher: nn.Module, taps: Iterable[str]
     return Comparison(student, teacher, taps)
 
 
-def _whole_image(sample: Any) -> InstanceData:
+def _whole_image(sample: Any, device: torch.device) -> InstanceData:
     """The image of a ``DetDataSample`` as its only proposal."""
     height, width = sample.img_shape[:2]
-    return InstanceData(bboxes=torch.tensor([[0.0, 0.0, width, height]], device=sample.gt_instances.bboxes.device))
+    return InstanceData(bboxes=torch.tensor([[0.0, 0.0, width, height]], device=device))
 
 
 def _shapes(outputs: Outputs) -> dict[str, list[torch.Size]]:

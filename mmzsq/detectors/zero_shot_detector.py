@@ -84,6 +84,8 @@ class ZeroShotDetector(BaseModel):
         student: Any = MMDET_MODELS.build(copy.deepcopy(detector))
         # Of float training, such as YOLOX's other sizes of a batch: the images of the set are used as they are.
         student.data_preprocessor.batch_augments = None
+        # Of images in pinned memory: the host prepares a step while the GPU is at the one before.
+        student.data_preprocessor._non_blocking = True
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student: Any = student
         self.teacher_checkpoint = teacher

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,13 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
+from mmzsq.quantization import quantized_layers
 from mmzsq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 FUSED_OPTIMIZERS = ('Adam', 'AdamW')
 """Optimizers of PyTorch with ``fused``, one kernel for many parameters, on a GPU from torch 2.1 on."""
+MIN_SIZE = 1e-8
+"""Least root mean square of a weight that rates are relative to."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -25,6 +29,10 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     With ``paramwise_cfg`` MMEngine gives each parameter a group, and PyTorch's optimizers launch their kernels group by
     group: for a detector of some hundred parameters that takes longer than its backward. On a GPU, Adam and AdamW are
     also fused, unless the config says otherwise. What is learnt does not change.
+
+    With ``paramwise_cfg['relative_lr']`` the weight of each quantized layer learns at a rate in proportion to its size
+    (:func:`relative_rates`). Adam moves all weights about equally far, and those of a wide late layer may be ten times
+    as small as those of a narrow early one: in steps of their quantizers they would move ten times as far.
     """
 
     optimizer_cfg: dict[str, Any]
@@ -48,10 +56,35 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         with _without_a_line_for_each_parameter():
             super().add_params(params, module, prefix, is_dcn_module)
+        if self.paramwise_cfg.get('relative_lr'):
+            rates = relative_rates(module)
+            for group in params:
+                group['lr'] = group.get('lr', self.base_lr) * rates.get(id(group['params'][0]), 1.0)
         params[:] = join_groups(params)
         for group in params:
             settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params') or 'as configured'
             print_log(f'optimizer: {len(group["params"])} parameters with {settings}', logger='current')
+
+
+def relative_rates(model: nn.Module) -> dict[int, float]:
+    """Factors of the learning rate, in proportion to the root mean square of each quantized layer's weight.
+
+    Powers of two, so that few groups of parameters are left; before rounding, their geometric mean is 1.
+
+    Args:
+        model: With the weights that training starts from.
+
+    Returns:
+        Factor by the ``id`` of a weight.
+    """
+    sizes = {
+        id(layer.weight): layer.weight.detach().float().square().mean().sqrt().clamp(min=MIN_SIZE).item()
+        for _, layer in quantized_layers(model)
+    }
+    if not sizes:
+        return {}
+    middle = sum(map(math.log2, sizes.values())) / len(sizes)
+    return {key: 2.0 ** round(math.log2(size) - middle) for key, size in sizes.items()}
 
 
 def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

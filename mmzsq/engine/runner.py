@@ -43,6 +43,8 @@ class ZeroShotRunner(Runner):
             print_log('no GPU: zsq.train.amp is off', logger='current', level=logging.WARNING)
             cfg.optim_wrapper.type = 'OptimWrapper'
             cfg.optim_wrapper.pop('dtype', None)
+        # Images then go to the GPU while it still works on those before.
+        cfg.train_dataloader.pin_memory = torch.cuda.is_available()
         return super().from_cfg(cfg)
 
     @property
@@ -71,6 +73,8 @@ class ZeroShotRunner(Runner):
             # The student starts from the teacher, which the model loads by itself and checks.
             self._load_from = None
         self.generate()
+        # MMEngine builds the optimizer first, and rates may be relative to the weights.
+        self.detector.init_weights()
         start = time.perf_counter()
         model = super().train()
         self.seconds = dict(train=time.perf_counter() - start)

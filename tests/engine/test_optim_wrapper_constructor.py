@@ -14,20 +14,23 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
 from mmzsq.engine.optim_wrapper_constructor import join_groups
-from mmzsq.quantization import QuantizationConfig, calibrating, prepare
+from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers
 
 PARAMWISE = dict(
     norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'_quantizer.': dict(lr_mult=10.0, decay_mult=0.0)}
 )
 
 
-def wrap(model: nn.Module, constructor: str) -> OptimWrapper:
+LR = 1e-2
+
+
+def wrap(model: nn.Module, constructor: str, **paramwise: Any) -> OptimWrapper:
     return build_optim_wrapper(
         model,
         dict(
             constructor=constructor,
-            optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1),
-            paramwise_cfg=copy.deepcopy(PARAMWISE),
+            optimizer=dict(type='AdamW', lr=LR, weight_decay=0.1),
+            paramwise_cfg=dict(copy.deepcopy(PARAMWISE), **paramwise),
             clip_grad=dict(max_norm=1.0),
         ),
     )
@@ -74,6 +77,23 @@ def test_the_log_names_groups_not_parameters(model: nn.Module) -> None:
     *groups, after = messages
     assert len(groups) == 3 and all(message.startswith('optimizer: ') for message in groups)
     assert after == 'paramwise_options of others'
+
+
+def test_weights_learn_at_rates_in_proportion_to_their_size(model: nn.Module) -> None:
+    layers = [layer for _, layer in quantized_layers(model)]
+    with torch.no_grad():
+        # Their geometric mean is 2.
+        for layer, size in zip(layers, (0.5, 4.0, 4.0), strict=True):
+            layer.weight.copy_(size * torch.randn_like(layer.weight).sign())
+    groups = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor', relative_lr=True).optimizer.param_groups
+    rates = {id(p): group['lr'] for group in groups for p in group['params']}
+    assert [rates[id(layer.weight)] for layer in layers] == [0.25 * LR, 2 * LR, 2 * LR]
+    # Of all else they are what they are without.
+    for name, parameter in model.named_parameters():
+        if not any(parameter is layer.weight for layer in layers):
+            assert rates[id(parameter)] == pytest.approx(10 * LR if '_quantizer.' in name else LR)
+    # Rates of two sizes make two groups of the one.
+    assert len(groups) == 4 and all('weight_decay' in group for group in groups)
 
 
 def test_a_parameter_that_comes_twice_is_learnt_once() -> None:

@@ -25,6 +25,7 @@ import keyword
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,10 @@ def _amounts(of: tuple[float, float]) -> str:
 
 def _docstring(summary: str, layers: int) -> str:
     command = shlex.join(['python', 'tools/analysis_tools/allocate_bits.py', *sys.argv[1:]])
-    text = f'Bits of {layers} layers, allocated by their sensitivity.\n\n    {command}\n\n{summary}\n'
-    return text.replace('\\', r'\\').replace('"""', r'\"\"\"')
+    wrapped = textwrap.wrap(command, WIDTH - 12, break_long_words=False, break_on_hyphens=False)
+    lines = ' \\\n        '.join(wrapped)
+    text = f'Bits of {layers} layers, allocated by their sensitivity.\n\n    {lines}\n\n{summary}\n'
+    return text.replace('"""', r'\"\"\"')
 
 
 def _given(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +192,8 @@ def leaf(config: str, out: Path, settings: Mapping[str, Any], docstring: str) ->
         docstring: Its first lines.
     """
     base = Path(os.path.relpath(os.path.abspath(config), os.path.dirname(os.path.abspath(out)))).as_posix()
-    lines = [f'"""{docstring}"""\n', f'_base_ = [{base!r}]']
+    raw = 'r' if '\\' in docstring else ''
+    lines = [f'{raw}"""{docstring}"""\n', f'_base_ = [{base!r}]']
     lines += [f'{name} = {_source(value)}' for name, value in settings.items()]
     return '\n'.join(lines) + '\n'
 

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config import complete_section, compose
+from mmzsq.datasets import stack_images
 from mmzsq.detectors import detection_task
 from mmzsq.detectors.modes import in_use
 from mmzsq.detectors.probe import probe
@@ -232,6 +233,21 @@ def make_batch(detector: nn.Module, batch_size: int, size: tuple[int, int]) -> d
     return dict(inputs=list(images), data_samples=data_samples(labels, size, torch.device('cpu')))
 
 
+def as_loaded(batch: dict[str, Any], labels: bool, device: torch.device) -> dict[str, Any]:
+    """The same batch as the data loader of a student gives it, in pinned memory on the way to a GPU.
+
+    Args:
+        batch: See :func:`make_batch`.
+        labels: Whether the student learns from labels.
+        device: Where it trains.
+    """
+    items = zip(batch['inputs'], copy.deepcopy(batch['data_samples']), strict=True)
+    loaded = stack_images([dict(inputs=image, data_samples=sample) for image, sample in items], labels)
+    if device.type == 'cuda':
+        loaded['inputs'] = loaded['inputs'].pin_memory()
+    return loaded
+
+
 class _Stage:
     """One stage of a config's synthesis, at the size and batch that are asked for.
 
@@ -386,6 +402,8 @@ class _Trainee:
         memory = PeakMemory(device)
         self.model = model.to(device)
         self.batch = batch
+        if hasattr(model, 'student'):
+            self.batch = as_loaded(batch, bool(model.detection_weight), device)
         self.device = device
         self.wrapper = build_optim_wrapper(model, optim_wrapper)
         self.model.train()
@@ -413,7 +431,7 @@ class _Trainee:
 
     def _fresh_batch(self) -> dict[str, Any]:
         # The preprocessor writes the padded shapes into the samples.
-        return dict(inputs=list(self.batch['inputs']), data_samples=self.batch['data_samples'])
+        return dict(self.batch)
 
 
 def _training_models(cfg: Config, settings: Settings) -> tuple[dict[str, nn.Module], Config]:

@@ -68,7 +68,7 @@ OF_SYNTHETIC_IMAGES = ('zsq.synthesis.', 'zsq.label_sampler.', 'zsq.calibration_
 INTRODUCTION = """# Results on YOLOv5-n
 
 The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the smallest
-YOLOv5, and a last one of our own. This page is written by `python tools/analysis_tools/results_page.py` from the files
+YOLOv5, and two of our own. This page is written by `python tools/analysis_tools/results_page.py` from the files
 in [results](../results). What is run for a cell stands in [yolo_tables.py](../tools/benchmarks/yolo_tables.py), and
 `python tools/benchmarks/yolo.py --tables 2 --list` prints it as commands.
 
