@@ -229,7 +229,7 @@ def test_the_page_is_written_and_checked(
     run(repo, monkeypatch, '--root', root)
     text = (root / 'docs/results.md').read_text()
     assert [line for line in text.splitlines() if line.startswith('## ')] == [
-        f'## Table {number}: {TABLES[number].title}' for number in (2, 4, 5, 6, 7, 8, 9)
+        f'## Table {number}: {TABLES[number].title}' for number in (2, 4, 5, 6, 7, 8, 9, 10)
     ]
     run(repo, monkeypatch, '--root', root, '--check')
     keep('default_w4a4_seed0', 210)
@@ -268,3 +268,29 @@ def test_the_numbers_of_the_page_are_those_of_the_runs_that_are_kept(repo: Path)
 
     page = (repo / results_page.PAGE).read_text(encoding='utf-8')
     assert tables(page) == tables(results_page.render(results_page.read_runs(repo), results_page.read_labels(repo)))
+
+
+def test_the_summary_of_the_readme_is_that_of_the_page(
+    root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = root / 'README.md'
+    readme.write_text(f'before\n<!-- summary of {results_page.RESULTS} -->\n<!-- end of summary -->\nafter\n')
+    for name, ap in (('default_w4a8_seed0', 210), ('default_w4a8_seed1', 230), ('default_w8a8_seed0', 290)):
+        keep(name, ap)
+    keep('default_mixed-size_w4a8_seed0', 250)
+    monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root)])
+    results_page.main()
+    text = readme.read_text()
+    assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
+    cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
+    head, _, full, real, paper, zero_shot, mixed = cells
+    assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
+    assert full == ['30.0'] * 5 and real == paper == [''] * 5
+    assert zero_shot == ['29.0', '', '', '22.0', ''] and mixed == ['', '', '', '25.0', '']
+    # It is checked with the page.
+    monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
+    results_page.main()
+    readme.write_text(text.replace('22.0', '23.0'))
+    with pytest.raises(SystemExit):
+        results_page.main()
+    assert 'README.md is not up to date' in capsys.readouterr().err

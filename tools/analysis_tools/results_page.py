@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/results.md, the paper's tables with our numbers, from the results of the runs, or check it.
+"""Write docs/results.md, the paper's tables with our numbers, and the summary in README.md, or check them.
 
     python tools/analysis_tools/results_page.py
     python tools/analysis_tools/results_page.py --check
 
 The tables and what each cell is run with are those of ``tools/benchmarks/yolo_tables.py``; ``tools/benchmarks/yolo.py``
 leaves a run's results as ``results/yolov5-n/METHOD_BITS_seedSEED.json``. What was not run stays empty, and under each
-table the page says so. A run with other settings than its cell has now is shown, and named there too.
+table the page says so. A run with other settings than its cell has now is shown, and named there too. The summary
+stands between two lines of README.md:
+
+    <!-- summary of results/yolov5-n -->
+    <!-- end of summary -->
 """
 
 from __future__ import annotations
@@ -43,17 +47,19 @@ from mmzsq.errors import UserError
 
 sys.path.append(str(ROOT / 'tools' / 'benchmarks'))
 
-from yolo_tables import METHODS, TABLES, Cell, Row, Table, student_options
+from yolo_tables import BITS, METHODS, SUMMARY, TABLES, Cell, Row, Table, student_options
 
 PAGE = 'docs/results.md'
 RESULTS = 'results/yolov5-n'
+README = 'README.md'
+BLOCK = re.compile(rf'(<!-- summary of {RESULTS} -->\n).*?(<!-- end of summary -->)', re.DOTALL)
 EARLIER = ('results/yolov5-n_coco200', ('default', 'paper'))
 """Folder with runs of configs/zsq/README.md, ``yolov5-n_BITS_METHOD.json``, and the methods that they are of."""
 LABELS = 'results/yolov5-n_labels.json'
 LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
 LABELS_OF = {row.cells[1].method: row.labels[1] for row in TABLES[5].rows}
 """What Table 5 calls the sets of ``default``."""
-SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior')}
+SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior', 'default_multi-out', 'default_tile-out')}
 """Sets whose galleries are on the page."""
 SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
@@ -117,11 +123,14 @@ def main() -> None:
     args = parser.parse_args()
     page = args.root / PAGE
     try:
-        text = render(read_runs(args.root), read_labels(args.root))
-        current = read_text(page) if page.is_file() else ''
+        runs = read_runs(args.root)
+        text = render(runs, read_labels(args.root))
+        current, readme = (read_text(path) if path.is_file() else '' for path in (page, args.root / README))
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
     renew(page, current, text, args.check, Path(__file__).name)
+    summary = BLOCK.sub(lambda block: f'{block[1]}\n{render_summary(runs)}\n\n{block[2]}', readme)
+    renew(args.root / README, readme, summary, args.check, Path(__file__).name)
 
 
 def read_runs(root: Path) -> Runs:
@@ -182,6 +191,17 @@ def render(runs: Runs, labels: Mapping[str, Any] | None = None) -> str:
     return '\n'.join([INTRODUCTION, *tables, *([] if labels is None else [render_labels(labels)])])
 
 
+def render_summary(runs: Runs) -> str:
+    """AP of the rows of ``SUMMARY``, in percent, as markdown."""
+    teacher = _accuracies(Cell('default', BITS[0], 'float'), runs)
+    full = f'{100 * _mean(teacher)[0]:.1f}' if teacher else ''
+    rows = [['full precision', *[full] * len(BITS)]]
+    for text, methods in SUMMARY:
+        found = [_accuracies(Cell(methods[bits], bits), runs) if bits in methods else [] for bits in BITS]
+        rows.append([text, *(f'{100 * _mean(accuracies)[0]:.1f}' if accuracies else '' for accuracies in found)])
+    return markdown_table(['learnt from', *map(str.upper, BITS)], rows)
+
+
 def render_labels(labels: Mapping[str, Any]) -> str:
     """How alike the labels of calibration sets and of real images are, as markdown."""
     head = ('labels', 'images', 'boxes an image', *(f'{size} boxes' for size in SIZES), 'Pearson', 'Spearman')
@@ -200,8 +220,11 @@ def render_labels(labels: Mapping[str, Any]) -> str:
         markdown_table(head, rows),
         f'```bash\n{command}\n```',
         f'![Categories, boxes an image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
-        'The first images of both adaptive sets, by index:',
-        *(f'![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)' for name, text in SHOWN.items()),
+        'The first images of sets of Table 5 by index, none left out, with their labels.',
+        *(
+            f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)'
+            for name, text in SHOWN.items()
+        ),
     )
     return '\n\n'.join(parts) + '\n'
 

@@ -657,3 +657,14 @@ TABLES: dict[int, Table] = {
     )
 }
 """By the paper's number; 9 and 10 are ours."""
+
+SUMMARY = (
+    (f'{REAL_IMAGES} real images and their labels, LSQ', dict.fromkeys(BITS, f'paper_lsq-real{REAL_IMAGES}')),
+    ("zero-shot, the paper's recipe cut short", dict.fromkeys(BITS, 'paper')),
+    ('zero-shot', dict.fromkeys(BITS, 'default')),
+    (
+        'zero-shot, bits of each layer by its sensitivity: no larger (W4A8), no more bit operations (W5A5, W4A4)',
+        dict(w5a5='default_mixed-operations', w4a8='default_mixed-size', w4a4='default_mixed-operations'),
+    ),
+)
+"""What README.md shows: the text of each row, and its method by bits."""
