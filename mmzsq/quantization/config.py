@@ -174,6 +174,17 @@ class QuantizationConfig:
                 f"must be 'offset', not {self.activation.scheme!r}."
             )
 
+    def integers(self) -> dict[str, Any]:
+        """All that decides which integers stand for what, by name: without where steps begin and how they learn."""
+        of_parts = {
+            f'{name}.{key}': value
+            for name in ('weight', 'activation')
+            for key, value in vars(getattr(self, name)).items()
+            if key != 'init'
+        }
+        left_out = ('weight', 'activation', 'grad_scale')
+        return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}, **of_parts}
+
     @property
     def quantizer_class(self) -> QuantizerClass:
         """The class that ``type`` names.

@@ -21,6 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 
 from mmzsq import test as test_tool
+from mmzsq.config import merge
 from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.engine import FiniteLossHook, ZeroShotRunner
 from mmzsq.errors import UserError
@@ -134,6 +135,31 @@ def test_a_float_checkpoint_is_no_quantized_one(make_runner: Any) -> None:
     # load_from is the teacher: a float checkpoint.
     with pytest.raises(UserError, match='holds no quantizer steps'):
         make_runner('out', **METRIC).test()
+
+
+@pytest.mark.parametrize(
+    ('quantizer', 'message'),
+    [
+        ({}, None),
+        (dict(scope=None, skip=[], weight=dict(init='lsq'), grad_scale=False), None),
+        (dict(w_bits=8), 'w_bits 8, not 4'),
+        (dict(activation=dict(scheme='signed')), "activation.scheme 'signed', not 'offset'"),
+        (dict(overrides={'neck': 8}), r"overrides \{'neck': Bits\(w_bits=8, a_bits=8\)\}, not \{\}"),
+    ],
+)
+def test_a_checkpoint_of_other_bits_is_refused(
+    make_runner: Any, tmp_path: Path, quantizer: dict[str, Any], message: str | None
+) -> None:
+    """Its tensors have the shapes that the config wants, so that nothing else would tell."""
+    runner = make_runner('out')
+    trained = json.loads(json.dumps(merge(runner.detector.quantizer_cfg, quantizer)))
+    state = runner.detector.state_dict()
+    torch.save(dict(meta=dict(mmzsq=dict(quantizer=trained)), state_dict=state), tmp_path / 'trained.pth')
+    if message is None:
+        runner.load_checkpoint(str(tmp_path / 'trained.pth'))
+        return
+    with pytest.raises(UserError, match=f'other settings of zsq.quantizer: {message}. Give the config that it was'):
+        runner.load_checkpoint(str(tmp_path / 'trained.pth'))
 
 
 def coco(folder: Path, colour: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from mmengine.dist import master_only
@@ -14,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization import quantizers
+from mmzsq.quantization import QuantizationConfig, quantizers
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
@@ -22,6 +23,10 @@ PTQ_FILE = 'ptq.pth'
 
 REPORT_FILE = 'quantization_report.json'
 """Every layer, in the work_dir: bits, scheme, first steps, or why it stayed float."""
+
+
+SHOWN = 100
+"""Characters of a setting that a message shows: bits of each layer fill a page."""
 
 
 @HOOKS.register_module()
@@ -60,6 +65,27 @@ class QuantizerInitHook(Hook):
             # Plain data alone: the checkpoint is to be read with weights_only=True.
             quantizer=json.loads(json.dumps(runner.detector.quantizer_cfg)),
         )
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse a checkpoint that was trained with other integers than the config has: it would load all the same.
+
+        Raises:
+            UserError: Names the settings that differ.
+        """
+        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+        if trained is None:
+            return
+        before, now = (QuantizationConfig.from_dict(cfg).integers() for cfg in (trained, runner.detector.quantizer_cfg))
+        differing = [
+            f'{key} {shorten(repr(before[key]), SHOWN)}, not {shorten(repr(now[key]), SHOWN)}'
+            for key in before
+            if before[key] != now[key]
+        ]
+        if differing:
+            raise UserError(
+                f'the checkpoint was trained with other settings of zsq.quantizer: {"; ".join(differing)}. Give the '
+                'config that it was trained with'
+            )
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a float checkpoint as if it were quantized."""
