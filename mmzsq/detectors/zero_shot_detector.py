@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
 from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers
+from mmzsq.quantization.allocation import assign_bits
+from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
 
 PREFIX = 'student.'
@@ -152,6 +154,36 @@ class ZeroShotDetector(BaseModel):
     def init_weights(self) -> None:
         """Start the student from the teacher."""
         self.student.load_state_dict(self.load_teacher().state_dict(), strict=False)
+
+    def assign_bits(self, overrides: Mapping[str, Any]) -> None:
+        """Give layers bits of their own, as if ``zsq.quantizer.overrides`` had said so from the start.
+
+        Quantizers of these layers begin anew: an optimizer has to be built afterwards.
+
+        Args:
+            overrides: Name of a quantized layer to ``dict(w_bits=.., a_bits=..)``, or :class:`Bits`; others are taken
+                into the settings and change nothing.
+
+        Raises:
+            UserError: If a value is no bits.
+        """
+        all_of_them = {**self.quantizer_cfg.get('overrides', {}), **overrides}
+        cfg = dict(self.quantizer_cfg, overrides={key: _as_dict(bits) for key, bits in all_of_them.items()})
+        config = QuantizationConfig.from_dict(cfg)
+        layers = {layer.name for layer in self.report.layers if layer.quantized and layer.weights}
+        chosen = {name: config.overrides[name] for name in overrides if name in layers}
+        assign_bits(self.report, config, {name: bits for name, bits in chosen.items() if bits is not None})
+        self.quantizer_cfg = cfg
+
+    def take_bits_of(self, checkpoint: Mapping[str, Any]) -> None:
+        """Where bits were allocated (``zsq.quantizer.allocate``), take those that a checkpoint was trained with.
+
+        Args:
+            checkpoint: What its file holds.
+        """
+        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer', {}).get('overrides')
+        if self.quantizer_cfg.get('allocate') is not None and trained:
+            self.assign_bits(trained)
 
     @torch.no_grad()
     def initialise_quantizers(self, batches: Iterable[Any]) -> None:
@@ -286,6 +318,11 @@ class ZeroShotDetector(BaseModel):
         for index, loss in enumerate(self.distillation_losses):
             losses[f'loss_{index}_{type(loss).__name__}'] = loss(outputs_S, outputs_T, self.student)
         return losses
+
+
+def _as_dict(bits: Any) -> Any:
+    """Plain data: what a config and a checkpoint hold."""
+    return bits._asdict() if isinstance(bits, Bits) else bits
 
 
 def _enumerate(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
+from mmzsq.errors import UserError
 from mmzsq.quantization import quantized_layers
 from mmzsq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
@@ -57,9 +58,12 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         with _without_a_line_for_each_parameter():
             super().add_params(params, module, prefix, is_dcn_module)
         if self.paramwise_cfg.get('relative_lr'):
+            if self.base_lr is None:
+                raise UserError('zsq.train.relative_lr is relative to zsq.train.optimizer.lr: set it')
+            base_lr = float(self.base_lr)
             rates = relative_rates(module)
             for group in params:
-                group['lr'] = group.get('lr', self.base_lr) * rates.get(id(group['params'][0]), 1.0)
+                group['lr'] = group.get('lr', base_lr) * rates.get(id(group['params'][0]), 1.0)
         params[:] = join_groups(params)
         for group in params:
             settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params') or 'as configured'

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmzsq.config import compose
 from mmzsq.detectors import ZeroShotDetector
+from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.report import report_results
 from mmzsq.errors import UserError
 from mmzsq.registry import RUNNERS
@@ -75,6 +76,7 @@ class ZeroShotRunner(Runner):
         self.generate()
         # MMEngine builds the optimizer first, and rates may be relative to the weights.
         self.detector.init_weights()
+        self._allocate_bits()
         start = time.perf_counter()
         model = super().train()
         self.seconds = dict(train=time.perf_counter() - start)
@@ -82,6 +84,14 @@ class ZeroShotRunner(Runner):
         self._val_loop = val_loop
         report_results(self)
         return model
+
+    def _allocate_bits(self) -> None:
+        """Give layers their bits; a run that goes on has them already."""
+        checkpoint = self._load_from or find_latest_checkpoint(self.work_dir) if self._resume else None
+        if checkpoint is None:
+            allocate_bits(self)
+        else:
+            self.detector.take_bits_of(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
 
 
 def find_teacher(cfg: Config) -> str:

@@ -10,13 +10,13 @@ multiple-choice knapsack, solved here exactly. Where sensitivities come from is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mmzsq.errors import UserError
-from mmzsq.quantization.config import Bits, matches
+from mmzsq.quantization.config import Bits, QuantizationConfig, matches
 from mmzsq.quantization.quantizers import check_bits
 from mmzsq.quantization.report import MEGABYTE, LayerReport, QuantizationReport
 
@@ -177,6 +177,17 @@ class Budget:
         costs = np.outer(macs, np.square(candidates))
         return cls('bit operations', 'G', 1e9, giga, kept, costs, candidates, True, layers)
 
+    @classmethod
+    def of_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:
+        """What ``config.allocate`` says of the model that ``report`` is of."""
+        settings = config.allocate
+        assert settings is not None
+        candidates = sorted(set(settings.candidates))
+        if settings.budget == 'size':
+            return cls.of_average(report, candidates, config.w_bits)
+        # As many as now, whatever rounding does to them.
+        return cls.of_operations(report, candidates, ((report.bops_after or 0) + 0.5) / 1e9)
+
     def allocate(self, sensitivity: Any) -> list[Bits]:
         """Bits of each layer, see :func:`allocate`.
 
@@ -246,6 +257,25 @@ def overrides_of(report: QuantizationReport, bits: Mapping[str, Bits]) -> dict[s
         if inside and layer.name not in bits and layer.type != 'Parameter':
             overrides[layer.name] = Bits(layer.w_bits, layer.a_bits) if layer.quantized else None
     return overrides
+
+
+def assign_bits(report: QuantizationReport, config: QuantizationConfig, bits: Mapping[str, Bits]) -> None:
+    """Give layers of a prepared model other bits, as if ``config.overrides`` had named them; their steps begin anew.
+
+    Args:
+        report: Of the model; it then tells of the new bits.
+        config: What new quantizers are made by.
+        bits: By the name of a quantized layer.
+    """
+    modules = dict(report.model.named_modules())
+    for index, layer in enumerate(report.layers):
+        if layer.name in bits:
+            of, module = bits[layer.name], modules[layer.name]
+            module.add_quantizers(
+                config.weight_quantizer(of.w_bits, len(module.filters())), config.input_quantizer(of.a_bits)
+            )
+            reason = f'overrides {layer.name!r}'
+            report.layers[index] = replace(layer, w_bits=of.w_bits, a_bits=of.a_bits, reason=reason)
 
 
 def totals(report: QuantizationReport, bits: Mapping[str, Bits]) -> tuple[float, float]:

@@ -14,9 +14,10 @@ from mmzsq.registry import QUANTIZERS, SCOPE
 
 WHERE = 'zsq.quantizer'
 SAME = 'same'
+BUDGETS = ('size', 'operations')
 
 QuantizerClass = type[LSQ]
-Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings')
+Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings', 'AllocationSettings')
 SomeBits = TypeVar('SomeBits', 'Bits', 'AttentionBits')
 
 
@@ -73,6 +74,23 @@ class ActivationSettings:
 
 
 @dataclass(frozen=True)
+class AllocationSettings:
+    """How each layer gets bits of its own, from its sensitivity: see :mod:`mmzsq.quantization.allocation`.
+
+    Attributes:
+        budget: What is not to be more than with ``w_bits`` and ``a_bits`` in every layer: ``'size'`` of the weights,
+            which get the bits while inputs keep theirs, or bit ``'operations'``, with as many bits for a layer's weight
+            as for its input.
+        candidates: Bits to choose from.
+        batches: Of synthetic images, that sensitivities are measured on.
+    """
+
+    budget: str = 'size'
+    candidates: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    batches: int = 2
+
+
+@dataclass(frozen=True)
 class QuantizationConfig:
     """What to quantize and how.
 
@@ -106,6 +124,8 @@ class QuantizationConfig:
         skip: Patterns of layers that stay float.
         overrides: Pattern to bits of weight and input: one number for both, ``dict(w_bits=..,
             a_bits=..)``, or ``None`` for float. Of several that match, the last one counts.
+        allocate: How layers whose bits nothing else decides get bits of their own before training; ``None``: they all
+            have ``w_bits`` and ``a_bits``.
     """
 
     type: str = 'mmzsq.LSQ'
@@ -122,6 +142,7 @@ class QuantizationConfig:
     attention: AttentionBits | None = None
     skip: Sequence[str] = ()
     overrides: Mapping[str, Bits | None] = field(default_factory=dict)
+    allocate: AllocationSettings | None = None
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> QuantizationConfig:
@@ -148,6 +169,8 @@ class QuantizationConfig:
         if not isinstance(overrides, Mapping):
             raise UserError(f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.')
         values['overrides'] = {p: _bits(Bits, f'{WHERE}.overrides[{p!r}]', bits) for p, bits in overrides.items()}
+        if cfg.get('allocate') is not None:
+            values['allocate'] = _section(AllocationSettings, cfg['allocate'], 'allocate')
         config = cls(**values)
         config._check()
         return config
@@ -168,6 +191,17 @@ class QuantizationConfig:
         for key, bits in (('first_bits', self.first_bits), ('last_bits', self.last_bits)):
             if bits is not None and bits != SAME:
                 check_bits(f'{WHERE}.{key} (2 to 8, None for float, or {SAME!r})', bits)
+        if self.allocate is not None:
+            where = f'{WHERE}.allocate'
+            check_choice(f'{where}.budget', self.allocate.budget, BUDGETS)
+            if not isinstance(self.allocate.candidates, (list, tuple)):
+                raise UserError(f'{where}.candidates is {self.allocate.candidates!r}, but must be a list of bits.')
+            for bits in self.allocate.candidates:
+                check_bits(f'{where}.candidates', bits)
+            if not isinstance(self.allocate.batches, int) or self.allocate.batches < 1:
+                raise UserError(
+                    f'{where}.batches is {self.allocate.batches!r}, but must be a whole number of at least 1.'
+                )
         if self.quantizer_class.learns_zero_point and self.activation.scheme != 'offset':
             raise UserError(
                 f'{WHERE}.type {self.type!r} learns a zero point, so {WHERE}.activation.scheme '
@@ -182,7 +216,7 @@ class QuantizationConfig:
             for key, value in vars(getattr(self, name)).items()
             if key != 'init'
         }
-        left_out = ('weight', 'activation', 'grad_scale')
+        left_out = ('weight', 'activation', 'grad_scale', 'allocate')
         return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}, **of_parts}
 
     @property

@@ -68,6 +68,11 @@ class QuantizationReport:
         self.layers = layers
 
     @property
+    def model(self) -> Any:
+        """The prepared model."""
+        return self._model
+
+    @property
     def size_before(self) -> float:
         """Size of the float model in MB (10^6 bytes)."""
         return _float_bits(self._model) / 8 / MEGABYTE

@@ -31,7 +31,13 @@ EXACT = {
     'zsq.train.optimizer': dict(_delete_=True, type='SGD', lr=1e-3),
     'zsq.train.step_lr': None,
 }
-AVERAGED = {'zsq.train.bn': 'train', 'zsq.train.ema': 0.99}
+AVERAGED = {
+    'zsq.train.bn': 'train',
+    'zsq.train.ema': 0.99,
+    'zsq.quantizer.allocate': dict(candidates=[3, 4, 8], batches=1),
+    'zsq.quantizer.weight.init': 'lsq',
+    'zsq.quantizer.activation.init': 'lsq',
+}
 
 
 def smooth(student: Any) -> None:
@@ -71,6 +77,7 @@ from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.distillation.losses import soft_number
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients
+from mmzsq.quantization import quantizers
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 
 # Without its layout, which takes seconds.
@@ -89,7 +96,8 @@ def train(runner):
     runner.train()
     losses = runner.message_hub.get_scalar('train/loss').data[0]
     averages = [hook.ema_model.state_dict() for hook in runner.hooks if hasattr(hook, 'ema_model')]
-    last = dict(state=runner.detector.state_dict(), losses=torch.tensor(losses), averages=averages)
+    bits = {name: quantizer.bits for name, quantizer in quantizers(runner.detector.student)}
+    last = dict(state=runner.detector.state_dict(), losses=torch.tensor(losses), averages=averages, bits=bits)
     torch.save(last, f'{runner.work_dir}/last_{get_rank()}.pth')
 
 class Interrupted(Exception):
@@ -266,6 +274,9 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
     assert changed
     assert any('_quantizer.' in key for key in changed) == (name == 'averaged')
     assert any('running_var' in key for key in changed) == (name == 'averaged')
+    # Each has measured layers on images of its own.
+    assert last[0]['bits'] == last[1]['bits']
+    assert set(last[0]['bits'].values()) == ({3, 4, 8} if name == 'averaged' else {4, 8})
     averages = [rank['averages'] for rank in last]
     assert len(averages[0]) == (name == 'averaged')
     for states in zip(*averages, strict=True):

@@ -23,7 +23,7 @@ from mmengine.registry import HOOKS, METRICS
 from mmzsq import test as test_tool
 from mmzsq.config import merge
 from mmzsq.detectors.captured_step import CapturedStep
-from mmzsq.engine import FiniteLossHook, ZeroShotRunner
+from mmzsq.engine import FiniteLossHook, ZeroShotRunner, bit_allocation
 from mmzsq.errors import UserError
 from mmzsq.quantization import quantizers
 from mmzsq.synthesis import CalibrationSet
@@ -160,6 +160,56 @@ def test_a_checkpoint_of_other_bits_is_refused(
         return
     with pytest.raises(UserError, match=f'other settings of zsq.quantizer: {message}. Give the config that it was'):
         runner.load_checkpoint(str(tmp_path / 'trained.pth'))
+
+
+ALLOCATE = {
+    'zsq.quantizer.allocate': dict(budget='size', candidates=[3, 4, 8], batches=1),
+    # Without the search for the first steps, which is not what is tested.
+    'zsq.quantizer.weight.init': 'lsq',
+    'zsq.quantizer.activation.init': 'lsq',
+}
+
+
+def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_them(
+    make_runner: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sizes(work_dir: str) -> tuple[list[tuple[int, int]], float]:
+        report = json.loads(Path(work_dir, 'quantization_report.json').read_text())
+        return [(layer['w_bits'], layer['a_bits']) for layer in report['layers']], report['model']['size_after_mb']
+
+    plain = run(make_runner, 'plain', **NO_EVALUATION)
+    HOOKS.register_module(module=Interrupt, force=True)
+    interrupted = make_config('out', **METRIC, **ALLOCATE)
+    interrupted.custom_hooks = [*(interrupted.get('custom_hooks') or []), dict(type='Interrupt')]
+    with pytest.raises(KeyboardInterrupt):
+        ZeroShotRunner.from_cfg(interrupted).train()
+    (bits, size), (same_bits, same_size) = sizes('out'), sizes('plain')
+    # First and last layers have 8.
+    free = [index for index, of in enumerate(same_bits) if of == (4, 4)]
+    assert len({bits[index] for index in free}) > 1 and {bits[index][0] for index in free} <= {3, 4, 8}
+    assert all(bits[index][1] == 4 for index in free) and size <= same_size
+    assert plain.detector.quantizer_cfg.get('overrides', {}) == {}
+
+    def measured(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError('measured again')
+
+    # A run that goes on trains the same layers with the same bits, and so does the evaluation by the config as it is.
+    monkeypatch.setattr(bit_allocation, 'measure_sensitivity', measured)
+    cfg = make_config('out', **METRIC, **ALLOCATE)
+    cfg.resume, cfg.load_from = True, None
+    runner = ZeroShotRunner.from_cfg(cfg)
+    runner.train()
+    trained = {name: (q.bits, q.qmax) for name, q in quantizers(runner.detector.student)}
+    assert [(layer.w_bits, layer.a_bits) for layer in runner.detector.report.layers] == bits
+    tested = make_runner('tested', **METRIC, **{**ALLOCATE, 'load_from': Path('out/last_checkpoint').read_text()})
+    metrics = tested.test()
+    assert {name: (q.bits, q.qmax) for name, q in quantizers(tested.detector.student)} == trained
+    assert metrics.items() >= results('out')['metrics']['zero_shot'].items()
+    # By a config with the bits in it, as the checkpoint has them, too; by one without, never.
+    quantizer = last('out')['meta']['mmzsq']['quantizer']
+    assert set(quantizer['overrides']) == {runner.detector.report.layers[index].name for index in free}
+    with pytest.raises(UserError, match='other settings of zsq.quantizer: overrides'):
+        make_runner('other', **METRIC, load_from=Path('out/last_checkpoint').read_text()).test()
 
 
 def coco(folder: Path, colour: int) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization import LayerReport, QuantizationConfig, QuantizationReport, prepare
-from mmzsq.quantization.allocation import Budget, allocatable, allocate, overrides_of, totals
+from mmzsq.quantization import LayerReport, QuantizationConfig, QuantizationReport, prepare, quantizers
+from mmzsq.quantization.allocation import Budget, allocatable, allocate, assign_bits, overrides_of, totals
 from mmzsq.quantization.config import Bits
 
 SETTINGS: dict[str, Any] = dict(w_bits=4, a_bits=6, overrides={'3': 5})
@@ -142,3 +142,44 @@ def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
     config = QuantizationConfig(overrides=overrides)
     assert config.bits_of('a', ())[0] == Bits(3, 4)
     assert config.bits_of('a.offset', ())[0] == Bits(8, 8)
+
+
+@pytest.mark.parametrize('budget', ['size', 'operations'])
+def test_the_same_bits_in_each_layer_are_within_what_a_config_asks_for(budget: str) -> None:
+    """Just so: the next higher ones are not."""
+    report = small_model()
+    config = QuantizationConfig.from_dict(dict(SETTINGS, allocate=dict(budget=budget, candidates=[6, 3, 4])))
+    found = Budget.of_config(report, config)
+    assert found.candidates == [3, 4, 6] and found.inputs == (budget == 'operations')
+    spent = found.fixed + found.costs.sum(0)
+    wanted = SETTINGS['w_bits'] if budget == 'size' else (SETTINGS['w_bits'] * SETTINGS['a_bits']) ** 0.5
+    for bits, cost in zip(found.candidates, spent, strict=True):
+        assert (cost <= found.limit * found.scale) == (bits <= wanted)
+
+
+def test_bits_that_are_assigned_are_those_of_a_model_prepared_with_them() -> None:
+    report, made = small_model(), with_bits((3, 6), (8, 2))
+    old = dict(report.model.named_modules())['1'].weight_quantizer
+    assign_bits(report, QuantizationConfig.from_dict(SETTINGS), {'1': Bits(3, 6), '2': Bits(8, 2)})
+    assert report.to_dict() == made.to_dict()
+    assert dict(report.model.named_modules())['1'].weight_quantizer is not old
+    # The narrow range of 8 bits too.
+    assert {name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(report.model)} == {
+        name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(made.model)
+    }
+
+
+@pytest.mark.parametrize(
+    ('allocate', 'message'),
+    [
+        (dict(budget='speed'), "zsq.quantizer.allocate.budget is 'speed', but must be one of 'size', 'operations'"),
+        (dict(candidates=4), 'zsq.quantizer.allocate.candidates is 4, but must be a list of bits'),
+        (dict(candidates=[4, 9]), 'zsq.quantizer.allocate.candidates is 9, but must be an integer from 2 to 8'),
+        (dict(batches=0), 'zsq.quantizer.allocate.batches is 0, but must be a whole number of at least 1'),
+        (dict(bits=4), "unknown key 'bits' in zsq.quantizer.allocate"),
+        (5, 'zsq.quantizer.allocate is 5, but must be a dict'),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_message(allocate: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantizationConfig.from_dict(dict(allocate=allocate))

@@ -74,7 +74,9 @@ def measure(runner: Any, checkpoints: list[Path]) -> list[dict[str, Any]]:
         runner._val_loop = runner.build_val_loop(runner._val_loop)
     rows = []
     for path in checkpoints:
-        detector.load_state_dict(load_from_local(str(path), map_location='cpu')['state_dict'])
+        checkpoint = load_from_local(str(path), map_location='cpu')
+        detector.take_bits_of(checkpoint)
+        detector.load_state_dict(checkpoint['state_dict'])
         detector.eval()
         row: dict[str, Any] = dict(checkpoint=path.name, loss=round(mean_loss(detector, batches), 6))
         if has_data:

@@ -11,6 +11,7 @@ from textwrap import shorten
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -75,6 +76,9 @@ class QuantizerInitHook(Hook):
         trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
         if trained is None:
             return
+        # In training an optimizer holds the steps, and the bits are those of the checkpoint already.
+        if not isinstance(runner.optim_wrapper, OptimWrapper):
+            runner.detector.take_bits_of(checkpoint)
         before, now = (QuantizationConfig.from_dict(cfg).integers() for cfg in (trained, runner.detector.quantizer_cfg))
         differing = [
             f'{key} {shorten(repr(before[key]), SHOWN)}, not {shorten(repr(now[key]), SHOWN)}'
