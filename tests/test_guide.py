@@ -102,6 +102,8 @@ def run(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], No
         assert (python, flag) == ('python', '-m')
         assert all((site / word).is_file() for word in arguments if word.endswith(('.py', '.pth')))
         small = (*SMALL_DETECTOR, *SMALL_RUN, *(SMALL_SET if 'my_detector_w4a8.py' in arguments else ()))
+        if any('allocate' in word for word in arguments):
+            small += ('zsq.quantizer.allocate.candidates=[3,8]',)
         options = [] if '--cfg-options' in arguments else ['--cfg-options']
         monkeypatch.setattr(sys, 'argv', [module, *arguments, *options, *small])
         cli.run(TOOLS[module].main)
@@ -139,9 +141,10 @@ def test_every_step_of_the_guide_runs_in_its_order(
     assert (site / 'work_dirs/rehearsal/results.json').is_file()
     assert (site / 'my_detector_w4a8.safetensors').is_file()
     sizes = [
-        json.loads((site / f'work_dirs/my_detector_{name}/results.json').read_text()) for name in ('mixed', 'w4a8')
+        json.loads((site / f'work_dirs/my_detector_{name}/results.json').read_text())
+        for name in ('mixed', 'allocated', 'w4a8')
     ]
-    assert sizes[0]['model_mb']['quantized'] <= sizes[1]['model_mb']['quantized']
+    assert all(of['model_mb']['quantized'] <= sizes[-1]['model_mb']['quantized'] for of in sizes)
     assert set(json.loads((out / 'results.json').read_text())['metrics']) == {'float', 'ptq', 'zero_shot'}
     named = set(re.findall(r'^\| `([^`]+)` \| ', GUIDE.read_text().split('## 6')[1].split('## Messages')[0], re.M))
     assert named == {'results.json', 'quantization_report.json', LAST, 'ptq.pth', 'calibration_set/'}

@@ -34,7 +34,7 @@ EXACT = {
 AVERAGED = {
     'zsq.train.bn': 'train',
     'zsq.train.ema': 0.99,
-    'zsq.quantizer.allocate': dict(candidates=[3, 4, 8], batches=1),
+    'zsq.quantizer.allocate': dict(candidates=[2, 3, 4, 5, 6], batches=1),
     'zsq.quantizer.weight.init': 'lsq',
     'zsq.quantizer.activation.init': 'lsq',
 }
@@ -91,13 +91,16 @@ def before_train(self, runner):
     if os.path.basename(runner.work_dir) == 'two':
         smooth(runner.detector.student)
     torch.save(runner.detector.state_dict(), f'{runner.work_dir}/first_{get_rank()}.pth')
+    file = f'{runner.work_dir}/bits_{get_rank()}.pth'
+    if not os.path.exists(file):
+        # A run that goes on has those of the checkpoint.
+        torch.save({name: q.bits for name, q in quantizers(runner.detector.student)}, file)
 
 def train(runner):
     runner.train()
     losses = runner.message_hub.get_scalar('train/loss').data[0]
     averages = [hook.ema_model.state_dict() for hook in runner.hooks if hasattr(hook, 'ema_model')]
-    bits = {name: quantizer.bits for name, quantizer in quantizers(runner.detector.student)}
-    last = dict(state=runner.detector.state_dict(), losses=torch.tensor(losses), averages=averages, bits=bits)
+    last = dict(state=runner.detector.state_dict(), losses=torch.tensor(losses), averages=averages)
     torch.save(last, f'{runner.work_dir}/last_{get_rank()}.pth')
 
 class Interrupted(Exception):
@@ -275,8 +278,9 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
     assert any('_quantizer.' in key for key in changed) == (name == 'averaged')
     assert any('running_var' in key for key in changed) == (name == 'averaged')
     # Each has measured layers on images of its own.
-    assert last[0]['bits'] == last[1]['bits']
-    assert set(last[0]['bits'].values()) == ({3, 4, 8} if name == 'averaged' else {4, 8})
+    bits = of_ranks(root / name, 'bits')
+    assert bits[0] == bits[1]
+    assert set(bits[0].values()) == ({2, 3, 4, 5, 6, 8} if name == 'averaged' else {4, 8})
     averages = [rank['averages'] for rank in last]
     assert len(averages[0]) == (name == 'averaged')
     for states in zip(*averages, strict=True):
