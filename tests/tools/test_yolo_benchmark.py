@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yolo
-import yolo_tables
+import yolo_methods
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from torch import nn
-from yolo_tables import BITS, METHODS, SETS, TABLES
+from yolo_methods import BITS, METHODS, SETS
+from yolo_tables import TABLES
 
 from mmzsq.config import complete_section, compose
 from mmzsq.quantization import QuantizationConfig
@@ -160,10 +161,10 @@ def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
 
 def test_in_distribution_is_that_of_the_real_images(shared: Path) -> None:
     content = json.loads((shared / 'data/coco_mini/annotations/instances_train2017.json').read_text())
-    assert len(content['images']) == yolo_tables.REAL_IMAGES
+    assert len(content['images']) == yolo_methods.REAL_IMAGES
     objects = Counter(item['image_id'] for item in content['annotations'] if not item['iscrowd'])
     images = Counter(objects.values())
-    assert list(yolo_tables.OBJECTS_AN_IMAGE) == [images[number + 1] for number in range(max(images))]
+    assert list(yolo_methods.OBJECTS_AN_IMAGE) == [images[number + 1] for number in range(max(images))]
 
 
 def test_all_methods_of_a_preset_take_as_many_steps_but_the_one_that_is_about_that(repo: Path) -> None:
@@ -173,7 +174,7 @@ def test_all_methods_of_a_preset_take_as_many_steps_but_the_one_that_is_about_th
         section = student(repo, name)
         images = section['calibration_set']['num_images']
         if method.images is None:
-            images = section['calibration_set']['real'].get('indices', yolo_tables.REAL_IMAGES)
+            images = section['calibration_set']['real'].get('indices', yolo_methods.REAL_IMAGES)
         train = section['train']
         steps = train['max_epochs'] * -(-images // train['batch_size'])
         wanted, batch = dict(default=(640, 16), paper=(192, 32))[section['preset']]
@@ -269,7 +270,13 @@ else:
 def root(repo: Path, tmp_path: Path) -> Path:
     """A repository with this tool, in which all others are the script above."""
     scripts = ('tools/train.py', 'tools/generate.py', 'tools/model_converters/ultralytics_to_mmzsq.py')
-    for name in (*scripts, TOOL, 'tools/benchmarks/jobs.py', 'tools/benchmarks/yolo_tables.py'):
+    for name in (
+        *scripts,
+        TOOL,
+        'tools/benchmarks/jobs.py',
+        'tools/benchmarks/yolo_methods.py',
+        'tools/benchmarks/yolo_tables.py',
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(SCRIPT if name in scripts else (repo / name).read_text())

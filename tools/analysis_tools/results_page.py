@@ -47,7 +47,8 @@ from mmzsq.errors import UserError
 
 sys.path.append(str(ROOT / 'tools' / 'benchmarks'))
 
-from yolo_tables import BITS, METHODS, SUMMARY, TABLES, Cell, Row, Table, student_options
+from yolo_methods import BITS, METHODS, student_options
+from yolo_tables import SUMMARY, TABLES, Cell, Row, Table
 
 PAGE = 'docs/results.md'
 RESULTS = 'results/yolov5-n'
@@ -75,7 +76,7 @@ INTRODUCTION = """# Results on YOLOv5-n
 
 The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the smallest
 YOLOv5, and two of our own. This page is written by `python tools/analysis_tools/results_page.py` from the files
-in [results](../results). What is run for a cell stands in [yolo_tables.py](../tools/benchmarks/yolo_tables.py), and
+in [results](../results). What is run for a cell stands in [yolo_methods.py](../tools/benchmarks/yolo_methods.py), and
 `python tools/benchmarks/yolo.py --tables 2 --list` prints it as commands.
 
 Numbers are AP / AP50 in percent on 200 images of COCO val2017, described in
@@ -150,7 +151,7 @@ def read_runs(root: Path) -> Runs:
     for path in sorted((root / RESULTS).glob('*.json')):
         match = NAME.fullmatch(path.stem)
         if match is None or match['method'] not in METHODS:
-            raise UserError(f'{path} is not named METHOD_BITS_seedSEED.json, with a method of yolo_tables.py')
+            raise UserError(f'{path} is not named METHOD_BITS_seedSEED.json, with a method of yolo_methods.py')
         result = _result(path, match['method'], match['bits'], root)
         if result.seed != int(match['seed']):
             raise UserError(f'{path} holds a run with the seed {result.seed}: name it so')

@@ -4,7 +4,7 @@
     python tools/benchmarks/yolo.py --tables 2 5 --jobs 4 --seeds 0 1
     python tools/benchmarks/yolo.py --tables 2 --list
 
-What is run for which table stands in yolo_tables.py. ``data/coco`` holds the images, laid out as COCO, and
+What is run for which table stands in yolo_methods.py and yolo_tables.py. ``data/coco`` holds the images, laid out as COCO, and
 ``--weights`` names a YOLOv5-n v6.0 checkpoint. Calibration sets come first, then students; the two never share a GPU.
 Runs whose results are kept in ``results/yolov5-n`` are not repeated: delete the file of one that is to be. Killed and
 started again, the tool goes on with what is not finished. Logs are in ``work_dirs/yolov5-n/logs``, galleries go to
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ROOT, Job, keep_results, lock, run, tool, write
-from yolo_tables import BITS, METHODS, PRESETS, TABLES, Images, Options, set_options, student_options
+from yolo_methods import BITS, METHODS, PRESETS, Images, Options, set_options, student_options
+from yolo_tables import TABLES
 
 WORK = Path('work_dirs/yolov5-n')
 RESULTS = Path('results/yolov5-n')

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the numbers on YOLOv5-n in docs/results.md are made: calibration sets, and recipes for students.
+
+All of it is data. A calibration set is made once a seed and serves every student that names it. A method is a recipe
+for a student: a config, settings on top of it, and the images it learns from. yolo_tables.py says which tables show it,
+yolo.py runs it.
+
+Sets have 512 images in place of the paper's 2000, ``paper`` has fewer iterations and epochs than the paper, and all
+methods of a preset take as many steps of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Options = Mapping[str, Any]
+"""Settings by their dotted keys, as of ``--cfg-options``."""
+
+BITS = ('w8a8', 'w6a6', 'w5a5', 'w4a8', 'w4a4')
+PRESETS = ('default', 'paper')
+IMAGES = 512
+REAL_IMAGES = 337
+"""Of train2017 in ``data/coco``."""
+FEW_REAL_IMAGES = 64
+SIZES = (64, 128, 256, 512, 1024, 2048)
+BATCH_AND_EPOCHS = dict(default=(16, 20), paper=(32, 12))
+"""Of training on a set of :data:`IMAGES`."""
+COMPARISON = 'configs/zsq/comparison/yolov5-n_{}.py'
+SYNTHESIS: dict[str, Options] = dict(
+    default={}, paper={'zsq.synthesis.relabel.iterations': 800, 'zsq.synthesis.synthesise.iterations': 300}
+)
+WARMUP: dict[str, Options] = dict(default={}, paper={'zsq.label_sampler.warmup': 300})
+
+OBJECTS_AN_IMAGE = (
+    *(27, 49, 36, 34, 21, 20, 15, 16, 10, 6, 10, 10, 11, 8, 7, 5, 8, 5, 2, 5, 4, 4, 4, 2, 1, 1, 0, 3, 0, 1, 0, 1, 2, 2),
+    *(0, 1, 0, 1, 0, 1, 0, 1),
+)
+"""Real images of train2017 with one object, two, three, and so on, crowds left out: "in distribution"."""
+
+
+def _sampler(name: str, **arguments: Any) -> Options:
+    return {
+        'zsq.label_sampler.type': f'mmzsq.{name}',
+        **{f'zsq.label_sampler.{key}': value for key, value in arguments.items()},
+    }
+
+
+_MULTI_START = {
+    'zsq.label_sampler.start.type': 'mmzsq.MultiBoxSampler',
+    'zsq.label_sampler.start.num_boxes': (1, 5),
+    'zsq.label_sampler.start.side': (0.1, 0.6),
+}
+_PRIOR_START = {
+    'zsq.label_sampler.start.type': 'mmzsq.DetectorPriorSampler',
+    # Objects of a few pixels are not to be seen in the small images that labels are corrected on.
+    'zsq.label_sampler.remove_iou': 0.0,
+}
+_CUTOUT = {
+    'zsq.synthesis.cutout.probability': 0.5,
+    'zsq.synthesis.cutout.area': (0.02, 0.2),
+    'zsq.synthesis.cutout.ratio': (0.3, 3.3),
+    'zsq.synthesis.cutout.value': 0.0,
+}
+_NO_STEPS = {
+    'zsq.synthesis.relabel': None,
+    'zsq.synthesis.refine': None,
+    'zsq.synthesis.synthesise.iterations': 0,
+    'zsq.synthesis.init': 'normal',
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A calibration set, less its seed.
+
+    Attributes:
+        name: Its own.
+        num_images: How many.
+        options: Settings that it is made with, the preset included.
+        config: That it is made with; None: the leaf of the detector.
+    """
+
+    name: str
+    num_images: int
+    options: Options
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe for a student, less its bits and seed.
+
+    Attributes:
+        name: Its own; of files it is a part.
+        options: Settings of the student beside those of its images.
+        images: The calibration set; None: real images.
+        config: Path in the repository, ``{bits}`` in it for the bits that it has of its own; None: that of the images,
+            and where these have none, the leaf of the bits.
+    """
+
+    name: str
+    options: Options = field(default_factory=dict)
+    images: Images | None = None
+    config: str | None = None
+
+    def config_for(self, bits: str) -> tuple[str, Options]:
+        """Config of the student at these bits, and the settings that give it the bits."""
+        config = self.config or (self.images.config if self.images is not None else None)
+        if config is None:
+            return f'configs/zsq/yolov5-n_{bits}.py', {}
+        if '{bits}' in config:
+            return config.format(bits=bits), {}
+        return config, {'zsq.quantizer.w_bits': int(bits[1]), 'zsq.quantizer.a_bits': int(bits[3])}
+
+
+def training(preset: str, images: int) -> Options:
+    """Batch and epochs by which ``images`` are shown in as many steps as :data:`IMAGES` are."""
+    batch, epochs = BATCH_AND_EPOCHS[preset]
+    steps = epochs * -(-IMAGES // batch)
+    return {'zsq.train.batch_size': batch, 'zsq.train.max_epochs': max(round(steps / -(-images // batch)), 1)}
+
+
+def _images(preset: str, name: str, options: Options, num_images: int = IMAGES, config: str | None = None) -> Images:
+    return Images('_'.join(filter(None, (preset, name))), num_images, {'zsq.preset': preset, **options}, config)
+
+
+def _on_set(images: Images, name: str | None = None, config: str | None = None, **options: Any) -> Method:
+    preset = images.options['zsq.preset']
+    own = {key.replace('__', '.'): value for key, value in options.items()}
+    return Method(name or images.name, {**training(preset, images.num_images), **own}, images, config)
+
+
+def _on_real(name: str, preset: str, config: str, images: int) -> Method:
+    subset = {} if images == REAL_IMAGES else {'zsq.calibration_set.real.indices': images}
+    return Method(
+        f'{preset}_{name}{images}',
+        {'zsq.preset': preset, **subset, **training(preset, images)},
+        config=COMPARISON.format(config),
+    )
+
+
+SETS: tuple[Images, ...] = (
+    *(_images(preset, '', {**SYNTHESIS[preset], **WARMUP[preset]}) for preset in PRESETS),
+    *(
+        _images(preset, f'{size}', {**SYNTHESIS[preset], **WARMUP[preset]}, size)
+        for preset in PRESETS
+        for size in SIZES
+        if size != IMAGES
+    ),
+    # As many pixels are worked through as in the stages of two.
+    *(
+        _images(
+            preset,
+            'one-stage',
+            {
+                'zsq.synthesis.relabel': None,
+                'zsq.synthesis.refine': None,
+                'zsq.synthesis.synthesise.iterations': iterations,
+                'zsq.label_sampler.warmup': warmup,
+                'zsq.label_sampler.interval': interval,
+                **rate,
+            },
+        )
+        for preset, iterations, warmup, interval, rate in (
+            ('default', 525, 200, 65, {'zsq.synthesis.synthesise.lr': 0.1}),
+            ('paper', 350, 112, 14, {}),
+        )
+    ),
+    _images('default', 'three-stages', {}, config=COMPARISON.format('three-stages')),
+    _images(
+        'paper',
+        'three-stages',
+        {'zsq.synthesis.synthesise.iterations': 300},
+        config=COMPARISON.format('three-stages'),
+    ),
+    *(
+        _images(preset, name, {**(_NO_STEPS if name == 'noise' else SYNTHESIS[preset]), **sampler})
+        for preset in PRESETS
+        for name, sampler in (
+            (
+                'real-labels',
+                _sampler('RealLabelSampler', ann_file='data/coco/annotations/instances_train2017.json'),
+            ),
+            ('noise', _sampler('SingleBoxSampler')),
+            ('tile-out', _sampler('TileSampler')),
+            ('tile-in', _sampler('TileSampler', count_histogram=OBJECTS_AN_IMAGE)),
+            ('multi-out', _sampler('MultiBoxSampler', num_boxes=(1, 10), side=(0.2, 0.8))),
+            ('multi-in', _sampler('MultiBoxSampler', count_histogram=OBJECTS_AN_IMAGE, side=(0.2, 0.8))),
+            (
+                'false-positives',
+                dict(
+                    default={**_sampler('FalsePositiveSampler', warmup=300, interval=100), **_MULTI_START},
+                    paper=_sampler('FalsePositiveSampler', warmup=300, interval=50),
+                )[preset],
+            ),
+            ('prior', {**WARMUP[preset], **_PRIOR_START}),
+        )
+    ),
+)
+"""Every calibration set, the most urgent first."""
+
+_DEFAULT, _PAPER = SETS[:2]
+
+PARTS: tuple[tuple[str, str, Method], ...] = (
+    *(
+        ('quantizer', title, _on_set(_DEFAULT, f'default_{name}', **options))
+        for title, name, options in (
+            ('weights: one step a tensor', 'per-tensor', dict(zsq__quantizer__weight__per_channel=False)),
+            ('activations: signed', 'signed', dict(zsq__quantizer__activation__scheme='signed')),
+            (
+                'first steps: the rule of LSQ',
+                'lsq-steps',
+                dict(zsq__quantizer__weight__init='lsq', zsq__quantizer__activation__init='lsq'),
+            ),
+            (
+                'steps: learnt as they are, at the rate of weights',
+                'linear-steps',
+                dict(zsq__quantizer__step='linear', zsq__train__step_lr=None),
+            ),
+            ('inputs: channels brought to like ranges', 'equalised', dict(zsq__quantizer__equalise=True)),
+            (
+                'first and last layers: as all others',
+                'same-first-last',
+                dict(zsq__quantizer__first_bits='same', zsq__quantizer__last_bits='same'),
+            ),
+        )
+    ),
+    *(
+        ('training', title, _on_set(_DEFAULT, f'default_{name}', config and COMPARISON.format(config), **options))
+        for title, name, config, options in (
+            ('steps: at the rate of weights', 'one-rate', None, dict(zsq__train__step_lr=None)),
+            (
+                "rate: in proportion to the size of a layer's weights",
+                'relative-rate',
+                None,
+                dict(zsq__train__relative_lr=True),
+            ),
+            ('rate: twice as high', 'double-rate', None, dict(zsq__train__optimizer__lr=2e-4)),
+            ('rate: constant', 'constant-rate', None, dict(zsq__train__schedule='constant')),
+            ('BatchNorm: learns', 'bn-train', None, dict(zsq__train__bn='train')),
+            ('augmentation: none', 'plain', None, dict(zsq__train__augmentation=None)),
+            ('weights: averaged', 'ema', None, dict(zsq__train__ema=0.999)),
+            ('a half of the activations left float at first', 'drop', None, dict(zsq__train__drop__activations=0.5)),
+            ('three times as many steps', 'long', None, dict(zsq__train__max_epochs=60)),
+            ('predictions: one softmax over a map', 'kl', 'kl-predictions', {}),
+            ('features: as they are, not normalised', 'raw-features', 'raw-features', {}),
+        )
+    ),
+    *(
+        ('images', title, _on_set(_images('default', name, options, size, config), None, None, **own))
+        for title, name, options, size, config, own in (
+            (
+                'BatchNorm prior: Euclidean, as in `paper`',
+                'l2-prior',
+                {},
+                IMAGES,
+                COMPARISON.format('l2-prior'),
+                {},
+            ),
+            ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
+            ('erasing: of rectangles, to black, as in `paper`', 'cutout', _CUTOUT, IMAGES, None, {}),
+            (
+                "erasing: of rectangles, to an image's mean colour",
+                'mean-cutout',
+                {**_CUTOUT, 'zsq.synthesis.cutout.value': 'mean'},
+                IMAGES,
+                None,
+                {},
+            ),
+            (
+                'labels: start as one box',
+                'one-box',
+                {'zsq.label_sampler.start.type': 'mmzsq.SingleBoxSampler', 'zsq.label_sampler.start.side': (0.2, 0.8)},
+                IMAGES,
+                None,
+                {},
+            ),
+            (
+                '2048 at 320 px, as many pixels',
+                'half-size',
+                {'zsq.synthesis.refine': None, 'zsq.synthesis.synthesise.image_size': 320},
+                4 * IMAGES,
+                None,
+                dict(zsq__train__image_size=640),
+            ),
+        )
+    ),
+)
+"""What is otherwise than in ``default``, where, and the method."""
+
+MIXED = (
+    ('w4a8', 'size of the weights', 'mixed-size'),
+    ('w4a4', 'size of the weights', 'mixed-size'),
+    ('w5a5', 'bit operations', 'mixed-operations'),
+    ('w4a4', 'bit operations', 'mixed-operations'),
+)
+"""Bits, what is no larger than with these bits in every layer, and the name of the configs with bits of each layer."""
+
+SETS = (*SETS, *(method.images for *_, method in PARTS if method.images not in (None, _DEFAULT)))
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *(_on_set(images) for images in SETS),
+        *(
+            _on_real(name, 'paper', config, images)
+            for images in (REAL_IMAGES, FEW_REAL_IMAGES)
+            for name, config in (('lsq-real', 'lsq-real'), ('lsq-plus-real', 'lsq-plus-real'))
+        ),
+        *(_on_real('real', preset, 'real', REAL_IMAGES) for preset in PRESETS),
+        _on_set(_PAPER, 'paper_without-features', COMPARISON.format('paper-without-features')),
+        _on_set(_PAPER, 'paper_detection-alone', zsq__distillation__losses=()),
+        _on_set(_DEFAULT, 'default_with-detection', zsq__distillation__detection_weight=0.04),
+        _on_set(_DEFAULT, 'default_predictions-alone', COMPARISON.format('predictions-alone')),
+        _on_set(_DEFAULT, 'default_features-alone', COMPARISON.format('features-alone')),
+        _on_set(
+            _DEFAULT,
+            'default_detection-alone',
+            zsq__distillation__losses=(),
+            zsq__distillation__detection_weight=1.0,
+        ),
+        *(method for *_, method in PARTS),
+        *(_on_set(_DEFAULT, f'default_{name}', COMPARISON.format(f'{name}_{{bits}}')) for *_, name in MIXED),
+    )
+}
+"""Every method, by name."""
+
+
+def student_options(method: Method, bits: str) -> Options:
+    """Settings of a student on top of its config, less the seed and the place of its images."""
+    _, of_bits = method.config_for(bits)
+    of_images = {} if method.images is None else set_options(method.images)
+    return {**of_images, **of_bits, **method.options}
+
+
+def set_options(images: Images) -> Options:
+    """Settings of a calibration set on top of its config, less the seed and its place."""
+    return {**images.options, 'zsq.calibration_set.num_images': images.num_images}
