@@ -5,10 +5,10 @@
     python tools/benchmarks/yolo.py --tables 2 --list
 
 What is run for which table stands in yolo_methods.py and yolo_tables.py. ``data/coco`` holds the images, laid out as
-COCO, and ``--weights`` names a YOLOv5-n v6.0 checkpoint. Calibration sets come first, then students; the two never share a GPU.
-Runs whose results are kept in ``results/yolov5-n`` are not repeated: delete the file of one that is to be. Killed and
-started again, the tool goes on with what is not finished. Logs are in ``work_dirs/yolov5-n/logs``, galleries go to
-``docs/images/yolov5-n``. ``python tools/analysis_tools/results_page.py`` then writes the page.
+COCO, and ``--weights`` names a YOLOv5-n v6.0 checkpoint. Calibration sets come first, then students; the two never
+share a GPU. Runs whose results are kept in ``results/yolov5-n`` are not repeated: delete the file of one that is to be.
+Killed and started again, the tool goes on with what is not finished. Logs are in ``work_dirs/yolov5-n/logs``, galleries
+go to ``docs/images/yolov5-n``. ``python tools/analysis_tools/results_page.py`` then writes the page.
 """
 
 from __future__ import annotations
