@@ -51,7 +51,7 @@ SIZE = {
     'zsq.train.max_epochs': 8,
     'default_hooks.checkpoint.interval': 1000,
 }
-"""What makes a run a benchmark of minutes: four shards, all iterations of each."""
+"""What makes a run a benchmark of minutes: a few shards, all iterations of each."""
 WARM_UP_ITERATIONS = 6
 """Of each stage, before the clock starts: kernels are compiled and chosen, and the step is captured."""
 WARM_UP_STEPS = 10
