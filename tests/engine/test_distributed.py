@@ -280,7 +280,7 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
     # Each has measured layers on images of its own.
     bits = of_ranks(root / name, 'bits')
     assert bits[0] == bits[1]
-    assert set(bits[0].values()) == ({2, 3, 4, 5, 6, 8} if name == 'averaged' else {4, 8})
+    assert (len(set(bits[0].values())) > 2) == (name == 'averaged')
     averages = [rank['averages'] for rank in last]
     assert len(averages[0]) == (name == 'averaged')
     for states in zip(*averages, strict=True):
