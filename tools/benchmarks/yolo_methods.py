@@ -290,13 +290,22 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
 )
 """What is otherwise than in ``default``, where, and the method."""
 
-MIXED = (
-    ('w4a8', 'size of the weights', 'mixed-size'),
-    ('w4a4', 'size of the weights', 'mixed-size'),
-    ('w5a5', 'bit operations', 'mixed-operations'),
-    ('w4a4', 'bit operations', 'mixed-operations'),
+MIXED: tuple[tuple[str, str, Method], ...] = (
+    *(
+        (bits, text, _on_set(_DEFAULT, f'default_{name}', COMPARISON.format(f'{name}_{{bits}}')))
+        for bits, text, name in (
+            ('w4a8', 'size of the weights', 'mixed-size'),
+            ('w4a4', 'size of the weights', 'mixed-size'),
+            ('w5a5', 'bit operations', 'mixed-operations'),
+            ('w4a4', 'bit operations', 'mixed-operations'),
+        )
+    ),
+    (
+        *('w6a6', 'bit operations'),
+        _on_set(_DEFAULT, 'default_allocated', zsq__quantizer__allocate__budget='operations'),
+    ),
 )
-"""Bits, what is no larger than with these bits in every layer, and the name of the configs with bits of each layer."""
+"""Bits, what is no larger than with these bits in every layer, and the method whose layers have bits of their own."""
 
 SETS = (*SETS, *(method.images for *_, method in PARTS if method.images not in (None, _DEFAULT)))
 
@@ -322,7 +331,7 @@ METHODS: dict[str, Method] = {
             zsq__distillation__detection_weight=1.0,
         ),
         *(method for *_, method in PARTS),
-        *(_on_set(_DEFAULT, f'default_{name}', COMPARISON.format(f'{name}_{{bits}}')) for *_, name in MIXED),
+        *(method for *_, method in MIXED),
     )
 }
 """Every method, by name."""

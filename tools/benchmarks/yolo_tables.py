@@ -319,13 +319,14 @@ TABLES: dict[int, Table] = {
             ('the same in every layer', 'by sensitivity'),
             (),
             tuple(
-                Row((_shown(bits), budget), (Cell('default', bits), Cell(f'default_{name}', bits)))
-                for bits, budget, name in MIXED
+                Row((_shown(bits), budget), (Cell('default', bits), Cell(method.name, bits)))
+                for bits, budget, method in MIXED
             ),
             'Ours, not in the paper. `tools/analysis_tools/allocate_bits.py` measured on the synthetic images of seed 0'
             ' how much the loss grows with few bits in one layer alone, and wrote the configs with the bits of each '
             'layer; their first lines are its commands. Bits of weights alone are chosen where their size is the '
-            'budget, of weights and inputs where bit operations are. First and last layers have 8 bits in all.',
+            'budget, of weights and inputs where bit operations are. First and last layers have 8 bits in all. At W6A6 '
+            'the run does it by itself, `zsq.quantizer.allocate`.',
         ),
     )
 }
@@ -336,8 +337,13 @@ SUMMARY = (
     ("zero-shot, the paper's recipe cut short", dict.fromkeys(BITS, 'paper')),
     ('zero-shot', dict.fromkeys(BITS, 'default')),
     (
-        'zero-shot, bits of each layer by its sensitivity: no larger (W4A8), no more bit operations (W5A5, W4A4)',
-        dict(w5a5='default_mixed-operations', w4a8='default_mixed-size', w4a4='default_mixed-operations'),
+        'zero-shot, bits of each layer by its sensitivity: no larger (W4A8), no more bit operations (others)',
+        dict(
+            w6a6='default_allocated',
+            w5a5='default_mixed-operations',
+            w4a8='default_mixed-size',
+            w4a4='default_mixed-operations',
+        ),
     ),
 )
 """What README.md shows: the text of each row, and its method by bits."""
