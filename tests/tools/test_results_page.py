@@ -283,7 +283,7 @@ def test_the_summary_of_the_readme_is_that_of_the_page(
     text = readme.read_text()
     assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
     cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
-    head, _, full, real, paper, zero_shot, mixed = cells
+    head, _, full, paper, real, zero_shot, mixed = cells
     assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
     assert full == ['30.0'] * 5 and real == paper == [''] * 5
     assert zero_shot == ['29.0', '', '', '22.0', ''] and mixed == ['', '', '', '25.0', '']

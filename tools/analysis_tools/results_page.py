@@ -200,7 +200,7 @@ def render_summary(runs: Runs) -> str:
     for text, methods in SUMMARY:
         found = [_accuracies(Cell(methods[bits], bits), runs) if bits in methods else [] for bits in BITS]
         rows.append([text, *(f'{100 * _mean(accuracies)[0]:.1f}' if accuracies else '' for accuracies in found)])
-    return markdown_table(['learnt from', *map(str.upper, BITS)], rows)
+    return markdown_table(['', *map(str.upper, BITS)], rows)
 
 
 def render_labels(labels: Mapping[str, Any]) -> str:

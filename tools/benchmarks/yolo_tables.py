@@ -333,8 +333,11 @@ TABLES: dict[int, Table] = {
 """By the paper's number; 9 and 10 are ours."""
 
 SUMMARY = (
-    (f'{REAL_IMAGES} real images and their labels, LSQ', dict.fromkeys(BITS, f'paper_lsq-real{REAL_IMAGES}')),
     ("zero-shot, the paper's recipe cut short", dict.fromkeys(BITS, 'paper')),
+    (
+        f'LSQ on {REAL_IMAGES} real images and their labels, as short',
+        dict.fromkeys(BITS, f'paper_lsq-real{REAL_IMAGES}'),
+    ),
     ('zero-shot', dict.fromkeys(BITS, 'default')),
     (
         'zero-shot, bits of each layer by its sensitivity: no larger (W4A8), no more bit operations (others)',
