@@ -62,7 +62,17 @@ def test_times_one_and_two_processes_and_finds_their_sets_equal(call: Any, tmp_p
     assert measured['same_set']
     one, two = measured['runs']['1'], measured['runs']['2']
     assert one['set_sha256'] == two['set_sha256']
-    parts = {'start_up', 'warm_up', 'claim', 'synthesis', 'merge', 'verification', 'initialisation', 'training_step'}
+    parts = {
+        'start_up',
+        'warm_up',
+        'claim',
+        'synthesis',
+        'merge',
+        'verification',
+        'initialisation',
+        'training_step',
+        'loading',
+    }
     for run in (one, two):
         assert (run['images'], run['shards'], run['batch_size']) == (3, 3, 1)
         assert parts < set(run['seconds'])
@@ -114,12 +124,16 @@ def test_a_step_is_timed_within_epochs_after_a_warm_up(monkeypatch: pytest.Monke
         hook.before_train_epoch(runner)
         time[0] += 100
         for step in range(4):
-            # Before all is compiled and captured, a step takes ten times as long.
-            time[0] += 10 if runner.iter < scaling.WARM_UP_STEPS else 1
+            # Before all is compiled and captured, a step takes ten times as long. A quarter of it is loading.
+            seconds = 10 if runner.iter < scaling.WARM_UP_STEPS else 1
+            time[0] += 0.25 * seconds
+            hook.before_train_iter(runner, step)
+            time[0] += 0.75 * seconds
             hook.after_train_iter(runner, step)
             runner.iter += 1
     hook.after_train(runner)
     assert clock.seconds['training_step'] == 1
+    assert clock.seconds['loading'] == 0.25
 
 
 def test_epochs_of_one_step_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,7 +281,7 @@ class Clock:
 
 
 class StepsHook(Hook):
-    """Takes the mean time of a training step, loading included, after a warm-up.
+    """Takes the mean time of a training step after a warm-up, loading included, and how much of it is loading.
 
     The first step of an epoch, which waits for workers to begin anew, is left out: epochs of this benchmark are a few
     steps long, and those of several processes shorter than those of one.
@@ -293,11 +293,17 @@ class StepsHook(Hook):
         self.clock = clock
         self.start: float | None = None
         self.seconds = 0.0
+        self.loading = 0.0
         self.steps = 0
 
     def before_train_epoch(self, runner: Any) -> None:
         """Stop the clock until a step of the epoch is done."""
         self.start = None
+
+    def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Note how long the batch was waited for, the device being at rest."""
+        if self.start is not None:
+            self.loading += now() - self.start
 
     def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Read the clock, and start it again."""
@@ -317,6 +323,7 @@ class StepsHook(Hook):
                 'more images by --cfg-options zsq.calibration_set.num_images=N'
             )
         self.clock.seconds['training_step'] = self.seconds / self.steps
+        self.clock.seconds['loading'] = self.loading / self.steps
 
 
 def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
