@@ -28,7 +28,7 @@ from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
 from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers
-from mmzsq.quantization.allocation import assign_bits
+from mmzsq.quantization.allocation import as_settings, assign_bits, overrides_of
 from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
 
@@ -155,35 +155,31 @@ class ZeroShotDetector(BaseModel):
         """Start the student from the teacher."""
         self.student.load_state_dict(self.load_teacher().state_dict(), strict=False)
 
-    def assign_bits(self, overrides: Mapping[str, Any]) -> None:
+    def assign_bits(self, bits: Mapping[str, Bits]) -> None:
         """Give layers bits of their own, as if ``zsq.quantizer.overrides`` had said so from the start.
 
         Quantizers of these layers begin anew: an optimizer has to be built afterwards.
 
         Args:
-            overrides: Name of a quantized layer to ``dict(w_bits=.., a_bits=..)``, or :class:`Bits`; others are taken
-                into the settings and change nothing.
-
-        Raises:
-            UserError: If a value is no bits.
+            bits: By the name of a quantized layer.
         """
-        all_of_them = {**self.quantizer_cfg.get('overrides', {}), **overrides}
-        cfg = dict(self.quantizer_cfg, overrides={key: _as_dict(bits) for key, bits in all_of_them.items()})
-        config = QuantizationConfig.from_dict(cfg)
-        layers = {layer.name for layer in self.report.layers if layer.quantized and layer.weights}
-        chosen = {name: config.overrides[name] for name in overrides if name in layers}
-        assign_bits(self.report, config, {name: bits for name, bits in chosen.items() if bits is not None})
-        self.quantizer_cfg = cfg
+        own = as_settings(overrides_of(self.report, bits))
+        self.quantizer_cfg = dict(self.quantizer_cfg, overrides={**self.quantizer_cfg.get('overrides', {}), **own})
+        assign_bits(self.report, QuantizationConfig.from_dict(self.quantizer_cfg), bits)
 
     def take_bits_of(self, checkpoint: Mapping[str, Any]) -> None:
-        """Where bits were allocated (``zsq.quantizer.allocate``), take those that a checkpoint was trained with.
+        """Where bits were allocated (``zsq.quantizer.allocate``), take those of the layers of a checkpoint.
 
         Args:
             checkpoint: What its file holds.
         """
-        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer', {}).get('overrides')
-        if self.quantizer_cfg.get('allocate') is not None and trained:
-            self.assign_bits(trained)
+        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+        if self.quantizer_cfg.get('allocate') is None or trained is None:
+            return
+        overrides = QuantizationConfig.from_dict(trained).overrides
+        layers = [layer.name for layer in self.report.layers if layer.quantized and layer.weights]
+        found = {name: overrides.get(name) for name in layers}
+        self.assign_bits({name: bits for name, bits in found.items() if bits is not None})
 
     @torch.no_grad()
     def initialise_quantizers(self, batches: Iterable[Any]) -> None:
@@ -318,11 +314,6 @@ class ZeroShotDetector(BaseModel):
         for index, loss in enumerate(self.distillation_losses):
             losses[f'loss_{index}_{type(loss).__name__}'] = loss(outputs_S, outputs_T, self.student)
         return losses
-
-
-def _as_dict(bits: Any) -> Any:
-    """Plain data: what a config and a checkpoint hold."""
-    return bits._asdict() if isinstance(bits, Bits) else bits
 
 
 def _enumerate(names: Sequence[str]) -> str:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from mmengine.dist import all_reduce
+from torch import Tensor
 
 from mmzsq.detectors.sensitivity import measure_sensitivity
 from mmzsq.quantization import QuantizationConfig
-from mmzsq.quantization.allocation import Budget, overrides_of, totals
+from mmzsq.quantization.allocation import Budget, totals
+from mmzsq.quantization.config import Bits
 
 
 def allocate_bits(runner: Any) -> None:
@@ -29,23 +32,45 @@ def allocate_bits(runner: Any) -> None:
     budget = Budget.of_config(detector.report, config)
     budget.check()
     before = totals(detector.report, {})
-    init_batches = runner.cfg.zsq.train.init_batches
-    batches = list(itertools.islice(runner.train_dataloader, max(config.allocate.batches, init_batches)))
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
-    sensitivity = measure_sensitivity(
-        detector,
-        [layer.name for layer in budget.layers],
-        budget.candidates,
-        batches[: config.allocate.batches],
-        batches[:init_batches],
-        inputs=budget.inputs,
-    )
-    # Each process has seen images of its own.
-    all_reduce(sensitivity, op='mean')
-    bits = {layer.name: of for layer, of in zip(budget.layers, budget.allocate(sensitivity), strict=True)}
-    detector.assign_bits(overrides_of(detector.report, bits))
+    bits, _ = bits_within(runner, budget, config.allocate.batches)
+    detector.assign_bits(bits)
     after = totals(detector.report, {})
     runner.logger.info(
         f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}); model size and bit operations '
         f'{after[0]:.3f} MB, {after[1]:.3f} G, with the same bits in each layer {before[0]:.3f} MB, {before[1]:.3f} G'
     )
+
+
+def bits_within(
+    runner: Any, budget: Budget, batches: int, layer_done: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Bits], Tensor]:
+    """Measure layers on the set of a run, by all of its processes, and choose their bits.
+
+    Args:
+        runner: As of :func:`allocate_bits`.
+        budget: Its layers, and what they may cost.
+        batches: How many of the set losses are measured on.
+        layer_done: Called after each layer.
+
+    Returns:
+        Bits by the name of a layer; the sensitivity that they are chosen by, (L, C).
+
+    Raises:
+        UserError: See :func:`~mmzsq.detectors.sensitivity.measure_sensitivity`.
+    """
+    num_init = runner.cfg.zsq.train.init_batches
+    loaded = list(itertools.islice(runner.train_dataloader, max(batches, num_init)))
+    sensitivity = measure_sensitivity(
+        runner.detector,
+        [layer.name for layer in budget.layers],
+        budget.candidates,
+        loaded[:batches],
+        loaded[:num_init],
+        inputs=budget.inputs,
+        layer_done=layer_done,
+    )
+    # Each process has seen images of its own.
+    all_reduce(sensitivity, op='mean')
+    chosen = budget.allocate(sensitivity)
+    return {layer.name: bits for layer, bits in zip(budget.layers, chosen, strict=True)}, sensitivity

@@ -259,6 +259,11 @@ def overrides_of(report: QuantizationReport, bits: Mapping[str, Bits]) -> dict[s
     return overrides
 
 
+def as_settings(overrides: Mapping[str, Bits | None]) -> dict[str, dict[str, int] | None]:
+    """``zsq.quantizer.overrides`` as plain data, which a config and a checkpoint hold."""
+    return {name: None if bits is None else bits._asdict() for name, bits in overrides.items()}
+
+
 def assign_bits(report: QuantizationReport, config: QuantizationConfig, bits: Mapping[str, Bits]) -> None:
     """Give layers of a prepared model other bits, as if ``config.overrides`` had named them; their steps begin anew.
 

@@ -64,24 +64,19 @@ class QuantizationReport:
     """
 
     def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
-        self._model = model
+        self.model: Any = model
         self.layers = layers
-
-    @property
-    def model(self) -> Any:
-        """The prepared model."""
-        return self._model
 
     @property
     def size_before(self) -> float:
         """Size of the float model in MB (10^6 bytes)."""
-        return _float_bits(self._model) / 8 / MEGABYTE
+        return _float_bits(self.model) / 8 / MEGABYTE
 
     @property
     def size_after(self) -> float:
         """Size of the quantized model in MB (10^6 bytes)."""
-        bits = _float_bits(self._model)
-        for module in self._model.modules():
+        bits = _float_bits(self.model)
+        for module in self.model.modules():
             if isinstance(module, QuantizedLayer):
                 weight = module.weight
                 bits -= weight.numel() * (8 * weight.element_size() - module.weight_quantizer.bits)
@@ -114,7 +109,7 @@ class QuantizationReport:
             ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
             (lists, ``None`` before calibration or where the scheme has none).
         """
-        modules = dict(self._model.named_modules())
+        modules = dict(self.model.named_modules())
         layers = []
         for layer in self.layers:
             row = asdict(layer)

@@ -35,8 +35,6 @@ AVERAGED = {
     'zsq.train.bn': 'train',
     'zsq.train.ema': 0.99,
     'zsq.quantizer.allocate': dict(candidates=[2, 3, 4, 5, 6], batches=1),
-    'zsq.quantizer.weight.init': 'lsq',
-    'zsq.quantizer.activation.init': 'lsq',
 }
 
 

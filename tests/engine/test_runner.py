@@ -212,6 +212,16 @@ def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_th
         make_runner('other', **METRIC, load_from=Path('out/last_checkpoint').read_text()).test()
 
 
+def test_of_a_checkpoint_the_bits_of_layers_are_taken_and_no_patterns(make_runner: Any, tmp_path: Path) -> None:
+    """A pattern would change the settings, and none of the layers that it means."""
+    runner = make_runner('out', **ALLOCATE)
+    trained = json.loads(json.dumps(merge(runner.detector.quantizer_cfg, dict(overrides={'neck': 8}))))
+    state = runner.detector.state_dict()
+    torch.save(dict(meta=dict(mmzsq=dict(quantizer=trained)), state_dict=state), tmp_path / 'trained.pth')
+    with pytest.raises(UserError, match=r"overrides \{'neck': Bits\(w_bits=8, a_bits=8\)\}, not \{\}"):
+        runner.load_checkpoint(str(tmp_path / 'trained.pth'))
+
+
 def coco(folder: Path, colour: int) -> dict[str, Any]:
     """Options for an evaluation on images on disk; ``colour`` None: there are none."""
     classes = [f'c{index}' for index in range(8)]

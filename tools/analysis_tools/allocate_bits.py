@@ -20,7 +20,6 @@ trains: the given one, with the options of the command line, the calibration set
 from __future__ import annotations
 
 import argparse
-import itertools
 import keyword
 import os
 import shlex
@@ -37,9 +36,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mmzsq import cli
-from mmzsq.detectors.sensitivity import measure_sensitivity
+from mmzsq.engine.bit_allocation import bits_within
 from mmzsq.errors import UserError
-from mmzsq.quantization.allocation import Budget, overrides_of, totals
+from mmzsq.quantization.allocation import Budget, as_settings, overrides_of, totals
 from mmzsq.quantization.config import Bits
 from mmzsq.quantization.quantizers import check_bits
 
@@ -65,35 +64,21 @@ def main() -> None:
     budget.check()
     runner.generate()
     detector.init_weights()
-    num_init = runner.cfg.zsq.train.init_batches
-    batches = list(itertools.islice(runner.train_dataloader, max(args.batches, num_init)))
     console = Console(width=WIDTH)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task('measuring layers', total=len(budget.layers))
-        sensitivity = measure_sensitivity(
-            detector,
-            [layer.name for layer in budget.layers],
-            candidates,
-            batches[: args.batches],
-            batches[:num_init],
-            inputs=budget.inputs,
-            layer_done=lambda: progress.advance(task),
-        )
-    allocated = budget.allocate(sensitivity)
+        bits, sensitivity = bits_within(runner, budget, args.batches, lambda: progress.advance(task))
     uniform = budget.uniform()
-    bits = {layer.name: chosen for layer, chosen in zip(budget.layers, allocated, strict=True)}
     same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
     summary = (
         f'Model size and bit operations {_amounts(totals(detector.report, bits))}. '
         f'With {uniform} bits in each of these layers {_amounts(totals(detector.report, same))}.'
     )
-    console.print(_table(budget, sensitivity, allocated))
+    console.print(_table(budget, sensitivity, [*bits.values()]))
     console.print(summary, highlight=False)
     settings = _given(cfg, args.cfg_options or {})
     quantizer = settings.setdefault('zsq', {}).setdefault('quantizer', {})
-    quantizer['overrides'] = {
-        name: None if of is None else of._asdict() for name, of in overrides_of(detector.report, bits).items()
-    }
+    quantizer['overrides'] = as_settings(overrides_of(detector.report, bits))
     if runner.cfg.zsq.calibration_set.real is None:
         settings['zsq'].setdefault('calibration_set', {})['dir'] = runner.cfg.zsq.calibration_set.dir
     args.out.write_text(leaf(args.config, args.out, settings, _docstring(summary, len(bits))), encoding='utf-8')

@@ -194,12 +194,14 @@ def render(runs: Runs, labels: Mapping[str, Any] | None = None) -> str:
 
 def render_summary(runs: Runs) -> str:
     """AP of the rows of ``SUMMARY``, in percent, as markdown."""
-    teacher = _accuracies(Cell('default', BITS[0], 'float'), runs)
-    full = f'{100 * _mean(teacher)[0]:.1f}' if teacher else ''
-    rows = [['full precision', *[full] * len(BITS)]]
+
+    def ap(cell: Cell) -> str:
+        accuracies = _accuracies(cell, runs)
+        return f'{100 * _mean(accuracies)[0]:.1f}' if accuracies else ''
+
+    rows = [['full precision', *[ap(Cell('default', BITS[0], 'float'))] * len(BITS)]]
     for text, methods in SUMMARY:
-        found = [_accuracies(Cell(methods[bits], bits), runs) if bits in methods else [] for bits in BITS]
-        rows.append([text, *(f'{100 * _mean(accuracies)[0]:.1f}' if accuracies else '' for accuracies in found)])
+        rows.append([text, *(ap(Cell(methods[bits], bits)) if bits in methods else '' for bits in BITS)])
     return markdown_table(['', *map(str.upper, BITS)], rows)
 
 
