@@ -277,16 +277,18 @@ def test_the_summary_of_the_readme_is_that_of_the_page(
     readme.write_text(f'before\n<!-- summary of {results_page.RESULTS} -->\n<!-- end of summary -->\nafter\n')
     for name, ap in (('default_w4a8_seed0', 210), ('default_w4a8_seed1', 230), ('default_w8a8_seed0', 290)):
         keep(name, ap)
+    keep('default_1024_w6a6_seed0', 280)
     keep('default_mixed-size_w4a8_seed0', 250)
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root)])
     results_page.main()
     text = readme.read_text()
     assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
     cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
-    head, _, full, paper, real, zero_shot, mixed = cells
+    head, _, full, paper, real, zero_shot, more, mixed = cells
     assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
     assert full == ['30.0'] * 5 and real == paper == [''] * 5
-    assert zero_shot == ['29.0', '', '', '22.0', ''] and mixed == ['', '', '', '25.0', '']
+    assert zero_shot == ['29.0', '', '', '22.0', ''] and more == ['', '28.0', '', '', '']
+    assert mixed == ['', '', '', '25.0', '']
     # It is checked with the page.
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
     results_page.main()

@@ -62,6 +62,8 @@ LABELS_OF = {row.cells[1].method: row.labels[1] for row in TABLES[5].rows}
 """What Table 5 calls the sets of ``default``."""
 SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior', 'default_multi-out', 'default_tile-out')}
 """Sets whose galleries are on the page."""
+SHOWN_SMALL = {name: LABELS_OF[name] for name in ('default_false-positives', 'default_real-labels')}
+"""The same of sets that were made for their gallery alone."""
 SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
 METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
@@ -224,12 +226,15 @@ def render_labels(labels: Mapping[str, Any]) -> str:
         f'```bash\n{command}\n```',
         f'![Categories, boxes an image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
         'The first images of sets of Table 5 by index, none left out, with their labels.',
-        *(
-            f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)'
-            for name, text in SHOWN.items()
-        ),
+        *(_gallery(name, text) for name, text in SHOWN.items()),
+        'The next sets are as those of Table 5 but for `zsq.calibration_set.num_images=16`, and made on a CPU.',
+        *(_gallery(name, text) for name, text in SHOWN_SMALL.items()),
     )
     return '\n\n'.join(parts) + '\n'
+
+
+def _gallery(name: str, text: str) -> str:
+    return f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)'
 
 
 def _label_numbers(statistics_of: Mapping[str, Any]) -> list[str]:

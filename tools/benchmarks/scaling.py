@@ -46,9 +46,9 @@ sys.path.append(str(ROOT / 'tools' / 'analysis_tools'))
 from benchmark_meter import describe_device, describe_versions  # noqa: E402
 
 SIZE = {
-    'zsq.calibration_set.num_images': 128,
+    'zsq.calibration_set.num_images': 256,
     'zsq.synthesis.relabel.batch_size': 32,
-    'zsq.train.max_epochs': 8,
+    'zsq.train.max_epochs': 4,
     'default_hooks.checkpoint.interval': 1000,
 }
 """What makes a run a benchmark of minutes: a few shards, all iterations of each."""
@@ -327,7 +327,7 @@ class StepsHook(Hook):
 
 
 def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
-    """Take a few steps of every stage with as many images as a shard has.
+    """Take a few steps of every stage with as many images as a shard has, and a look at them as corrections take.
 
     Args:
         generator: What makes the images.
@@ -337,7 +337,9 @@ def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
         random = torch.Generator().manual_seed(0)
         size = min(stage.batch_size, count)
         labels = generator.sampler.sample(size, stage.image_size, generator.task.num_classes, random)
-        generator.synthesizer.run(labels, stage.image_size, WARM_UP_ITERATIONS, seed=0, lr=stage.lr)
+        result = generator.synthesizer.run(labels, stage.image_size, WARM_UP_ITERATIONS, seed=0, lr=stage.lr)
+        if generator.sampler.adaptive:
+            generator.synthesizer.predict(result.images)
 
 
 def now() -> float:
