@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results_table import ROOT, markdown_table, renew
+from markdown_pages import ROOT, markdown_table, renew
 
 from mmzsq import cli
 from mmzsq.errors import UserError

@@ -27,20 +27,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-from results_table import (
-    ROOT,
+from kept_runs import (
     SAME_TEACHER,
     differences,
-    markdown_table,
-    means_with_spread,
     read_results,
-    read_text,
-    renew,
     repository_path,
     synthesis_text,
     training_text,
 )
+from markdown_pages import ROOT, markdown_table, means_with_spread, read_text, renew
+from mmengine.config import Config
 
 from mmzsq.config import complete_section
 from mmzsq.errors import UserError

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero-shot quantization beside quantization on real images: the table that ``results_table.py`` writes of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kept_runs import (
+    LEAF,
+    OTHER_SEEDS,
+    SAME_TEACHER,
+    Row,
+    command,
+    leaf_name,
+    order,
+    read_results,
+    refuse_other_settings,
+    repository_path,
+    seed_of,
+    synthesis_text,
+    training_text,
+)
+from markdown_pages import markdown_table
+
+from mmzsq.errors import UserError
+
+COMPARED = {
+    'PTQ on synthetic': ('', 'ptq'),
+    'zero-shot QAT': ('', 'zero_shot'),
+    'LSQ on real': ('_lsq-real', 'zero_shot'),
+    'LSQ on real + distillation': ('_lsq-real-distil', 'zero_shot'),
+}
+"""Columns of a comparison: what the name of a leaf ends in, which is then in ``comparison/``, and the accuracy read."""
+COMPARED_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP')
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One leaf of a comparison and what else its detector was quantized on.
+
+    Attributes:
+        leaf: Path of the zero-shot config in the repository.
+        runs: By the end of the config's name, see :data:`COMPARED`; one a seed, by rising seed.
+    """
+
+    leaf: str
+    runs: dict[str, list[Row]]
+
+    @property
+    def name(self) -> list[str]:
+        """Detector and bits."""
+        return [leaf_name(self.leaf)['detector'], Row(self.leaf, '').bits]
+
+
+def read_comparison(folder: Path, root: Path) -> list[Comparison]:
+    """Read the results in a folder, which may be missing: then nothing was run.
+
+    Args:
+        folder: ``results/NAME`` with one JSON file a run of a config in ``configs/NAME``.
+        root: Folder with ``configs/``.
+
+    Returns:
+        One entry for each zero-shot leaf of ``configs/NAME``, by detector and falling bits.
+
+    Raises:
+        UserError: If there are no leaves; if a file is not named after its config and seed, or the config is not one of
+            :data:`COMPARED`; if the runs of a config differ in more than the seed, or those of a detector in the
+            teacher.
+    """
+    configs = root / 'configs' / folder.name
+    leaves = sorted(
+        (path.relative_to(root).as_posix() for path in configs.glob('*_w?a?.py') if LEAF.fullmatch(path.stem)),
+        key=order,
+    )
+    if not leaves:
+        raise UserError(f'no config to compare in {configs}: they are named DETECTOR_wBITSaBITS.py')
+    kept: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob('*.json')):
+        results = read_results(path)
+        leaf, seed = repository_path(results['config'], root), seed_of(results)
+        if path.stem != f'{Path(leaf).stem}_seed{seed}':
+            raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
+        kept.setdefault(leaf, []).append(Row(leaf, results['preset'], (results,)))
+    for runs in kept.values():
+        runs.sort(key=lambda row: seed_of(row.results))
+        refuse_other_settings(runs, folder)
+    suffixes = dict.fromkeys(suffix for suffix, _ in COMPARED.values())
+    found = [
+        Comparison(leaf, {suffix: kept.pop(_compared_leaf(leaf, suffix), []) for suffix in suffixes}) for leaf in leaves
+    ]
+    if kept:
+        raise UserError(f'{", ".join(kept)} is not part of the comparison: move its results out of {folder}')
+    _refuse_other_teachers(found, folder)
+    return found
+
+
+def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
+    """Write a comparison as markdown: accuracy, what was not run, how it was run, a command for each config."""
+    ran = [runs for entry in comparisons for runs in entry.runs.values() if runs]
+    parts = [
+        markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
+        'Box AP / box AP50 / mask AP in percent, mean over the seeds in brackets; PTQ is the student as initialised on '
+        'the synthetic images, before QAT.',
+    ]
+    if not ran:
+        return '\n' + '\n\n'.join([*parts, 'Nothing has been run yet, therefore all is empty.']) + '\n\n'
+    missing = [text for entry in comparisons if (text := _missing_columns(entry))]
+    if missing:
+        parts.append(f'Not run, therefore empty: {"; ".join(missing)}.')
+    parts.append(
+        markdown_table(
+            ['config', 'images', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds', 'device'],
+            [_compared_run_cells(runs) for runs in ran],
+        )
+    )
+    parts.append(OTHER_SEEDS)
+    parts.append('```bash\n' + '\n'.join(command(runs[0], root) for runs in ran) + '\n```')
+    return '\n' + '\n\n'.join(parts) + '\n\n'
+
+
+def _compared_leaf(leaf: str, suffix: str) -> str:
+    path = Path(leaf)
+    return (path.parent / 'comparison' / f'{path.stem}{suffix}.py').as_posix() if suffix else leaf
+
+
+def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> None:
+    accuracies: dict[str, list[float]] = {}
+    for entry in comparisons:
+        for suffix in entry.runs:
+            of_teacher = [values[0] for values in _values(entry, suffix, 'float')]
+            accuracies.setdefault(entry.name[0], []).extend(of_teacher)
+    for detector, values in accuracies.items():
+        if values and max(values) - min(values) > SAME_TEACHER:
+            raise UserError(
+                f'the runs of {detector} in {folder} had different teachers: their box AP is from {min(values):.3f} to '
+                f'{max(values):.3f}; keep those of one teacher'
+            )
+
+
+def _values(entry: Comparison, suffix: str, metrics: str) -> list[list[float]]:
+    """Accuracies of the runs that were evaluated, in the order of :data:`COMPARED_METRICS`."""
+    measured = [row.results['metrics'].get(metrics) for row in entry.runs[suffix] if row.results is not None]
+    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    return [[found.get(name, 0.0) for name in COMPARED_METRICS] for found in measured if found is not None]
+
+
+def _comparison_cells(entry: Comparison) -> list[str]:
+    of_teacher = [values for suffix in entry.runs for values in _values(entry, suffix, 'float')]
+    columns = [_values(entry, suffix, metrics) for suffix, metrics in COMPARED.values()]
+    counted = [f'{_means(runs)} ({len(runs)})' if runs else '' for runs in columns]
+    return [*entry.name, _means(of_teacher) if of_teacher else '', *counted]
+
+
+def _missing_columns(entry: Comparison) -> str:
+    missing = [title for title, (suffix, metrics) in COMPARED.items() if not _values(entry, suffix, metrics)]
+    columns = 'all' if len(missing) == len(COMPARED) else ', '.join(missing)
+    return f'{" ".join(entry.name)}: {columns}' if missing else ''
+
+
+def _means(runs: Sequence[Sequence[float]]) -> str:
+    return ' / '.join(f'{100 * statistics.mean(values):.1f}' for values in zip(*runs, strict=True))
+
+
+def _compared_run_cells(runs: Sequence[Row]) -> list[str]:
+    results = runs[0].results
+    assert results is not None
+    measured = results['calibration_set']['statistics']
+    return [
+        Path(runs[0].leaf).stem,
+        f'{measured["images"]} {"real" if measured.get("real") else "synthetic"}',
+        synthesis_text(results),
+        training_text(results),
+        ', '.join(str(seed_of(row.results)) for row in runs),
+        ', '.join(dict.fromkeys(row.results['device'] for row in runs if row.results is not None)),
+    ]

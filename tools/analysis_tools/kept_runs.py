@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs whose ``results.json`` is kept in the repository: reading them, and the commands that repeat them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markdown_pages import read_text
+from mmengine.config import Config
+
+from mmzsq.config import complete_section
+from mmzsq.errors import UserError
+
+LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
+SAME_TEACHER = 0.005
+"""The most that the accuracy of one teacher differs between evaluations: a GPU does not add in a fixed order."""
+OF_SYNTHETIC_IMAGES = ('label_sampler', 'synthesis')
+"""Parts of the settings that real images have no use for."""
+OTHER_SEEDS = (
+    'The commands are those of the first seed in the table; another is `zsq.calibration_set.seed=1`, with a '
+    '`zsq.calibration_set.dir` of its own.'
+)
+RELATIVE_DIR = 'work_dirs/'
+"""What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf under one preset.
+
+    Attributes:
+        leaf: Path of its config in the repository.
+        preset: Name of the preset.
+        runs: What its runs wrote, by rising seed; none if it was not run.
+    """
+
+    leaf: str
+    preset: str
+    runs: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What the first run wrote."""
+        return self.runs[0] if self.runs else None
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, as ``W4A8``."""
+        match = leaf_name(self.leaf)
+        return f'W{match["w_bits"]}A{match["a_bits"]}'
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The ``zsq`` section that a run recorded."""
+        assert self.results is not None
+        return dict(self.results['settings'], quantizer=self.results['quantizer'], preset=self.preset)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what a run wrote.
+
+    Raises:
+        UserError: If the file is missing, damaged or of another kind.
+    """
+    try:
+        results = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f'{path} is damaged: {error}') from error
+    wanted = ('config', 'preset', 'quantizer', 'metrics', 'model_mb', 'calibration_set', 'settings', 'train', 'device')
+    lacking = [key for key in wanted if key not in results]
+    if lacking:
+        raise UserError(f'{path} is no results.json of a run: it lacks {", ".join(lacking)}')
+    return results
+
+
+def repository_path(config: str, root: Path) -> str:
+    """Path of a config in the repository, however a run was given it.
+
+    Args:
+        config: A path, absolute, or relative to any folder.
+        root: Folder with ``configs/``.
+
+    Raises:
+        UserError: If there is no such config.
+    """
+    parts = Path(config).parts
+    for start in [index for index, part in enumerate(parts) if part == 'configs']:
+        path = Path(*parts[start:])
+        if (root / path).is_file():
+            return path.as_posix()
+    raise UserError(f'{config} is no config in {root / "configs"}: only runs of configs kept there are reported')
+
+
+def leaf_name(leaf: str) -> re.Match[str]:
+    """Detector and bits in the name of a leaf.
+
+    Raises:
+        UserError: If it is not named so.
+    """
+    match = LEAF.fullmatch(Path(leaf).stem)
+    if match is None:
+        raise UserError(f'{leaf} is not named DETECTOR_wBITSaBITS.py')
+    return match
+
+
+def order(leaf: str) -> tuple[str, int, int]:
+    """Key to sort leaves by: detector, then falling bits."""
+    match = leaf_name(leaf)
+    return match['detector'], -int(match['w_bits']), -int(match['a_bits'])
+
+
+def seed_of(results: Mapping[str, Any] | None) -> int:
+    """Seed of a run."""
+    assert results is not None
+    return results['settings']['calibration_set']['seed']
+
+
+def refuse_other_settings(rows: Sequence[Row], folder: Path) -> None:
+    """See that runs of one leaf are alike.
+
+    Raises:
+        UserError: If they differ in more than the seed.
+    """
+    if len({json.dumps(_beside_the_seed(row), sort_keys=True) for row in rows}) > 1:
+        raise UserError(
+            f'the runs of {rows[0].leaf} in {folder} differ in more than the seed: keep those that are alike'
+        )
+
+
+def _beside_the_seed(row: Row) -> dict[str, Any]:
+    """Settings of a run without its seed and the place of its set."""
+    settings = row.settings
+    own = settings['calibration_set'].items()
+    return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
+
+
+def synthesis_text(results: Mapping[str, Any]) -> str:
+    """Sides and iterations of the stages that made the images of a run."""
+    stages = results['calibration_set']['stages'].values()
+    sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
+    return ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True))
+
+
+def training_text(results: Mapping[str, Any]) -> str:
+    """Steps and batch of a run."""
+    return f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}'
+
+
+def command(row: Row, root: Path) -> str:
+    """Command that repeats a run with the leaf and the presets as they are now.
+
+    Raises:
+        UserError: If a setting cannot be given on a command line.
+    """
+    recorded = row.settings
+    if recorded['calibration_set'].get('real') is not None:
+        # No set is made.
+        recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
+        recorded = {key: value for key, value in recorded.items() if key not in OF_SYNTHETIC_IMAGES}
+    leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
+    current = complete_section(dict(leaf, preset=row.preset))
+    changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
+    for key in changed:
+        _refuse_lists_of_presets(key, {'zsq': leaf})
+    if leaf.get('preset', 'default') != row.preset:
+        changed = {'zsq.preset': row.preset, **changed}
+    options = [
+        f'{key}={shlex.quote(_option(key, value))}'
+        for section, content in changed.items()
+        for key, value in _assignments(section, content)
+    ]
+    return ' \\\n    '.join([f'python tools/train.py {row.leaf}', *(['--cfg-options', *options] if options else [])])
+
+
+def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What a run recorded that is otherwise now.
+
+    Args:
+        recorded: Settings of the run.
+        current: Those of today, in JSON's types.
+        key: Of both.
+
+    Yields:
+        Dotted keys with the recorded values. Folders outside :data:`RELATIVE_DIR` are left out.
+    """
+    if isinstance(recorded, Mapping) and isinstance(current, Mapping):
+        if recorded.get('type') != current.get('type'):
+            # Another type replaces the section as a whole.
+            current = {}
+        for name, value in recorded.items():
+            yield from differences(value, current.get(name), f'{key}.{name}')
+    elif _alike(recorded, current):
+        for index, pair in enumerate(zip(recorded, current, strict=True)):
+            yield from differences(*pair, f'{key}.{index}')
+    elif key == 'zsq.calibration_set.dir' and not str(recorded).startswith(RELATIVE_DIR):
+        return
+    elif recorded != current:
+        yield key, recorded
+
+
+def _alike(recorded: Any, current: Any) -> bool:
+    """Whether both are lists of sections of the same types, so that a setting of one is set by its place."""
+    return (
+        isinstance(recorded, list)
+        and isinstance(current, list)
+        and all(isinstance(section, Mapping) and 'type' in section for section in (*recorded, *current))
+        and [section['type'] for section in recorded] == [section['type'] for section in current]
+    )
+
+
+def _refuse_lists_of_presets(key: str, leaf: Any) -> None:
+    """A place in a list can be given on a command line where the config itself has that list."""
+    content = leaf
+    for name in key.split('.'):
+        if name.isdigit() and not isinstance(content, list):
+            raise UserError(
+                f'{key} differs from the preset and cannot be given on a command line: keep a config that sets it'
+            )
+        content = content[int(name)] if isinstance(content, list) else content.get(name, {})
+
+
+def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A section that is switched off now is given setting by setting."""
+    if isinstance(value, Mapping) and value:
+        for name, setting in value.items():
+            yield from _assignments(f'{key}.{name}', setting)
+    else:
+        yield key, value
+
+
+def _option(key: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, int | float | str) for item in value):
+        return f'[{",".join(map(str, value))}]'
+    if isinstance(value, Mapping | list):
+        raise UserError(
+            f'{key} differs from the config and cannot be given on a command line: keep a config that sets it'
+        )
+    return str(value)
