@@ -290,9 +290,16 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
 )
 """What is otherwise than in ``default``, where, and the method."""
 
-MIXED: tuple[tuple[str, str, Method], ...] = (
+_MORE = next(images for images in SETS if images.name == 'default_1024')
+
+
+def _mixed(name: str, config: str | None = None, **options: Any) -> tuple[Method, ...]:
+    return tuple(_on_set(images, f'{images.name}_{name}', config, **options) for images in (_DEFAULT, _MORE))
+
+
+MIXED: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
     *(
-        (bits, text, _on_set(_DEFAULT, f'default_{name}', COMPARISON.format(f'{name}_{{bits}}')))
+        (bits, text, _mixed(name, COMPARISON.format(f'{name}_{{bits}}')))
         for bits, text, name in (
             ('w4a8', 'size of the weights', 'mixed-size'),
             ('w4a4', 'size of the weights', 'mixed-size'),
@@ -300,12 +307,10 @@ MIXED: tuple[tuple[str, str, Method], ...] = (
             ('w4a4', 'bit operations', 'mixed-operations'),
         )
     ),
-    (
-        *('w6a6', 'bit operations'),
-        _on_set(_DEFAULT, 'default_allocated', zsq__quantizer__allocate__budget='operations'),
-    ),
+    ('w6a6', 'bit operations', _mixed('allocated', zsq__quantizer__allocate__budget='operations')),
 )
-"""Bits, what is no larger than with these bits in every layer, and the method whose layers have bits of their own."""
+"""Bits, what is no larger than with these bits in every layer, and the methods whose layers have bits of their own, with
+:data:`IMAGES` images and with 1024."""
 
 SETS = (*SETS, *(method.images for *_, method in PARTS if method.images not in (None, _DEFAULT)))
 
@@ -331,7 +336,7 @@ METHODS: dict[str, Method] = {
             zsq__distillation__detection_weight=1.0,
         ),
         *(method for *_, method in PARTS),
-        *(method for *_, method in MIXED),
+        *(method for *_, methods in MIXED for method in methods),
     )
 }
 """Every method, by name."""
