@@ -309,8 +309,8 @@ MIXED: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
     ),
     ('w6a6', 'bit operations', _mixed('allocated', zsq__quantizer__allocate__budget='operations')),
 )
-"""Bits, what is no larger than with these bits in every layer, and the methods whose layers have bits of their own, with
-:data:`IMAGES` images and with 1024."""
+"""Bits, what is no larger than with these bits in every layer, and the methods whose layers have bits of their own:
+with :data:`IMAGES` images and with 1024."""
 
 SETS = (*SETS, *(method.images for *_, method in PARTS if method.images not in (None, _DEFAULT)))
 
