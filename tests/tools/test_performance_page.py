@@ -116,7 +116,7 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     assert 'Not measured: YOLOv5-s, 160 px, batch 256;' in text
     assert 'Measured on NVIDIA H100; mmzsq 0.1.0, torch 2.9:\n\n```bash\npython a.py\npython b.py\n```' in text
     # 1 / (0.1 + 0.9 / 4)
-    assert cells(text, 'training') == ['10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
+    assert cells(text, 'training') == ['1.70', '10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
     assert 'same set, by its SHA-256 sums: yes' in text
     assert text.startswith('# Page\n') and 'Between.' in text and 'old' not in text
 

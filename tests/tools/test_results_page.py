@@ -172,10 +172,18 @@ def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable
     keep('default_w4a4_seed0', 200, settings=settings)
     text = section(root, 8)
     # New settings that are off change nothing; neither does where a set lies.
-    assert '`default`: `zsq.train.max_epochs=7, zsq.train.augmentation=absent`.' in text
+    assert 'Marked *, run' in text and '`default`: `zsq.train.max_epochs=7, zsq.train.augmentation=absent`.' in text
+    assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0 *'
     keep('default_w4a4_seed1', 200)
     with pytest.raises(UserError, match='runs of default at w4a4 differ in more than the seed'):
         section(root, 8)
+    (root / 'results/yolov5-n/default_w4a4_seed1.json').unlink()
+    settings['train']['max_epochs'] = content['settings']['train']['max_epochs']
+    keep('default_w4a4_seed0', 200, settings=settings)
+    # What came later was not otherwise.
+    text = section(root, 8)
+    assert '\nRun with settings that are otherwise now: `default`: `zsq.train.augmentation=absent`.' in text
+    assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
 
 
 def test_settings_of_sets_do_not_count_for_real_images(root: Path, keep: Callable[..., dict[str, Any]]) -> None:

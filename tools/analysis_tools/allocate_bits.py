@@ -39,7 +39,7 @@ from mmzsq import cli
 from mmzsq.engine.bit_allocation import bits_within
 from mmzsq.errors import UserError
 from mmzsq.quantization.allocation import Budget, as_settings, overrides_of, totals
-from mmzsq.quantization.config import Bits
+from mmzsq.quantization.config import AllocationSettings, Bits
 from mmzsq.quantization.quantizers import check_bits
 
 WIDTH = 120
@@ -93,9 +93,9 @@ def _parse_args() -> argparse.Namespace:
     budget.add_argument(
         '--budget-gbops', type=float, help='bit operations in 10^9, as quantization_report.json counts them'
     )
-    options.add_argument(
-        '--candidates', type=int, nargs='+', default=[3, 4, 5, 6, 8], help='numbers of bits (default: 3 4 5 6 8)'
-    )
+    candidates = AllocationSettings.candidates
+    text = f'numbers of bits (default: {" ".join(map(str, candidates))})'
+    options.add_argument('--candidates', type=int, nargs='+', default=candidates, help=text)
     options.add_argument('--batches', type=int, default=2, help='batches that losses are measured on (default: 2)')
     options.add_argument('--out', type=Path, required=True, help='config to write, .py')
     return options.parse_args()

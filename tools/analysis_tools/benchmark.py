@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         '--general', action='store_true', help=f"PyTorch's operators alone, as with {VARIABLE}=0 in the environment"
     )
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--out', type=Path, required=True, help='JSON file to write')
+    options.add_argument('--out', type=Path, help='JSON file to write (default: standard output)')
     return options.parse_args(arguments)
 
 

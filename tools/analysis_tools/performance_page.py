@@ -150,8 +150,8 @@ def render_goals(results: Results) -> str:
     parts = [
         markdown_table(header, rows),
         'Milliseconds per image and iteration of the whole synthesis step, unless a row says otherwise. The times of '
-        "the authors' code and of the prototype were taken on one H100; those marked with * had nothing done for their "
-        'speed.',
+        "the authors' code and of the prototype, a first version of this package, were taken on one H100; those marked "
+        'with * had nothing done for their speed.',
         f'Minutes are extrapolated: {IMAGES} images with {ITERATIONS} iterations at 640 px and {EPOCHS} epochs of '
         "training at batch 32, from the rates of yolov5-s_640_b32; the authors' 660 minutes are the images alone. "
         f'Labels take another {ITERATIONS} iterations at 160 px, corrections included, at the batch that is fastest.',
@@ -291,14 +291,22 @@ def render_costs(results: Results) -> str:
 def render_scaling(results: Results) -> str:
     """What several processes give, by Amdahl's law from the measured serial part."""
     shares = {part: lookup(results.scaling, f'serial_share.{part}') for part in TWO_PROCESS_GOALS}
+    processes = lookup(results.scaling, 'processes')
+    measured = 'measured' if processes is None else f'measured, {processes[-1]} GPUs'
     rows = [
-        [part, _percent(share, 2), *('' if share is None else _number(amdahl(share, n), 1) for n in PROCESSES)]
+        [
+            *(part, _number(lookup(results.scaling, f'speedup.{part}'), 2), _percent(share, 2)),
+            *('' if share is None else _number(amdahl(share, n), 1) for n in PROCESSES),
+        ]
         for part, share in shares.items()
     ]
-    header = ['', 'serial part', *(f'{n} GPUs' for n in PROCESSES)]
+    header = ['', measured, 'serial part', *(f'{n} GPUs' for n in PROCESSES)]
     legend = (
-        'Times as fast as one GPU: 1 / (s + (1 - s) / n) for a serial part s of the time of one GPU and n of them. It '
-        'leaves out that rounds of shards or batches may not divide evenly, and, for machines, the network.'
+        'Times as fast as one GPU: 1 / (s + (1 - s) / n) for a serial part s of the time of one GPU and n of them. For '
+        'training s is what explains the measured number. For generation it is the claim of the folder, the merge and '
+        'the check of the set, which alone grow with a set, so that its row is the most that there is to be had: the '
+        'measured number has what a process does once too, which weighs less the more shards it makes. All leave out '
+        'that rounds of shards or batches may not divide evenly, and, for machines, the network.'
     )
     same = lookup(results.scaling, 'same_set')
     sets = '' if same is None else f'All runs made the same set, by its SHA-256 sums: {_yes(same)}.'

@@ -68,6 +68,8 @@ NOT_COMPARED = (
     'zsq.calibration_set.real.data_root',
 )
 """Settings by which runs of one cell may differ."""
+ABSENT = 'absent'
+"""What a run is said to have of a setting that came after it."""
 OF_SYNTHETIC_IMAGES = ('zsq.synthesis.', 'zsq.label_sampler.', 'zsq.calibration_set.num_images')
 """Settings that a run on real images has no use for."""
 INTRODUCTION = """# Results on YOLOv5-n
@@ -270,7 +272,13 @@ def _row(row: Row, runs: Runs, share: bool) -> list[str]:
     if share:
         measured, teacher = (_accuracies(cell, runs) for cell in (row.cells[0], _teacher_of(row.cells[0])))
         shares = [f'{100 * _mean(measured)[0] / _mean(teacher)[0]:.1f} %' if measured and teacher else '']
-    return [*row.labels, *(means_with_spread(_accuracies(cell, runs)) for cell in row.cells), *shares, *row.paper]
+    return [*row.labels, *(_cell(cell, runs) for cell in row.cells), *shares, *row.paper]
+
+
+def _cell(cell: Cell, runs: Runs) -> str:
+    """Accuracy, marked where it is of other settings than the cell's."""
+    text = means_with_spread(_accuracies(cell, runs))
+    return f'{text} *' if text and _otherwise(runs.get((cell.method, cell.bits), ())) else text
 
 
 def _teacher_of(cell: Cell) -> Cell:
@@ -359,13 +367,19 @@ def _elsewhere(runs: Runs, table: Table) -> Iterator[str]:
             f'Of the runs of [configs/zsq/README.md](../configs/zsq/README.md), in [{folder}](../{folder}): '
             f'{_by_method(earlier, table)}.'
         )
-    by_settings: dict[str, list[tuple[str, str]]] = {}
+    by_settings: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, found in runs.items():
         settings = ', '.join(f'{name}={value}' for name, value in found[0].changed.items())
-        by_settings.setdefault(settings, []).append(key)
-    for settings, keys in by_settings.items():
+        start = 'Marked *, run' if _otherwise(found) else 'Run'
+        by_settings.setdefault((start, settings), []).append(key)
+    for (start, settings), keys in by_settings.items():
         if settings:
-            yield f'Run with settings that are otherwise now: {_by_method(keys, table)}: `{settings}`.'
+            yield f'{start} with settings that are otherwise now: {_by_method(keys, table)}: `{settings}`.'
+
+
+def _otherwise(results: Iterable[Result]) -> bool:
+    """Whether a run has a setting that is otherwise now, and not only lacks a later one."""
+    return any(value != ABSENT for result in results for value in result.changed.values())
 
 
 def _result(path: Path, method: str, bits: str, root: Path) -> Result:
@@ -378,7 +392,7 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
     recorded = dict(content['settings'], quantizer=quantizer, preset=content['preset'])
     current = _settings(method, bits, root)
     # Settings of later versions, unless they are switched off.
-    added = {key: 'absent' for key, value in differences(current, recorded, 'zsq') if value}
+    added = {key: ABSENT for key, value in differences(current, recorded, 'zsq') if value}
     changed = {**added, **dict(differences(recorded, current, 'zsq'))}
     skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *OF_SYNTHETIC_IMAGES)
     return Result(
