@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused_before_any_image_is_made(
     monkeypatch.setattr(ZeroShotRunner, 'generate', never)
     leaf, four = str(repo / LEAF), ('--average-bits', '4')
     for message, options in (
-        (r'budget is 2 bits .*least possible is 3\.0000 bits', (leaf, '--average-bits', '2', '--out', 'out.py')),
+        (r'budget is 1 bits .*least possible is 2\.0000 bits', (leaf, '--average-bits', '1', '--out', 'out.py')),
         (r'budget is 0\.05 MB .*least possible is 0\.\d{4} MB', (leaf, '--budget-size-mb', '0.05', '--out', 'out.py')),
         (r'budget is 0\.01 G .*least possible is 0\.\d{4} G', (leaf, '--budget-gbops', '0.01', '--out', 'out.py')),
         ('--candidates is 9', (leaf, *four, '--candidates', '9', '--out', 'out.py')),

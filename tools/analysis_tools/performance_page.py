@@ -303,7 +303,7 @@ def render_scaling(results: Results) -> str:
     header = ['', measured, 'serial part', *(f'{n} GPUs' for n in PROCESSES)]
     legend = (
         'Times as fast as one GPU: 1 / (s + (1 - s) / n) for a serial part s of the time of one GPU and n of them. For '
-        'training s is what explains the measured number. For generation it is the claim of the folder, the merge and '
+        'training s is what explains the measured number. For generation it is the claim of its place, the merge and '
         'the check of the set, which alone grow with a set, so that its row is the most that there is to be had: the '
         'measured number has what a process does once too, which weighs less the more shards it makes. All leave out '
         'that rounds of shards or batches may not divide evenly, and, for machines, the network.'
