@@ -95,6 +95,10 @@ class BatchNormWatch:
         finally:
             self._resume()
 
+    def forget(self) -> None:
+        """Drop what was seen since the last :meth:`collect`."""
+        self._seen.clear()
+
     def _pause(self) -> None:
         self._active = False
         for module in self._forwards:

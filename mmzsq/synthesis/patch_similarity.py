@@ -247,8 +247,7 @@ class PatchSimilarityPrior(Prior):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._inputs.clear()
-        self._blocks.clear()
+        self.forget()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -256,8 +255,12 @@ class PatchSimilarityPrior(Prior):
         try:
             yield
         finally:
-            self._inputs.clear()
-            self._blocks.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what was seen since the last call."""
+        self._inputs.clear()
+        self._blocks.clear()
 
     def _note_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -53,6 +53,9 @@ class Prior:
         """Inside the block ``detector`` may run unseen; what a captured CUDA graph reads stays where it is."""
         return nullcontext()
 
+    def forget(self) -> None:
+        """Drop what was seen since the last call: a forward that did not come to its end is not judged."""
+
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty, a scalar.
 
@@ -153,6 +156,10 @@ class BNStatisticsPrior(Prior):
     def paused(self) -> AbstractContextManager[None]:
         """Inside the block BatchNorm layers are not watched."""
         return self._watch.paused()
+
+    def forget(self) -> None:
+        """Drop what was seen since the last call."""
+        self._watch.forget()
 
     def layer_distances(self) -> Tensor:
         """The un-weighted terms of the layers that ran since the last call, in order of execution; forgets them.

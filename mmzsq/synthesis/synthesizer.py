@@ -248,6 +248,10 @@ class Synthesizer:
                 counts = {key: counts[key] + number for key, number in asdict(relabelled).items()}
                 if relabelled.any:
                     step.set_labels(labels)
+                    if best_images is not None:
+                        # What showed the labels of before best does not show these.
+                        best_images = step.images.detach().clone()
+                        best_loss.fill_(math.inf)
             if best_images is not None and iteration % self.keep_interval == 0:
                 before = step.images.detach().clone()
             step(lr * self.schedule(iteration, iterations))
@@ -367,6 +371,7 @@ class _Step:
     def _step_and_capture(self) -> None:
         """Take one step that may not wait for the device, then capture it; or note why it cannot be."""
         mode = torch.cuda.get_sync_debug_mode()
+        random = _random_states(self.images.device)
         torch.cuda.set_sync_debug_mode('error')
         try:
             self._eager()
@@ -380,6 +385,10 @@ class _Step:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         if not self.may_capture:
+            # The step is taken again: with the same random numbers, and features are seen once.
+            _set_random_states(random)
+            for prior in self.synthesizer.priors:
+                prior.forget()
             self._eager()
             return
         self.optimizer.zero_grad(set_to_none=True)
@@ -399,7 +408,9 @@ class _Step:
         scale = len(self.images) if options.detection_reduction == 'sum' else 1
         losses = {'detection': options.detection_weight * scale * detection.float()}
         for prior in options.priors:
-            losses[type(prior).__name__] = prior(self.images)
+            name = type(prior).__name__
+            count = sum(known.partition('_')[0] == name for known in losses)
+            losses[f'{name}_{count + 1}' if count else name] = prior(self.images)
         total = torch.stack(list(losses.values())).sum()
         total.backward()
         self.optimizer.step()
@@ -418,3 +429,15 @@ class _Step:
                     yield
             else:
                 yield
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the CPU, and of ``device`` if that is another."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+
+
+def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
+    of_cpu, of_device = states
+    torch.set_rng_state(of_cpu)
+    if of_device is not None:
+        torch.cuda.set_rng_state(of_device)

@@ -263,3 +263,80 @@ def test_a_step_that_waits_for_the_device_is_taken_again_eagerly(monkeypatch: py
         step._step_and_capture()
     assert taken == ['default'] and not step.may_capture
     assert step.synthesizer.eager_reason == 'called a synchronizing CUDA operation'
+
+
+def test_what_waits_for_the_device_makes_the_images_of_an_eager_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt draws random numbers and shows the priors features, and then fails: neither is left of it."""
+    for name in ('get_sync_debug_mode', 'set_sync_debug_mode'):
+        monkeypatch.setattr(torch.cuda, name, lambda *mode: 'default')
+
+    class Waits(BrightBoxes):
+        fails = False
+
+        def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+            loss = super().loss(images, samples) + 0.01 * (torch.rand(()) * images).sum()
+            if self.fails:
+                raise RuntimeError('called a synchronizing CUDA operation')
+            return loss
+
+    def images(attempt: bool) -> torch.Tensor:
+        task = Waits()
+        prior = BNStatisticsPrior(weight=1.0)
+        prior.attach(task.detector)
+        torch.manual_seed(0)
+        step = _Step(Synthesizer(task, [prior], cutout=dict(probability=1.0)), torch.rand(2, 3, *SIZE), LABELS)
+        step.optimizer.param_groups[0]['lr'] = 0.1
+        for _ in range(2):
+            step._compute()
+        if attempt:
+            step.may_capture = True
+            eager, tries = step._compute, []
+
+            def first_fails() -> None:
+                tries.append(True)
+                task.fails = len(tries) == 1
+                eager()
+
+            monkeypatch.setattr(step, '_eager', first_fails)
+            with pytest.warns(UserWarning, match='synthesis runs eagerly'):
+                step._step_and_capture()
+            assert len(tries) == 2
+        else:
+            step._compute()
+        return step.images.detach()
+
+    assert torch.equal(images(attempt=True), images(attempt=False))
+
+
+def test_each_of_two_priors_of_a_kind_counts() -> None:
+    def run(*weights: float) -> dict[str, float]:
+        priors = [TotalVariationPrior(weight=weight) for weight in weights]
+        return Synthesizer(BrightBoxes(), priors, lr=0.0).run(LABELS, SIZE, 1, seed=0).losses
+
+    one = run(2.0)['TotalVariationPrior']
+    assert run(2.0, 0.0, 1.0) == pytest.approx(
+        {**run(2.0), 'TotalVariationPrior_2': 0.0, 'TotalVariationPrior_3': one / 2}
+    )
+
+
+def test_the_best_images_are_those_of_the_final_labels() -> None:
+    """Their loss is higher than that of the images before, which lack an object."""
+
+    class DearBoxes(BrightBoxes):
+        def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+            return super().loss(images, samples) + samples.sum()
+
+    task = DearBoxes()
+    seen = dict(bboxes=torch.tensor([[10.0, 10, 15, 15]]), scores=torch.tensor([0.9]), labels=torch.tensor([1]))
+    task.predictions = [InstanceData(**seen), InstanceData(**{key: value[:0] for key, value in seen.items()})]
+    sampler = AdaptiveLabelSampler(warmup=60, interval=1000, area=(0.01, 0.85))
+    synthesizer = Synthesizer(task, [], detection_weight=100.0, lr=0.05, keep='best', keep_interval=50)
+    result = synthesizer.run(LABELS, SIZE, 200, seed=0, sampler=sampler)
+    assert result.counts['added'] == 1
+    assert result.images[0, :, 10:15, 10:15].mean() > 0.9
+    # Nothing is looked at after the correction: the images are those of then, and not of the first iteration.
+    result = Synthesizer(task, [], detection_weight=100.0, lr=0.05, keep='best', keep_interval=1000).run(
+        LABELS, SIZE, 62, seed=0, sampler=sampler
+    )
+    assert result.counts['added'] == 1
+    assert result.images[0, :, 2:8, 2:8].mean() > 0.9

@@ -245,7 +245,7 @@ TABLES: dict[int, Table] = {
             ' of it, they are even from 1 to 10, of Tile from 1 to 9. Sides of boxes are even from 0.2 to 0.8 of '
             'the image, of Tile from 0.2 to 0.8 of a cell. The paper shows false-positive sampling in figures '
             'alone. Ours starts from categories by the biases of the head, sizes by the anchors, 1 to 15 objects an '
-            "image. With `default`, students of any objects end within half a point of AP of one another: they learn "
+            'image. With `default`, students of any objects end within half a point of AP of one another: they learn '
             'what the teacher says of the images and of other views of them, and a label reaches them through its '
             'image alone. They need objects, as the row of noise shows, but not these or those.',
         ),
