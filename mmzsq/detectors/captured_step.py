@@ -9,6 +9,7 @@ Gradients are averaged over processes behind it, and so is the step of the optim
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 from mmzsq.detectors.targets import PaddedTargets
 
 EAGER_STEPS = 3
-"""Steps before the capture: they allocate what a captured step must find in place, and choose kernels."""
+"""Steps of one shape until the capture: they allocate what a captured step must find in place, and choose kernels. The last
+is tried eagerly, and taken as the first of the graph."""
 
 OPTIM_WRAPPERS = (OptimWrapper, AmpOptimWrapper)
 """Exact classes whose update is a backward, and then the clipping and the step of the optimizer."""
 
 
 class CapturedStep:
-    """Runs the training steps of one model, as a graph from the fourth of a shape on.
+    """Runs the training steps of one model, as a graph from the third of a shape on.
 
     A step runs eagerly, as MMEngine's own, where a graph would not be true: on the CPU, with accumulated gradients,
     with images of another shape than the captured ones or padded ones, and when the loss waits for the device. The log
@@ -41,7 +43,7 @@ class CapturedStep:
 
     def __init__(self, allowed: bool = True) -> None:
         self.allowed = allowed
-        self.eager_steps = 0
+        self.eager_steps: Counter[torch.Size] = Counter()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.targets: PaddedTargets | None = None
 
@@ -52,7 +54,7 @@ class CapturedStep:
         """
         if self.graph is not None:
             self.graph.reset()
-        self.graph, self.targets, self.eager_steps = None, None, 0
+        self.graph, self.targets, self.eager_steps = None, None, Counter()
         for name in ('inputs', 'log_vars', 'parameters', 'grads'):
             vars(self).pop(name, None)
 
@@ -108,8 +110,8 @@ class CapturedStep:
     def _eager_or_capture(
         self, model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
     ) -> dict[str, Tensor]:
-        self.eager_steps += 1
-        if self.eager_steps < EAGER_STEPS:
+        self.eager_steps[inputs.shape] += 1
+        if self.eager_steps[inputs.shape] < EAGER_STEPS:
             return _on_a_stream_of_its_own(model, inputs, labels, optim_wrapper)
         # Statistics of BatchNorm, which the trial moves if they learn.
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

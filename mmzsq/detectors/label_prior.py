@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import YOLOV3Head
 from torch import Tensor, nn
 
@@ -49,10 +50,14 @@ def _probabilities(head: Any, num_classes: int) -> Iterator[Tensor]:
     """For each last layer of categories (anchors, C), from its biases."""
     is_yolo = _sizes(head) is not None
     outputs = num_classes + BOX_OUTPUTS if is_yolo else _class_outputs(head, num_classes)
+    anchors = getattr(head, 'num_base_priors', 1)
+    anchors = anchors if isinstance(anchors, (list, tuple)) else [anchors]
+    # What an activation follows is a hidden layer, however many outputs it has.
+    hidden = {module.conv for module in head.modules() if isinstance(module, ConvModule) and module.with_activation}
     for name, layer in head.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.bias is None:
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.bias is None or layer in hidden:
             continue
-        if len(layer.bias) % outputs or not (is_yolo or 'cls' in name):
+        if len(layer.bias) % outputs or not (is_yolo or ('cls' in name and len(layer.bias) // outputs in anchors)):
             continue
         logits = layer.bias.detach().float().cpu().view(-1, outputs)
         if is_yolo:

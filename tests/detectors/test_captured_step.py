@@ -143,7 +143,8 @@ def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wr
 def test_a_released_step_holds_nothing_and_begins_anew() -> None:
     step, reset = CapturedStep(), []
     step.release()
-    step.graph, step.eager_steps = SimpleNamespace(reset=lambda: reset.append(1)), EAGER_STEPS
+    step.graph = SimpleNamespace(reset=lambda: reset.append(1))
+    step.eager_steps[torch.Size([1, 3, 8, 8])] = EAGER_STEPS
     step.inputs, step.log_vars, step.parameters, step.grads = torch.ones(1), {}, [], []
     step.release()
     assert reset == [1]

@@ -360,6 +360,15 @@ def test_labels_may_become_what_the_teacher_sees() -> None:
     assert torch.equal(labels.bboxes, before.bboxes) and torch.equal(labels.masks, before.masks)
 
 
+def test_no_label_becomes_a_box_without_a_mask() -> None:
+    labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1), masks=True)
+    seen = boxes(([12.0, 10, 50, 54], 3), ([60.0, 60, 90, 94], 2), scores=[0.9, 0.8], masks=True)
+    seen.masks[0] = False
+    ((relabelled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
+    assert relabelled.labels.tolist() == [0, 2] and counts.adopted == 1
+    assert torch.equal(relabelled.masks[0], labels.masks[0]) and torch.equal(relabelled.masks[1], seen.masks[1])
+
+
 def test_a_prediction_is_adopted_by_the_closest_label_alone() -> None:
     labels = boxes(([10.0, 10, 50, 50], 0), ([10.0, 10, 54, 50], 1))
     seen = boxes(([10.0, 10, 55, 50], 2), scores=[0.9])

@@ -126,6 +126,24 @@ def test_categories_are_read_from_the_biases_of_mmdetections_heads(config: str) 
         torch.testing.assert_close(prior.categories, logits.sigmoid().mean(0))
 
 
+@pytest.mark.parametrize('num_classes', [2, 8, 256])
+def test_hidden_layers_are_no_categories(num_classes: int) -> None:
+    """Those of this head have 256 outputs, which 2 and 8 divide."""
+    register_all_modules()
+    config = 'retinanet/retinanet_r50_fpn_1x_coco.py'
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / config).model
+    cfg.backbone.update(init_cfg=None, depth=18)
+    cfg.neck.in_channels = [64, 128, 256, 512]
+    cfg.bbox_head.update(num_classes=num_classes)
+    if num_classes == 256:
+        cfg.bbox_head.anchor_generator.update(octave_base_scale=4, scales_per_octave=1, ratios=[1.0])
+    detector = MODELS.build(cfg)
+    logits = torch.linspace(-4, 2, num_classes)
+    head = detector.bbox_head
+    head.retina_cls.bias.data.copy_(logits.repeat(head.num_base_priors))
+    torch.testing.assert_close(label_prior(detector, num_classes).categories, logits.sigmoid())
+
+
 def test_a_set_starts_from_what_the_weights_of_its_detector_tell(repo: Path) -> None:
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / 'configs/yolov5/yolov5-n_coco.py').model)

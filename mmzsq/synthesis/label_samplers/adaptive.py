@@ -209,12 +209,13 @@ class AdaptiveLabelSampler(LabelSampler):
         for current, predicted in zip(labels, predictions, strict=True):
             seen = self.confident(predicted, image_size)
             new = unlabelled(seen.bboxes, current.bboxes, image_size, self.add_iou, self.area)
-            if 'masks' in seen:
-                # A box without a pixel of its object is no label for a mask head.
-                new &= seen.masks.flatten(1).any(dim=1)
+            # A box without a pixel of its object is no label for a mask head.
+            whole = seen.masks.flatten(1).any(dim=1) if 'masks' in seen else torch.ones_like(new)
+            new &= whole
             gone = unseen(current.bboxes, seen.bboxes, self.remove_iou)
             if self.adopt:
                 place, source = seen_as(current.bboxes, seen.bboxes, self.add_iou)
+                place, source = place[whole[source]], source[whole[source]]
                 adopted += _differing(current[place], seen[source])
                 current = _replaced(current, place, seen[source])
             relabelled.append(_concatenate(current[~gone], seen[new]))
