@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from mmzsq.detectors.targets import PaddedTargets
 
 EAGER_STEPS = 3
-"""Steps of one shape until the capture: they allocate what a captured step must find in place, and choose kernels. The last
-is tried eagerly, and taken as the first of the graph."""
+"""Steps of one shape until the capture: they allocate what a captured step must find in place, and choose kernels. The
+last is tried eagerly, and taken as the first of the graph."""
 
 OPTIM_WRAPPERS = (OptimWrapper, AmpOptimWrapper)
 """Exact classes whose update is a backward, and then the clipping and the step of the optimizer."""

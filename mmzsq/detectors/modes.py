@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from mmcv.cnn.bricks import DropPath
 from mmdet.models.layers import DropBlock
 from mmengine.logging import MessageHub
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -61,3 +61,19 @@ def in_use(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNorm,
     finally:
         for module in switched:
             module.training = True
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Inside the block nothing is exchanged with other processes.
+
+    Many heads of MMDetection divide their losses by a number of objects averaged over all processes. In training that
+    is right. In synthesis each process has images of its own, and not as many as the others: images would depend on
+    how many processes there are, and one would wait for another that has none left.
+    """
+    is_initialized = distributed.is_initialized
+    distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_initialized = is_initialized

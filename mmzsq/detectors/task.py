@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmzsq.detectors.label_prior import label_prior
-from mmzsq.detectors.modes import in_training
+from mmzsq.detectors.modes import in_one_process, in_training
 from mmzsq.errors import UserError
 from mmzsq.synthesis.label_samplers import LabelPrior, mask_boxes
 
@@ -231,7 +231,7 @@ class DetectionTask:
         copies = [_shallow_copy(sample) for sample in samples]
         leave_semantics_out(self.detector, copies)
         try:
-            with in_training(self.detector):
+            with in_training(self.detector), in_one_process():
                 return sum_losses(self.detector.loss(self.to_inputs(images), copies))
         except ImportError as error:
             raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error

@@ -20,6 +20,7 @@ from torch import nn
 
 from mmzsq.config import has_masks
 from mmzsq.detectors import DetectionTask, detection_task
+from mmzsq.detectors.modes import in_training
 from mmzsq.detectors.task import leave_semantics_out, needs_masks, sum_losses
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import ellipse_masks, mask_boxes
@@ -156,6 +157,25 @@ def test_the_loss_looks_at_masks_and_leaves_the_samples_for_the_next_step(build:
     for instances in others:
         instances.masks = ~instances.masks
     assert mask_loss(task.data_samples(others, SIZE)) != pytest.approx(first, rel=1e-4)
+
+
+def test_the_loss_of_one_process_is_its_own(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This head averages the number of objects over processes, of which the other here has none."""
+    task = DetectionTask(build('condinst'))
+    images, samples = torch.rand(2, 3, *SIZE), task.data_samples(labels(), SIZE)
+    torch.manual_seed(1)
+    alone = task.loss(images, samples)
+    for name, value in (('is_initialized', True), ('get_world_size', 2), ('get_rank', 0)):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    exchanged = []
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda *_, **__: exchanged.append(1))
+    torch.manual_seed(1)
+    assert torch.equal(task.loss(images, samples), alone) and not exchanged
+    # In training it is as MMDetection has it.
+    assert torch.distributed.is_initialized()
+    with in_training(task.detector):
+        task.detector.loss(task.to_inputs(images), samples)
+    assert exchanged
 
 
 class Sees(nn.Module):

@@ -26,8 +26,8 @@ from mmzsq.detectors.two_stage.rois import RoIs, choose_rois, propose
 from mmzsq.errors import UserError
 
 POINTS_PER_SIDE = 14
-"""Points across a box where RoIAlign would take as many as the box has cells: a square box spans at most 28 cells of its
-level, and a point reads two. Between the points of a longer one cells are left out."""
+"""Points across a box where RoIAlign would take as many as the box has cells: a square box spans at most 28 cells of
+its level, and a point reads two. Between the points of a longer one cells are left out."""
 
 
 class _Plan(NamedTuple):
