@@ -107,7 +107,7 @@ PAPER: dict[str, Any] = dict(
         type='mmzsq.LSQ',
         w_bits=8,
         a_bits=8,
-        weight=dict(scheme='signed', per_channel=False, init='lsq'),
+        weight=dict(scheme='signed', per_channel=False, init='lsq', narrow=False),
         activation=dict(scheme='signed', init='lsq'),
         step='linear',
         first_bits=None,
@@ -168,6 +168,9 @@ PAPER: dict[str, Any] = dict(
     ),
 )
 
+_DEVIATION = (58.395 + 57.12 + 57.375) / 3 / 255
+"""Of the pixels that Swin was trained on, in units of images in [0, 1]: 1 where its inputs are normalised."""
+
 PAPER_TRANSFORMER: dict[str, Any] = dict(
     # The patch embedding too.
     quantizer=dict(PAPER['quantizer'], scope='backbone', first_bits='same'),
@@ -180,10 +183,12 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
         synthesise=dict(image_size=640, iterations=2000, batch_size=12),
         priors=[
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=1e-3),
+            dict(type='mmzsq.TotalVariationPrior', weight=1e-3 / _DEVIATION),
         ],
         detection_weight=10.0,
         detection_reduction='mean',
+        # The paper steps by 0.2, and measures variation, in normalised inputs; here images are in [0, 1].
+        lr=0.2 * _DEVIATION,
         warmup=100,
         betas=(0.5, 0.9),
         init='normal',

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmzsq.config import compose
+from mmzsq.synthesis import TotalVariationPrior
 
 LEAVES = Path(__file__).resolve().parents[1] / 'configs' / 'zsq'
 
 QUANTIZER = dict(
     type='mmzsq.LSQ',
-    weight=dict(scheme='signed', per_channel=False, init='lsq'),
+    weight=dict(scheme='signed', per_channel=False, init='lsq', narrow=False),
     activation=dict(scheme='signed', init='lsq'),
     step='linear',
 )
@@ -122,6 +124,9 @@ YOLO11 = dict(
         schedule='constant',
     ),
 )
+IMAGENET_STD = (58.395, 57.12, 57.375)
+UNIT = sum(IMAGENET_STD) / 3 / 255
+"""Of normalised inputs, in which the paper optimises, in units of images in [0, 1]."""
 MASK_RCNN_SWIN = dict(
     quantizer=dict(QUANTIZER, scope='backbone', first_bits='same'),
     synthesis=dict(
@@ -130,11 +135,11 @@ MASK_RCNN_SWIN = dict(
         synthesise=dict(image_size=640, iterations=2000, batch_size=12),
         priors=[
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.001),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.001 / UNIT),
         ],
         detection_weight=10.0,
         detection_reduction='mean',
-        lr=0.2,
+        lr=0.2 * UNIT,
         warmup=100,
         betas=(0.5, 0.9),
         init='normal',
@@ -197,6 +202,19 @@ def test_every_row_of_the_paper_is_run_with_its_numbers(detector: str) -> None:
         assert _only(section, expected) == expected
         assert f'w{section["quantizer"]["w_bits"]}a{section["quantizer"]["a_bits"]}' == bits
         assert section['preset'] == 'paper'
+
+
+def test_swin_is_optimised_in_units_of_its_normalised_inputs() -> None:
+    """By a step as the optimizer takes it, and by the variation of one image in both units."""
+    cfg = _paper('mask-rcnn_swin-t_w4a8')
+    assert tuple(cfg.model.detector.data_preprocessor.std) == IMAGENET_STD
+    synthesis = cfg.zsq.synthesis
+    inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = inputs * torch.tensor(IMAGENET_STD).view(3, 1, 1) / 255
+    steps = synthesis.lr * 255 / torch.tensor(IMAGENET_STD)
+    assert steps.tolist() == pytest.approx([0.2] * 3, rel=0.02)
+    prior = TotalVariationPrior(synthesis.priors[1].weight)
+    assert prior(images).item() == pytest.approx(TotalVariationPrior(0.001)(inputs).item(), rel=0.01)
 
 
 def _float_layers(leaf: str) -> tuple[set[str], set[str]]:

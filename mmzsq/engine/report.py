@@ -16,7 +16,7 @@ import mmdet
 import mmengine
 import torch
 import torchvision
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, find_latest_checkpoint
 from rich.console import Console
@@ -125,7 +125,8 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
         runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
         return {}, {}
     try:
-        runner._val_loop = runner.build_val_loop(runner._val_loop)
+        with _failing_together():
+            runner._val_loop = runner.build_val_loop(runner._val_loop)
         return _evaluate_each(runner)
     except OSError as error:
         runner.logger.warning(
@@ -173,9 +174,24 @@ def evaluate(runner: ZeroShotRunner) -> dict[str, float]:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.eval()
     loop = runner.val_loop
-    for batch in loop.dataloader:
-        loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
+    with _failing_together():
+        for batch in loop.dataloader:
+            loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
     return _numbers(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """Raise in every process if a file could not be read in one, for which the others would wait."""
+    error = None
+    try:
+        yield
+    except OSError as found:
+        error = found
+    failed = torch.tensor(float(error is not None))
+    all_reduce(failed, op='max')
+    if failed:
+        raise error or OSError('another process could not read its files')
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

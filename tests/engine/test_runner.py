@@ -314,6 +314,30 @@ def test_images_that_vanished_cost_the_accuracy_and_not_the_run(
     assert results('out')['metrics'] == {}
 
 
+@pytest.mark.parametrize('own', [True, False])
+def test_what_one_process_cannot_read_costs_all_their_accuracy(
+    make_runner: Any, tmp_path: Path, warnings_of: list[str], monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Here another process fails, or this one does, which the other is told of."""
+    told = []
+
+    def tell(failed: torch.Tensor, op: str) -> None:
+        assert op == 'max'
+        told.append(failed.item())
+        if not own and len(told) == 2:
+            failed.fill_(1.0)
+
+    monkeypatch.setattr('mmzsq.engine.report.all_reduce', tell)
+    options = coco(tmp_path / 'half', 0)
+    if own:
+        (tmp_path / 'half' / '1.png').unlink()
+    run(make_runner, 'out', **options)
+    # The data set is there, an image of it is not.
+    assert told == [0.0, float(own)]
+    assert any('accuracy is not measured' in text for text in warnings_of)
+    assert results('out')['metrics'] == {}
+
+
 class Interrupt(Hook):
     """Ends a run after an epoch, as Ctrl-C would."""
 
@@ -438,6 +462,7 @@ def test_the_loss_is_looked_at_from_time_to_time_only(make_runner: Any) -> None:
     class Loop:
         train_dataloader = range(100)
         iter = 0
+        hooks = ()
 
     hook, loop, nan = FiniteLossHook(interval=50), Loop(), torch.tensor(float('nan'))
     looked = []
@@ -450,6 +475,26 @@ def test_the_loss_is_looked_at_from_time_to_time_only(make_runner: Any) -> None:
         hook.after_train_iter(loop, batch, outputs=dict(loss=torch.tensor(1.0)))
         hook.after_train_iter(loop, batch, outputs=None)
     assert looked == [49, 99]
+
+
+def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it is due, here every two iterations."""
+    checkpoint = {'default_hooks.checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=1)}
+    runner = make_runner('out', **NO_EVALUATION, **checkpoint, **{'zsq.train.max_epochs': 3})
+    loss, steps = runner.detector.loss, 0
+
+    def diverging(*args: Any) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        return {name: term * (math.nan if steps > 2 else 1) for name, term in loss(*args).items()}
+
+    monkeypatch.setattr(runner.detector, 'loss', diverging)
+    monkeypatch.setattr(FiniteLossHook, 'end_of_epoch', lambda *_: False)
+    with pytest.raises(UserError, match='the loss is nan at iteration 3'):
+        runner.train()
+    assert all(torch.isfinite(value).all() for value in last('out')['state_dict'].values())
 
 
 def test_the_paper_preset_runs_to_the_end_and_its_average_is_what_counts(make_runner: Any, make_config: Any) -> None:

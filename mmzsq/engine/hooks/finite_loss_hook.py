@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
 from mmzsq.errors import UserError
@@ -21,7 +21,7 @@ class FiniteLossHook(Hook):
         interval: Iterations between two looks; each waits for the device once.
     """
 
-    # Before CheckpointHook (VERY_LOW) saves.
+    # Before CheckpointHook (VERY_LOW), which deletes what it replaces and only then saves.
     priority = 'LOW'
 
     def __init__(self, interval: int = 50) -> None:
@@ -31,9 +31,9 @@ class FiniteLossHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
     ) -> None:
         """Check the loss of this iteration."""
-        if not (
-            self.every_n_train_iters(runner, self.interval) or self.end_of_epoch(runner.train_dataloader, batch_idx)
-        ):
+        intervals = [self.interval, *(hook.interval for hook in runner.hooks if _saves_between_epochs(hook))]
+        due = any(self.every_n_train_iters(runner, interval) for interval in intervals)
+        if not (due or self.end_of_epoch(runner.train_dataloader, batch_idx)):
             return
         loss = (outputs or {}).get('loss')
         if loss is not None and not torch.isfinite(loss):
@@ -41,3 +41,7 @@ class FiniteLossHook(Hook):
                 f'the loss is {loss} at iteration {runner.iter}: lower zsq.train.optimizer.lr or zsq.train.step_lr, or '
                 'set zsq.train.amp=False; the checkpoints written before are intact'
             )
+
+
+def _saves_between_epochs(hook: Hook) -> bool:
+    return isinstance(hook, CheckpointHook) and not hook.by_epoch
