@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ def compose(cfg: Config) -> Config:
         cfg: A detector's config with a ``zsq`` section; ``work_dir`` set if ``zsq.calibration_set.dir`` is not.
 
     Raises:
-        UserError: If the section or the detector's config is unfit.
+        UserError: If the section or the detector's config is unfit, or the section of a composed config has changed.
     """
     cfg = copy.deepcopy(cfg)
     if 'zsq' not in cfg:
@@ -136,7 +138,8 @@ def compose(cfg: Config) -> Config:
         )
     if 'model' not in cfg:
         raise UserError("this config has no model: add the detector's config to _base_, beside the zsq base")
-    if cfg.zsq.get('composed', False):
+    if cfg.zsq.get('composed'):
+        _check_unchanged(cfg.zsq.to_dict())
         return cfg
     section = complete_section(cfg.zsq.to_dict())
     if section['calibration_set']['dir'] is None:
@@ -145,7 +148,7 @@ def compose(cfg: Config) -> Config:
     # MMEngine's Runner would hand it to its model, which is no longer the detector.
     if (preprocessor := cfg.pop('data_preprocessor', None)) is not None:
         cfg.model.setdefault('data_preprocessor', preprocessor)
-    _replace(cfg, 'zsq', dict(section, composed=True))
+    _replace(cfg, 'zsq', dict(section, composed=dict(config=cfg.filename, digest=_digest(section))))
     _replace(
         cfg,
         'model',
@@ -181,6 +184,24 @@ def compose(cfg: Config) -> Config:
     cfg.randomness.setdefault('diff_rank_seed', True)
     cfg.train_dataloader.sampler.seed = cfg.randomness.seed
     return cfg
+
+
+def _digest(section: Mapping[str, Any]) -> str:
+    """Of what a section says, which is the same once it was written to a file and read again."""
+    said = {key: value for key, value in section.items() if key != 'composed'}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_unchanged(section: Mapping[str, Any]) -> None:
+    """Refuse a composed section that says something else now: model, loader and hooks were made from the old one."""
+    composed = section['composed']
+    composed = composed if isinstance(composed, Mapping) else {}
+    if composed.get('digest') != _digest(section):
+        raise UserError(
+            'this config is composed already, and its zsq section is no longer the one that model, loader and hooks '
+            'were made from: it would have no effect. Give --cfg-options zsq.* (and --amp) with the config that was '
+            f'composed{": " + composed["config"] if composed.get("config") else ""}'
+        )
 
 
 def _replace(cfg: Config, key: str, value: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,38 @@ def test_composing_leaves_its_argument_alone_and_a_composed_config_as_it_is(user
     twice = compose(once)
     assert twice.to_dict() == once.to_dict()
     assert twice is not once
+
+
+@pytest.mark.parametrize('suffix', ['.py', '.json', '.yml'])
+def test_a_composed_config_is_the_same_from_a_file_and_refuses_what_would_have_no_effect(
+    user: Config, tmp_path: Path, suffix: str
+) -> None:
+    leaf = tmp_path / 'leaf.py'
+    user.dump(leaf)
+    dumped = tmp_path / f'composed{suffix}'
+    compose(Config.fromfile(leaf)).dump(dumped)
+    read = Config.fromfile(dumped)
+    assert compose(read).to_dict() == read.to_dict()
+    for key, value in {
+        'quantizer.w_bits': 6,
+        'quantizer.overrides': {'neck': 8},
+        'calibration_set.dir': '/sets/a',
+        'train.amp': True,
+        'quantiser.w_bits': 4,
+    }.items():
+        changed = copy.deepcopy(read)
+        changed.merge_from_dict({f'zsq.{key}': value})
+        with pytest.raises(UserError, match=f'composed already.*with the config that was composed: {leaf}'):
+            compose(changed)
+    # The value it has.
+    read.merge_from_dict({'zsq.quantizer.w_bits': 4, 'zsq.train.amp': False})
+    compose(read)
+
+
+def test_a_section_that_says_it_is_composed_without_a_digest_is_refused(user: Config) -> None:
+    """What earlier versions wrote: whether it has changed since, nothing tells."""
+    with pytest.raises(UserError, match='with the config that was composed$'):
+        composed(user, composed=True)
 
 
 def test_what_is_the_users_is_kept(user: Config) -> None:

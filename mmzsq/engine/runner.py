@@ -54,7 +54,17 @@ class ZeroShotRunner(Runner):
         return self.model.module if is_model_wrapper(self.model) else self.model
 
     def generate(self) -> None:
-        """Make the calibration set, or what is missing of it, and nothing else."""
+        """Make the calibration set, or what is missing of it, and nothing else.
+
+        Raises:
+            UserError: If a composed config has another ``load_from`` than the teacher it was composed with.
+        """
+        teacher = self.detector.teacher_checkpoint
+        if not self._resume and self._load_from not in (None, teacher):
+            raise UserError(
+                f'load_from is {self._load_from}, but this config is composed already, with the teacher {teacher}: '
+                'give load_from with the config that was composed'
+            )
         if self.cfg.zsq.calibration_set.real is not None:
             self.logger.warning('zsq.calibration_set.real: this run learns from real images, for comparison only')
         self.call_hook('before_build')
@@ -70,10 +80,10 @@ class ZeroShotRunner(Runner):
         """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
+        self.generate()
         if not self._resume:
             # The student starts from the teacher, which the model loads by itself and checks.
             self._load_from = None
-        self.generate()
         # MMEngine builds the optimizer first, and rates may be relative to the weights.
         self.detector.init_weights()
         self._allocate_bits()

@@ -21,7 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 
 from mmzsq import test as test_tool
-from mmzsq.config import merge
+from mmzsq.config import compose, merge
 from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.engine import FiniteLossHook, ZeroShotRunner, bit_allocation
 from mmzsq.errors import UserError
@@ -524,5 +524,20 @@ def test_a_composed_config_is_what_the_run_keeps(make_runner: Any) -> None:
     runner.generate()
     assert runner.cfg.zsq.composed
     [dumped] = Path('out').glob('*.py')
-    assert Config.fromfile(dumped).zsq.composed
+    kept = Config.fromfile(dumped)
+    assert kept.zsq.composed
+    assert compose(kept).to_dict() == kept.to_dict()
+    kept.zsq.quantizer.w_bits = 6
+    with pytest.raises(UserError, match='yolov5-p_shapes_w4a4.py'):
+        ZeroShotRunner.from_cfg(kept)
     assert MODELS.get('mmzsq.ZeroShotDetector') is type(runner.detector)
+
+
+def test_a_composed_config_has_the_teacher_that_it_was_composed_with(make_config: Any, teacher: Path) -> None:
+    cfg = compose(make_config('out'))
+    cfg.load_from = 'other.pth'
+    runner = ZeroShotRunner.from_cfg(cfg)
+    for job in (runner.generate, runner.train):
+        with pytest.raises(UserError, match=f'load_from is other.pth, .* with the teacher {teacher}'):
+            job()
+    assert not Path('out/calibration_set').exists()
