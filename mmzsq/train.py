@@ -13,6 +13,7 @@ import argparse
 from mmengine.config import Config
 
 from mmzsq import cli
+from mmzsq.engine.runner import last_checkpoint
 from mmzsq.errors import UserError
 
 
@@ -26,7 +27,11 @@ def main() -> None:
         _enable_auto_scale_lr(cfg)
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.resume != 'auto':
+            cfg.load_from = args.resume
+        elif 'zsq' not in cfg or last_checkpoint(cfg.work_dir) is not None:
+            cfg.load_from = None
+        # Else a run begins, and load_from names its teacher.
     cli.build_runner(cfg).train()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
@@ -101,6 +102,24 @@ def test_resume_goes_on_from_the_last_or_a_given_checkpoint(call: Tool, recorded
         (True, None),
         (True, 'epoch_1.pth'),
         (None, 'teacher.pth'),
+    ]
+
+
+def test_a_run_that_resume_finds_nothing_to_go_on_from_keeps_its_teacher(
+    call: Tool, recorded: list[Any], folder: Path
+) -> None:
+    resume = ('--resume', '--work-dir', 'out', '--cfg-options', 'load_from=mine.pth')
+    call(train, 'zero_shot.py', *resume)
+    (folder / 'out').mkdir()
+    (folder / 'out/last_checkpoint').write_text('out/epoch_1.pth')
+    # What the float detector's training left there, and what a run of ours did.
+    for meta in (dict(epoch=1), dict(epoch=1, mmzsq=dict(teacher='mine.pth'))):
+        torch.save(dict(state_dict={}, meta=meta), folder / 'out/epoch_1.pth')
+        call(train, 'zero_shot.py', *resume)
+    assert [(cfg.resume, cfg.load_from) for _, cfg in recorded] == [
+        (True, 'mine.pth'),
+        (True, 'mine.pth'),
+        (True, None),
     ]
 
 

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from mmengine.config import Config
@@ -34,11 +35,14 @@ class ZeroShotRunner(Runner):
     def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
         """Build from a config as a user writes it, or as :func:`~mmzsq.config.compose` made it."""
         cfg = copy.deepcopy(cfg)
-        if cfg.get('resume') and 'zsq' in cfg and not cfg.zsq.get('composed'):
-            resume_from = cfg.get('load_from')
-            cfg.load_from = find_teacher(cfg)
+        if cfg.get('resume') and 'zsq' in cfg:
+            given = cfg.get('load_from')
+            checkpoint, cfg.load_from = find_start(cfg)
+            cfg.resume = checkpoint is not None
             cfg = compose(cfg)
-            cfg.load_from = resume_from
+            if cfg.resume:
+                # The config that the run keeps is to go on from the last one, unless another was asked for.
+                cfg.load_from = given if given == checkpoint else None
         cfg = compose(cfg)
         if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
             print_log('no GPU: zsq.train.amp is off', logger='current', level=logging.WARNING)
@@ -104,20 +108,44 @@ class ZeroShotRunner(Runner):
             self.detector.take_bits_of(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
 
 
-def find_teacher(cfg: Config) -> str:
-    """The teacher of a run that is resumed; ``load_from`` then names the checkpoint to go on from, or nothing.
+def find_start(cfg: Config) -> tuple[str | None, str]:
+    """Where a config with ``resume`` starts.
+
+    ``load_from`` may be a checkpoint of a run, to go on from, or the teacher: of the run whose last checkpoint is in
+    the work_dir, or of one that begins.
+
+    Returns:
+        The checkpoint to go on from, None if there is none, and the teacher.
 
     Raises:
-        UserError: If neither the checkpoint nor the config file tells.
+        UserError: If a checkpoint cannot be read, or there is neither a run to go on from nor a teacher.
     """
-    checkpoint = cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    given = cfg.get('load_from')
+    checkpoint = given if given and _written_by_run(given) else last_checkpoint(cfg.work_dir)
     if checkpoint is not None:
-        meta: dict[str, Any] = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu').get('meta', {})
-        if 'mmzsq' in meta:
-            return meta['mmzsq']['teacher']
-    if cfg.filename is not None and (teacher := Config.fromfile(cfg.filename).get('load_from')):
-        return teacher
-    raise UserError(
-        f'cannot tell which teacher the run in {cfg.work_dir} started from: start it without --resume, with '
-        'load_from set'
-    )
+        return checkpoint, _written_by_run(checkpoint)['teacher']
+    # MMDetection's tools/train.py empties load_from.
+    teacher = given or (cfg.model.teacher if cfg.zsq.get('composed') else None) or _load_from_of_file(cfg)
+    if not teacher:
+        raise UserError(f'no run to go on from in {cfg.work_dir}, and no teacher to start one from: set load_from')
+    print_log(f'no run to go on from in {cfg.work_dir}: starting from the teacher {teacher}', logger='current')
+    return None, teacher
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """The last checkpoint in ``work_dir``; None if there is none, or a float detector's training left it."""
+    checkpoint = find_latest_checkpoint(work_dir)
+    return checkpoint if checkpoint is not None and _written_by_run(checkpoint) else None
+
+
+def _written_by_run(checkpoint: str) -> dict[str, Any]:
+    """What our runs note in their checkpoints; empty for any other checkpoint."""
+    try:
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    except (OSError, URLError, RuntimeError) as error:
+        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
+    return loaded.get('meta', {}).get('mmzsq', {})
+
+
+def _load_from_of_file(cfg: Config) -> str | None:
+    return None if cfg.filename is None else Config.fromfile(cfg.filename).get('load_from')

@@ -395,6 +395,50 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     assert results('whole')['train']['first_iteration'] == 0
 
 
+def test_a_run_that_is_resumed_before_it_has_a_checkpoint_begins_from_its_teacher(
+    make_config: Any, teacher: Path
+) -> None:
+    cfg = make_config('out')
+    cfg.resume = True
+    # Nothing is there, then what the float detector's training left.
+    for _ in range(2):
+        runner = ZeroShotRunner.from_cfg(cfg)
+        # Another than that of the file, which the config was read from.
+        assert runner.detector.teacher_checkpoint == runner.cfg.load_from == str(teacher)
+        assert not runner._resume
+        Path('out/last_checkpoint').write_text(str(teacher))
+    # As MMDetection's tools/train.py --resume leaves it.
+    cfg.load_from = None
+    of_file = Config.fromfile(cfg.filename).load_from
+    assert ZeroShotRunner.from_cfg(cfg).detector.teacher_checkpoint == of_file != str(teacher)
+    nowhere = Config(cfg.to_dict())
+    with pytest.raises(UserError, match='no run to go on from in .*, and no teacher to start one from: set load_from'):
+        ZeroShotRunner.from_cfg(nowhere)
+    nowhere.load_from = 'nowhere.pth'
+    with pytest.raises(UserError, match='nowhere.pth'):
+        ZeroShotRunner.from_cfg(nowhere)
+
+
+@pytest.mark.parametrize('composed', [False, True])
+def test_a_teacher_beside_resume_is_no_checkpoint_to_go_on_from(
+    make_config: Any, teacher: Path, composed: bool
+) -> None:
+    cfg = make_config('out')
+    cfg = compose(cfg) if composed else cfg
+    cfg.resume = True
+    Path('out').mkdir()
+    for epoch in (1, 2):
+        checkpoint = dict(torch.load(teacher, weights_only=True), meta=dict(mmzsq=dict(teacher=str(teacher))))
+        torch.save(checkpoint, f'out/epoch_{epoch}.pth')
+    Path('out/last_checkpoint').write_text('out/epoch_2.pth')
+    # The last one, by the Runner itself; another if it is named.
+    for given, resumed in ((str(teacher), None), (None, None), ('out/epoch_1.pth', 'out/epoch_1.pth')):
+        cfg.load_from = given
+        runner = ZeroShotRunner.from_cfg(cfg)
+        assert (runner._resume, runner._load_from) == (True, resumed)
+        assert runner.detector.teacher_checkpoint == str(teacher)
+
+
 def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
     make_runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
