@@ -26,7 +26,8 @@ def main() -> None:
     for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         if cfg.get(key) is None:
             raise UserError(f'config {args.config} has no {key}: there is nothing to evaluate on')
-    cfg.load_from = args.checkpoint
+    # With resume a teacher would stand for the last checkpoint of the run in the work_dir.
+    cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise UserError("--show needs default_hooks.visualization: dict(type='VisualizationHook')")

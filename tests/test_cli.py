@@ -129,9 +129,9 @@ def test_amp_reaches_the_student(call: Tool, recorded: list[Any]) -> None:
 
 
 def test_test_evaluates_the_checkpoint(call: Tool, recorded: list[Any]) -> None:
-    call(test, 'detector.py', 'student.pth')
+    call(test, 'detector.py', 'student.pth', '--cfg-options', 'resume=True')
     [(name, cfg)] = recorded
-    assert (name, cfg.load_from) == ('test', 'student.pth')
+    assert (name, cfg.load_from, cfg.resume) == ('test', 'student.pth', False)
 
 
 def test_generate_builds_the_set_alone(call: Tool, recorded: list[Any]) -> None:
