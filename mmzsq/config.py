@@ -145,6 +145,8 @@ def compose(cfg: Config) -> Config:
     if section['calibration_set']['dir'] is None:
         section['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
     train = section['train']
+    # Before the user's training data makes room for the set.
+    classes = class_names(cfg)
     # MMEngine's Runner would hand it to its model, which is no longer the detector.
     if (preprocessor := cfg.pop('data_preprocessor', None)) is not None:
         cfg.model.setdefault('data_preprocessor', preprocessor)
@@ -171,7 +173,7 @@ def compose(cfg: Config) -> Config:
     _replace(cfg, 'optim_wrapper', _optim_wrapper(train))
     _replace(cfg, 'param_scheduler', _param_scheduler(train))
     _replace(cfg, 'model_wrapper_cfg', dict(type='mmzsq.AveragingDataParallel'))
-    cfg.custom_hooks = _custom_hooks(cfg, section)
+    cfg.custom_hooks = _custom_hooks(cfg, section, classes)
     if 'auto_scale_lr' in cfg:
         cfg.auto_scale_lr.enable = False
     checkpoint_hook = cfg.get('default_hooks', {}).get('checkpoint')
@@ -319,7 +321,7 @@ def _param_scheduler(train: dict[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
-def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
+def _custom_hooks(cfg: Config, section: dict[str, Any], classes: list[str] | None) -> list[dict[str, Any]]:
     kept = [
         hook
         for hook in cfg.get('custom_hooks') or []
@@ -335,7 +337,7 @@ def _custom_hooks(cfg: Config, section: dict[str, Any]) -> list[dict[str, Any]]:
         seed=calibration_set['seed'],
         synthesis=section['synthesis'],
         label_sampler=section['label_sampler'],
-        classes=class_names(cfg),
+        classes=classes,
     )
     own: list[dict[str, Any]] = [
         *([generate] if calibration_set['real'] is None else []),

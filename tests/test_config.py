@@ -304,6 +304,15 @@ def test_evaluation_names_the_classes_before_training_does() -> None:
     ]
 
 
+def test_the_set_has_the_names_of_the_users_training_data_where_no_other_gives_any(user: Config) -> None:
+    names = ['sheep', 'goat']
+    user.train_dataloader.dataset = dict(type='RepeatDataset', dataset=dict(metainfo=dict(classes=names)))
+    for loader in ('val_dataloader', 'test_dataloader'):
+        user.pop(loader)
+    [generate] = [hook for hook in compose(user).custom_hooks if hook.type == 'mmzsq.CalibrationSetHook']
+    assert generate.classes == names
+
+
 # Presets.
 
 
