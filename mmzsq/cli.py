@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
 
 from mmzsq.errors import UserError
 
@@ -130,5 +131,8 @@ def _join_processes_on_cpu(cfg: Config) -> None:
     # MMEngine selects a CUDA device before it joins processes, unless they are joined already, and
     # gives DistributedDataParallel that device, unless the config says otherwise.
     torch.distributed.init_process_group('gloo')
-    wrapper = cfg.get('model_wrapper_cfg') or dict(type='MMDistributedDataParallel')
-    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    wrapper = dict(dict(type='MMDistributedDataParallel'), **(cfg.get('model_wrapper_cfg') or {}))
+    kind = MODEL_WRAPPERS.get(wrapper['type']) if isinstance(wrapper['type'], str) else wrapper['type']
+    # Others, such as that of a composed config, know no such argument.
+    if kind is not None and issubclass(kind, DistributedDataParallel):
+        cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)

@@ -123,6 +123,35 @@ def test_a_run_that_resume_finds_nothing_to_go_on_from_keeps_its_teacher(
     ]
 
 
+@pytest.mark.parametrize(
+    ('wrapper', 'on_cpu'),
+    [
+        (None, dict(type='MMDistributedDataParallel', device_ids=None)),
+        (
+            dict(find_unused_parameters=True),
+            dict(type='MMDistributedDataParallel', find_unused_parameters=True, device_ids=None),
+        ),
+        (dict(type='mmzsq.AveragingDataParallel'), dict(type='mmzsq.AveragingDataParallel')),
+        (dict(type='MMFullyShardedDataParallel'), dict(type='MMFullyShardedDataParallel')),
+    ],
+)
+def test_processes_without_a_gpu_give_ddp_no_device_and_other_wrappers_what_they_had(
+    wrapper: dict[str, Any] | None,
+    on_cpu: dict[str, Any],
+    call: Tool,
+    recorded: list[Any],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    joined: list[str] = []
+    monkeypatch.setattr(torch.distributed, 'init_process_group', joined.append)
+    (folder / 'wrapped.py').write_text(f"_base_ = 'zero_shot.py'\nmodel_wrapper_cfg = {wrapper!r}\n")
+    call(train, 'wrapped.py', '--launcher', 'pytorch')
+    assert recorded[0][1].model_wrapper_cfg == on_cpu
+    assert joined == ['gloo']
+
+
 def test_amp_reaches_the_student(call: Tool, recorded: list[Any]) -> None:
     call(train, 'zero_shot.py', '--amp')
     assert recorded[0][1].zsq.train.amp is True
