@@ -180,8 +180,10 @@ def compose(cfg: Config) -> Config:
     if checkpoint_hook is not None:
         # Choosing a checkpoint by its accuracy on real images would not be zero-shot.
         checkpoint_hook.pop('save_best', None)
-    if cfg.get('randomness') is None or cfg.randomness.get('seed') is None:
-        cfg.randomness = dict(seed=section['calibration_set']['seed'])
+    if cfg.get('randomness') is None:
+        cfg.randomness = dict()
+    if cfg.randomness.get('seed') is None:
+        cfg.randomness.seed = section['calibration_set']['seed']
     # Processes augment unlike each other, and draw from one order of the images.
     cfg.randomness.setdefault('diff_rank_seed', True)
     cfg.train_dataloader.sampler.seed = cfg.randomness.seed

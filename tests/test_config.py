@@ -171,6 +171,23 @@ def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
     assert compose(user).randomness.seed == 11
 
 
+@pytest.mark.parametrize(
+    ('own', 'rest'),
+    [
+        (None, dict(seed=5, diff_rank_seed=True)),
+        (dict(), dict(seed=5, diff_rank_seed=True)),
+        (dict(seed=None, deterministic=True), dict(seed=5, deterministic=True, diff_rank_seed=True)),
+        (dict(deterministic=True), dict(seed=5, deterministic=True, diff_rank_seed=True)),
+        (dict(seed=0, diff_rank_seed=False), dict(seed=0, diff_rank_seed=False)),
+    ],
+)
+def test_what_the_user_says_of_randomness_stands(user: Config, own: Any, rest: dict[str, Any]) -> None:
+    user.randomness = own
+    cfg = composed(user, calibration_set=dict(seed=5))
+    assert cfg.randomness == rest
+    assert cfg.train_dataloader.sampler.seed == rest['seed']
+
+
 def test_gradients_of_several_batches_make_one_step_and_the_average_follows_steps(user: Config) -> None:
     assert composed(user).optim_wrapper.accumulative_counts == 1
     cfg = composed(user, train=dict(accumulate=4, ema=0.99))
