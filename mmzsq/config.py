@@ -107,6 +107,7 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
         value = section[name][key]
         if not isinstance(value, int) or value < 1:
             raise UserError(f'zsq.{name}.{key} is a whole number of at least 1, not {value!r}')
+    _check_rates(section['train'])
     if not section['distillation']['losses'] and not section['distillation']['detection_weight']:
         raise UserError(
             'nothing to learn from: zsq.distillation.losses is empty and zsq.distillation.detection_weight is 0'
@@ -120,6 +121,26 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
             f'did you mean {nearest[0]!r}?'
         )
     return section
+
+
+def _check_rates(train: Mapping[str, Any]) -> None:
+    optimizer = train['optimizer']
+    if not isinstance(optimizer, Mapping):
+        raise UserError(f'zsq.train.optimizer is a dict, not {optimizer!r}')
+    if optimizer.get('lr') is None:
+        raise UserError(
+            "zsq.train.optimizer has no lr: one of another type than the preset's takes nothing from it, so set "
+            'zsq.train.optimizer.lr too'
+        )
+    if not _is_number(optimizer['lr']) or optimizer['lr'] <= 0:
+        raise UserError(f'zsq.train.optimizer.lr is a number above 0, not {optimizer["lr"]!r}')
+    for key in ('step_lr', 'ema', 'clip_grad'):
+        if train[key] is not None and (not _is_number(train[key]) or train[key] < 0):
+            raise UserError(f'zsq.train.{key} is None or a number of at least 0, not {train[key]!r}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def compose(cfg: Config) -> Config:
@@ -348,6 +369,8 @@ def _custom_hooks(cfg: Config, section: dict[str, Any], classes: list[str] | Non
     ]
     drop = section['train']['drop']
     if drop is not None:
+        if not isinstance(drop, Mapping):
+            raise UserError(f'zsq.train.drop is None or a dict, not {drop!r}')
         check_keys(drop, ('activations', 'weights', 'until'), 'zsq.train.drop')
         own.append(dict(type='mmzsq.QuantizationDropHook', **drop))
     if section['train']['ema'] is not None:

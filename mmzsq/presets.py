@@ -228,11 +228,11 @@ def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
     section = copy.deepcopy(PRESETS[name])
     if name != 'default':
         return section
-    # What is no mapping is refused later.
+    # What is no mapping, or no number of bits, is refused later.
     quantizer, distillation = (
         value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')
     )
-    if min(quantizer.get(key, section['quantizer'][key]) for key in ('w_bits', 'a_bits')) == 8:
+    if all(quantizer.get(key, section['quantizer'][key]) == 8 for key in ('w_bits', 'a_bits')):
         # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
         section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
     if distillation.get('detection_weight'):

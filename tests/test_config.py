@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from mmzsq.config import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
+from mmzsq.quantization import QuantizationConfig
 
 
 @pytest.fixture
@@ -250,6 +251,17 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
         (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is a whole number of at least 1, not 0'),
         (dict(calibration_set=dict(num_images='many')), "zsq.calibration_set.num_images is a whole .* not 'many'"),
+        (
+            dict(train=dict(optimizer=dict(type='AdamW'))),
+            'zsq.train.optimizer has no lr: .* set zsq.train.optimizer.lr too',
+        ),
+        (dict(train=dict(optimizer=dict(lr='1e-3x'))), "zsq.train.optimizer.lr is a number above 0, not '1e-3x'"),
+        (dict(train=dict(optimizer=dict(lr=0))), 'zsq.train.optimizer.lr is a number above 0, not 0'),
+        (dict(train=dict(optimizer='AdamW')), "zsq.train.optimizer is a dict, not 'AdamW'"),
+        (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is None or a number of at least 0, not '1e-3x'"),
+        (dict(train=dict(ema=True)), 'zsq.train.ema is None or a number of at least 0, not True'),
+        (dict(train=dict(clip_grad=-1)), 'zsq.train.clip_grad is None or a number of at least 0, not -1'),
+        (dict(train=dict(drop=True)), 'zsq.train.drop is None or a dict, not True'),
         (dict(train=None), 'zsq.train is a dict, not None'),
         (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
     ],
@@ -257,6 +269,13 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
 def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         composed(user, **zsq)
+
+
+@pytest.mark.parametrize(('key', 'bits'), [('w_bits', 'four'), ('a_bits', None)])
+def test_bits_that_are_no_number_are_named_where_layers_get_them(user: Config, key: str, bits: Any) -> None:
+    section = composed(user, quantizer={key: bits}).model.quantizer
+    with pytest.raises(UserError, match=f'zsq.quantizer.{key} is {bits!r}, but must be an integer from 2 to 8'):
+        QuantizationConfig.from_dict(section)
 
 
 @pytest.mark.parametrize(('key', 'message'), [('zsq', 'no zsq section'), ('model', 'no model')])

@@ -194,8 +194,10 @@ class QuantizationConfig:
         if self.allocate is not None:
             where = f'{WHERE}.allocate'
             check_choice(f'{where}.budget', self.allocate.budget, BUDGETS)
-            if not isinstance(self.allocate.candidates, (list, tuple)):
-                raise UserError(f'{where}.candidates is {self.allocate.candidates!r}, but must be a list of bits.')
+            if not isinstance(self.allocate.candidates, (list, tuple)) or not self.allocate.candidates:
+                raise UserError(
+                    f'{where}.candidates is {self.allocate.candidates!r}, but must be a list of bits, of one at least.'
+                )
             for bits in self.allocate.candidates:
                 check_bits(f'{where}.candidates', bits)
             if not isinstance(self.allocate.batches, int) or self.allocate.batches < 1:

@@ -173,6 +173,10 @@ def test_bits_that_are_assigned_are_those_of_a_model_prepared_with_them() -> Non
     ('allocate', 'message'),
     [
         (dict(budget='speed'), "zsq.quantizer.allocate.budget is 'speed', but must be one of 'size', 'operations'"),
+        (
+            dict(candidates=[]),
+            r'zsq.quantizer.allocate.candidates is \[\], but must be a list of bits, of one at least',
+        ),
         (dict(candidates=4), 'zsq.quantizer.allocate.candidates is 4, but must be a list of bits'),
         (dict(candidates=[4, 9]), 'zsq.quantizer.allocate.candidates is 9, but must be an integer from 2 to 8'),
         (dict(batches=0), 'zsq.quantizer.allocate.batches is 0, but must be a whole number of at least 1'),
