@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmzsq.detectors.zero_shot_detector import ZeroShotDetector
 from mmzsq.errors import UserError
-from mmzsq.quantization import LSQ, QuantizationConfig, quantized_layers, set_quantization
+from mmzsq.quantization import QuantizationConfig, quantized_layers, set_quantization
 
 
 def measure_sensitivity(
@@ -51,40 +51,46 @@ def measure_sensitivity(
     Raises:
         UserError: If a loss is not finite.
     """
-    # Its quantizers are replaced; the teacher is shared.
-    detector = copy.deepcopy(detector)
-    detector.augmentation = None
-    detector.eval()
-    student = detector.student
-    modules = dict(quantized_layers(student))
-    set_quantization(student, False)
-    config = QuantizationConfig.from_dict(detector.quantizer_cfg)
-    quantizers: dict[int, list[tuple[LSQ, LSQ]]] = {}
-    for bits in candidates:
-        for name in layers:
-            weight_quantizer = config.weight_quantizer(bits, len(modules[name].filters()))
-            modules[name].add_quantizers(weight_quantizer, config.input_quantizer(bits))
-        detector.initialise_quantizers(init_batches)
-        set_quantization(student, False)
-        quantizers[bits] = [(modules[name].weight_quantizer, modules[name].input_quantizer) for name in layers]
-
-    float_loss = mean_loss(detector, batches)
+    students = {bits: _with_bits(detector, layers, bits, inputs, init_batches) for bits in candidates}
+    float_losses = {bits: mean_loss(student, batches) for bits, student in students.items()}
     growth = torch.zeros(len(layers), len(candidates), dtype=torch.float64)
     for row, name in enumerate(layers):
         for column, bits in enumerate(candidates):
-            weight_quantizer, input_quantizer = quantizers[bits][row]
-            modules[name].add_quantizers(weight_quantizer, input_quantizer)
-            weight_quantizer.enabled, input_quantizer.enabled = True, inputs
-            loss = mean_loss(detector, batches)
-            weight_quantizer.enabled = input_quantizer.enabled = False
+            layer = students[bits].student.get_submodule(name)
+            layer.weight_quantizer.enabled, layer.input_quantizer.enabled = True, inputs
+            loss = mean_loss(students[bits], batches)
+            layer.weight_quantizer.enabled = layer.input_quantizer.enabled = False
             if not math.isfinite(loss):
                 raise UserError(
                     f'the loss is {loss} with {bits} bits in {name} alone: leave {bits} out of the candidates, or give '
                     'this layer bits of its own in zsq.quantizer.overrides'
                 )
-            growth[row, column] = loss - float_loss
+            growth[row, column] = loss - float_losses[bits]
         layer_done()
     return growth
+
+
+def _with_bits(
+    detector: ZeroShotDetector, layers: Sequence[str], bits: int, inputs: bool, init_batches: Sequence[Any]
+) -> ZeroShotDetector:
+    """A copy of a detector whose layers have first steps of so many bits, with quantization off.
+
+    One copy for each number of bits: with the steps, factors of inputs are found, and weights multiplied by them.
+    """
+    # The teacher is shared.
+    detector = copy.deepcopy(detector)
+    detector.augmentation = None
+    detector.eval()
+    modules = dict(quantized_layers(detector.student))
+    config = QuantizationConfig.from_dict(detector.quantizer_cfg)
+    for name in layers:
+        layer = modules[name]
+        # An input that keeps its bits decides with them on its factors.
+        a_bits = bits if inputs else layer.input_quantizer.bits
+        layer.add_quantizers(config.weight_quantizer(bits, len(layer.filters())), config.input_quantizer(a_bits))
+    detector.initialise_quantizers(init_batches)
+    set_quantization(detector.student, False)
+    return detector
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.detectors import ZeroShotDetector
-from mmzsq.detectors.sensitivity import measure_sensitivity
+from mmzsq.detectors.sensitivity import mean_loss, measure_sensitivity
 from mmzsq.errors import UserError
 from mmzsq.presets import DEFAULT
 from mmzsq.quantization import calibrating, set_quantization
@@ -32,6 +32,7 @@ QUANTIZER = dict(
     weight=dict(scheme='signed', per_channel=True, init='lsq'),
     activation=dict(scheme='offset', init='lsq'),
 )
+EQUALISED = dict(QUANTIZER, equalise=True)
 Make = Callable[..., ZeroShotDetector]
 
 
@@ -114,6 +115,39 @@ def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batc
     assert all(torch.equal(after[name], value) for name, value in state.items())
     # Mosaics and tints are for training.
     assert torch.equal(measure_sensitivity(make(), LAYERS[:1], (2, 8), batches, batches), measured[:1])
+
+
+@pytest.mark.parametrize('inputs', [True, False])
+def test_where_inputs_are_equalised_no_candidate_knows_of_another(
+    make: Make, batches: list[dict[str, Any]], inputs: bool
+) -> None:
+    """Each is what it is alone, and in a student that starts its training with these bits."""
+    model = make(quantizer=EQUALISED)
+    measured = measure_sensitivity(model, LAYERS[:1], (4, 2), batches, batches[:1], inputs)
+    for column, bits in enumerate((4, 2)):
+        assert torch.equal(
+            measure_sensitivity(model, LAYERS[:1], (bits,), batches, batches[:1], inputs)[0, 0], measured[0, column]
+        )
+        own = dict(w_bits=bits, a_bits=bits if inputs else EQUALISED['a_bits'])
+        student = make(quantizer=dict(EQUALISED, overrides={LAYERS[0]: own})).eval()
+        student.initialise_quantizers(batches[:1])
+        set_quantization(student, False)
+        before = mean_loss(student, batches)
+        layer = student.student.get_submodule(LAYERS[0])
+        layer.weight_quantizer.enabled, layer.input_quantizer.enabled = True, inputs
+        assert measured[0, column].item() == pytest.approx(mean_loss(student, batches) - before, rel=1e-6)
+
+
+def test_after_measuring_a_student_with_equalised_inputs_starts_as_it_would_have(
+    make: Make, batches: list[dict[str, Any]]
+) -> None:
+    students = [make(quantizer=EQUALISED), make(quantizer=EQUALISED)]
+    measure_sensitivity(students[0], LAYERS, (2, 8), batches, batches[:1])
+    for student in students:
+        student.initialise_quantizers(batches[:1])
+    state, expected = (student.state_dict() for student in students)
+    assert state.keys() == expected.keys() and any(name.endswith('input_scale') for name in state)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_what_is_drawn_at_random_is_drawn_alike(
