@@ -19,6 +19,8 @@ from torch import Tensor
 from mmzsq.detectors.zero_shot_detector import ZeroShotDetector
 from mmzsq.errors import UserError
 from mmzsq.quantization import QuantizationConfig, quantized_layers, set_quantization
+from mmzsq.quantization.config import Bits
+from mmzsq.quantization.prepare import set_bits
 
 
 def measure_sensitivity(
@@ -87,7 +89,7 @@ def _with_bits(
         layer = modules[name]
         # An input that keeps its bits decides with them on its factors.
         a_bits = bits if inputs else layer.input_quantizer.bits
-        layer.add_quantizers(config.weight_quantizer(bits, len(layer.filters())), config.input_quantizer(a_bits))
+        set_bits(layer, config, Bits(bits, a_bits))
     detector.initialise_quantizers(init_batches)
     set_quantization(detector.student, False)
     return detector

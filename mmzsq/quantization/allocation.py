@@ -17,6 +17,8 @@ import numpy as np
 
 from mmzsq.errors import UserError
 from mmzsq.quantization.config import Bits, QuantizationConfig, matches
+from mmzsq.quantization.modules import quantized_layers
+from mmzsq.quantization.prepare import set_bits
 from mmzsq.quantization.quantizers import check_bits
 from mmzsq.quantization.report import MEGABYTE, LayerReport, QuantizationReport
 
@@ -272,13 +274,11 @@ def assign_bits(report: QuantizationReport, config: QuantizationConfig, bits: Ma
         config: What new quantizers are made by.
         bits: By the name of a quantized layer.
     """
-    modules = dict(report.model.named_modules())
+    modules = dict(quantized_layers(report.model))
     for index, layer in enumerate(report.layers):
         if layer.name in bits:
-            of, module = bits[layer.name], modules[layer.name]
-            module.add_quantizers(
-                config.weight_quantizer(of.w_bits, len(module.filters())), config.input_quantizer(of.a_bits)
-            )
+            of = bits[layer.name]
+            set_bits(modules[layer.name], config, of)
             reason = f'overrides {layer.name!r}'
             report.layers[index] = replace(layer, w_bits=of.w_bits, a_bits=of.a_bits, reason=reason)
 

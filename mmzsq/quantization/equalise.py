@@ -65,6 +65,23 @@ def add_input_scale(layer: QuantizedLayer) -> None:
 
 
 @torch.no_grad()
+def remove_input_scale(layer: QuantizedLayer) -> None:
+    """Have a layer take its input as it comes again, and undo what its weights made up for.
+
+    Args:
+        layer: A quantized one; nothing is done if it does not divide its input.
+    """
+    scale = input_scale(layer)
+    if scale is None:
+        return
+    layer.weight.copy_(scaled_weight(layer, 1 / scale))
+    del layer.input_scale
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _divide:
+            del layer._forward_pre_hooks[key]
+
+
+@torch.no_grad()
 def equalise(model: nn.Module, run: Callable[[], Any]) -> None:
     """Choose the factors of all layers that have them and no steps yet, and multiply their weights.
 

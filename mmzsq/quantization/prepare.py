@@ -18,7 +18,7 @@ from mmzsq.quantization.attention import (
     quantized_attention_class,
 )
 from mmzsq.quantization.config import WHERE, AttentionBits, Bits, QuantizationConfig, matches
-from mmzsq.quantization.equalise import add_input_scale
+from mmzsq.quantization.equalise import add_input_scale, remove_input_scale
 from mmzsq.quantization.modules import (
     QuantizedLayer,
     make_quantized,
@@ -95,18 +95,28 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
     return QuantizationReport(model, rows)
 
 
+def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> None:
+    """Give a quantized layer new quantizers, and factors of its input if it is to have any.
+
+    Args:
+        layer: It may have others, which go.
+        config: What quantizers are made by.
+        bits: Of weight and input.
+    """
+    remove_input_scale(layer)
+    layer.add_quantizers(
+        config.weight_quantizer(bits.w_bits, len(layer.filters())), config.input_quantizer(bits.a_bits)
+    )
+    if config.equalise and min(bits) < 8:
+        add_input_scale(layer)
+
+
 def _convert(name: str, layer: nn.Module, config: QuantizationConfig, seen: Trace, has_run: bool) -> LayerReport:
     float_class = type(layer)
     roles = [role for role, names in (('first', seen.first), ('last', seen.last)) if name in names]
     cls, bits, reason = _plan(name, layer, config, roles, seen, has_run)
     if cls is not None and bits is not None:
-        quantized = make_quantized(layer, cls)
-        quantized.add_quantizers(
-            config.weight_quantizer(bits.w_bits, len(quantized.filters())),
-            config.input_quantizer(bits.a_bits),
-        )
-        if config.equalise and min(bits) < 8:
-            add_input_scale(quantized)
+        set_bits(make_quantized(layer, cls), config, bits)
     return LayerReport(
         name=name,
         type=float_class.__name__,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,32 @@ def test_a_checkpoint_of_other_bits_is_refused(
         return
     with pytest.raises(UserError, match=f'other settings of zsq.quantizer: {message}. Give the config that it was'):
         runner.load_checkpoint(str(tmp_path / 'trained.pth'))
+
+
+@pytest.mark.parametrize('in_meta', [True, False], ids=['', 'without settings, as ptq.pth'])
+def test_a_checkpoint_that_divides_inputs_of_other_layers_is_refused(
+    make_runner: Any, tmp_path: Path, in_meta: bool
+) -> None:
+    """Its weights are multiplied by factors that would be dropped, or are not by those of the model."""
+    runner = make_runner('out', **{'zsq.quantizer.equalise': True})
+    quantizer = json.loads(json.dumps(runner.detector.quantizer_cfg))
+    meta = dict(mmzsq=dict(quantizer=quantizer)) if in_meta else {}
+
+    def load(change: Callable[[dict[str, Any], str], object]) -> None:
+        state = runner.detector.state_dict()
+        change(state, 'neck.top_down_fine.final_conv.conv.input_scale')
+        torch.save(dict(meta=meta, state_dict=state), tmp_path / 'trained.pth')
+        runner.load_checkpoint(str(tmp_path / 'trained.pth'))
+
+    load(lambda state, name: state[name])
+    for change in (
+        lambda state, name: state.pop(name),
+        lambda state, name: state.update({name.replace('neck.', 'neck.other.'): state[name]}),
+    ):
+        with pytest.raises(
+            UserError, match=r'other layers than the model .*such as neck\.(other\.)?top_down_fine\.fin'
+        ):
+            load(change)
 
 
 ALLOCATE = {

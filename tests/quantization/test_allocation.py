@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.quantization import LayerReport, QuantizationConfig, QuantizationReport, prepare, quantizers
-from mmzsq.quantization.allocation import Budget, allocatable, allocate, assign_bits, overrides_of, totals
+from mmzsq.quantization import (
+    LayerReport,
+    QuantizationConfig,
+    QuantizationReport,
+    equalise,
+    prepare,
+    quantized_layers,
+    quantizers,
+    set_quantization,
+)
+from mmzsq.quantization.allocation import Budget, allocatable, allocate, as_settings, assign_bits, overrides_of, totals
 from mmzsq.quantization.config import Bits
 
 SETTINGS: dict[str, Any] = dict(w_bits=4, a_bits=6, overrides={'3': 5})
@@ -167,6 +176,32 @@ def test_bits_that_are_assigned_are_those_of_a_model_prepared_with_them() -> Non
     assert {name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(report.model)} == {
         name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(made.model)
     }
+
+
+def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() -> None:
+    """Layers that get 8 bits lose their factors, and those that had 8 get some; float stays."""
+    bits = {'1': Bits(8, 8), '2': Bits(4, 8), '3': Bits(4, 4)}
+    settings = dict(SETTINGS, equalise=True, overrides={'2': 8})
+    overrides = as_settings(bits)
+    report, made = small_model(**settings), small_model(**dict(settings, overrides=overrides))
+    model: Any = report.model
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight *= torch.logspace(-1, 1, 8).view(-1, 1, 1, 1)
+    set_quantization(model, False)
+    expected = model(x)
+    equalise(model, lambda: model(x))
+    assert (model[1].input_scale != 1).any()
+    assign_bits(report, QuantizationConfig.from_dict(dict(settings, overrides=overrides)), bits)
+    assert model.state_dict().keys() == made.model.state_dict().keys()
+    set_quantization(model, False)
+    torch.testing.assert_close(model(x), expected)
+    made.model.load_state_dict(model.state_dict())
+    set_quantization(made.model, False)
+    torch.testing.assert_close(made.model(x), expected)
+    # Divided no more than once, and anew.
+    assert all(len(of._forward_pre_hooks) == hasattr(of, 'input_scale') for _, of in quantized_layers(model))
+    assert all((model[int(name)].input_scale == 1).all() for name in '23')
 
 
 @pytest.mark.parametrize(

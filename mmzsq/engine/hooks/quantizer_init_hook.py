@@ -68,14 +68,17 @@ class QuantizerInitHook(Hook):
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse a checkpoint that was trained with other integers than the config has: it would load all the same.
+        """Refuse a checkpoint of other integers than the config has, or of other layers: it would load all the same.
 
         Raises:
-            UserError: Names the settings that differ.
+            UserError: Names the settings that differ, or a layer.
         """
         trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
-        if trained is None:
-            return
+        if trained is not None:
+            self._check_settings(runner, checkpoint, trained)
+        _check_factors(runner.detector, checkpoint.get('state_dict', {}))
+
+    def _check_settings(self, runner: Runner, checkpoint: dict, trained: dict) -> None:
         # In training an optimizer holds the steps, and the bits are those of the checkpoint already.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             runner.detector.take_bits_of(checkpoint)
@@ -103,6 +106,21 @@ class QuantizerInitHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """As before a test."""
         self.before_test(runner)
+
+
+def _check_factors(detector: nn.Module, state: dict) -> None:
+    """Refuse a checkpoint with factors of inputs (``zsq.quantizer.equalise``), which weights make up for, elsewhere."""
+    if not any('_quantizer.' in name for name in state):
+        return
+    loaded, own = (
+        {name for name in names if name.endswith('.input_scale')} for names in (state, detector.state_dict())
+    )
+    if loaded != own:
+        raise UserError(
+            'the checkpoint divides the inputs of other layers than the model (zsq.quantizer.equalise), such as '
+            f'{min(loaded ^ own).removesuffix(".input_scale")} in one of the two, and its weights make up for it. Give '
+            'the config that it was trained with, or train again'
+        )
 
 
 def _uninitialised(student: nn.Module) -> list[str]:
