@@ -16,6 +16,7 @@ from mmdet.models.detectors import DetectionTransformer
 from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from mmzsq.detectors.modes import in_training, in_use
@@ -30,6 +31,7 @@ from mmzsq.distillation import (
     why_not_two_stage,
 )
 from mmzsq.pytorch_ops import at_least_fp32
+from mmzsq.quantization import LSQ
 
 BOX_ROIS = 256
 """RoIs an image that the box heads are compared on: the teacher's best proposals after suppression."""
@@ -43,6 +45,9 @@ REGIONS_WITH_MASKS = 64
 
 HEAD = 'bbox_head'
 """The head of a transformer, which answers after each layer of the decoder, all in one tensor."""
+
+LEARNING = (_BatchNorm, LSQ)
+"""Of a student that acts as in use, what keeps its mode: quantizers leave values as they are in train mode alone."""
 
 
 class Compared(NamedTuple):
@@ -116,7 +121,7 @@ class TransformerComparison(Comparison):
         """Run both, see :class:`Comparison`."""
         with torch.no_grad(), in_use(self.teacher), self.recorder_T.recording() as outputs_T, Choices() as choices:
             self.teacher(inputs, data_samples, mode='tensor')
-        with in_use(self.student), self.recorder_S.recording() as outputs_S, Choices(choices.made):
+        with in_use(self.student, LEARNING), self.recorder_S.recording() as outputs_S, Choices(choices.made):
             self.student(inputs, data_samples, mode='tensor')
         for outputs in (outputs_S, outputs_T):
             if HEAD in outputs:
@@ -260,7 +265,7 @@ class RegionComparison(Comparison):
             if self.with_rois:
                 with recording_regions(self.teacher.roi_head) as regions:
                     self._look(self.teacher, features, proposals, data_samples)
-        with in_use(self.student), self.recorder_S.recording() as outputs_S:
+        with in_use(self.student, LEARNING), self.recorder_S.recording() as outputs_S:
             features = self.student.extract_feat(inputs)
             # A proposal network may have no maps, as that of Sparse R-CNN, or make them in stages that it calls itself.
             if 'rpn_head' in self.rpn_taps:

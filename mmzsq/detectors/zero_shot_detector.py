@@ -27,7 +27,7 @@ from mmzsq.detectors.task import leave_semantics_out, pixel_range, sum_losses
 from mmzsq.detectors.teacher import load_teacher
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers
+from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers, quantizers
 from mmzsq.quantization.allocation import as_settings, assign_bits, overrides_of
 from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
@@ -211,13 +211,17 @@ class ZeroShotDetector(BaseModel):
     def train(self, mode: bool = True) -> ZeroShotDetector:
         """Set the student's mode; frozen BatchNorm stays in eval, and what drops at random, which the teacher does not.
 
-        A backbone with ``frozen_stages`` freezes them here. Layers that quantization changed learn all the same.
+        A backbone with ``frozen_stages`` freezes them here. Layers that quantization changed learn all the same, and
+        their quantizers have the mode asked for.
         """
         super().train(mode)
         stay = (*RANDOM_MODULES, _BatchNorm) if self.bn == 'frozen' else RANDOM_MODULES
         for module in self.student.modules():
             if isinstance(module, stay):
                 module.eval()
+        # Also in stages that a backbone freezes, and within attention, which stays in eval mode.
+        for _, quantizer in quantizers(self.student):
+            quantizer.train(mode)
         self._unfreeze()
         return self
 

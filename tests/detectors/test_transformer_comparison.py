@@ -16,9 +16,11 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmzsq.detectors import ZeroShotDetector
 from mmzsq.detectors.comparison import Choices, TransformerComparison, build_comparison
 from mmzsq.detectors.task import data_samples, sum_losses
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
+from mmzsq.quantization import calibrating, quantizers
 
 SIZE = (64, 64)
 QUERIES = 12
@@ -35,11 +37,17 @@ TINY = {
 
 
 @pytest.fixture
-def pair(tiny_cfg: Callable[[str], Any]) -> tuple[Any, Any]:
-    """A tiny DINO with random weights, and a copy of it."""
+def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
+    """Of a tiny DINO."""
     cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py')
     cfg.merge_from_dict(copy.deepcopy(TINY))
-    teacher = MODELS.build(cfg.model).eval().requires_grad_(False)
+    return cfg.model
+
+
+@pytest.fixture
+def pair(cfg: Any) -> tuple[Any, Any]:
+    """A tiny DINO with random weights, and a copy of it."""
+    teacher = MODELS.build(copy.deepcopy(cfg)).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in teacher.parameters():
             # The last layer of a new head is zero.
@@ -111,6 +119,35 @@ def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(
     assert any(name.startswith('dn_') for name in expected)
     assert compared.losses.keys() == expected.keys()
     torch.testing.assert_close(sum_losses(compared.losses), sum_losses(expected))
+
+
+def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
+    cfg: Any, pair: tuple[Any, Any]
+) -> None:
+    """Those of attention too, which stays in eval mode for what else drops at random."""
+    inputs, samples = batch()
+    quantizer = dict(w_bits=8, a_bits=2, weight=dict(init='lsq'), activation=dict(init='lsq'))
+    model = ZeroShotDetector(cfg, quantizer)
+    model.student.load_state_dict(pair[1].state_dict(), strict=False)
+    compare = build_comparison(model.student, pair[1], ['bbox_head'])
+    with torch.no_grad(), calibrating(model.eval().student):
+        model.student(inputs, samples, mode='tensor')
+    model.train()
+    of_inputs = [quantizer for name, quantizer in quantizers(model.student) if name.endswith('input_quantizer')]
+    assert any(isinstance(module, nn.MultiheadAttention) for module in model.student.modules())
+
+    def answers() -> Tensor:
+        with torch.no_grad():
+            return compare(inputs, samples, with_losses=False).student['bbox_head'][DECODER_LAYERS - 1]
+
+    quantized = answers()
+    for quantizer in of_inputs:
+        quantizer.drop = torch.ones(())
+    dropped = answers()
+    for quantizer in of_inputs:
+        quantizer.enabled = False
+    torch.testing.assert_close(dropped, answers())
+    assert not torch.allclose(dropped, quantized)
 
 
 def test_choices_are_made_once_and_taken_again() -> None:
