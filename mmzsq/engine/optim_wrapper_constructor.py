@@ -79,11 +79,14 @@ def relative_rates(model: nn.Module) -> dict[int, float]:
         model: With the weights that training starts from.
 
     Returns:
-        Factor by the ``id`` of a weight.
+        Factor by the ``id`` of a parameter; where several layers read parts of one, it is that of the whole.
     """
+    # A layer may read a part of a parameter that it does not own, as projections of attention do.
+    read = {layer.weight.untyped_storage().data_ptr() for _, layer in quantized_layers(model)}
     sizes = {
-        id(layer.weight): layer.weight.detach().float().square().mean().sqrt().clamp(min=MIN_SIZE).item()
-        for _, layer in quantized_layers(model)
+        id(parameter): parameter.detach().float().square().mean().sqrt().clamp(min=MIN_SIZE).item()
+        for parameter in model.parameters()
+        if parameter.untyped_storage().data_ptr() in read
     }
     if not sizes:
         return {}

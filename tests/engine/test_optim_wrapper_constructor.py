@@ -96,6 +96,30 @@ def test_weights_learn_at_rates_in_proportion_to_their_size(model: nn.Module) ->
     assert len(groups) == 4 and all('weight_decay' in group for group in groups)
 
 
+@pytest.mark.parametrize('kdim', [None, 3], ids=['in one parameter', 'in three'])
+def test_projections_of_attention_learn_at_a_rate_of_their_own(kdim: int | None) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, kdim=kdim, vdim=kdim)
+            self.output = nn.Linear(4, 4)
+
+    network = Attention()
+    prepare(network, QuantizationConfig.from_dict(dict(w_bits=4, a_bits=4, first_bits='same', last_bits='same')))
+    weights = {name: p for name, p in network.named_parameters() if p.dim() == 2}
+    projections = {name for name in weights if 'proj_weight' in name}
+    assert len(projections) == (1 if kdim is None else 3) and len(weights) == len(projections) + 2
+    with torch.no_grad():
+        for name, weight in weights.items():
+            # Against the geometric mean of all.
+            size = 2.0 ** (2 if name in projections else -len(projections))
+            weight.copy_(size * torch.randn_like(weight).sign())
+    groups = wrap(network, 'mmzsq.GroupedOptimWrapperConstructor', relative_lr=True).optimizer.param_groups
+    rates = {id(p): group['lr'] for group in groups for p in group['params']}
+    for name, weight in weights.items():
+        assert rates[id(weight)] == (4 if name in projections else 0.5 ** len(projections)) * LR
+
+
 def test_a_parameter_that_comes_twice_is_learnt_once() -> None:
     shared, single = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups: list[dict[str, Any]] = [
