@@ -156,6 +156,8 @@ try:
     ZeroShotRunner.from_cfg(averaged).train()
 except Interrupted:
     del QuantizerInitHook.before_train_epoch
+# The first process writes the checkpoint, while the second is here already.
+torch.distributed.barrier()
 averaged.resume, averaged.load_from = True, None
 train(ZeroShotRunner.from_cfg(averaged))
 
