@@ -163,7 +163,7 @@ def test_a_checkpoint_of_other_bits_is_refused(
         runner.load_checkpoint(str(tmp_path / 'trained.pth'))
 
 
-@pytest.mark.parametrize('in_meta', [True, False], ids=['', 'without settings, as ptq.pth'])
+@pytest.mark.parametrize('in_meta', [True, False], ids=['', 'without settings'])
 def test_a_checkpoint_that_divides_inputs_of_other_layers_is_refused(
     make_runner: Any, tmp_path: Path, in_meta: bool
 ) -> None:
@@ -237,6 +237,10 @@ def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_th
     assert set(quantizer['overrides']) == {runner.detector.report.layers[index].name for index in free}
     with pytest.raises(UserError, match='other settings of zsq.quantizer: overrides'):
         make_runner('other', **METRIC, load_from=Path('out/last_checkpoint').read_text()).test()
+    # So does that of the student as it was initialised.
+    ptq = make_runner('ptq', **METRIC, **{**ALLOCATE, 'load_from': 'out/ptq.pth'})
+    assert ptq.test() == pytest.approx(results('out')['metrics']['ptq'], rel=1e-12)
+    assert {name: (q.bits, q.qmax) for name, q in quantizers(ptq.detector.student)} == trained
 
 
 def test_of_a_checkpoint_the_bits_of_layers_are_taken_and_no_patterns(make_runner: Any, tmp_path: Path) -> None:

@@ -56,7 +56,10 @@ class QuantizerInitHook(Hook):
     @master_only
     def _save(self, runner: Runner) -> None:
         folder = Path(runner.work_dir)
-        torch.save({'state_dict': runner.detector.state_dict()}, folder / PTQ_FILE)
+        checkpoint = dict(state_dict=runner.detector.state_dict())
+        # Its bits may be other than the config's.
+        self.before_save_checkpoint(runner, checkpoint)
+        torch.save(checkpoint, folder / PTQ_FILE)
         (folder / REPORT_FILE).write_text(json.dumps(runner.detector.report.to_dict(), indent=2) + '\n')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
