@@ -5,7 +5,7 @@ zsq = dict(
     # Another type replaces the quantizer of the preset as a whole.
     quantizer=dict(
         type='mmzsq.LSQPlus',
-        weight=dict(scheme='signed', per_channel=False, init='lsq'),
+        weight=dict(scheme='signed', per_channel=False, init='lsq', narrow=False),
         activation=dict(scheme='offset', init='lsq'),
         step='linear',
         first_bits=None,
