@@ -121,9 +121,9 @@ def find_start(cfg: Config) -> tuple[str | None, str]:
         UserError: If a checkpoint cannot be read, or there is neither a run to go on from nor a teacher.
     """
     given = cfg.get('load_from')
-    checkpoint = given if given and _written_by_run(given) else last_checkpoint(cfg.work_dir)
-    if checkpoint is not None:
-        return checkpoint, _written_by_run(checkpoint)['teacher']
+    for checkpoint in (given, find_latest_checkpoint(cfg.work_dir)):
+        if checkpoint and (written := _written_by_run(checkpoint)):
+            return checkpoint, written['teacher']
     # MMDetection's tools/train.py empties load_from.
     teacher = given or (cfg.model.teacher if cfg.zsq.get('composed') else None) or _load_from_of_file(cfg)
     if not teacher:

@@ -141,27 +141,29 @@ class CalibrationSetGenerator:
             self.stages = self.stages[1:]
         if self.stages[0].iterations == 0 and len(self.stages) > 1:
             raise UserError('zsq.synthesis.relabel begins with 0 iterations: there are no images yet to look at')
-        for stage in self.stages:
-            self._check_size(stage)
         priors = [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')]
         selected = select_priors(priors, task.detector, options.pop('require_feature_prior', True))
         self.priors_left_out = [prior for prior in priors if prior not in selected]
         self.synthesizer = Synthesizer(task, selected, **options)
 
     @torch.no_grad()
-    def _check_size(self, stage: Stage) -> None:
-        """See that the detector takes images of this size, before minutes go into those of another stage."""
-        size = stage.image_size
-        try:
-            self.task.predict(torch.zeros(1, 3, *size, device=self.task.device))
-        except RuntimeError as error:
-            if all(side % SIZE_MULTIPLE == 0 for side in size):
-                raise
-            fitting = 'x'.join(str(-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in size)
-            raise UserError(
-                f'{type(self.task.detector).__name__} takes no images of {size[0]}x{size[1]} pixels ({error}): set '
-                f'zsq.synthesis.{stage.name}.image_size to multiples of {SIZE_MULTIPLE}, as {fitting}'
-            ) from error
+    def check_sizes(self) -> None:
+        """See that the detector takes images of every stage, before minutes go into those of the first.
+
+        Raises:
+            UserError: Names the stage whose images it does not take.
+        """
+        for size, name in {stage.image_size: stage.name for stage in self.stages}.items():
+            try:
+                self.task.predict(torch.zeros(1, 3, *size, device=self.task.device))
+            except RuntimeError as error:
+                if all(side % SIZE_MULTIPLE == 0 for side in size):
+                    raise
+                fitting = 'x'.join(str(-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in size)
+                raise UserError(
+                    f'{type(self.task.detector).__name__} takes no images of {size[0]}x{size[1]} pixels ({error}): set '
+                    f'zsq.synthesis.{name}.image_size to multiples of {SIZE_MULTIPLE}, as {fitting}'
+                ) from error
 
     @property
     def shard_size(self) -> int:

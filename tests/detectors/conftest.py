@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches of what a CUDA graph cannot hold, for losses that run on the CPU or on a GPU that need not exist."""
+"""Watches of what a CUDA graph cannot hold, on the CPU or on a GPU that need not exist, and students with drop."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mmzsq.quantization import quantizers
+
+T = TypeVar('T')
 
 WAITING = ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal', 'is_nonzero')
 
@@ -59,3 +65,19 @@ def no_copies() -> NoCopies:
 @pytest.fixture
 def no_values() -> type[NoValues]:
     return NoValues
+
+
+@pytest.fixture
+def without_inputs() -> Callable[[nn.Module, Callable[[], T]], tuple[T, T, T]]:
+    def without_inputs(student: nn.Module, run: Callable[[], T]) -> tuple[T, T, T]:
+        """What a run yields with quantized inputs, with all of them left as they are (drop), and with float ones."""
+        of_inputs = [quantizer for name, quantizer in quantizers(student) if name.endswith('input_quantizer')]
+        quantized = run()
+        for quantizer in of_inputs:
+            quantizer.drop = torch.ones(())
+        dropped = run()
+        for quantizer in of_inputs:
+            quantizer.enabled = False
+        return quantized, dropped, run()
+
+    return without_inputs

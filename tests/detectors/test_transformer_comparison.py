@@ -20,7 +20,7 @@ from mmzsq.detectors import ZeroShotDetector
 from mmzsq.detectors.comparison import Choices, TransformerComparison, build_comparison
 from mmzsq.detectors.task import data_samples, sum_losses
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
-from mmzsq.quantization import calibrating, quantizers
+from mmzsq.quantization import calibrating
 
 SIZE = (64, 64)
 QUERIES = 12
@@ -122,7 +122,7 @@ def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(
 
 
 def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
-    cfg: Any, pair: tuple[Any, Any]
+    cfg: Any, pair: tuple[Any, Any], without_inputs: Any
 ) -> None:
     """Those of attention too, which stays in eval mode for what else drops at random."""
     inputs, samples = batch()
@@ -133,20 +133,14 @@ def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_
     with torch.no_grad(), calibrating(model.eval().student):
         model.student(inputs, samples, mode='tensor')
     model.train()
-    of_inputs = [quantizer for name, quantizer in quantizers(model.student) if name.endswith('input_quantizer')]
     assert any(isinstance(module, nn.MultiheadAttention) for module in model.student.modules())
 
     def answers() -> Tensor:
         with torch.no_grad():
             return compare(inputs, samples, with_losses=False).student['bbox_head'][DECODER_LAYERS - 1]
 
-    quantized = answers()
-    for quantizer in of_inputs:
-        quantizer.drop = torch.ones(())
-    dropped = answers()
-    for quantizer in of_inputs:
-        quantizer.enabled = False
-    torch.testing.assert_close(dropped, answers())
+    quantized, dropped, floating = without_inputs(model.student, answers)
+    torch.testing.assert_close(dropped, floating)
     assert not torch.allclose(dropped, quantized)
 
 

@@ -28,7 +28,7 @@ from mmzsq.detectors.task import num_classes, sum_losses
 from mmzsq.detectors.teacher import digest, load_teacher
 from mmzsq.errors import UserError
 from mmzsq.presets import DEFAULT, PAPER, PAPER_TRANSFORMER
-from mmzsq.quantization import calibrating, quantizers, set_quantization
+from mmzsq.quantization import calibrating, set_quantization
 
 # Without the search for the first steps, which takes a second.
 QUANTIZER = dict(
@@ -341,24 +341,18 @@ def test_an_exact_student_has_no_loss_even_while_it_trains(make_tiny: Make, name
 
 @pytest.mark.parametrize('name', ['cascade-rcnn_r18', 'mask-rcnn_r18'])
 def test_a_student_that_leaves_all_inputs_as_they_are_learns_as_one_with_float_inputs(
-    make_tiny: Make, name: str
+    make_tiny: Make, without_inputs: Any, name: str
 ) -> None:
     """However it is compared with its teacher, and in stages that are frozen too."""
     model = make_tiny(name, a_bits=2)
     inputs, samples = batch()
-    of_inputs = [quantizer for key, quantizer in quantizers(model.student) if key.endswith('input_quantizer')]
 
     def losses() -> dict[str, Tensor]:
         with torch.no_grad():
             return model(inputs, copy.deepcopy(samples), mode='loss')
 
-    quantized = losses()
-    for quantizer in of_inputs:
-        quantizer.drop = torch.ones(())
-    dropped = losses()
-    for quantizer in of_inputs:
-        quantizer.enabled = False
-    torch.testing.assert_close(dropped, losses())
+    quantized, dropped, floating = without_inputs(model.student, losses)
+    torch.testing.assert_close(dropped, floating)
     assert all(dropped[key] < 0.9 * quantized[key] for key in dropped)
 
 

@@ -393,5 +393,5 @@ def test_a_stage_that_makes_no_sense_is_refused(task: DetectionTask, stage: dict
 def test_a_size_that_the_neck_cannot_take_is_refused_before_anything_is_made(task: DetectionTask) -> None:
     message = r'YOLOv5 takes no images of 64x100 pixels .*: set zsq.synthesis.synthesise.image_size .* 64x128'
     with pytest.raises(UserError, match=message):
-        generator(task, synthesise=dict(image_size=(64, 100), iterations=2, batch_size=3))
-    generator(task, synthesise=dict(image_size=(64, 128), iterations=2, batch_size=3))
+        generator(task, synthesise=dict(image_size=(64, 100), iterations=2, batch_size=3)).check_sizes()
+    generator(task, synthesise=dict(image_size=(64, 128), iterations=2, batch_size=3)).check_sizes()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from mmengine.structures import InstanceData
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -235,10 +234,6 @@ class FakeTask(NamedTuple):
     """As much of a task as a generator looks at when it is built."""
 
     detector: nn.Module
-    device: torch.device = torch.device('cpu')
-
-    def predict(self, images: torch.Tensor) -> list[InstanceData]:
-        return []
 
 
 @pytest.mark.parametrize('options', [dict(), dict(require_feature_prior=True), dict(require_feature_prior=False)])

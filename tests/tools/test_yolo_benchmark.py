@@ -120,11 +120,7 @@ def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
     tells_nothing = LabelPrior(None, None)
     task: Any = SimpleNamespace(
-        detector=nn.Sequential(nn.BatchNorm2d(3)),
-        num_classes=80,
-        label_prior=lambda: tells_nothing,
-        device=torch.device('cpu'),
-        predict=lambda images: [],
+        detector=nn.Sequential(nn.BatchNorm2d(3)), num_classes=80, label_prior=lambda: tells_nothing
     )
     stages, boxes = {}, {}
     for images in SETS:

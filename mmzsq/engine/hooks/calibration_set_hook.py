@@ -86,6 +86,7 @@ class CalibrationSetHook(Hook):
                 calibration_set.verify()
             runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
             return
+        generator.check_sizes()
         missing = calibration_set.missing_shards()
         # All ranks list before any writes: they share out the same shards.
         group = dist.new_group(backend='gloo', timeout=LONGEST_WAIT) if get_world_size() > 1 else None
