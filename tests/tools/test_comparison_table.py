@@ -105,21 +105,21 @@ def test_before_any_run_every_leaf_has_an_empty_row_and_the_text_says_so(update:
     update('--check')
 
 
-def test_a_row_has_the_mean_over_seeds_and_their_number(update: Update, root: Path) -> None:
-    for seed, box in enumerate((0.5, 0.51, 0.535)):
+def test_a_row_has_the_mean_over_seeds_half_their_range_and_their_number(update: Update, root: Path) -> None:
+    for seed, box in enumerate((0.5, 0.51, 0.54)):
         keep(root, 8, '', seed, box)
     keep(root, 8, '_lsq-real', 0, 0.52, teacher=0.552)
     keep(root, 8, '_lsq-real-distil', 0, 0.54)
     text = update()
     [w8, w4] = cells(text, 'tiny')
-    # By hand: (50 + 51 + 53.5) / 3 = 51.5.
+    # By hand: (50 + 51 + 54) / 3 = 51.7, (54 - 50) / 2 = 2.
     assert w8[3:] == [
-        '31.5 / 61.5 / 21.5 (3)',
-        '51.5 / 81.5 / 41.5 (3)',
+        '31.7 ± 2.0 / 61.7 ± 2.0 / 21.7 ± 2.0 (3)',
+        '51.7 ± 2.0 / 81.7 ± 2.0 / 41.7 ± 2.0 (3)',
         '52.0 / 82.0 / 42.0 (1)',
         '54.0 / 84.0 / 44.0 (1)',
     ]
-    assert w8[2] == '55.0 / 85.0 / 45.0'
+    assert w8[2] == '55.0 ± 0.1 / 85.0 ± 0.1 / 45.0 ± 0.1'
     assert w4 == ['tiny', 'W4A4', *[''] * 5]
     assert 'somebody' not in text
 

@@ -48,7 +48,7 @@ def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
 def keep(repo: Path, root: Path) -> Callable[..., dict[str, Any]]:
     """Keep the result of a run whose AP is ``ap`` per mill, as a run of yolo.py leaves it."""
 
-    def keep(name: str, ap: int, ptq: int | None = 100, folder: str = results_page.RESULTS, **changes: Any) -> Any:
+    def keep(name: str, ap: int, ptq: int | None = 100, **changes: Any) -> Any:
         match = results_page.NAME.fullmatch(name)
         assert match is not None
         section = copy.deepcopy(section_of(repo, match['method'], match['bits'], int(match['seed'])))
@@ -73,8 +73,7 @@ def keep(repo: Path, root: Path) -> Callable[..., dict[str, Any]]:
             device='one GPU',
         )
         content |= changes
-        path = root / folder / f'{name}.json'
-        path.parent.mkdir(exist_ok=True)
+        path = root / results_page.RESULTS / f'{name}.json'
         path.write_text(json.dumps(content))
         return content
 
@@ -147,19 +146,6 @@ def test_what_was_not_evaluated_is_empty_and_nothing_found_is_0(
     keep('paper_noise_w4a4_seed0', 0, metrics=metrics)
     assert row(section(root, 4), 'W4A4', '`default`, PTQ only', 'synthetic')[0] == ''
     assert row(section(root, 5), 'W4A4', 'Gaussian noise', 'no', 'no')[0] == '0.0 / 0.0'
-
-
-def test_earlier_runs_stand_in_where_there_are_no_others(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
-    folder, _ = results_page.EARLIER
-    keep('default_w4a4_seed0', 200, folder=folder)
-    (root / folder / 'default_w4a4_seed0.json').rename(root / folder / 'yolov5-n_w4a4_default.json')
-    text = section(root, 8)
-    assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
-    assert f'in [{folder}](../{folder}): `default`.' in text
-    keep('default_w4a4_seed1', 190)
-    text = section(root, 8)
-    assert row(text, '`default`', 'yes', 'yes', '')[0] == '19.0 / 38.0'
-    assert folder not in text
 
 
 def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
@@ -287,16 +273,18 @@ def test_the_summary_of_the_readme_is_that_of_the_page(
         keep(name, ap)
     keep('default_1024_w6a6_seed0', 280)
     keep('default_mixed-size_w4a8_seed0', 250)
+    keep('default_1024_allocated_w6a6_seed0', 285)
+    keep('default_real337_w8a8_seed0', 295)
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root)])
     results_page.main()
     text = readme.read_text()
     assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
     cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
-    head, _, full, paper, real, zero_shot, more, mixed = cells
+    head, _, full, paper, lsq, real, zero_shot, mixed, more, more_mixed = cells
     assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
-    assert full == ['30.0'] * 5 and real == paper == [''] * 5
+    assert full == ['30.0'] * 5 and lsq == paper == [''] * 5 and real == ['29.5', *[''] * 4]
     assert zero_shot == ['29.0', '', '', '22.0', ''] and more == ['', '28.0', '', '', '']
-    assert mixed == ['', '', '', '25.0', '']
+    assert mixed == ['', '', '', '25.0', ''] and more_mixed == ['', '28.5', '', '', '']
     # It is checked with the page.
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
     results_page.main()

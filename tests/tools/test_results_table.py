@@ -122,6 +122,27 @@ def test_several_seeds_are_one_row_of_means(repo: Path, root: Path, monkeypatch:
     assert 'zsq.calibration_set.seed=2' in text and 'those of the first seed' in text
 
 
+def test_patterns_choose_runs_which_may_be_named_after_their_preset(
+    repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, ap in ((1, 0.3), (2, 0.4), (13, 0.9)):
+        keep(root, of_seed(seed, ap), f'default_w4a4_seed{seed}')
+    keep(root, of_seed(1, 0.9), 'default_1024_w4a4_seed1')
+    readme = root / 'README.md'
+    readme.write_text(README.replace('results/run', 'results/run/default_w?a?_seed2 results/run/default_w?a?_seed1'))
+    run(repo, monkeypatch, readme, '--root', root)
+    [accuracy, _, how] = rows(readme.read_text(), 'W4A4')
+    assert accuracy[:2] == ['tiny', 'default'] and accuracy[5] == '35.0 ± 5.0 / 33.2 ± 0.0'
+    assert how[-2] == '1, 2'
+    # The name of another method is none of a preset.
+    readme.write_text(README.replace('results/run', 'results/run/default_1024_w*'))
+    with pytest.raises(SystemExit, match='default_1024_w4a4_seed1.json holds .* name it so'):
+        run(repo, monkeypatch, readme, '--root', root)
+    readme.write_text(README.replace('results/run', 'results/run/none_w*'))
+    with pytest.raises(SystemExit, match=r'no results in results/run/none_w\*'):
+        run(repo, monkeypatch, readme, '--root', root)
+
+
 @pytest.mark.parametrize(
     ('content', 'name', 'message'),
     [
@@ -279,9 +300,14 @@ def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo:
         assert model['Config'] == f'configs/zsq/{model["Name"]}.py'
         if 'Results' not in model:
             continue
-        runs = [found for name, found in kept.items() if name.startswith(f'{model["Name"]}_default')]
+        bits = model['Name'].rpartition('_')[2]
+        runs = [
+            found
+            for name, found in kept.items()
+            if found.get('config') == model['Config']
+            and (name.startswith(f'{model["Name"]}_default') or name.startswith(f'default_{bits}_seed'))
+        ]
         run_of_model, *_ = runs
-        assert {found['config'] for found in runs} == {model['Config']}
         [result] = model['Results']
         metrics = [found['metrics']['zero_shot'] for found in runs]
         assert result['Metrics'] == {

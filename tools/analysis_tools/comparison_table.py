@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kept_runs import (
     LEAF,
@@ -17,13 +17,13 @@ from kept_runs import (
     leaf_name,
     order,
     read_results,
-    refuse_other_settings,
     repository_path,
+    row_of,
     seed_of,
     synthesis_text,
     training_text,
 )
-from markdown_pages import markdown_table
+from markdown_pages import markdown_table, means_with_spread
 
 from mmzsq.errors import UserError
 
@@ -43,11 +43,11 @@ class Comparison:
 
     Attributes:
         leaf: Path of the zero-shot config in the repository.
-        runs: By the end of the config's name, see :data:`COMPARED`; one a seed, by rising seed.
+        rows: By the end of the config's name, see :data:`COMPARED`; without runs where it was not run.
     """
 
     leaf: str
-    runs: dict[str, list[Row]]
+    rows: dict[str, Row]
 
     @property
     def name(self) -> list[str]:
@@ -77,33 +77,32 @@ def read_comparison(folder: Path, root: Path) -> list[Comparison]:
     )
     if not leaves:
         raise UserError(f'no config to compare in {configs}: they are named DETECTOR_wBITSaBITS.py')
-    kept: dict[str, list[Row]] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         results = read_results(path)
         leaf, seed = repository_path(results['config'], root), seed_of(results)
         if path.stem != f'{Path(leaf).stem}_seed{seed}':
             raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
-        kept.setdefault(leaf, []).append(Row(leaf, results['preset'], (results,)))
-    for runs in kept.values():
-        runs.sort(key=lambda row: seed_of(row.results))
-        refuse_other_settings(runs, folder)
+        kept.setdefault(leaf, []).append(results)
+    rows = {leaf: row_of(leaf, runs, folder) for leaf, runs in kept.items()}
     suffixes = dict.fromkeys(suffix for suffix, _ in COMPARED.values())
-    found = [
-        Comparison(leaf, {suffix: kept.pop(_compared_leaf(leaf, suffix), []) for suffix in suffixes}) for leaf in leaves
-    ]
-    if kept:
-        raise UserError(f'{", ".join(kept)} is not part of the comparison: move its results out of {folder}')
+    found = []
+    for leaf in leaves:
+        compared = {suffix: _compared_leaf(leaf, suffix) for suffix in suffixes}
+        found.append(Comparison(leaf, {suffix: rows.pop(name, Row(name, '')) for suffix, name in compared.items()}))
+    if rows:
+        raise UserError(f'{", ".join(rows)} is not part of the comparison: move its results out of {folder}')
     _refuse_other_teachers(found, folder)
     return found
 
 
 def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     """Write a comparison as markdown: accuracy, what was not run, how it was run, a command for each config."""
-    ran = [runs for entry in comparisons for runs in entry.runs.values() if runs]
+    ran = [row for entry in comparisons for row in entry.rows.values() if row.runs]
     parts = [
         markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
-        'Box AP / box AP50 / mask AP in percent, mean over the seeds in brackets; PTQ is the student as initialised on '
-        'the synthetic images, before QAT.',
+        'Box AP / box AP50 / mask AP in percent, mean ± half the range over as many seeds as the brackets say; PTQ is '
+        'the student as initialised on the synthetic images, before QAT.',
     ]
     if not ran:
         return '\n' + '\n\n'.join([*parts, 'Nothing has been run yet, therefore all is empty.']) + '\n\n'
@@ -113,11 +112,11 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     parts.append(
         markdown_table(
             ['config', 'images', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds', 'device'],
-            [_compared_run_cells(runs) for runs in ran],
+            [_run_cells(row) for row in ran],
         )
     )
     parts.append(OTHER_SEEDS)
-    parts.append('```bash\n' + '\n'.join(command(runs[0], root) for runs in ran) + '\n```')
+    parts.append('```bash\n' + '\n'.join(command(row, root) for row in ran) + '\n```')
     return '\n' + '\n\n'.join(parts) + '\n\n'
 
 
@@ -129,7 +128,7 @@ def _compared_leaf(leaf: str, suffix: str) -> str:
 def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> None:
     accuracies: dict[str, list[float]] = {}
     for entry in comparisons:
-        for suffix in entry.runs:
+        for suffix in entry.rows:
             of_teacher = [values[0] for values in _values(entry, suffix, 'float')]
             accuracies.setdefault(entry.name[0], []).extend(of_teacher)
     for detector, values in accuracies.items():
@@ -142,16 +141,16 @@ def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> N
 
 def _values(entry: Comparison, suffix: str, metrics: str) -> list[list[float]]:
     """Accuracies of the runs that were evaluated, in the order of :data:`COMPARED_METRICS`."""
-    measured = [row.results['metrics'].get(metrics) for row in entry.runs[suffix] if row.results is not None]
+    measured = [run['metrics'].get(metrics) for run in entry.rows[suffix].runs]
     # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
     return [[found.get(name, 0.0) for name in COMPARED_METRICS] for found in measured if found is not None]
 
 
 def _comparison_cells(entry: Comparison) -> list[str]:
-    of_teacher = [values for suffix in entry.runs for values in _values(entry, suffix, 'float')]
+    of_teacher = [values for suffix in entry.rows for values in _values(entry, suffix, 'float')]
     columns = [_values(entry, suffix, metrics) for suffix, metrics in COMPARED.values()]
-    counted = [f'{_means(runs)} ({len(runs)})' if runs else '' for runs in columns]
-    return [*entry.name, _means(of_teacher) if of_teacher else '', *counted]
+    counted = [f'{means_with_spread(runs)} ({len(runs)})' if runs else '' for runs in columns]
+    return [*entry.name, means_with_spread(of_teacher), *counted]
 
 
 def _missing_columns(entry: Comparison) -> str:
@@ -160,19 +159,11 @@ def _missing_columns(entry: Comparison) -> str:
     return f'{" ".join(entry.name)}: {columns}' if missing else ''
 
 
-def _means(runs: Sequence[Sequence[float]]) -> str:
-    return ' / '.join(f'{100 * statistics.mean(values):.1f}' for values in zip(*runs, strict=True))
-
-
-def _compared_run_cells(runs: Sequence[Row]) -> list[str]:
-    results = runs[0].results
-    assert results is not None
+def _run_cells(row: Row) -> list[str]:
+    results = row.runs[0]
     measured = results['calibration_set']['statistics']
     return [
-        Path(runs[0].leaf).stem,
+        Path(row.leaf).stem,
         f'{measured["images"]} {"real" if measured.get("real") else "synthetic"}',
-        synthesis_text(results),
-        training_text(results),
-        ', '.join(str(seed_of(row.results)) for row in runs),
-        ', '.join(dict.fromkeys(row.results['device'] for row in runs if row.results is not None)),
+        *(synthesis_text(results), training_text(results), row.seeds, row.devices),
     ]

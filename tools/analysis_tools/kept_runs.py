@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,20 @@ class Row:
     runs: tuple[dict[str, Any], ...] = ()
 
     @property
-    def results(self) -> dict[str, Any] | None:
-        """What the first run wrote."""
-        return self.runs[0] if self.runs else None
-
-    @property
     def bits(self) -> str:
         """Bits of weights and activations, as ``W4A8``."""
         match = leaf_name(self.leaf)
         return f'W{match["w_bits"]}A{match["a_bits"]}'
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The ``zsq`` section that a run recorded."""
-        assert self.results is not None
-        return dict(self.results['settings'], quantizer=self.results['quantizer'], preset=self.preset)
+    def seeds(self) -> str:
+        """Seeds of its runs, as text."""
+        return ', '.join(str(seed_of(run)) for run in self.runs)
+
+    @property
+    def devices(self) -> str:
+        """What its runs ran on, each once, as text."""
+        return ', '.join(dict.fromkeys(run['device'] for run in self.runs))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -115,27 +114,36 @@ def order(leaf: str) -> tuple[str, int, int]:
     return match['detector'], -int(match['w_bits']), -int(match['a_bits'])
 
 
-def seed_of(results: Mapping[str, Any] | None) -> int:
+def seed_of(results: Mapping[str, Any]) -> int:
     """Seed of a run."""
-    assert results is not None
     return results['settings']['calibration_set']['seed']
 
 
-def refuse_other_settings(rows: Sequence[Row], folder: Path) -> None:
-    """See that runs of one leaf are alike.
+def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``zsq`` section that a run recorded."""
+    return dict(results['settings'], quantizer=results['quantizer'], preset=results['preset'])
+
+
+def row_of(leaf: str, runs: Iterable[dict[str, Any]], place: Path | str) -> Row:
+    """Join the runs of a leaf.
+
+    Args:
+        leaf: Path of its config in the repository.
+        runs: What they wrote, at least one, in any order.
+        place: Where they are kept, for the message.
 
     Raises:
         UserError: If they differ in more than the seed.
     """
-    if len({json.dumps(_beside_the_seed(row), sort_keys=True) for row in rows}) > 1:
-        raise UserError(
-            f'the runs of {rows[0].leaf} in {folder} differ in more than the seed: keep those that are alike'
-        )
+    by_seed = tuple(sorted(runs, key=seed_of))
+    if len({json.dumps(_beside_the_seed(run), sort_keys=True) for run in by_seed}) > 1:
+        raise UserError(f'the runs of {leaf} in {place} differ in more than the seed: keep those that are alike')
+    return Row(leaf, by_seed[0]['preset'], by_seed)
 
 
-def _beside_the_seed(row: Row) -> dict[str, Any]:
+def _beside_the_seed(results: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run without its seed and the place of its set."""
-    settings = row.settings
+    settings = settings_of(results)
     own = settings['calibration_set'].items()
     return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
 
@@ -153,12 +161,12 @@ def training_text(results: Mapping[str, Any]) -> str:
 
 
 def command(row: Row, root: Path) -> str:
-    """Command that repeats a run with the leaf and the presets as they are now.
+    """Command that repeats the first run of a row with the leaf and the presets as they are now.
 
     Raises:
         UserError: If a setting cannot be given on a command line.
     """
-    recorded = row.settings
+    recorded = settings_of(row.runs[0])
     if recorded['calibration_set'].get('real') is not None:
         # No set is made.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)

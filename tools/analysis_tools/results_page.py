@@ -50,16 +50,12 @@ PAGE = 'docs/results.md'
 RESULTS = 'results/yolov5-n'
 README = 'README.md'
 BLOCK = re.compile(rf'(<!-- summary of {RESULTS} -->\n).*?(<!-- end of summary -->)', re.DOTALL)
-EARLIER = ('results/yolov5-n_coco200', ('default', 'paper'))
-"""Folder with runs of configs/zsq/README.md, ``yolov5-n_BITS_METHOD.json``, and the methods that they are of."""
 LABELS = 'results/yolov5-n_labels.json'
 LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
 LABELS_OF = {row.cells[1].method: row.labels[1] for row in TABLES[5].rows}
 """What Table 5 calls the sets of ``default``."""
-SHOWN = {name: LABELS_OF[name] for name in ('default', 'default_prior', 'default_multi-out', 'default_tile-out')}
-"""Sets whose galleries are on the page."""
-SHOWN_SMALL = {name: LABELS_OF[name] for name in ('default_false-positives', 'default_real-labels')}
-"""The same of sets that were made for their gallery alone."""
+SHOWN = ('', '_prior', '_false-positives', '_multi-out', '_tile-out', '_real-labels')
+"""Sets of ``default`` whose galleries are on the page, by the end of their names."""
 SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
 METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
@@ -98,13 +94,11 @@ class Result:
     """One run of a method at a bit width.
 
     Attributes:
-        source: Its file, in the repository.
         seed: Of its calibration set and its training.
         content: What it wrote.
         changed: Settings that are otherwise in the method as it is now, with the values of the run.
     """
 
-    source: str
     seed: int
     content: dict[str, Any]
     changed: dict[str, Any]
@@ -141,7 +135,7 @@ def read_runs(root: Path) -> Runs:
         root: Folder with ``configs/`` and ``results/``.
 
     Returns:
-        Kept runs; where a method was not run at some bits, that of an earlier table.
+        Kept runs.
 
     Raises:
         UserError: If a file is not named after what it holds, or the runs of a cell differ in more than the seed, or
@@ -156,12 +150,6 @@ def read_runs(root: Path) -> Runs:
         if result.seed != int(match['seed']):
             raise UserError(f'{path} holds a run with the seed {result.seed}: name it so')
         found.setdefault((match['method'], match['bits']), []).append(result)
-    folder, methods = EARLIER
-    for method in methods:
-        for path in sorted((root / folder).glob(f'*_{method}.json')):
-            bits = path.stem.split('_')[-2]
-            if (method, bits) not in found:
-                found[method, bits] = [_result(path, method, bits, root)]
     for key, results in found.items():
         results.sort(key=lambda result: result.seed)
         if any(result.changed != results[0].changed for result in results):
@@ -224,14 +212,13 @@ def render_labels(labels: Mapping[str, Any]) -> str:
         f'```bash\n{command}\n```',
         f'![Categories, boxes an image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
         'The first images of sets of Table 5 by index, none left out, with their labels.',
-        *(_gallery(name, text) for name, text in SHOWN.items()),
-        'The next sets are as those of Table 5 but for `zsq.calibration_set.num_images=16`, and made on a CPU.',
-        *(_gallery(name, text) for name, text in SHOWN_SMALL.items()),
+        *(_gallery(f'default{end}') for end in SHOWN),
     )
     return '\n\n'.join(parts) + '\n'
 
 
-def _gallery(name: str, text: str) -> str:
+def _gallery(name: str) -> str:
+    text = LABELS_OF[name]
     return f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)'
 
 
@@ -263,7 +250,7 @@ def render_table(table: Table, runs: Runs) -> str:
         head = ('run', 'bits', 'images', 'boxes an image', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds')
         times = ('minutes of the set', 'minutes of training and evaluation', 'evaluated on', 'device')
         parts.append(markdown_table([*head, *times], _how(here)))
-    parts.extend(_elsewhere(here, table))
+    parts.extend(_of_other_settings(here, table))
     return '\n\n'.join(parts) + '\n'
 
 
@@ -358,15 +345,8 @@ def _distinct(texts: Iterable[str]) -> str:
     return ', '.join(dict.fromkeys(texts))
 
 
-def _elsewhere(runs: Runs, table: Table) -> Iterator[str]:
-    """Runs from another table's folder, and those that were made otherwise than their cells say now."""
-    folder, _ = EARLIER
-    earlier = [key for key, found in runs.items() if found[0].source.startswith(f'{folder}/')]
-    if earlier:
-        yield (
-            f'Of the runs of [configs/zsq/README.md](../configs/zsq/README.md), in [{folder}](../{folder}): '
-            f'{_by_method(earlier, table)}.'
-        )
+def _of_other_settings(runs: Runs, table: Table) -> Iterator[str]:
+    """Runs that were made otherwise than their cells say now."""
     by_settings: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, found in runs.items():
         settings = ', '.join(f'{name}={value}' for name, value in found[0].changed.items())
@@ -396,7 +376,6 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
     changed = {**added, **dict(differences(recorded, current, 'zsq'))}
     skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *OF_SYNTHETIC_IMAGES)
     return Result(
-        path.relative_to(root).as_posix(),
         content['settings']['calibration_set']['seed'],
         content,
         {key: value for key, value in changed.items() if not key.startswith(skipped)},

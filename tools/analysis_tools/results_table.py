@@ -6,9 +6,11 @@
 
 A run writes ``results.json`` into its work_dir; what is reported is kept as ``results/NAME/CONFIG_PRESET.json``, or, of
 several seeds, as ``results/NAME/CONFIG_PRESET_seedSEED.json``. The tables stand between two lines of the markdown file,
-the first of which names the folder:
+the first of which names the folder, or the files as a shell would, without ``.json``; these may also be called
+``PRESET_BITS_seedSEED.json``, as ``tools/benchmarks/yolo.py`` does:
 
     <!-- table of results/NAME -->
+    <!-- table of results/NAME/default_w?a?_* results/NAME/paper_w?a?_* -->
     <!-- end of table -->
 
 What a run printed at its end stands between two other lines, which name its file:
@@ -43,8 +45,8 @@ from kept_runs import (
     leaf_name,
     order,
     read_results,
-    refuse_other_settings,
     repository_path,
+    row_of,
     seed_of,
     synthesis_text,
     training_text,
@@ -55,7 +57,7 @@ from mmzsq.engine.report import format_table
 from mmzsq.errors import UserError
 from mmzsq.presets import PRESETS
 
-BLOCK = re.compile(r'(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- table of (\S+(?: \S+)*) -->\n).*?(<!-- end of table -->)', re.DOTALL)
 PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)
 COMPARISON = re.compile(r'(<!-- comparison of (\S+) -->\n).*?(<!-- end of comparison -->)', re.DOTALL)
 EXPECTED_PRESETS = ('default', 'paper')
@@ -95,7 +97,7 @@ def update(text: str, root: Path) -> str:
     text = COMPARISON.sub(
         lambda match: f'{match[1]}{render_comparison(read_comparison(root / match[2], root), root)}{match[3]}', text
     )
-    return BLOCK.sub(lambda match: f'{match[1]}{render(read_rows(root / match[2], root), root)}{match[3]}', text)
+    return BLOCK.sub(lambda match: f'{match[1]}{render(read_rows(match[2], root), root)}{match[3]}', text)
 
 
 def render_print(results: Mapping[str, Any]) -> str:
@@ -106,11 +108,12 @@ def render_print(results: Mapping[str, Any]) -> str:
     return f'\n```text\n{format_table(results).rstrip()}\n```\n\n{results["device"]}: {times}.\n\n'
 
 
-def read_rows(folder: Path, root: Path) -> list[Row]:
-    """Read the results in a folder and add the leaves that were not run.
+def read_rows(places: str, root: Path) -> list[Row]:
+    """Read results and add the leaves that were not run.
 
     Args:
-        folder: With one JSON file a run.
+        places: Folders in ``root`` with one JSON file a run, or patterns of such files without ``.json``, with spaces
+            between them.
         root: Folder with ``configs/``.
 
     Returns:
@@ -122,25 +125,22 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
             differ in more than the seed.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob('*.json')):
+    patterns = [f'{place}/*.json' if (root / place).is_dir() else f'{place}.json' for place in places.split()]
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         results = read_results(path)
-        leaf = repository_path(results['config'], root)
-        name = f'{Path(leaf).stem}_{results["preset"]}'
-        if path.stem not in (name, f'{name}_seed{seed_of(results)}'):
-            raise UserError(
-                f'{path} holds {leaf} under the preset {results["preset"]} with the seed {seed_of(results)}: name it so'
-            )
-        runs.setdefault((leaf, results['preset']), []).append(results)
-    for (leaf, preset), found in runs.items():
-        found.sort(key=seed_of)
-        refuse_other_settings([Row(leaf, preset, (run,)) for run in found], folder)
+        leaf, preset, seed = repository_path(results['config'], root), results['preset'], seed_of(results)
+        name = f'{Path(leaf).stem}_{preset}'
+        if path.stem not in (name, f'{name}_seed{seed}', f'{preset}_{Row(leaf, preset).bits.lower()}_seed{seed}'):
+            raise UserError(f'{path} holds {leaf} under the preset {preset} with the seed {seed}: name it so')
+        runs.setdefault((leaf, preset), []).append(results)
     if not runs:
-        raise UserError(f'no results in {folder}: copy the results.json of a run there, as CONFIG_PRESET.json')
+        raise UserError(f'no results in {places}: copy the results.json of a run there, as CONFIG_PRESET.json')
+    rows = {(leaf, preset): row_of(leaf, found, places) for (leaf, preset), found in runs.items()}
     leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=order)
     detectors = dict.fromkeys(order(leaf)[0] for leaf in leaves)
     tried = {(order(leaf)[0], preset) for leaf, preset in runs}
     return [
-        Row(leaf, preset, tuple(runs.get((leaf, preset), ())))
+        rows.get((leaf, preset), Row(leaf, preset))
         for detector in detectors
         for preset in PRESETS
         if preset in EXPECTED_PRESETS or (detector, preset) in tried
@@ -151,8 +151,8 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
 
 def render(rows: Sequence[Row], root: Path) -> str:
     """Write rows as markdown: accuracy, what was not run, how it was run, commands."""
-    ran = [row for row in rows if row.results is not None]
-    missing = [row for row in rows if row.results is None]
+    ran = [row for row in rows if row.runs]
+    missing = [row for row in rows if not row.runs]
     parts = [
         markdown_table(
             ['detector', 'preset', 'bits', 'FP', 'PTQ', 'zero-shot QAT', 'model MB, FP', 'model MB, quantized'],
@@ -180,9 +180,9 @@ def render(rows: Sequence[Row], root: Path) -> str:
 
 def _accuracy_cells(row: Row) -> list[str]:
     name = leaf_name(row.leaf)['detector']
-    if row.results is None:
+    if not row.runs:
         return [name, row.preset, row.bits, *[''] * 5]
-    sizes = row.results['model_mb']
+    sizes = row.runs[0]['model_mb']
     accuracies = [_accuracy([run['metrics'].get(kind) for run in row.runs]) for kind in ('float', 'ptq', 'zero_shot')]
     return [name, row.preset, row.bits, *accuracies, f'{sizes["float"]:.2f}', f'{sizes["quantized"]:.2f}']
 
@@ -194,17 +194,14 @@ def _accuracy(runs: Sequence[Mapping[str, float] | None]) -> str:
 
 
 def _run_cells(row: Row) -> list[str]:
-    assert row.results is not None
-    results = row.results
+    results = row.runs[0]
     stages = results['calibration_set']['stages'].values()
     return [
         *(leaf_name(row.leaf)['detector'], row.preset, row.bits),
         str(results['calibration_set']['statistics']['images']),
         synthesis_text(results),
         ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
-        training_text(results),
-        ', '.join(str(seed_of(run)) for run in row.runs),
-        ', '.join(dict.fromkeys(run['device'] for run in row.runs)),
+        *(training_text(results), row.seeds, row.devices),
     ]
 
 
