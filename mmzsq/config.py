@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,11 +71,12 @@ def merge(base: Any, override: Any) -> Any:
     return merged
 
 
-def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
+def complete_section(zsq: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fill a ``zsq`` section with its preset and check it.
 
     Args:
         zsq: The section as a config gives it.
+        model: Config of the detector, on which a preset may depend; None: any.
 
     Returns:
         A section with every key.
@@ -92,7 +94,8 @@ def complete_section(zsq: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(changes, str) and changes not in PRESETS:
         raise UserError(f'zsq.presets.{preset} is a dict or one of {", ".join(map(repr, PRESETS))}, not {changes!r}')
     source, changes = (changes, {}) if isinstance(changes, str) else (preset, changes)
-    defaults = merge(preset_section(source, merge(changes, zsq)), changes)
+    two_stages = model is not None and two_stages_on_batch_norm(model)
+    defaults = merge(preset_section(source, merge(changes, zsq), two_stages), changes)
     section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
     check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
     for name in (*SECTION_KEYS, *PART_SECTIONS):
@@ -162,7 +165,7 @@ def compose(cfg: Config) -> Config:
     if cfg.zsq.get('composed'):
         _check_unchanged(cfg.zsq.to_dict())
         return cfg
-    section = complete_section(cfg.zsq.to_dict())
+    section = complete_section(cfg.zsq.to_dict(), cfg.model)
     if section['calibration_set']['dir'] is None:
         section['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
     train = section['train']
@@ -242,6 +245,29 @@ def has_masks(model: Any) -> bool:
             has_masks(value) for value in model.values()
         )
     return isinstance(model, (list, tuple)) and any(has_masks(part) for part in model)
+
+
+def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
+    """Whether a detector looks again at regions it proposes, by its config, with BatchNorm layers in its backbone."""
+    backbone = model.get('backbone')
+    if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
+        return False
+    norm = backbone.get('norm_cfg') or _default_norm(backbone.get('type'))
+    # BN, SyncBN, and others' names of it.
+    return isinstance(norm, Mapping) and 'BN' in str(norm.get('type'))
+
+
+def _default_norm(backbone_type: Any) -> Any:
+    """What the ``norm_cfg`` of a backbone is where its config has none; None if it takes none or is not known."""
+    from mmdet.registry import MODELS
+
+    backbone = MODELS.get(backbone_type) if isinstance(backbone_type, str) else backbone_type
+    # A subclass may hand its arguments on by **kwargs.
+    for base in getattr(backbone, '__mro__', ()):
+        parameter = inspect.signature(base.__init__).parameters.get('norm_cfg')
+        if parameter is not None:
+            return parameter.default
+    return None
 
 
 def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> dict[str, Any]:

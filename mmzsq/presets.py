@@ -218,16 +218,23 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = dict(default=DEFAULT, paper=PAPER, paper_transformer=PAPER_TRANSFORMER)
 
 
-def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a preset, which may depend on the bits of what is trained and on whether it sees labels.
+def preset_section(name: str, user: Mapping[str, Any], two_stages_on_batch_norm: bool = False) -> dict[str, Any]:
+    """The defaults of a preset.
+
+    Those of ``default`` depend on the bits of what is trained, on whether it sees labels, and on the detector.
 
     Args:
         name: A key of :data:`PRESETS`.
         user: What the user's ``zsq`` says.
+        two_stages_on_batch_norm: Whether the detector looks again at regions it proposes, and has BatchNorm layers.
     """
     section = copy.deepcopy(PRESETS[name])
     if name != 'default':
         return section
+    if two_stages_on_batch_norm:
+        # The loss of two stages stays large. Added up over the images it keeps the prior of BatchNorm, one number for a
+        # batch, from converging, and images are haze in the labels' tint.
+        section['synthesis'] |= dict(detection_weight=0.5, detection_reduction='mean')
     # What is no mapping, or no number of bits, is refused later.
     quantizer, distillation = (
         value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mmdet.models import ResNet, SwinTransformer
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
@@ -395,6 +396,56 @@ def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, ste
     assert own['optimizer'] == dict(type='Adam', lr=1e-3)
     paper = complete_section(dict(preset='paper', quantizer=quantizer))['train']
     assert (paper['optimizer']['lr'], paper['step_lr']) == (1e-4, None)
+
+
+# What depends on the detector.
+
+
+@pytest.mark.parametrize(
+    ('config', 'expected'),
+    [
+        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', (0.5, 'mean')),
+        ('cascade_rcnn/cascade-rcnn_r50-caffe_fpn_1x_coco', (0.5, 'mean')),
+        ('resnest/mask-rcnn_s50_fpn_syncbn-backbone+head_ms-1x_coco', (0.5, 'mean')),
+        ('hrnet/faster-rcnn_hrnetv2p-w18-1x_coco', (0.5, 'mean')),
+        ('gn/mask-rcnn_r50_fpn_gn-all_2x_coco', (1.0, 'sum')),
+        ('swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco', (1.0, 'sum')),
+        ('retinanet/retinanet_r50_fpn_1x_coco', (1.0, 'sum')),
+        ('rpn/rpn_r50_fpn_1x_coco', (1.0, 'sum')),
+    ],
+)
+def test_the_detection_losses_of_two_stages_on_batch_norm_are_not_added_up(
+    tmp_path: Path, config: str, expected: tuple[float, str]
+) -> None:
+    leaf = tmp_path / 'leaf.py'
+    leaf.write_text(f"_base_ = ['mmdet::{config}.py', 'mmzsq::_base_/zsq_w4a8.py']\nload_from = 'own.pth'\n")
+    cfg = Config.fromfile(leaf)
+
+    def weight_and_reduction(**zsq: Any) -> tuple[float, str]:
+        synthesis = composed(cfg, **zsq).zsq.synthesis
+        return synthesis.detection_weight, synthesis.detection_reduction
+
+    assert weight_and_reduction() == expected
+    # The user's word, and that for one preset, stand; the paper's numbers are the paper's.
+    assert weight_and_reduction(synthesis=dict(detection_weight=3.0)) == (3.0, expected[1])
+    assert weight_and_reduction(presets=dict(default=dict(synthesis=dict(detection_reduction='sum'))))[1] == 'sum'
+    assert weight_and_reduction(preset='paper') == (0.5, 'sum')
+
+
+def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() -> None:
+    def section(**backbone: Any) -> dict[str, Any]:
+        return complete_section({}, dict(rpn_head=dict(), roi_head=dict(), backbone=backbone))
+
+    assert section(type=ResNet)['synthesis']['detection_reduction'] == 'mean'
+    # It hands its arguments on.
+    assert section(type='ResNeXt')['synthesis']['detection_reduction'] == 'mean'
+    assert section(type=ResNet, norm_cfg=dict(type='GN'))['synthesis']['detection_reduction'] == 'sum'
+    assert section(type=SwinTransformer)['synthesis']['detection_reduction'] == 'sum'
+    # What is not known is left to who builds it.
+    assert section(type='NoSuchBackbone')['synthesis']['detection_reduction'] == 'sum'
+
+
+# What depends on whether labels are read.
 
 
 def test_images_are_augmented_where_no_loss_reads_labels() -> None:

@@ -8,10 +8,6 @@ blood_cells = dict(
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.01),
         ],
-        # The prior of BatchNorm is one number for a batch. Against the sum of the images' detection losses, which at
-        # hundreds of regions an image stay large, it does not converge, and images without contrast are what is left.
-        detection_weight=0.5,
-        detection_reduction='mean',
         # Beside a black rectangle BatchNorm sees a bright, even smear as one without contrast.
         cutout=None,
         synthesise=dict(iterations=300),

@@ -258,7 +258,7 @@ class _Stage:
     """
 
     def __init__(self, cfg: Config, settings: Settings, index: int) -> None:
-        section = complete_section(cfg.zsq.to_dict())
+        section = complete_section(cfg.zsq.to_dict(), cfg.get('model'))
         self.settings = settings
         self.memory = PeakMemory(settings.device)
         self.seed = section['calibration_set']['seed']

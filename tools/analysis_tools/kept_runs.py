@@ -171,8 +171,9 @@ def command(row: Row, root: Path) -> str:
         # No set is made.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
         recorded = {key: value for key, value in recorded.items() if key not in OF_SYNTHETIC_IMAGES}
-    leaf = Config.fromfile(root / row.leaf).zsq.to_dict()
-    current = complete_section(dict(leaf, preset=row.preset))
+    cfg = Config.fromfile(root / row.leaf)
+    leaf = cfg.zsq.to_dict()
+    current = complete_section(dict(leaf, preset=row.preset), cfg.get('model'))
     changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
     for key in changed:
         _refuse_lists_of_presets(key, {'zsq': leaf})

@@ -388,7 +388,7 @@ def _settings(method: str, bits: str, root: Path) -> dict[str, Any]:
     config, _ = recipe.config_for(bits)
     cfg = copy.deepcopy(_config(root / config))
     cfg.merge_from_dict(dict(student_options(recipe, bits)))
-    return json.loads(json.dumps(complete_section(cfg.zsq.to_dict())))
+    return json.loads(json.dumps(complete_section(cfg.zsq.to_dict(), cfg.get('model'))))
 
 
 @cache

@@ -126,7 +126,7 @@ def read_rows(places: str, root: Path) -> list[Row]:
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     patterns = [f'{place}/*.json' if (root / place).is_dir() else f'{place}.json' for place in places.split()]
-    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
         results = read_results(path)
         leaf, preset, seed = repository_path(results['config'], root), results['preset'], seed_of(results)
         name = f'{Path(leaf).stem}_{preset}'
