@@ -48,6 +48,8 @@ def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
 def pair(cfg: Any) -> tuple[Any, Any]:
     """A tiny DINO with random weights, and a copy of it."""
     teacher = MODELS.build(copy.deepcopy(cfg)).eval().requires_grad_(False)
+    # Before, the embedding of levels is whatever was in memory.
+    teacher.init_weights()
     with torch.no_grad():
         for parameter in teacher.parameters():
             # The last layer of a new head is zero.
