@@ -83,9 +83,9 @@ not for their height. The checkpoint evaluated is the last one, where the paper'
 
 Calibration sets have 512 images, where the paper has 2000. `paper` is the paper's recipe cut short (800 and 300
 iterations in place of 2500 and 2500, 192 steps of training at batch 32), `default` ours (640 steps at batch 16); within
-a preset all rows take as many steps. Rows on real images or with labels of real images are for comparison and not
-zero-shot, nor are those "in distribution" to the letter. Two-stage detectors, the paper's Table 3, are in
-[configs/zsq/README.md](../configs/zsq/README.md).
+a preset all rows take about as many steps, unless they say otherwise. Rows on real images or with labels of real images
+are for comparison and not zero-shot, nor are those "in distribution" to the letter. Two-stage detectors, on blood cells
+and not the paper's COCO (its Table 3), are in [configs/zsq/README.md](../configs/zsq/README.md).
 """
 
 
