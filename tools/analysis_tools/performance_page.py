@@ -251,10 +251,9 @@ def render_training(results: Results) -> str:
         )
     legend = (
         'All three learn in bf16, as with `--amp`; `default` itself trains in fp32, which was not timed here. The '
-        'float detector takes the step of MMEngine, whose kernels the host launches one by one: part of the ratios below 1. '
-        "Quantized is the student that learns by the detector's own loss, distilled the student with its teacher; both "
-        'steps are one CUDA graph where they can be. '
-        'Kernel ms is the time with a kernel at work, which no launch adds to. Lowest and highest of a ratio in '
+        'float detector takes the step of MMEngine, whose kernels the host launches one by one: part of the ratios '
+        "below 1. Quantized is the student that learns by the detector's own loss, distilled the student with its "
+        'teacher; both steps are one CUDA graph where they can be. Kernel ms is the time with a kernel at work, which no launch adds to. Lowest and highest of a ratio in '
         'brackets; busy is of the distilled step.'
     )
     return _join(
