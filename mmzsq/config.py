@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError, check_keys
 from mmzsq.presets import PRESETS, preset_section
@@ -252,9 +253,13 @@ def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
     backbone = model.get('backbone')
     if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
         return False
-    norm = backbone.get('norm_cfg') or _default_norm(backbone.get('type'))
-    # BN, SyncBN, and others' names of it.
-    return isinstance(norm, Mapping) and 'BN' in str(norm.get('type'))
+    from mmdet.registry import MODELS
+
+    norm = backbone['norm_cfg'] if 'norm_cfg' in backbone else _default_norm(backbone.get('type'))
+    layer = norm.get('type') if isinstance(norm, Mapping) else None
+    layer = MODELS.get(layer) if isinstance(layer, str) else layer
+    # As BNStatisticsPrior asks.
+    return inspect.isclass(layer) and issubclass(layer, _BatchNorm)
 
 
 def _default_norm(backbone_type: Any) -> Any:
@@ -262,11 +267,13 @@ def _default_norm(backbone_type: Any) -> Any:
     from mmdet.registry import MODELS
 
     backbone = MODELS.get(backbone_type) if isinstance(backbone_type, str) else backbone_type
-    # A subclass may hand its arguments on by **kwargs.
     for base in getattr(backbone, '__mro__', ()):
-        parameter = inspect.signature(base.__init__).parameters.get('norm_cfg')
-        if parameter is not None:
-            return parameter.default
+        parameters = inspect.signature(base.__init__).parameters
+        if 'norm_cfg' in parameters:
+            return parameters['norm_cfg'].default
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            # It hands nothing on.
+            return None
     return None
 
 

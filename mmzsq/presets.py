@@ -226,7 +226,8 @@ def preset_section(name: str, user: Mapping[str, Any], two_stages_on_batch_norm:
     Args:
         name: A key of :data:`PRESETS`.
         user: What the user's ``zsq`` says.
-        two_stages_on_batch_norm: Whether the detector looks again at regions it proposes, and has BatchNorm layers.
+        two_stages_on_batch_norm: Whether the detector looks again at regions it proposes, with BatchNorm layers in
+            its backbone.
     """
     section = copy.deepcopy(PRESETS[name])
     if name != 'default':

@@ -11,6 +11,7 @@ import pytest
 from mmdet.models import ResNet, SwinTransformer
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from torch import nn
 
 from mmzsq.config import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
@@ -439,7 +440,16 @@ def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() ->
     assert section(type=ResNet)['synthesis']['detection_reduction'] == 'mean'
     # It hands its arguments on.
     assert section(type='ResNeXt')['synthesis']['detection_reduction'] == 'mean'
+    # A config in Python names the layer's class.
+    assert section(type=ResNet, norm_cfg=dict(type=nn.BatchNorm2d))['synthesis']['detection_reduction'] == 'mean'
     assert section(type=ResNet, norm_cfg=dict(type='GN'))['synthesis']['detection_reduction'] == 'sum'
+    assert section(type='CSPDarknet', norm_cfg=None)['synthesis']['detection_reduction'] == 'sum'
+
+    class OwnNorm(ResNet):
+        def __init__(self, depth: int) -> None:
+            super().__init__(depth, norm_cfg=dict(type='GN', num_groups=2))
+
+    assert section(type=OwnNorm)['synthesis']['detection_reduction'] == 'sum'
     assert section(type=SwinTransformer)['synthesis']['detection_reduction'] == 'sum'
     # What is not known is left to who builds it.
     assert section(type='NoSuchBackbone')['synthesis']['detection_reduction'] == 'sum'

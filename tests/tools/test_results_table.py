@@ -138,7 +138,8 @@ def test_patterns_choose_runs_which_may_be_named_after_their_preset(
     readme.write_text(README.replace('results/run', 'results/run/default_1024_w*'))
     with pytest.raises(SystemExit, match='default_1024_w4a4_seed1.json holds .* name it so'):
         run(repo, monkeypatch, readme, '--root', root)
-    readme.write_text(README.replace('results/run', 'results/run/none_w*'))
+    # Each place has some.
+    readme.write_text(README.replace('results/run', 'results/run/default_w?a?_seed2 results/run/none_w*'))
     with pytest.raises(SystemExit, match=r'no results in results/run/none_w\*'):
         run(repo, monkeypatch, readme, '--root', root)
 
@@ -147,6 +148,7 @@ def test_patterns_choose_runs_which_may_be_named_after_their_preset(
     ('content', 'name', 'message'),
     [
         (of_seed(3, 0.2), 'tiny_w4a4_default_seed4', 'name it so'),
+        (of_seed(7, 0.2), 'default_w4a4_seed7', r'two runs of .*tiny_w4a4.py with one seed, of \[7, 7\]'),
         (dict(of_seed(3, 0.2), settings=dict(of_seed(3, 0.2)['settings'], train=dict(batch_size=9))), '', 'more than'),
     ],
 )
@@ -301,12 +303,9 @@ def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo:
         if 'Results' not in model:
             continue
         bits = model['Name'].rpartition('_')[2]
-        runs = [
-            found
-            for name, found in kept.items()
-            if found.get('config') == model['Config']
-            and (name.startswith(f'{model["Name"]}_default') or name.startswith(f'default_{bits}_seed'))
-        ]
+        named = [f'{model["Name"]}_default', *([f'default_{bits}_seed'] if model['Name'] == f'yolov5-n_{bits}' else [])]
+        runs = [found for name, found in kept.items() if name.startswith(tuple(named))]
+        assert {found['config'] for found in runs} == {model['Config']}
         run_of_model, *_ = runs
         [result] = model['Results']
         metrics = [found['metrics']['zero_shot'] for found in runs]

@@ -291,7 +291,8 @@ class _Run:
             prior.attach(task.detector)
         try:
             with seeded(0, task.device):
-                total = synthesizer.detection_weight * len(images) * task.loss(images, samples)
+                scale = len(images) if synthesizer.detection_reduction == 'sum' else 1
+                total = synthesizer.detection_weight * scale * task.loss(images, samples)
             for prior in synthesizer.priors:
                 total = total + prior(images)
             total.backward()

@@ -101,8 +101,9 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     ran = [row for entry in comparisons for row in entry.rows.values() if row.runs]
     parts = [
         markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
-        'Box AP / box AP50 / mask AP in percent, mean ± half the range over as many seeds as the brackets say; PTQ is '
-        'the student as initialised on the synthetic images, before QAT.',
+        'Box AP / box AP50 / mask AP in percent, of several seeds their mean ± half the range between them, with their '
+        'number in brackets, and of the teacher those of all runs of its row; PTQ is the student as initialised on the '
+        'synthetic images, before QAT.',
     ]
     if not ran:
         return '\n' + '\n\n'.join([*parts, 'Nothing has been run yet, therefore all is empty.']) + '\n\n'

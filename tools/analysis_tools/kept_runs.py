@@ -133,9 +133,12 @@ def row_of(leaf: str, runs: Iterable[dict[str, Any]], place: Path | str) -> Row:
         place: Where they are kept, for the message.
 
     Raises:
-        UserError: If they differ in more than the seed.
+        UserError: If they differ in more than the seed, or two have the same.
     """
     by_seed = tuple(sorted(runs, key=seed_of))
+    seeds = [seed_of(run) for run in by_seed]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f'{place} has two runs of {leaf} with one seed, of {seeds}: keep one')
     if len({json.dumps(_beside_the_seed(run), sort_keys=True) for run in by_seed}) > 1:
         raise UserError(f'the runs of {leaf} in {place} differ in more than the seed: keep those that are alike')
     return Row(leaf, by_seed[0]['preset'], by_seed)

@@ -151,7 +151,7 @@ def render_goals(results: Results) -> str:
         markdown_table(header, rows),
         'Milliseconds per image and iteration of the whole synthesis step, unless a row says otherwise. The times of '
         "the authors' code and of the prototype, a first version of this package, were taken on one H100; those marked "
-        'with * had nothing done for their speed. Where ours are of another card, factors hold its difference, too.',
+        'with * had nothing done for their speed. Where ours are of another card, that is in the factors, too.',
         f'Minutes are extrapolated: {IMAGES} images with {ITERATIONS} iterations at 640 px and {EPOCHS} epochs of '
         "training at batch 32, from the rates of yolov5-s_640_b32; the authors' 660 minutes are the images alone. "
         f'Labels take another {ITERATIONS} iterations at 160 px, corrections included, at the batch that is fastest.',
@@ -253,7 +253,8 @@ def render_training(results: Results) -> str:
         'All three learn in bf16, as with `--amp`; `default` itself trains in fp32, which was not timed here. The '
         'float detector takes the step of MMEngine, whose kernels the host launches one by one: part of the ratios '
         "below 1. Quantized is the student that learns by the detector's own loss, distilled the student with its "
-        'teacher; both steps are one CUDA graph where they can be. Kernel ms is the time with a kernel at work, which no launch adds to. Lowest and highest of a ratio in '
+        'teacher; both steps are one CUDA graph where they can be. Kernel ms is the time with a kernel at work, which '
+        'no launch adds to. Lowest and highest of a ratio in '
         'brackets; busy is of the distilled step.'
     )
     return _join(

@@ -32,6 +32,7 @@ from kept_runs import (
     differences,
     read_results,
     repository_path,
+    settings_of,
     synthesis_text,
     training_text,
 )
@@ -369,7 +370,7 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
     held = (repository_path(content['config'], root), f'w{quantizer["w_bits"]}a{quantizer["a_bits"]}')
     if held != (config, bits):
         raise UserError(f'{path} holds {held[0]} at {held[1]}, not {config} at {bits}: move it away')
-    recorded = dict(content['settings'], quantizer=quantizer, preset=content['preset'])
+    recorded = settings_of(content)
     current = _settings(method, bits, root)
     # Settings of later versions, unless they are switched off.
     added = {key: ABSENT for key, value in differences(current, recorded, 'zsq') if value}

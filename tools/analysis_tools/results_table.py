@@ -112,8 +112,8 @@ def read_rows(places: str, root: Path) -> list[Row]:
     """Read results and add the leaves that were not run.
 
     Args:
-        places: Folders in ``root`` with one JSON file a run, or patterns of such files without ``.json``, with spaces
-            between them.
+        places: Folders in ``root``, relative to it, with one JSON file a run, or patterns of such files without
+            ``.json``, with spaces between them.
         root: Folder with ``configs/``.
 
     Returns:
@@ -121,20 +121,17 @@ def read_rows(places: str, root: Path) -> list[Row]:
         preset and falling bits.
 
     Raises:
-        UserError: If there are no results, a file is not named after its config, preset and seed, or the runs of a leaf
-            differ in more than the seed.
+        UserError: If there are no results in one of the places, a file is not named after its config, preset and seed,
+            or the runs of a leaf differ in more than the seed or have the same.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    patterns = [f'{place}/*.json' if (root / place).is_dir() else f'{place}.json' for place in places.split()]
-    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+    for path in sorted({path for place in places.split() for path in _files(place, root)}):
         results = read_results(path)
         leaf, preset, seed = repository_path(results['config'], root), results['preset'], seed_of(results)
         name = f'{Path(leaf).stem}_{preset}'
         if path.stem not in (name, f'{name}_seed{seed}', f'{preset}_{Row(leaf, preset).bits.lower()}_seed{seed}'):
             raise UserError(f'{path} holds {leaf} under the preset {preset} with the seed {seed}: name it so')
         runs.setdefault((leaf, preset), []).append(results)
-    if not runs:
-        raise UserError(f'no results in {places}: copy the results.json of a run there, as CONFIG_PRESET.json')
     rows = {(leaf, preset): row_of(leaf, found, places) for (leaf, preset), found in runs.items()}
     leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=order)
     detectors = dict.fromkeys(order(leaf)[0] for leaf in leaves)
@@ -147,6 +144,14 @@ def read_rows(places: str, root: Path) -> list[Row]:
         for leaf in leaves
         if order(leaf)[0] == detector
     ]
+
+
+def _files(place: str, root: Path) -> list[Path]:
+    """Files of a folder, or by a pattern."""
+    found = list(root.glob(f'{place}/*.json' if (root / place).is_dir() else f'{place}.json'))
+    if not found:
+        raise UserError(f'no results in {place}: copy the results.json of a run there, as CONFIG_PRESET.json')
+    return found
 
 
 def render(rows: Sequence[Row], root: Path) -> str:
