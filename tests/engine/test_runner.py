@@ -507,6 +507,15 @@ def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
     assert written == [1]
 
 
+def test_the_log_says_what_synthesis_minimises(make_runner: Any) -> None:
+    make_runner('out').generate()
+    balance = dict(detection_weight=0.5, detection_reduction='mean')
+    make_runner('other', **{f'zsq.synthesis.{key}': value for key, value in balance.items()}).generate()
+    first, second = (next(Path(work_dir).rglob('*.log')).read_text() for work_dir in ('out', 'other'))
+    assert 'detection loss: 1 x the sum over the images of a batch; priors: BNStatisticsPrior,' in first
+    assert 'detection loss: 0.5 x the mean over the images of a batch' in second
+
+
 def test_a_set_of_another_teacher_or_other_settings_is_refused(make_runner: Any, teacher: Path, tmp_path: Path) -> None:
     make_runner('out').generate()
     before = set_bits('out')

@@ -98,17 +98,19 @@ class CalibrationSetHook(Hook):
         )
         if task.note is not None:
             runner.logger.warning(task.note)
+        synthesizer = generator.synthesizer
         left_out = ', '.join(type(prior).__name__ for prior in generator.priors_left_out)
         runner.logger.info(
-            f'priors: {", ".join(type(prior).__name__ for prior in generator.synthesizer.priors) or "none"}'
+            f'detection loss: {synthesizer.detection_weight:g} x the {synthesizer.detection_reduction} over the images '
+            f'of a batch; priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
             f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
         )
         with SynthesisProgress(runner, generator, calibration_set, mine, self.root / 'previews') as progress:
             generator.generate(calibration_set, mine, progress.update)
-        if generator.synthesizer.eager_reason is not None:
+        if synthesizer.eager_reason is not None:
             runner.logger.warning(
                 f'synthesis ran without a CUDA graph: the detection loss waits for the device '
-                f'({generator.synthesizer.eager_reason})'
+                f'({synthesizer.eager_reason})'
             )
         barrier(group)
         if get_rank() == 0:
