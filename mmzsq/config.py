@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config, ConfigDict
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError, check_keys
 from mmzsq.presets import PRESETS, preset_section
+from mmzsq.registry import named_class
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
 
@@ -95,7 +97,7 @@ def complete_section(zsq: Mapping[str, Any], model: Mapping[str, Any] | None = N
     if isinstance(changes, str) and changes not in PRESETS:
         raise UserError(f'zsq.presets.{preset} is a dict or one of {", ".join(map(repr, PRESETS))}, not {changes!r}')
     source, changes = (changes, {}) if isinstance(changes, str) else (preset, changes)
-    two_stages = model is not None and two_stages_on_batch_norm(model)
+    two_stages = two_stages_on_batch_norm(model or {})
     defaults = merge(preset_section(source, merge(changes, zsq), two_stages), changes)
     section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
     check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
@@ -253,21 +255,15 @@ def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
     backbone = model.get('backbone')
     if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
         return False
-    from mmdet.registry import MODELS
-
     norm = backbone['norm_cfg'] if 'norm_cfg' in backbone else _default_norm(backbone.get('type'))
-    layer = norm.get('type') if isinstance(norm, Mapping) else None
-    layer = MODELS.get(layer) if isinstance(layer, str) else layer
+    layer = named_class(MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
     # As BNStatisticsPrior asks.
     return inspect.isclass(layer) and issubclass(layer, _BatchNorm)
 
 
 def _default_norm(backbone_type: Any) -> Any:
     """What the ``norm_cfg`` of a backbone is where its config has none; None if it takes none or is not known."""
-    from mmdet.registry import MODELS
-
-    backbone = MODELS.get(backbone_type) if isinstance(backbone_type, str) else backbone_type
-    for base in getattr(backbone, '__mro__', ()):
+    for base in getattr(named_class(MODELS, backbone_type), '__mro__', ()):
         parameters = inspect.signature(base.__init__).parameters
         if 'norm_cfg' in parameters:
             return parameters['norm_cfg'].default
@@ -435,7 +431,4 @@ def class_names(cfg: Config) -> list[str] | None:
 
 
 def _registered_classes(dataset_type: str | None) -> Sequence[str] | None:
-    from mmdet.registry import DATASETS
-
-    dataset = DATASETS.get(dataset_type) if isinstance(dataset_type, str) else dataset_type
-    return getattr(dataset, 'METAINFO', {}).get('classes')
+    return getattr(named_class(DATASETS, dataset_type), 'METAINFO', {}).get('classes')

@@ -42,6 +42,15 @@ PRIORS = Registry('prior', scope=SCOPE, locations=['mmzsq.synthesis'])
 LABEL_SAMPLERS = Registry('label sampler', scope=SCOPE, locations=['mmzsq.synthesis'])
 
 
+def named_class(registry: Registry, kind: Any) -> Any:
+    """What ``type`` in a config stands for: its name in the registry, or, in a config in Python, the class itself.
+
+    Returns:
+        The class; None if it is a name that the registry does not know.
+    """
+    return registry.get(kind) if isinstance(kind, str) else kind
+
+
 def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     """Build a registered part from its section of a config.
 
@@ -55,7 +64,7 @@ def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     """
     arguments = dict(cfg)
     name = arguments.pop('type', None)
-    part = registry.get(name) if isinstance(name, str) else name
+    part = named_class(registry, name)
     if part is None:
         known = ', '.join(f'{SCOPE}.{key}' for key in sorted(registry.module_dict))
         raise UserError(f'{where}.type is {name!r}, which is no {registry.name}. Known are: {known}.')

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kept_runs import (
+    BOX_METRICS,
     LEAF,
     OTHER_SEEDS,
     SAME_TEACHER,
     Row,
+    accuracies,
+    bits_of,
     command,
     leaf_name,
     order,
@@ -34,7 +37,7 @@ COMPARED = {
     'LSQ on real + distillation': ('_lsq-real-distil', 'zero_shot'),
 }
 """Columns of a comparison: what the name of a leaf ends in, which is then in ``comparison/``, and the accuracy read."""
-COMPARED_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP')
+COMPARED_METRICS = (*BOX_METRICS, 'coco/segm_mAP')
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Comparison:
     @property
     def name(self) -> list[str]:
         """Detector and bits."""
-        return [leaf_name(self.leaf)['detector'], Row(self.leaf, '').bits]
+        return [leaf_name(self.leaf)['detector'], bits_of(self.leaf)]
 
 
 def read_comparison(folder: Path, root: Path) -> list[Comparison]:
@@ -127,12 +130,12 @@ def _compared_leaf(leaf: str, suffix: str) -> str:
 
 
 def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> None:
-    accuracies: dict[str, list[float]] = {}
+    aps: dict[str, list[float]] = {}
     for entry in comparisons:
         for suffix in entry.rows:
             of_teacher = [values[0] for values in _values(entry, suffix, 'float')]
-            accuracies.setdefault(entry.name[0], []).extend(of_teacher)
-    for detector, values in accuracies.items():
+            aps.setdefault(entry.name[0], []).extend(of_teacher)
+    for detector, values in aps.items():
         if values and max(values) - min(values) > SAME_TEACHER:
             raise UserError(
                 f'the runs of {detector} in {folder} had different teachers: their box AP is from {min(values):.3f} to '
@@ -142,9 +145,7 @@ def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> N
 
 def _values(entry: Comparison, suffix: str, metrics: str) -> list[list[float]]:
     """Accuracies of the runs that were evaluated, in the order of :data:`COMPARED_METRICS`."""
-    measured = [run['metrics'].get(metrics) for run in entry.rows[suffix].runs]
-    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
-    return [[found.get(name, 0.0) for name in COMPARED_METRICS] for found in measured if found is not None]
+    return accuracies(entry.rows[suffix].runs, metrics, COMPARED_METRICS)
 
 
 def _comparison_cells(entry: Comparison) -> list[str]:

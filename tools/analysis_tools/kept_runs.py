@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmzsq.config import complete_section
 from mmzsq.errors import UserError
 
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
+BOX_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
 SAME_TEACHER = 0.005
 """The most that the accuracy of one teacher differs between evaluations: a GPU does not add in a fixed order."""
 OF_SYNTHETIC_IMAGES = ('label_sampler', 'synthesis')
@@ -43,12 +44,6 @@ class Row:
     leaf: str
     preset: str
     runs: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def bits(self) -> str:
-        """Bits of weights and activations, as ``W4A8``."""
-        match = leaf_name(self.leaf)
-        return f'W{match["w_bits"]}A{match["a_bits"]}'
 
     @property
     def seeds(self) -> str:
@@ -108,6 +103,12 @@ def leaf_name(leaf: str) -> re.Match[str]:
     return match
 
 
+def bits_of(leaf: str) -> str:
+    """Bits of weights and activations in the name of a leaf, as ``W4A8``."""
+    match = leaf_name(leaf)
+    return f'W{match["w_bits"]}A{match["a_bits"]}'
+
+
 def order(leaf: str) -> tuple[str, int, int]:
     """Key to sort leaves by: detector, then falling bits."""
     match = leaf_name(leaf)
@@ -149,6 +150,22 @@ def _beside_the_seed(results: Mapping[str, Any]) -> dict[str, Any]:
     settings = settings_of(results)
     own = settings['calibration_set'].items()
     return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
+
+
+def accuracies(runs: Iterable[Mapping[str, Any]], row: str, metrics: Sequence[str]) -> list[list[float]]:
+    """Read what one detector of each run reached.
+
+    Args:
+        runs: What they wrote.
+        row: Of the table of a run: ``'float'``, ``'ptq'`` or ``'zero_shot'``.
+        metrics: Their names.
+
+    Returns:
+        One number a metric, in [0, 1], for each run in which the detector was evaluated.
+    """
+    measured = [run['metrics'].get(row) for run in runs]
+    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    return [[found.get(name, 0.0) for name in metrics] for found in measured if found is not None]
 
 
 def synthesis_text(results: Mapping[str, Any]) -> str:

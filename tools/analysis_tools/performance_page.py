@@ -254,8 +254,7 @@ def render_training(results: Results) -> str:
         'float detector takes the step of MMEngine, whose kernels the host launches one by one: part of the ratios '
         "below 1. Quantized is the student that learns by the detector's own loss, distilled the student with its "
         'teacher; both steps are one CUDA graph where they can be. Kernel ms is the time with a kernel at work, which '
-        'no launch adds to. Lowest and highest of a ratio in '
-        'brackets; busy is of the distilled step.'
+        'no launch adds to. Lowest and highest of a ratio in brackets; busy is of the distilled step.'
     )
     return _join(
         [markdown_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('training'))]

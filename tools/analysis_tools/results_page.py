@@ -28,10 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from kept_runs import (
+    BOX_METRICS,
+    OF_SYNTHETIC_IMAGES,
     SAME_TEACHER,
+    accuracies,
     differences,
     read_results,
     repository_path,
+    seed_of,
     settings_of,
     synthesis_text,
     training_text,
@@ -59,7 +63,6 @@ SHOWN = ('', '_prior', '_false-positives', '_multi-out', '_tile-out', '_real-lab
 """Sets of ``default`` whose galleries are on the page, by the end of their names."""
 SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
-METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
 NOT_COMPARED = (
     *('zsq.calibration_set.seed', 'zsq.calibration_set.dir', 'zsq.train.num_workers'),
     'zsq.calibration_set.real.data_root',
@@ -67,8 +70,8 @@ NOT_COMPARED = (
 """Settings by which runs of one cell may differ."""
 ABSENT = 'absent'
 """What a run is said to have of a setting that came after it."""
-OF_SYNTHETIC_IMAGES = ('zsq.synthesis.', 'zsq.label_sampler.', 'zsq.calibration_set.num_images')
-"""Settings that a run on real images has no use for."""
+NO_USE_FOR_REAL_IMAGES = (*(f'zsq.{part}.' for part in OF_SYNTHETIC_IMAGES), 'zsq.calibration_set.num_images')
+"""Settings that do not count in a run on real images."""
 INTRODUCTION = """# Results on YOLOv5-n
 
 The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the smallest
@@ -155,8 +158,8 @@ def read_runs(root: Path) -> Runs:
         results.sort(key=lambda result: result.seed)
         if any(result.changed != results[0].changed for result in results):
             raise UserError(f'the runs of {key[0]} at {key[1]} differ in more than the seed: keep those that are alike')
-    teachers = [_accuracy(result, 'float') for results in found.values() for result in results]
-    aps = [accuracy[0] for accuracy in teachers if accuracy is not None]
+    contents = [result.content for results in found.values() for result in results]
+    aps = [ap for ap, _ in accuracies(contents, 'float', BOX_METRICS)]
     if aps and max(aps) - min(aps) > SAME_TEACHER:
         raise UserError(
             f'the runs had different teachers: their AP is from {min(aps):.3f} to {max(aps):.3f}; keep those of one'
@@ -185,8 +188,8 @@ def render_summary(runs: Runs) -> str:
     """AP of the rows of ``SUMMARY``, in percent, as markdown."""
 
     def ap(cell: Cell) -> str:
-        accuracies = _accuracies(cell, runs)
-        return f'{100 * _mean(accuracies)[0]:.1f}' if accuracies else ''
+        measured = _accuracies(cell, runs)
+        return f'{100 * _mean(measured)[0]:.1f}' if measured else ''
 
     rows = [['full precision', *[ap(Cell('default', BITS[0], 'float'))] * len(BITS)]]
     for text, methods in SUMMARY:
@@ -273,20 +276,14 @@ def _teacher_of(cell: Cell) -> Cell:
     return Cell(cell.method, cell.bits, 'float')
 
 
-def _accuracies(cell: Cell, runs: Runs) -> list[tuple[float, float]]:
+def _accuracies(cell: Cell, runs: Runs) -> list[list[float]]:
     """AP and AP50 of each run that was evaluated, in [0, 1]."""
-    measured = [_accuracy(result, cell.metric) for result in runs.get((cell.method, cell.bits), ())]
-    return [accuracy for accuracy in measured if accuracy is not None]
+    contents = [result.content for result in runs.get((cell.method, cell.bits), ())]
+    return accuracies(contents, cell.metric, BOX_METRICS)
 
 
-def _accuracy(result: Result, metric: str) -> tuple[float, float] | None:
-    found = result.content['metrics'].get(metric)
-    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
-    return None if found is None else (found.get(METRICS[0], 0.0), found.get(METRICS[1], 0.0))
-
-
-def _mean(accuracies: Iterable[tuple[float, float]]) -> list[float]:
-    return [statistics.mean(values) for values in zip(*accuracies, strict=True)]
+def _mean(measured: Iterable[Sequence[float]]) -> list[float]:
+    return [statistics.mean(values) for values in zip(*measured, strict=True)]
 
 
 def _missing(table: Table, runs: Runs) -> Iterator[str]:
@@ -375,9 +372,9 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
     # Settings of later versions, unless they are switched off.
     added = {key: ABSENT for key, value in differences(current, recorded, 'zsq') if value}
     changed = {**added, **dict(differences(recorded, current, 'zsq'))}
-    skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *OF_SYNTHETIC_IMAGES)
+    skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *NO_USE_FOR_REAL_IMAGES)
     return Result(
-        content['settings']['calibration_set']['seed'],
+        seed_of(content),
         content,
         {key: value for key, value in changed.items() if not key.startswith(skipped)},
     )

@@ -38,9 +38,12 @@ from typing import Any
 
 from comparison_table import read_comparison, render_comparison
 from kept_runs import (
+    BOX_METRICS,
     LEAF,
     OTHER_SEEDS,
     Row,
+    accuracies,
+    bits_of,
     command,
     leaf_name,
     order,
@@ -129,7 +132,7 @@ def read_rows(places: str, root: Path) -> list[Row]:
         results = read_results(path)
         leaf, preset, seed = repository_path(results['config'], root), results['preset'], seed_of(results)
         name = f'{Path(leaf).stem}_{preset}'
-        if path.stem not in (name, f'{name}_seed{seed}', f'{preset}_{Row(leaf, preset).bits.lower()}_seed{seed}'):
+        if path.stem not in (name, f'{name}_seed{seed}', f'{preset}_{bits_of(leaf).lower()}_seed{seed}'):
             raise UserError(f'{path} holds {leaf} under the preset {preset} with the seed {seed}: name it so')
         runs.setdefault((leaf, preset), []).append(results)
     rows = {(leaf, preset): row_of(leaf, found, places) for (leaf, preset), found in runs.items()}
@@ -186,23 +189,17 @@ def render(rows: Sequence[Row], root: Path) -> str:
 def _accuracy_cells(row: Row) -> list[str]:
     name = leaf_name(row.leaf)['detector']
     if not row.runs:
-        return [name, row.preset, row.bits, *[''] * 5]
+        return [name, row.preset, bits_of(row.leaf), *[''] * 5]
     sizes = row.runs[0]['model_mb']
-    accuracies = [_accuracy([run['metrics'].get(kind) for run in row.runs]) for kind in ('float', 'ptq', 'zero_shot')]
-    return [name, row.preset, row.bits, *accuracies, f'{sizes["float"]:.2f}', f'{sizes["quantized"]:.2f}']
-
-
-def _accuracy(runs: Sequence[Mapping[str, float] | None]) -> str:
-    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
-    names = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
-    return means_with_spread([[found.get(name, 0.0) for name in names] for found in runs if found is not None])
+    texts = [means_with_spread(accuracies(row.runs, kind, BOX_METRICS)) for kind in ('float', 'ptq', 'zero_shot')]
+    return [name, row.preset, bits_of(row.leaf), *texts, f'{sizes["float"]:.2f}', f'{sizes["quantized"]:.2f}']
 
 
 def _run_cells(row: Row) -> list[str]:
     results = row.runs[0]
     stages = results['calibration_set']['stages'].values()
     return [
-        *(leaf_name(row.leaf)['detector'], row.preset, row.bits),
+        *(leaf_name(row.leaf)['detector'], row.preset, bits_of(row.leaf)),
         str(results['calibration_set']['statistics']['images']),
         synthesis_text(results),
         ', '.join(f'{stage["ms_per_image_iteration"]:.3f}' for stage in stages),
@@ -213,7 +210,7 @@ def _run_cells(row: Row) -> list[str]:
 def _enumerate_missing(rows: Iterable[Row]) -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        groups.setdefault((leaf_name(row.leaf)['detector'], row.preset), []).append(row.bits)
+        groups.setdefault((leaf_name(row.leaf)['detector'], row.preset), []).append(bits_of(row.leaf))
     return '; '.join(f'{name}, {preset}: {", ".join(bits)}' for (name, preset), bits in groups.items())
 
 

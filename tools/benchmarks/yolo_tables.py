@@ -343,13 +343,8 @@ TABLES: dict[int, Table] = {
 }
 """By the paper's number; 9 and 10 are ours."""
 
-_ALLOCATED = (
-    ('w6a6', 'allocated'),
-    ('w5a5', 'mixed-operations'),
-    ('w4a8', 'mixed-size'),
-    ('w4a4', 'mixed-operations'),
-)
-"""Bits, and the end of the names of the methods whose layers have bits of their own."""
+_ALLOCATED = dict(w6a6='allocated', w5a5='mixed-operations', w4a8='mixed-size', w4a4='mixed-operations')
+"""End of the names of the methods whose layers have bits of their own, by the bits that are their budget."""
 
 SUMMARY = (
     ("zero-shot, the paper's recipe cut short", dict.fromkeys(BITS, 'paper')),
@@ -365,7 +360,7 @@ SUMMARY = (
             (f'zero-shot, {images} images', dict.fromkeys(BITS, method)),
             (
                 f'zero-shot, {images} images, bits of each layer by its sensitivity',
-                {bits: f'{method}_{name}' for bits, name in _ALLOCATED},
+                {bits: f'{method}_{name}' for bits, name in _ALLOCATED.items()},
             ),
         )
     ),
