@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints read without running code from the file: MMEngine's ``.pth``, and ``.safetensors``.
+"""Read and write checkpoints, MMEngine's ``.pth`` and ``.safetensors``, without running code from the file.
 
 :func:`register_checkpoint_loaders` puts these loaders in the place of MMEngine's own, so that
 ``load_from``, ``--resume`` and ``init_cfg`` go through them. Beside files and URLs they take
@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +27,10 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
+from mmzsq.atomic_files import make_directory, write_atomically
 from mmzsq.errors import UserError
 
 ASSETS = Path(__file__).parent / 'assets'
@@ -182,3 +186,40 @@ def _foreign_objects(path: Path) -> str:
         'and plain data are loaded. Convert a YOLOv5 file by tools/model_converters/'
         "ultralytics_to_mmzsq.py; from any other, save its 'state_dict' alone."
     )
+
+
+SUFFIXES = ('.safetensors', '.pth', '.pt')
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name whose ending names no format that :func:`save_weights` writes.
+
+    Raises:
+        UserError: With the endings that are allowed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f'{path} must end in one of {", ".join(SUFFIXES)}')
+
+
+def save_weights(state_dict: Mapping[str, Tensor], classes: Sequence[str], path: Path) -> None:
+    """Write weights and class names; the file appears whole or not at all.
+
+    Args:
+        state_dict: Tensors by name.
+        classes: Name of each class, in the order of the detector's labels.
+        path: Ends in ``.safetensors``, or in ``.pth`` or ``.pt`` for what ``torch.save`` writes.
+
+    Raises:
+        UserError: If ``path`` ends otherwise, or cannot be written.
+    """
+    check_suffix(path)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    dataset_meta = {'classes': list(classes)}
+    if path.suffix == '.safetensors':
+        content = save(tensors, {'dataset_meta': json.dumps(dataset_meta)})
+    else:
+        file = io.BytesIO()
+        torch.save({'state_dict': tensors, 'meta': {'dataset_meta': dataset_meta}}, file)
+        content = file.getvalue()
+    make_directory(path.parent)
+    write_atomically(path, content)

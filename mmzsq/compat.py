@@ -10,7 +10,7 @@ whatever works without it:
   :mod:`mmzsq.checkpoint`;
 * bases of installed packages, ``mmzsq::...`` among them: :func:`resolve_package_bases`.
 
-:func:`let_ssd_predict` needs MMDetection's models, and runs when :mod:`mmzsq.detectors` is imported.
+:func:`let_ssd_predict` needs MMDetection's models, and runs when :mod:`mmzsq.models` is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmengine.logging import HistoryBuffer
 
 from mmzsq.checkpoint import SAFE_LOADING, register_checkpoint_loaders
 from mmzsq.errors import UserError
-from mmzsq.torchvision_ops import EXTENSION, TorchvisionOps
+from mmzsq.mmcv_ops.torchvision_ops import EXTENSION, TorchvisionOps
 
 HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 

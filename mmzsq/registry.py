@@ -22,7 +22,9 @@ from mmzsq.errors import UserError, check_keys
 
 SCOPE = 'mmzsq'
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope=SCOPE, locations=['mmzsq.detectors', 'mmzsq.distillation'])
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope=SCOPE, locations=['mmzsq.models', 'mmzsq.qat', 'mmzsq.distillation']
+)
 MODEL_WRAPPERS = Registry('model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope=SCOPE, locations=['mmzsq.engine'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmzsq.datasets'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope=SCOPE, locations=['mmzsq.datasets.transforms'])
@@ -34,7 +36,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope=SCOPE,
     locations=['mmzsq.engine'],
 )
-TASK_UTILS = Registry('task util', parent=MMENGINE_TASK_UTILS, scope=SCOPE, locations=['mmzsq.detectors'])
+TASK_UTILS = Registry('task util', parent=MMENGINE_TASK_UTILS, scope=SCOPE, locations=['mmzsq.models'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope=SCOPE, locations=['mmzsq.engine'])
 
 QUANTIZERS = Registry('quantizer', scope=SCOPE, locations=['mmzsq.quantization'])

@@ -20,6 +20,8 @@ import torch
 
 import mmzsq  # noqa: F401  before any test imports mmdet or mmcv.ops
 
+pytest_plugins = ['cuda_fixtures']
+
 REPO = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))

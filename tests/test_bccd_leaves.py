@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from mmzsq.config import class_names, compose
+from mmzsq.config.compose import class_names, compose
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'bccd'
 DETECTORS = ('mask-rcnn_r50_bccd', 'mask-rcnn_swin-t_bccd')

@@ -235,7 +235,7 @@ def test_ssd_predicts(zero_weights: None) -> None:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
-    from mmzsq.detectors.task import DetectionTask
+    from mmzsq.tasks.detection_task import DetectionTask
 
     register_all_modules()
     cfg = Config.fromfile(compat.package_configs('mmdet') / 'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py')

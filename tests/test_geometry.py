@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.ops import complete_box_iou
 
-from mmzsq.geometry import complete_iou
+from mmzsq.boxes import complete_iou
 
 
 def random_boxes(count: int) -> torch.Tensor:

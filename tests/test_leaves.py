@@ -16,9 +16,9 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from mmzsq.config import class_names, compose
-from mmzsq.detectors import ZeroShotDetector
+from mmzsq.config.compose import class_names, compose
 from mmzsq.errors import UserError
+from mmzsq.qat import ZeroShotDetector
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 LEAVES = CONFIGS / 'zsq'

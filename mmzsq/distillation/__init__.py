@@ -13,7 +13,6 @@ from mmzsq.distillation.two_stage import (
     TwoStagePredictionLoss,
     foreground,
     most_confident,
-    of_category,
     why_not_two_stage,
 )
 
@@ -36,7 +35,6 @@ __all__ = [
     'kl_divergence',
     'match_modules',
     'most_confident',
-    'of_category',
     'transformer_blocks',
     'why_no_regions',
     'why_not_two_stage',

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmzsq.boxes import complete_iou
 from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, soft_number
 from mmzsq.errors import UserError
-from mmzsq.geometry import complete_iou
 from mmzsq.registry import MODELS
 
 

@@ -2,7 +2,7 @@
 """Distillation of two-stage detectors whose second stage is more, or other, than one box head and one mask head.
 
 Cascades, grids, points, scores of masks, semantic branches: every head of the second stage is compared on the teacher's
-regions (:mod:`mmzsq.detectors.comparison` runs them so), in the way of
+regions (:mod:`mmzsq.qat.comparison` runs them so), in the way of
 :class:`~mmzsq.distillation.two_stage.TwoStagePredictionLoss` where its outputs are classes and boxes, by their error
 where nothing is known of what they mean.
 """

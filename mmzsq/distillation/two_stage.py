@@ -2,7 +2,7 @@
 """Distillation of two-stage detectors: what the region proposal network says, and what the heads say of the same RoIs.
 
 Teacher and student are compared on the teacher's proposals: answers to different regions could not be compared.
-:mod:`mmzsq.detectors.comparison` runs them so; here is the loss. It knows MMDetection's ``TwoStageDetector`` and no
+:mod:`mmzsq.qat.comparison` runs them so; here is the loss. It knows MMDetection's ``TwoStageDetector`` and no
 architecture.
 """
 
@@ -19,10 +19,10 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
+from mmzsq.boxes import complete_iou, select_category
 from mmzsq.distillation.dense import DensePredictions, dense_terms
 from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, kl_divergence, soft_number
 from mmzsq.errors import UserError
-from mmzsq.geometry import complete_iou
 from mmzsq.registry import MODELS
 
 RPN_HEAD = 'rpn_head'
@@ -108,22 +108,6 @@ def rpn_predictions(maps: Sequence[Tensor], coder: Any) -> DensePredictions:
     return DensePredictions(decode_on_unit_box(coder, deltas), objectness, objectness.new_zeros(*objectness.shape, 0))
 
 
-def of_category(values: Tensor, labels: Tensor) -> Tensor:
-    """Pick, of the answers to each RoI, that for its category.
-
-    Args:
-        values: (R, C, ...), or (R, 1, ...) of a class-agnostic head.
-        labels: (R,).
-
-    Returns:
-        Shape (R, ...).
-    """
-    if values.shape[1] == 1:
-        return values[:, 0]
-    # Advanced indexing: its backward adds up in a fixed order, where torch.gather's does not.
-    return values[torch.arange(len(labels), device=labels.device), labels]
-
-
 def box_head_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], coder: Any) -> tuple[Tensor, Tensor]:
     """Divergence of categories and of boxes over R RoIs; each a scalar.
 
@@ -143,7 +127,7 @@ def box_head_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], coder: 
     if len(teacher) == 1:
         return classes, torch.zeros_like(classes)
     bboxes_S, bboxes_T = (
-        decode_on_unit_box(coder, of_category(deltas.float().unflatten(1, (-1, 4)), labels))
+        decode_on_unit_box(coder, select_category(deltas.float().unflatten(1, (-1, 4)), labels))
         for deltas in (student[1], teacher[1])
     )
     return classes, (scores * (1 - complete_iou(bboxes_S, bboxes_T))).sum() / total
@@ -159,7 +143,7 @@ def mask_term(student: Tensor, teacher: Tensor, found: Foreground) -> Tensor:
         teacher: The same.
         found: What the teacher takes the M RoIs for; the mask of that category is compared.
     """
-    logits_S, logits_T = (of_category(masks, found.labels).float() for masks in (student, teacher))
+    logits_S, logits_T = (select_category(masks, found.labels).float() for masks in (student, teacher))
     divergence = binary_kl(logits_S, logits_T).flatten(1).mean(1)
     return (found.scores * divergence).sum() / soft_number(found.scores)
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.dist import all_reduce
 from torch import Tensor
 
-from mmzsq.detectors.sensitivity import measure_sensitivity
+from mmzsq.qat.sensitivity import measure_sensitivity
 from mmzsq.quantization import QuantizationConfig
 from mmzsq.quantization.allocation import Budget, totals
 from mmzsq.quantization.config import Bits
@@ -57,7 +57,7 @@ def bits_within(
         Bits by the name of a layer; the sensitivity that they are chosen by, (L, C).
 
     Raises:
-        UserError: See :func:`~mmzsq.detectors.sensitivity.measure_sensitivity`.
+        UserError: See :func:`~mmzsq.qat.sensitivity.measure_sensitivity`.
     """
     num_init = runner.cfg.zsq.train.init_batches
     loaded = list(itertools.islice(runner.train_dataloader, max(batches, num_init)))

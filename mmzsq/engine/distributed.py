@@ -27,7 +27,7 @@ class AveragingDataParallel(nn.Module):
     the same. Each still normalises by its own images, unless ``sync_bn='torch'`` in the config says otherwise.
 
     Args:
-        module: A :class:`~mmzsq.detectors.ZeroShotDetector` on the device of this process.
+        module: A :class:`~mmzsq.qat.ZeroShotDetector` on the device of this process.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -17,10 +17,10 @@ from mmengine.runner import BaseLoop, CheckpointLoader, Runner, find_latest_chec
 from torch import nn
 
 from mmzsq.config import compose
-from mmzsq.detectors import ZeroShotDetector
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.report import report_results
 from mmzsq.errors import UserError
+from mmzsq.qat import ZeroShotDetector
 from mmzsq.registry import RUNNERS
 
 
@@ -33,7 +33,7 @@ class ZeroShotRunner(Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
-        """Build from a config as a user writes it, or as :func:`~mmzsq.config.compose` made it."""
+        """Build from a config as a user writes it, or as :func:`~mmzsq.config.compose.compose` made it."""
         cfg = copy.deepcopy(cfg)
         if cfg.get('resume') and 'zsq' in cfg:
             given = cfg.get('load_from')

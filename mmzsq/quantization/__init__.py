@@ -31,7 +31,7 @@ from mmzsq.quantization.convolutions import (
     QuantModulatedDeformConv2d,
     QuantModulatedDeformConv2dPack,
 )
-from mmzsq.quantization.equalise import equalise
+from mmzsq.quantization.equalize import equalise
 from mmzsq.quantization.fake_quantize import fake_quantize, quantize
 from mmzsq.quantization.modules import (
     QuantConv1d,

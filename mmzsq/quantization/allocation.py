@@ -4,7 +4,7 @@
 The sensitivities of layers are taken to add up, as in Cai et al., "ZeroQ", 2020, https://arxiv.org/abs/2001.00281, and
 Yao et al., "HAWQ-V3", 2021, https://arxiv.org/abs/2011.10680. One candidate a layer, the least sum, a bounded cost: a
 multiple-choice knapsack, solved here exactly. Where sensitivities come from is no matter of this module;
-:mod:`mmzsq.detectors.sensitivity` measures them.
+:mod:`mmzsq.qat.sensitivity` measures them.
 """
 
 from __future__ import annotations

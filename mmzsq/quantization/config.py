@@ -115,7 +115,7 @@ class QuantizationConfig:
         last_bits: The same for layers that make the model's output.
         equalise: Divide each channel of a layer's input, and multiply the weights that it meets, by a factor found at
             initialisation, so that channels of unlike ranges share a step better: see
-            :mod:`mmzsq.quantization.equalise`. Of layers with an input or a weight below 8 bits.
+            :mod:`mmzsq.quantization.equalize`. Of layers with an input or a weight below 8 bits.
         scope: Pattern or patterns of what is quantized, such as ``'backbone'``; all else stays
             float. ``None`` is the whole model.
         attention: Bits of the operands of both matrix products of attention, one number for all,

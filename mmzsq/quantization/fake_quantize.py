@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmzsq.fused import fused_kernels
+from mmzsq.fused_kernels import fused_kernels
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""

@@ -165,7 +165,7 @@ def make_quantized(layer: nn.Module, cls: type[QuantizedLayer]) -> QuantizedLaye
 
 
 def input_scale(layer: nn.Module) -> Tensor | None:
-    """What a layer divides the channels of its input by, (C,), or None; see :mod:`mmzsq.quantization.equalise`."""
+    """What a layer divides the channels of its input by, (C,), or None; see :mod:`mmzsq.quantization.equalize`."""
     return getattr(layer, 'input_scale', None)
 
 

@@ -18,7 +18,7 @@ from mmzsq.quantization.attention import (
     quantized_attention_class,
 )
 from mmzsq.quantization.config import WHERE, AttentionBits, Bits, QuantizationConfig, matches
-from mmzsq.quantization.equalise import add_input_scale, remove_input_scale
+from mmzsq.quantization.equalize import add_input_scale, remove_input_scale
 from mmzsq.quantization.modules import (
     QuantizedLayer,
     make_quantized,

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from mmzsq.fused import fused_kernels
+from mmzsq.fused_kernels import fused_kernels
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""

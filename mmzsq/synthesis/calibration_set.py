@@ -24,9 +24,7 @@ import cv2
 import numpy as np
 from mmengine.structures import InstanceData
 
-from mmzsq.errors import UserError
-from mmzsq.synthesis import coco_format
-from mmzsq.synthesis.atomic_files import (
+from mmzsq.atomic_files import (
     delete,
     delete_unfinished,
     make_directory,
@@ -34,6 +32,8 @@ from mmzsq.synthesis.atomic_files import (
     to_json,
     write_atomically,
 )
+from mmzsq.errors import UserError
+from mmzsq.synthesis import coco_format
 from mmzsq.synthesis.set_settings import (
     enumerate_some,
     read_json,

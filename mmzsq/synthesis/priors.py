@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
-from mmzsq.fused import fused_kernels
+from mmzsq.fused_kernels import fused_kernels
 from mmzsq.registry import PRIORS
 from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch, watched_layers
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmzsq.atomic_files import to_json
 from mmzsq.errors import UserError
-from mmzsq.synthesis.atomic_files import to_json
 
 FORMAT = 'mmzsq.calibration_set'
 FORMAT_VERSION = 1

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.errors import UserError
-from mmzsq.fused import fused_kernels
+from mmzsq.fused_kernels import fused_kernels
 from mmzsq.synthesis.acceleration import Acceleration
-from mmzsq.synthesis.augment import Cutout
+from mmzsq.synthesis.cutout import Cutout
 from mmzsq.synthesis.label_samplers import LabelPrior, LabelSampler, RelabelCounts
 from mmzsq.synthesis.priors import Prior
 
@@ -34,7 +34,7 @@ EAGER_STEPS = 3
 
 
 class Task(Protocol):
-    """What synthesis needs of a detector; see :class:`mmzsq.detectors.DetectionTask`."""
+    """What synthesis needs of a detector; see :class:`mmzsq.tasks.DetectionTask`."""
 
     detector: nn.Module
     num_classes: int
@@ -126,7 +126,7 @@ class Synthesizer:
         init: The start: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise of mean 0 and deviation 1 in what the
             network takes.
         betas: Adam's.
-        cutout: Arguments of :class:`~mmzsq.synthesis.augment.Cutout`, or None for no erasing.
+        cutout: Arguments of :class:`~mmzsq.synthesis.cutout.Cutout`, or None for no erasing.
         clamp: Whether pixels are clamped to [0, 1] after each step.
         keep: ``'last'`` image, or ``'best'``: that of the lowest total loss among the steps looked at.
         keep_interval: Steps between two looks, for ``keep='best'``.

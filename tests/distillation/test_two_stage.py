@@ -16,10 +16,10 @@ from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as reference_kl
 from torchvision.ops import box_iou, complete_box_iou
 
+from mmzsq.boxes import complete_iou
 from mmzsq.distillation import MASK_ROIS, TwoStagePredictionLoss, foreground, most_confident, why_not_two_stage
 from mmzsq.distillation.two_stage import box_head_terms, decode_on_unit_box, mask_term, rpn_predictions
 from mmzsq.errors import UserError
-from mmzsq.geometry import complete_iou
 
 RPN_CODER = DeltaXYWHBBoxCoder()
 BOX_CODER = DeltaXYWHBBoxCoder(target_stds=(0.1, 0.1, 0.2, 0.2))

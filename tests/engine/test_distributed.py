@@ -70,8 +70,8 @@ from mmengine.dist import get_rank
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmzsq import cli
-from mmzsq.detectors import captured_step
-from mmzsq.detectors.captured_step import CapturedStep
+from mmzsq.qat import captured_step
+from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.distillation.losses import soft_number
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients

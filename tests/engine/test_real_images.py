@@ -16,8 +16,8 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from mmzsq.detectors.comparison import TwoStageComparison
 from mmzsq.engine import ZeroShotRunner
+from mmzsq.qat.comparison import TwoStageComparison
 
 SIZE = (48, 64)
 

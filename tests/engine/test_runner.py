@@ -23,9 +23,9 @@ from mmengine.registry import HOOKS, METRICS
 
 from mmzsq import test as test_tool
 from mmzsq.config import compose, merge
-from mmzsq.detectors.captured_step import CapturedStep
 from mmzsq.engine import FiniteLossHook, ZeroShotRunner, bit_allocation
 from mmzsq.errors import UserError
+from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.quantization import quantizers
 from mmzsq.synthesis import CalibrationSet
 

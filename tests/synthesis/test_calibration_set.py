@@ -15,9 +15,9 @@ from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools.coco import COCO
 
+from mmzsq.atomic_files import sha256
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, MultiBoxSampler
-from mmzsq.synthesis.atomic_files import sha256
 
 SETTINGS: dict[str, Any] = dict(
     fingerprint=dict(teacher='abc', seed=0, priors=[dict(type='BN', weight=0.1)]),

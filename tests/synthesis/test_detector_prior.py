@@ -17,13 +17,13 @@ from mmengine.config import Config
 from scipy import stats
 from torch import nn
 
-from mmzsq.detectors import detection_task
-from mmzsq.detectors.label_prior import label_prior
-from mmzsq.detectors.ultralytics import read_ultralytics
-from mmzsq.detectors.yolov5.weights import convert_yolov5
+from mmzsq.converters.ultralytics import read_ultralytics
+from mmzsq.converters.yolov5 import convert_yolov5
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import AdaptiveLabelSampler, DetectorPriorSampler, LabelPrior
+from mmzsq.tasks import detection_task
+from mmzsq.tasks.label_prior import label_prior
 
 SIZE = (320, 640)
 PRIOR = LabelPrior(torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([[32.0, 64.0], [128.0, 32.0]]))

@@ -18,12 +18,12 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmzsq.config import complete_section
-from mmzsq.detectors import DetectionTask
+from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
 from mmzsq.synthesis import BNStatisticsPrior, CalibrationSet, CalibrationSetGenerator
 from mmzsq.synthesis.generator import Stage, shard_seed
 from mmzsq.synthesis.synthesizer import Synthesizer
+from mmzsq.tasks import DetectionTask
 
 SYNTHESIS = dict(
     relabel=dict(image_size=64, iterations=2, batch_size=2),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.batch_norm import batch_statistics

@@ -15,9 +15,9 @@ from mmengine.config import Config, config
 
 from mmzsq import train
 from mmzsq.config import compose
-from mmzsq.detectors import ZeroShotDetector
 from mmzsq.engine import ZeroShotRunner
 from mmzsq.errors import UserError
+from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization.allocation import Budget, allocatable
 
 TOOL = 'tools/analysis_tools/allocate_bits.py'

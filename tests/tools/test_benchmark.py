@@ -19,9 +19,9 @@ from benchmark_meter import Profile
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmzsq.detectors.modes import in_use
 from mmzsq.errors import UserError
-from mmzsq.fused import fused_kernels
+from mmzsq.fused_kernels import fused_kernels
+from mmzsq.models.train_eval_modes import in_use
 from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
 
 TOOL = 'tools/analysis_tools/benchmark.py'

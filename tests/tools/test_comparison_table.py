@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mmengine.config import Config, DictAction
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 
 TOOL = 'tools/analysis_tools/results_table.py'
 README = 'Before.\n\n<!-- comparison of results/cells -->\nold\n<!-- end of comparison -->\n\nAfter.\n'

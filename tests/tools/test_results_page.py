@@ -19,7 +19,7 @@ import yolo
 from mmengine.config import Config, DictAction
 from yolo_tables import TABLES
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
 
 TOOL = 'tools/analysis_tools/results_page.py'

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from mmengine.config import Config, DictAction
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 
 TOOL = 'tools/analysis_tools/results_table.py'
 README = 'Text before.\n\n<!-- table of results/run -->\nold\n<!-- end of table -->\n\nText after.\n'

@@ -24,7 +24,7 @@ from torch import nn
 from yolo_methods import BITS, METHODS, SETS
 from yolo_tables import TABLES
 
-from mmzsq.config import complete_section, compose
+from mmzsq.config.compose import complete_section, compose
 from mmzsq.quantization import QuantizationConfig
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import LabelPrior

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmzsq.config import class_names, compose
-from mmzsq.detectors import ZeroShotDetector, detection_task
-from mmzsq.detectors.task import blank_samples, pixel_range, sum_losses, whole_image_samples
+from mmzsq.config.compose import class_names, compose
+from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import fit_masks
 from mmzsq.synthesis.synthesizer import seeded
+from mmzsq.tasks import detection_task
+from mmzsq.tasks.detection_task import blank_samples, pixel_range, sum_losses, whole_image_samples
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 ZSQ_BASE = Path(__file__).resolve().parents[2] / 'configs/_base_/zsq_w4a8.py'

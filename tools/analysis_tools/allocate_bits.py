@@ -6,7 +6,7 @@
 
 Makes the calibration set of the config where it is missing, measures on some of its batches how much the loss that the
 student would learn from grows when one layer alone has few bits, and chooses the bits of all layers so that the sum is
-least (:mod:`mmzsq.detectors.sensitivity`, :mod:`mmzsq.quantization.allocation`). The budget is one of
+least (:mod:`mmzsq.qat.sensitivity`, :mod:`mmzsq.quantization.allocation`). The budget is one of
 
 * ``--average-bits``: the size of the weights in question, as if each had so many bits;
 * ``--budget-size-mb``: the size of the whole model in MB (10^6 bytes);

@@ -28,7 +28,7 @@ from mmengine.config import Config
 
 from mmzsq import cli
 from mmzsq.errors import UserError
-from mmzsq.fused import VARIABLE, fused_kernels
+from mmzsq.fused_kernels import VARIABLE, fused_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURES: dict[str, Callable[[Config, Settings], dict[str, Any]]] = dict(

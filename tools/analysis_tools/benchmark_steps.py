@@ -27,19 +27,19 @@ from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmzsq.config import complete_section, compose
+from mmzsq.config.compose import complete_section, compose
 from mmzsq.datasets import stack_images
-from mmzsq.detectors import detection_task
-from mmzsq.detectors.modes import in_use
-from mmzsq.detectors.probe import probe
-from mmzsq.detectors.task import data_samples, needs_masks, num_classes, pixel_range
-from mmzsq.detectors.teacher import load_teacher
 from mmzsq.errors import UserError
+from mmzsq.models.train_eval_modes import in_use
+from mmzsq.qat.probe import probe
+from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import calibrating
 from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import LabelSampler, MultiBoxSampler, RelabelCounts, fit_masks
 from mmzsq.synthesis.synthesizer import EAGER_STEPS
+from mmzsq.tasks import detection_task
+from mmzsq.tasks.detection_task import data_samples, needs_masks, num_classes, pixel_range
 
 SYNTHESIS_WARMUP = 1 + EAGER_STEPS + 2
 """Steps before the clock starts: one, and after a correction the eager ones, that which is captured, and a replay."""

@@ -14,7 +14,7 @@ from typing import Any
 from markdown_pages import read_text
 from mmengine.config import Config
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
 
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')

@@ -24,9 +24,9 @@ from rich.table import Table
 from scipy import stats
 
 from mmzsq import cli
-from mmzsq.detectors.sensitivity import mean_loss
 from mmzsq.engine.report import evaluate
 from mmzsq.errors import UserError
+from mmzsq.qat.sensitivity import mean_loss
 from mmzsq.synthesis import CalibrationSet
 
 

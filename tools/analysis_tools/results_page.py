@@ -43,7 +43,7 @@ from kept_runs import (
 from markdown_pages import ROOT, markdown_table, means_with_spread, read_text, renew
 from mmengine.config import Config
 
-from mmzsq.config import complete_section
+from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
 
 sys.path.append(str(ROOT / 'tools' / 'benchmarks'))

@@ -56,9 +56,9 @@ from kept_runs import (
 )
 from markdown_pages import ROOT, markdown_table, means_with_spread, read_text, renew
 
+from mmzsq.config.presets import PRESETS
 from mmzsq.engine.report import format_table
 from mmzsq.errors import UserError
-from mmzsq.presets import PRESETS
 
 BLOCK = re.compile(r'(<!-- table of (\S+(?: \S+)*) -->\n).*?(<!-- end of table -->)', re.DOTALL)
 PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)

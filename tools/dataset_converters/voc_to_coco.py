@@ -20,8 +20,8 @@ from typing import Any
 from xml.etree.ElementTree import Element
 from xml.parsers.expat import ExpatError
 
+from mmzsq.atomic_files import make_directory, write_atomically
 from mmzsq.errors import UserError
-from mmzsq.synthesis.atomic_files import make_directory, write_atomically
 from mmzsq.synthesis.label_samplers.annotation_files import parse_xml
 
 VERTICES = 32

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmzsq.checkpoint import load_from_local
+from mmzsq.checkpoint import check_suffix, load_from_local, save_weights
 from mmzsq.errors import UserError
-from mmzsq.weights import check_suffix, save_weights
 
 
 def parse_args() -> argparse.Namespace:

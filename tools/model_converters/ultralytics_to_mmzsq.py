@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmzsq.detectors.ultralytics import read_ultralytics
-from mmzsq.detectors.yolo11.weights import convert_yolo11, is_yolo11
-from mmzsq.detectors.yolov5.weights import convert_yolov5
+from mmzsq.checkpoint import check_suffix, save_weights
+from mmzsq.converters.ultralytics import read_ultralytics
+from mmzsq.converters.yolo11 import convert_yolo11, is_yolo11
+from mmzsq.converters.yolov5 import convert_yolov5
 from mmzsq.errors import UserError
-from mmzsq.weights import check_suffix, save_weights
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,12 +17,12 @@ from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmzsq.detectors import DetectionTask, detection_task
-from mmzsq.detectors.teacher import digest
 from mmzsq.engine.progress import SynthesisProgress
 from mmzsq.errors import UserError
+from mmzsq.qat.teacher import digest
 from mmzsq.registry import HOOKS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
+from mmzsq.tasks import DetectionTask, detection_task
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ultralytics' weights of YOLOv5 v6.0 and later under the names of this project's parts.
+
+The size (n, s, m, l or x) and the number of classes are read off the shapes; every tensor's name
+and shape is then compared with the model of that size, and none may be missing or left over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmzsq.converters.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
+from mmzsq.errors import UserError
+from mmzsq.models.yolo.layers import scale_depth, scale_width
+from mmzsq.models.yolov5.backbone import YOLOv5CSPDarknet
+from mmzsq.models.yolov5.head import YOLOv5Head
+from mmzsq.models.yolov5.neck import YOLOv5PAFPN
+
+
+class Size(NamedTuple):
+    """The two numbers that make a size of YOLOv5."""
+
+    deepen_factor: float
+    widen_factor: float
+
+
+SIZES = {
+    'n': Size(0.33, 0.25),
+    's': Size(0.33, 0.50),
+    'm': Size(0.67, 0.75),
+    'l': Size(1.00, 1.00),
+    'x': Size(1.33, 1.25),
+}
+
+LAYERS = {
+    'model.0': 'backbone.stem',
+    'model.1': 'backbone.stage1.0',
+    'model.2': 'backbone.stage1.1',
+    'model.3': 'backbone.stage2.0',
+    'model.4': 'backbone.stage2.1',
+    'model.5': 'backbone.stage3.0',
+    'model.6': 'backbone.stage3.1',
+    'model.7': 'backbone.stage4.0',
+    'model.8': 'backbone.stage4.1',
+    'model.9': 'backbone.stage4.2',
+    'model.10': 'neck.reduce_coarse',
+    'model.13': 'neck.top_down_middle',
+    'model.14': 'neck.reduce_middle',
+    'model.17': 'neck.top_down_fine',
+    'model.18': 'neck.downsample_fine',
+    'model.20': 'neck.bottom_up_middle',
+    'model.21': 'neck.downsample_middle',
+    'model.23': 'neck.bottom_up_coarse',
+    'model.24': 'bbox_head',
+}
+SPPF_LAYER = 'model.9'
+HEAD_LAYER = 'model.24'
+STRIDES = (8, 16, 32)
+C3_CONVS = {'cv1': 'main_conv', 'cv2': 'short_conv', 'cv3': 'final_conv'}
+
+
+def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
+    """Rename Ultralytics' tensors and check them.
+
+    Args:
+        tensors: Parameters and buffers by Ultralytics' names, with batch norms not yet folded.
+
+    Returns:
+        Weights for :class:`~mmzsq.models.yolov5.YOLOv5`; ``size`` is a key of :data:`SIZES`.
+
+    Raises:
+        UserError: If they are not those of a YOLOv5 of v6.0 or later; the message names tensors
+            that are missing, left over, or of another shape.
+    """
+    state_dict = {_rename(name): tensor for name, tensor in tensors.items()}
+    size, num_classes = _detect(state_dict)
+    expected = expected_shapes(SIZES[size], num_classes)
+    _scale_anchors(state_dict)
+    check_tensors(state_dict, expected, f'YOLOv5-{size} of v6.0 or later')
+    return ConvertedDetector('YOLOv5', size, num_classes, in_float32(state_dict))
+
+
+def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of a YOLOv5, without allocating one.
+
+    Args:
+        size: The size.
+        num_classes: Number of classes.
+    """
+    with torch.device('meta'):
+        return shapes_of(
+            {
+                'backbone': YOLOv5CSPDarknet(*size),
+                'neck': YOLOv5PAFPN(*size),
+                'bbox_head': YOLOv5Head(num_classes, size.widen_factor),
+            }
+        )
+
+
+def _rename(name: str) -> str:
+    """Translate one name; a name of no YOLOv5 layer stays as it is, and is later left over."""
+    match = re.fullmatch(r'(model\.\d+)\.(.+)', name)
+    if match is None or match[1] not in LAYERS:
+        return name
+    layer, rest = match.groups()
+    if layer == SPPF_LAYER:
+        rest = re.sub(r'^cv(\d)\.', r'conv\1.', rest)
+    elif layer == HEAD_LAYER:
+        rest = re.sub(r'^m\.', 'convs.', rest)
+    else:
+        rest = re.sub(r'^m\.(\d+)\.cv(\d)\.', r'blocks.\1.conv\2.', rest)
+        rest = re.sub(r'^cv\d(?=\.)', lambda conv: C3_CONVS.get(conv[0], conv[0]), rest)
+    return f'{LAYERS[layer]}.{rest}'
+
+
+def _detect(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Read size and number of classes off the shapes."""
+    try:
+        width = state_dict['backbone.stem.conv.weight'].shape[0]
+        outputs = state_dict['bbox_head.convs.0.weight'].shape[0]
+        anchors = state_dict['bbox_head.anchors'].shape[1]
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            'this is no YOLOv5 detector of v6.0 or later (no stem, head or anchors found where that model has them)'
+        ) from error
+    depth = sum(
+        re.fullmatch(r'backbone\.stage1\.1\.blocks\.\d+\.conv1\.conv\.weight', name) is not None for name in state_dict
+    )
+    for key, size in SIZES.items():
+        if (scale_width(64, size.widen_factor), scale_depth(3, size.deepen_factor)) == (
+            width,
+            depth,
+        ):
+            return key, outputs // anchors - 5
+    raise UserError(
+        f'a stem of {width} channels and {depth} bottlenecks in the first C3 block are of none of '
+        f'the sizes {", ".join(SIZES)}'
+    )
+
+
+def _scale_anchors(state_dict: dict[str, Tensor]) -> None:
+    """Turn anchors from cells into pixels, and drop the copy in pixels that v6.0 has."""
+    anchors = state_dict['bbox_head.anchors']
+    if len(anchors) != len(STRIDES):
+        return
+    pixels = anchors.float() * torch.tensor(STRIDES).view(-1, 1, 1)
+    state_dict['bbox_head.anchors'] = pixels
+    copy = state_dict.get('bbox_head.anchor_grid')
+    if copy is not None and torch.equal(copy.float().flatten(), pixels.flatten()):
+        del state_dict['bbox_head.anchor_grid']

@@ -1,7 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""One-stage detectors of MMDetection as synthesis sees them, with losses that a CUDA graph can hold."""
-
-from mmzsq.detectors.one_stage.fit import reason_unfit
-from mmzsq.detectors.one_stage.task import OneStageSamples, OneStageTask
-
-__all__ = ['OneStageSamples', 'OneStageTask', 'reason_unfit']

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolutions of ``mmcv._ext``, v1 (Dai et al., 2017) and v2 (Zhu et al., 2019), served by torchvision.
+
+Both libraries lay offsets and masks out alike; torchvision has one operator for the two versions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
+from torch import Tensor
+
+from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
+
+
+def deform_conv_forward(
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry: int
+) -> None:
+    """Deformable convolution (v1) into ``output``, with the signature of MMCV's operator.
+
+    Args:
+        input: Feature map, (N, C, H, W).
+        weight: Shape (C_out, C / group, kH, kW).
+        offset: How far each tap of each output pixel moves, y before x, in pixels of ``input``,
+            (N, deformable_group * kH * kW * 2, H_out, W_out).
+        output: Written: (N, C_out, H_out, W_out).
+        columns: Unused, room for intermediate values.
+        ones: Unused, likewise.
+        geometry: ``dH``, ``dW`` (strides), ``padH``, ``padW``, ``dilationH``, ``dilationW``, ``group``,
+            ``deformable_group``; ``kH``, ``kW`` and ``im2col_step`` are not needed.
+    """
+    output.copy_(_deform_conv(input, weight, offset, None, None, _geometry_v1(geometry)))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    **geometry: int,
+) -> None:
+    """Gradient of :func:`deform_conv_forward` with respect to ``input`` and ``offset``.
+
+    Args:
+        input: As in the forward pass.
+        offset: As in the forward pass.
+        grad_output: Gradient of ``output``.
+        grad_input: Written: gradient of ``input``.
+        grad_offset: Written: gradient of ``offset``.
+        weight: As in the forward pass.
+        columns: Unused.
+        geometry: As in the forward pass.
+    """
+    grads = _deform_conv_backward(grad_output, input, weight, offset, None, None, _geometry_v1(geometry))
+    grad_input.copy_(grads[0])
+    grad_offset.copy_(grads[2])
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    scale: float = 1,
+    **geometry: int,
+) -> None:
+    """Gradient of :func:`deform_conv_forward` with respect to ``weight``.
+
+    Args:
+        input: As in the forward pass.
+        offset: As in the forward pass.
+        grad_output: Gradient of ``output``.
+        grad_weight: Written: gradient of ``weight``, which it does not depend on.
+        columns: Unused.
+        ones: Unused.
+        scale: Factor of the gradient.
+        geometry: As in the forward pass.
+    """
+    grads = _deform_conv_backward(grad_output, input, grad_weight, offset, None, None, _geometry_v1(geometry))
+    grad_weight.copy_(scale * grads[1])
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    **geometry: int,
+) -> None:
+    """Modulated deformable convolution (v2) into ``output``, with the signature of MMCV's operator.
+
+    Offsets and masks of a larger map than the output's, as DyHead takes them for the level above, are read as the
+    compiled operator reads them: their memory, image by image, as if it were of the output's height and width.
+
+    Args:
+        input: Feature map, (N, C, H, W).
+        weight: Shape (C_out, C / group, kH, kW).
+        bias: Shape (C_out,); empty without ``with_bias``.
+        ones: Unused, room for intermediate values.
+        offset: As of :func:`deform_conv_forward`.
+        mask: Factor of each tap of each output pixel, (N, deformable_group * kH * kW, H_out, W_out).
+        output: Written: (N, C_out, H_out, W_out).
+        columns: Unused.
+        geometry: ``stride_h``, ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h``, ``dilation_w``, ``group``,
+            ``deformable_group``, ``with_bias``; ``kernel_h`` and ``kernel_w`` are not needed.
+    """
+    offset, mask = (_read_as(tensor, output) for tensor in (offset, mask))
+    output.copy_(
+        _deform_conv(input, weight, offset, mask, bias if geometry['with_bias'] else None, _geometry_v2(geometry))
+    )
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    **geometry: int,
+) -> None:
+    """Gradient of :func:`modulated_deform_conv_forward`, whose arguments these are.
+
+    Args:
+        input: As in the forward pass.
+        weight: As in the forward pass.
+        bias: As in the forward pass.
+        ones: Unused.
+        offset: As in the forward pass.
+        mask: As in the forward pass.
+        columns: Unused.
+        grad_input: Written: gradient of ``input``.
+        grad_weight: Written: gradient of ``weight``.
+        grad_bias: Written with ``with_bias``: gradient of ``bias``.
+        grad_offset: Written: gradient of ``offset``.
+        grad_mask: Written: gradient of ``mask``.
+        grad_output: Gradient of ``output``.
+        geometry: As in the forward pass.
+    """
+    bias_used = bias if geometry['with_bias'] else None
+    offset, mask = (_read_as(tensor, grad_output) for tensor in (offset, mask))
+    grads = _deform_conv_backward(grad_output, input, weight, offset, mask, bias_used, _geometry_v2(geometry))
+    grad_input.copy_(grads[0])
+    grad_weight.copy_(grads[1])
+    for written, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        # What was not read has no gradient.
+        written.zero_()
+        _read_as(written, grad_output).copy_(grad)
+    if bias_used is not None:
+        grad_bias.copy_(grads[4])
+
+
+def _read_as(tensor: Tensor, output: Tensor) -> Tensor:
+    """The memory of each image of ``tensor``, (N, C, H, W), as (N, C, H_out, W_out) from its start; a view."""
+    size = output.shape[2:]
+    if tensor.shape[2:] == size or tensor[0, 0].numel() < size.numel():
+        return tensor
+    values = tensor.flatten(1)[:, : tensor.shape[1] * size.numel()]
+    return values.unflatten(1, (tensor.shape[1], *size))
+
+
+def _geometry_v1(geometry: dict[str, int]) -> list[int]:
+    names = ('dH', 'dW', 'padH', 'padW', 'dilationH', 'dilationW', 'group', 'deformable_group')
+    return [geometry[name] for name in names]
+
+
+def _geometry_v2(geometry: dict[str, int]) -> list[int]:
+    names = ('stride_h', 'stride_w', 'pad_h', 'pad_w', 'dilation_h', 'dilation_w', 'group', 'deformable_group')
+    return [geometry[name] for name in names]
+
+
+def _deform_conv(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None, geometry: list[int]
+) -> Tensor:
+    """The operator; 16-bit types are computed in fp32, since its kernels know no bf16."""
+    operands = _deform_operands(input, weight, offset, mask, bias)
+    return torch.ops.torchvision.deform_conv2d(*operands, *geometry, mask is not None)
+
+
+def _deform_conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, offset, mask and bias."""
+    operands = _deform_operands(input, weight, offset, mask, bias)
+    grad = grad_output.to(operands[0].dtype).contiguous()
+    return torch.ops.torchvision._deform_conv2d_backward(grad, *operands, *geometry, mask is not None)
+
+
+def _deform_operands(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> list[Tensor]:
+    """All five, in one type; what is absent as torchvision's own wrapper passes it."""
+    input = at_least_fp32(input)
+    absent_mask = input.new_zeros(len(input), 1)
+    absent_bias = input.new_zeros(len(weight))
+    others = (
+        weight,
+        offset,
+        absent_mask if mask is None else mask,
+        absent_bias if bias is None else bias,
+    )
+    return [operand.to(input.dtype).contiguous() for operand in (input, *others)]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors and parts of detectors that MMDetection lacks."""
+
+from mmzsq.compat import let_ssd_predict
+from mmzsq.models.max_iou_assigner import MaxIoUAssigner
+from mmzsq.models.window_attention import QuantWindowMSA
+from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
+from mmzsq.models.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
+
+let_ssd_predict()
+
+__all__ = [
+    'YOLO11',
+    'MaxIoUAssigner',
+    'QuantSpatialAttention',
+    'QuantWindowMSA',
+    'YOLO11CSPDarknet',
+    'YOLO11Head',
+    'YOLO11PAFPN',
+    'YOLOv5',
+    'YOLOv5CSPDarknet',
+    'YOLOv5Head',
+    'YOLOv5PAFPN',
+]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of YOLO11: C3k2, which joins the outputs of all its parts, and C2PSA, which attends.
+
+A YOLO11 size is ``deepen_factor`` and ``widen_factor`` as in YOLOv5, the most channels that a width has before it is
+scaled, and whether every C3k2 is made of C3k blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmcv.cnn import ConvModule
+from mmdet.models.layers import CSPLayer
+from torch import Tensor, nn
+
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_width
+
+HEAD_CHANNELS = 64
+"""Channels of one head of attention."""
+
+
+def scale_widths(widths: tuple[int, ...], widen_factor: float, max_channels: int) -> list[int]:
+    """Return ``widths`` of size l without its limit, limited to ``max_channels`` and then scaled."""
+    return [scale_width(min(width, max_channels), widen_factor) for width in widths]
+
+
+class Bottleneck(nn.Module):
+    """Two convolutions of 3x3, added to their input.
+
+    Args:
+        channels: Channels of input and output.
+        hidden: Channels between the convolutions.
+        norm_cfg: Normalisation of both convolutions.
+        act_cfg: Activation of both convolutions.
+    """
+
+    def __init__(self, channels: int, hidden: int, norm_cfg: dict[str, Any], act_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.conv1 = ConvModule(channels, hidden, 3, padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.conv2 = ConvModule(hidden, channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        return x + self.conv2(self.conv1(x))
+
+
+class C3k(CSPLayer):
+    """YOLOv5's C3 with two bottlenecks of 3x3 convolutions.
+
+    Args:
+        channels: Channels of input and output.
+        norm_cfg: Normalisation of every convolution.
+        act_cfg: Activation of every convolution.
+    """
+
+    def __init__(self, channels: int, norm_cfg: dict[str, Any], act_cfg: dict[str, Any]) -> None:
+        super().__init__(channels, channels, num_blocks=0, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        hidden = channels // 2
+        self.blocks.extend(Bottleneck(hidden, hidden, norm_cfg, act_cfg) for _ in range(2))
+
+
+class C3k2(nn.Module):
+    """Cross stage partial block whose last convolution sees both halves of the first and every block's output.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        num_blocks: Number of blocks, chained.
+        c3k: Whether a block is a :class:`C3k` instead of a :class:`Bottleneck`.
+        expand_ratio: Channels of a half, as a share of ``out_channels``.
+        norm_cfg: Normalisation of every convolution.
+        act_cfg: Activation of every convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int = 1,
+        c3k: bool = False,
+        expand_ratio: float = 0.5,
+        norm_cfg: dict[str, Any] = NORM_CFG,
+        act_cfg: dict[str, Any] = ACT_CFG,
+    ) -> None:
+        super().__init__()
+        half = int(out_channels * expand_ratio)
+        self.main_conv = ConvModule(in_channels, 2 * half, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.blocks = nn.ModuleList(
+            C3k(half, norm_cfg, act_cfg) if c3k else Bottleneck(half, half // 2, norm_cfg, act_cfg)
+            for _ in range(num_blocks)
+        )
+        self.final_conv = ConvModule((2 + num_blocks) * half, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C_in, H, W) to (N, C_out, H, W)."""
+        parts = list(self.main_conv(x).chunk(2, dim=1))
+        for block in self.blocks:
+            parts.append(block(parts[-1]))
+        return self.final_conv(torch.cat(parts, dim=1))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over all cells of a map; a depthwise 3x3 convolution of the values tells where they are.
+
+    Queries and keys have half the channels of the values.
+
+    Args:
+        channels: Channels of input and output.
+        norm_cfg: Normalisation of every convolution.
+
+    Attributes:
+        num_heads: One for each 64 channels, at least one.
+    """
+
+    def __init__(self, channels: int, norm_cfg: dict[str, Any] = NORM_CFG) -> None:
+        super().__init__()
+        self.num_heads = max(channels // HEAD_CHANNELS, 1)
+        self.value_channels = channels // self.num_heads
+        self.key_channels = self.value_channels // 2
+        self.scale = self.key_channels**-0.5
+        outputs = channels + 2 * self.key_channels * self.num_heads
+        self.qkv = ConvModule(channels, outputs, 1, norm_cfg=norm_cfg, act_cfg=None)
+        self.position = ConvModule(channels, channels, 3, padding=1, groups=channels, norm_cfg=norm_cfg, act_cfg=None)
+        self.proj = ConvModule(channels, channels, 1, norm_cfg=norm_cfg, act_cfg=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        query, key, value = self.split(x)
+        probability = (query @ key).softmax(-1)
+        return self.merge(probability @ value, value, x)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the operands of attention over the L = H * W cells.
+
+        Args:
+            x: (N, C, H, W).
+
+        Returns:
+            Queries, scaled, (N, heads, L, C_key); keys (N, heads, C_key, L); values (N, heads, L, C_value).
+        """
+        qkv = self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1))
+        query, key, value = qkv.split((self.key_channels, self.key_channels, self.value_channels), dim=2)
+        return query.transpose(2, 3) * self.scale, key, value.transpose(2, 3)
+
+    def merge(self, attended: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        """Put heads together, and add the position.
+
+        Args:
+            attended: (N, heads, L, C_value).
+            value: The values, of the same shape.
+            x: The input of the module, for its shape (N, C, H, W).
+        """
+        attended, value = (heads.transpose(2, 3).reshape(x.shape) for heads in (attended, value))
+        return self.proj(attended + self.position(value))
+
+
+class PSABlock(nn.Module):
+    """Attention and a feed-forward network, each added to its input.
+
+    Args:
+        channels: Channels of input and output.
+        norm_cfg: Normalisation of every convolution.
+        act_cfg: Activation inside the feed-forward network.
+    """
+
+    def __init__(self, channels: int, norm_cfg: dict[str, Any], act_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.attn = SpatialAttention(channels, norm_cfg)
+        self.ffn = nn.Sequential(
+            ConvModule(channels, 2 * channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg),
+            ConvModule(2 * channels, channels, 1, norm_cfg=norm_cfg, act_cfg=None),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        x = x + self.attn(x)
+        return x + self.ffn(x)
+
+
+class C2PSA(nn.Module):
+    """Cross stage partial block of :class:`PSABlock`.
+
+    Args:
+        channels: Channels of input and output.
+        num_blocks: Number of blocks, chained.
+        norm_cfg: Normalisation of every convolution.
+        act_cfg: Activation of every convolution that has one.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_blocks: int = 1,
+        norm_cfg: dict[str, Any] = NORM_CFG,
+        act_cfg: dict[str, Any] = ACT_CFG,
+    ) -> None:
+        super().__init__()
+        half = channels // 2
+        self.main_conv = ConvModule(channels, 2 * half, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.blocks = nn.Sequential(*(PSABlock(half, norm_cfg, act_cfg) for _ in range(num_blocks)))
+        self.final_conv = ConvModule(2 * half, channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        kept, attended = self.main_conv(x).chunk(2, dim=1)
+        return self.final_conv(torch.cat((kept, self.blocks(attended)), dim=1))

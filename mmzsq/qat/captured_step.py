@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step whose forward and backward, of teacher and student, are one CUDA graph.
+
+A quantized detector launches thousands of small kernels a step, and a host that launches them one by one takes several
+times as long as the GPU that runs them. What is learnt is the same: the graph holds the very kernels of an eager step.
+Gradients are averaged over processes behind it, and so is the step of the optimizer taken.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import get_backend, is_distributed
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from torch import Tensor, nn
+
+from mmzsq.models.padded_targets import PaddedTargets
+
+EAGER_STEPS = 3
+"""Steps of one shape until the capture: they allocate what a captured step must find in place, and choose kernels. The
+last is tried eagerly, and taken as the first of the graph."""
+
+OPTIM_WRAPPERS = (OptimWrapper, AmpOptimWrapper)
+"""Exact classes whose update is a backward, and then the clipping and the step of the optimizer."""
+
+
+class CapturedStep:
+    """Runs the training steps of one model, as a graph from the third of a shape on.
+
+    A step runs eagerly, as MMEngine's own, where a graph would not be true: on the CPU, with accumulated gradients,
+    with images of another shape than the captured ones or padded ones, and when the loss waits for the device. The log
+    says which it is. Processes exchange what a loss is divided by inside of the graph; of the backends NCCL can.
+
+    Args:
+        allowed: Whether to capture at all.
+    """
+
+    def __init__(self, allowed: bool = True) -> None:
+        self.allowed = allowed
+        self.eager_steps: Counter[torch.Size] = Counter()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.targets: PaddedTargets | None = None
+
+    def release(self) -> None:
+        """Free the graph and its memory; the next steps run eagerly, and then one is captured again.
+
+        NCCL waits for the graphs that hold its exchanges before it lets a process leave its group.
+        """
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph, self.targets, self.eager_steps = None, None, Counter()
+        for name in ('inputs', 'log_vars', 'parameters', 'grads'):
+            vars(self).pop(name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep:
+        # A graph belongs to the tensors that it was captured with.
+        return type(self)(self.allowed)
+
+    def __call__(
+        self,
+        model: BaseModel,
+        data: dict[str, Any],
+        optim_wrapper: OptimWrapper,
+        capturable: bool = True,
+        average: Callable[[nn.Module], None] | None = None,
+        targets: PaddedTargets | None = None,
+    ) -> dict[str, Tensor]:
+        """Take one step.
+
+        Args:
+            model: What learns.
+            data: ``inputs`` (N, 3, H, W), normalised, on the device, and ``data_samples``.
+            optim_wrapper: Of the model.
+            capturable: Whether the loss depends on the pixels and ``targets`` alone, and on no state of the host.
+            average: Makes the gradients of the model the means over several processes.
+            targets: What the model's loss takes in place of the data samples; None: these.
+
+        Returns:
+            What MMEngine logs: each loss, and ``'loss'``, their sum.
+        """
+        inputs, samples = data['inputs'], data['data_samples']
+        labels = samples if targets is None else targets
+        if not (self.allowed and capturable and _can_capture(inputs, samples, optim_wrapper)):
+            log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
+        elif self.graph is None:
+            log_vars = self._eager_or_capture(model, inputs, labels, optim_wrapper)
+        elif not self._fits(inputs, targets):
+            log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
+        else:
+            log_vars = self._replay(inputs, targets)
+        if optim_wrapper.should_update():
+            if average is not None:
+                average(model)
+            optim_wrapper.step()
+            optim_wrapper.zero_grad()
+        return log_vars
+
+    def _fits(self, inputs: Tensor, targets: PaddedTargets | None) -> bool:
+        """Whether the graph takes what has these shapes."""
+        if inputs.shape != self.inputs.shape or inputs.dtype != self.inputs.dtype:
+            return False
+        return targets is None or (self.targets is not None and targets.labels.shape == self.targets.labels.shape)
+
+    def _eager_or_capture(
+        self, model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
+    ) -> dict[str, Tensor]:
+        self.eager_steps[inputs.shape] += 1
+        if self.eager_steps[inputs.shape] < EAGER_STEPS:
+            return _on_a_stream_of_its_own(model, inputs, labels, optim_wrapper)
+        # Statistics of BatchNorm, which the trial moves if they learn.
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            _on_a_stream_of_its_own(model, inputs, labels, optim_wrapper)
+        except RuntimeError as error:
+            self.allowed = False
+            reason = str(error).splitlines()[0]
+            warnings.warn(f'training steps run eagerly: the loss waits for the device ({reason})', stacklevel=2)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        # That step was a trial: what it left is made again.
+        optim_wrapper.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        if not self.allowed:
+            return _forward_backward(model, inputs, labels, optim_wrapper)
+        self.inputs = inputs.clone()
+        targets = labels if isinstance(labels, PaddedTargets) else None
+        self.targets = None if targets is None else PaddedTargets(*(value.clone() for value in targets))
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # Threads of a data loader may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            self.log_vars = _forward_backward(model, self.inputs, self.targets or labels, optim_wrapper)
+        self.parameters = [p for p in model.parameters() if p.grad is not None]
+        self.grads = [p.grad for p in self.parameters]
+        self.graph = graph
+        print_log(f'training: from now on a step on images {tuple(inputs.shape)} is one CUDA graph', logger='current')
+        return self._replay(inputs, targets)
+
+    def _replay(self, inputs: Tensor, targets: PaddedTargets | None = None) -> dict[str, Tensor]:
+        assert self.graph is not None
+        self.inputs.copy_(inputs)
+        if targets is not None and self.targets is not None:
+            for held, value in zip(self.targets, targets, strict=True):
+                held.copy_(value)
+        self.graph.replay()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return {name: value.clone() for name, value in self.log_vars.items()}
+
+
+def _can_capture(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrapper) -> bool:
+    return (
+        isinstance(inputs, Tensor)
+        and inputs.is_cuda
+        and type(optim_wrapper) in OPTIM_WRAPPERS
+        and optim_wrapper._accumulative_counts == 1
+        and (not is_distributed() or get_backend() == 'nccl')
+        # Padding, which attention masks out, differs from batch to batch.
+        and all(tuple(sample.img_shape[:2]) == tuple(inputs.shape[-2:]) for sample in samples)
+    )
+
+
+def _forward_backward(
+    model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
+) -> dict[str, Tensor]:
+    """The first half of ``BaseModel.train_step`` and ``OptimWrapper.update_params``."""
+    with optim_wrapper.optim_context(model):
+        losses = model(inputs, labels, mode='loss')
+    total, log_vars = model.parse_losses(losses)
+    optim_wrapper.backward(optim_wrapper.scale_loss(total))
+    return {name: value.detach() for name, value in log_vars.items()}
+
+
+def _on_a_stream_of_its_own(
+    model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
+) -> dict[str, Tensor]:
+    """Run eagerly as a capture will, which is never on the default stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
+    torch.cuda.current_stream().wait_stream(stream)
+    return log_vars

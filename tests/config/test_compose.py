@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``compose`` makes of a detector's config and a zsq section."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmdet.models import ResNet, SwinTransformer
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import nn
+
+from mmzsq.config.compose import class_names, complete_section, compose, merge
+from mmzsq.errors import UserError
+from mmzsq.quantization import QuantizationConfig
+
+
+@pytest.fixture
+def user() -> Config:
+    """A user's config: a detector to be trained, with all that training needs, and a zsq section."""
+    loader = dict(batch_size=1, dataset=dict(type='CocoDataset', metainfo=dict(classes=('cat', 'dog')), ann_file='no'))
+    return Config(
+        dict(
+            model=dict(type='YOLOX', bbox_head=dict(num_classes=2)),
+            load_from='teacher.pth',
+            work_dir='out',
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=10, val_begin=3),
+            train_dataloader=dict(batch_size=7, batch_sampler=dict(type='AspectRatioBatchSampler'), dataset=dict()),
+            optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1, momentum=0.9)),
+            param_scheduler=[dict(type='MultiStepLR', milestones=[1])],
+            auto_scale_lr=dict(enable=True, base_batch_size=16),
+            val_cfg=dict(type='ValLoop'),
+            val_dataloader=loader,
+            val_evaluator=dict(type='CocoMetric'),
+            test_cfg=dict(type='TestLoop'),
+            test_dataloader=loader,
+            test_evaluator=dict(type='CocoMetric', metric='bbox'),
+            visualizer=dict(type='DetLocalVisualizer'),
+            env_cfg=dict(cudnn_benchmark=True),
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=5),
+                checkpoint=dict(type='CheckpointHook', interval=2, save_best='auto'),
+            ),
+            custom_hooks=[
+                dict(type='YOLOXModeSwitchHook'),
+                dict(type='mmdet.PipelineSwitchHook'),
+                dict(type='EMAHook'),
+                dict(type='EmptyCacheHook'),
+            ],
+            zsq=dict(quantizer=dict(w_bits=4)),
+        )
+    )
+
+
+def composed(cfg: Config, **zsq: Any) -> Config:
+    cfg = copy.deepcopy(cfg)
+    cfg.zsq = merge(cfg.zsq.to_dict(), zsq)
+    return compose(cfg)
+
+
+def types(hooks: Any) -> list[str]:
+    return [hook.type for hook in hooks]
+
+
+# What stays and what goes.
+
+
+def test_composing_leaves_its_argument_alone_and_a_composed_config_as_it_is(user: Config) -> None:
+    before = copy.deepcopy(user.to_dict())
+    once = compose(user)
+    assert user.to_dict() == before
+    twice = compose(once)
+    assert twice.to_dict() == once.to_dict()
+    assert twice is not once
+
+
+@pytest.mark.parametrize('suffix', ['.py', '.json', '.yml'])
+def test_a_composed_config_is_the_same_from_a_file_and_refuses_what_would_have_no_effect(
+    user: Config, tmp_path: Path, suffix: str
+) -> None:
+    leaf = tmp_path / 'leaf.py'
+    user.dump(leaf)
+    dumped = tmp_path / f'composed{suffix}'
+    compose(Config.fromfile(leaf)).dump(dumped)
+    read = Config.fromfile(dumped)
+    assert compose(read).to_dict() == read.to_dict()
+    for key, value in {
+        'quantizer.w_bits': 6,
+        'quantizer.overrides': {'neck': 8},
+        'calibration_set.dir': '/sets/a',
+        'train.amp': True,
+        'quantiser.w_bits': 4,
+    }.items():
+        changed = copy.deepcopy(read)
+        changed.merge_from_dict({f'zsq.{key}': value})
+        with pytest.raises(UserError, match=f'composed already.*with the config that was composed: {leaf}'):
+            compose(changed)
+    # The value it has.
+    read.merge_from_dict({'zsq.quantizer.w_bits': 4, 'zsq.train.amp': False})
+    compose(read)
+
+
+def test_a_section_that_says_it_is_composed_without_a_digest_is_refused(user: Config) -> None:
+    """What earlier versions wrote: whether it has changed since, nothing tells."""
+    with pytest.raises(UserError, match='with the config that was composed$'):
+        composed(user, composed=True)
+
+
+def test_what_is_the_users_is_kept(user: Config) -> None:
+    cfg = compose(user)
+    kept = (
+        *('val_cfg', 'val_dataloader', 'val_evaluator', 'test_cfg', 'test_dataloader', 'test_evaluator'),
+        *('visualizer', 'env_cfg', 'load_from', 'work_dir'),
+    )
+    assert {key: cfg[key] for key in kept} == {key: user[key] for key in kept}
+    assert cfg.default_hooks.logger.interval == 5
+    assert cfg.default_hooks.checkpoint.interval == 2
+
+
+def test_what_trains_the_float_detector_is_replaced_as_a_whole(user: Config) -> None:
+    cfg = compose(user)
+    assert cfg.model.type == 'mmzsq.ZeroShotDetector'
+    assert cfg.model.detector == user.model
+    assert cfg.model.teacher == 'teacher.pth'
+    assert set(cfg.train_cfg) == {'type', 'max_epochs', 'val_interval'}
+    assert 'batch_sampler' not in cfg.train_dataloader
+    assert cfg.train_dataloader.dataset.type == 'mmzsq.CalibrationDataset'
+    assert 'momentum' not in cfg.optim_wrapper.optimizer
+    assert types(cfg.param_scheduler) == ['CosineAnnealingLR']
+    assert cfg.auto_scale_lr.enable is False
+
+
+def test_a_preprocessor_beside_the_model_becomes_the_detectors(user: Config) -> None:
+    """MMEngine's Runner would give it to teacher and student."""
+    user.data_preprocessor = dict(type='DetDataPreprocessor', std=[1, 1, 1])
+    cfg = compose(user)
+    assert 'data_preprocessor' not in cfg
+    assert cfg.model.detector.data_preprocessor == user.data_preprocessor
+    user.model.data_preprocessor = dict(type='DetDataPreprocessor', std=[2, 2, 2])
+    assert compose(user).model.detector.data_preprocessor.std == [2, 2, 2]
+
+
+def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Config) -> None:
+    cfg = compose(user)
+    assert types(cfg.custom_hooks) == [
+        *('EmptyCacheHook', 'mmzsq.CalibrationSetHook', 'mmzsq.QuantizerInitHook', 'mmzsq.FiniteLossHook'),
+    ]
+    assert 'save_best' not in cfg.default_hooks.checkpoint
+
+
+def test_the_set_lies_beside_the_run_unless_the_config_says_where(user: Config) -> None:
+    for cfg, folder in (
+        (compose(user), 'out/calibration_set'),
+        (composed(user, calibration_set=dict(dir='/sets/a')), '/sets/a'),
+    ):
+        assert cfg.train_dataloader.dataset.data_root == folder
+        assert next(hook for hook in cfg.custom_hooks if 'root' in hook).root == folder
+
+
+def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
+    train = dict(batch_size=3, max_epochs=7, ema=0.99, bn='train', clip_grad=None, amp=True, schedule='constant')
+    cfg = composed(user, train=train, calibration_set=dict(seed=5))
+    assert (cfg.train_dataloader.batch_size, cfg.train_cfg.max_epochs, cfg.model.bn) == (3, 7, 'train')
+    assert cfg.custom_hooks[-1].type == 'EMAHook'
+    assert cfg.custom_hooks[-1].momentum == pytest.approx(0.01)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert 'clip_grad' not in cfg.optim_wrapper
+    assert cfg.param_scheduler == []
+    assert cfg.randomness.seed == 5
+    user.randomness = dict(seed=11)
+    assert compose(user).randomness.seed == 11
+
+
+@pytest.mark.parametrize(
+    ('own', 'rest'),
+    [
+        (None, dict(seed=5, diff_rank_seed=True)),
+        (dict(), dict(seed=5, diff_rank_seed=True)),
+        (dict(seed=None, deterministic=True), dict(seed=5, deterministic=True, diff_rank_seed=True)),
+        (dict(deterministic=True), dict(seed=5, deterministic=True, diff_rank_seed=True)),
+        (dict(seed=0, diff_rank_seed=False), dict(seed=0, diff_rank_seed=False)),
+    ],
+)
+def test_what_the_user_says_of_randomness_stands(user: Config, own: Any, rest: dict[str, Any]) -> None:
+    user.randomness = own
+    cfg = composed(user, calibration_set=dict(seed=5))
+    assert cfg.randomness == rest
+    assert cfg.train_dataloader.sampler.seed == rest['seed']
+
+
+def test_gradients_of_several_batches_make_one_step_and_the_average_follows_steps(user: Config) -> None:
+    assert composed(user).optim_wrapper.accumulative_counts == 1
+    cfg = composed(user, train=dict(accumulate=4, ema=0.99))
+    assert cfg.optim_wrapper.accumulative_counts == 4
+    average = cfg.custom_hooks[-1]
+    assert (average.type, average.interval, average.gamma) == ('EMAHook', 4, 4 * 2000)
+
+
+def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
+    cfg = composed(user, train=dict(optimizer=dict(lr=1e-4, weight_decay=0.1), step_lr=5e-3))
+    steps = cfg.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.']
+    assert cfg.optim_wrapper.optimizer.lr * steps.lr_mult == pytest.approx(5e-3)
+    assert steps.decay_mult == 0
+    shared = composed(user, train=dict(step_lr=None))
+    assert shared.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.'].lr_mult == 1
+
+
+@pytest.mark.parametrize(
+    ('model', 'learnt'),
+    [
+        (dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(), mask_head=dict(type='FCNMaskHead'))), True),
+        (dict(type='CascadeRCNN', roi_head=dict(mask_head=[dict(type='FCNMaskHead')])), True),
+        (dict(type='CoDETR', roi_head=[dict(mask_head=dict(type='FCNMaskHead'))]), True),
+        (dict(type='SOLO', mask_head=dict(type='SOLOHead')), True),
+        (dict(type='RTMDet', bbox_head=dict(type='RTMDetInsSepBNHead', loss_mask=dict(type='DiceLoss'))), True),
+        (dict(type='FasterRCNN', roi_head=dict(bbox_head=[dict()], mask_head=None)), False),
+        (dict(type='YOLOX', bbox_head=dict(num_classes=2)), False),
+    ],
+)
+def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
+    user: Config, model: dict[str, Any], learnt: bool
+) -> None:
+    user.model = model
+    for weight, read in ((0.1, learnt), (0.0, False)):
+        cfg = composed(user, distillation=dict(detection_weight=weight))
+        [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
+        assert load.with_mask is read
+        assert load.with_bbox is True
+        # Of the detection loss alone.
+        assert cfg.train_dataloader.collate_fn == dict(type='mmzsq.stack_images', labels=bool(weight))
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ('zsq', 'message'),
+    [
+        (dict(quantiser=dict()), "unknown key 'quantiser' in zsq. Did you mean 'quantizer'?"),
+        (dict(train=dict(epochs=3)), "unknown key 'epochs' in zsq.train. Did you mean 'max_epochs'?"),
+        (dict(calibration_set=dict(num_image=3)), "Did you mean 'num_images'?"),
+        (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesise'?"),
+        (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
+        (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
+        (dict(presets=dict(defalt={})), "'default'"),
+        (dict(presets=dict(default='papper')), "zsq.presets.default is a dict or one of 'default', .*, not 'papper'"),
+        (dict(presets=dict(default=dict(trian={}))), "unknown key 'trian' in zsq.presets.default"),
+        (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
+        (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
+        (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
+        (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is a whole number of at least 1, not 0'),
+        (dict(calibration_set=dict(num_images='many')), "zsq.calibration_set.num_images is a whole .* not 'many'"),
+        (
+            dict(train=dict(optimizer=dict(type='AdamW'))),
+            'zsq.train.optimizer has no lr: .* set zsq.train.optimizer.lr too',
+        ),
+        (dict(train=dict(optimizer=dict(lr='1e-3x'))), "zsq.train.optimizer.lr is a number above 0, not '1e-3x'"),
+        (dict(train=dict(optimizer=dict(lr=0))), 'zsq.train.optimizer.lr is a number above 0, not 0'),
+        (dict(train=dict(optimizer='AdamW')), "zsq.train.optimizer is a dict, not 'AdamW'"),
+        (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is None or a number of at least 0, not '1e-3x'"),
+        (dict(train=dict(ema=True)), 'zsq.train.ema is None or a number of at least 0, not True'),
+        (dict(train=dict(clip_grad=-1)), 'zsq.train.clip_grad is None or a number of at least 0, not -1'),
+        (dict(train=dict(drop=True)), 'zsq.train.drop is None or a dict, not True'),
+        (dict(train=None), 'zsq.train is a dict, not None'),
+        (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
+    ],
+)
+def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        composed(user, **zsq)
+
+
+@pytest.mark.parametrize(('key', 'bits'), [('w_bits', 'four'), ('a_bits', None)])
+def test_bits_that_are_no_number_are_named_where_layers_get_them(user: Config, key: str, bits: Any) -> None:
+    section = composed(user, quantizer={key: bits}).model.quantizer
+    with pytest.raises(UserError, match=f'zsq.quantizer.{key} is {bits!r}, but must be an integer from 2 to 8'):
+        QuantizationConfig.from_dict(section)
+
+
+@pytest.mark.parametrize(('key', 'message'), [('zsq', 'no zsq section'), ('model', 'no model')])
+def test_a_config_without_the_section_or_a_model_is_refused(user: Config, key: str, message: str) -> None:
+    user.pop(key)
+    with pytest.raises(UserError, match=message):
+        compose(user)
+
+
+# Merging.
+
+
+def test_mappings_merge_key_by_key_and_all_else_is_replaced() -> None:
+    base = dict(a=dict(b=1, c=[1, 2]), d=4)
+    merged = merge(base, dict(a=dict(c=[3]), e=None))
+    assert merged == dict(a=dict(b=1, c=[3]), d=4, e=None)
+    merged['a']['c'].append(4)
+    assert base == dict(a=dict(b=1, c=[1, 2]), d=4)
+
+
+@pytest.mark.parametrize(
+    ('override', 'merged'),
+    [
+        (dict(type='A', y=2), dict(type='A', x=1, y=2)),
+        (dict(type='B', y=2), dict(type='B', y=2)),
+        (dict(_delete_=True, y=2), dict(y=2)),
+        (dict(y=2), dict(type='A', x=1, y=2)),
+        ('B', 'B'),
+    ],
+)
+def test_another_type_replaces_the_base(override: Any, merged: Any) -> None:
+    assert merge(dict(part=dict(type='A', x=1)), dict(part=override)) == dict(part=merged)
+
+
+# Class names.
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'names'),
+    [
+        (dict(type='CocoDataset', metainfo=dict(classes=('cat',)), ann_file='/nowhere.json'), ['cat']),
+        (dict(type='mmzsq.ShapesDataset'), 8),
+        (dict(type='CocoDataset', data_root='/nowhere'), 80),
+        (dict(type='RepeatDataset', dataset=dict(type='VOCDataset')), 20),
+        (dict(type='ConcatDataset', datasets=[dict(metainfo=dict(classes=['a', 'b']))]), ['a', 'b']),
+        (dict(type='NeverRegistered'), None),
+    ],
+)
+def test_class_names_come_from_the_config_without_reading_data(dataset: Any, names: list[str] | int | None) -> None:
+    register_all_modules()
+    found = class_names(Config(dict(val_dataloader=dict(dataset=dataset))))
+    assert (found if found is None or not isinstance(names, int) else len(found)) == names
+
+
+def test_evaluation_names_the_classes_before_training_does() -> None:
+    loaders = {
+        f'{name}_dataloader': dict(dataset=dict(metainfo=dict(classes=(name,)))) for name in ('train', 'test', 'val')
+    }
+    assert class_names(Config(loaders)) == ['val']
+    assert class_names(Config(dict(val_dataloader=None, **{'train_dataloader': loaders['train_dataloader']}))) == [
+        'train'
+    ]
+
+
+def test_the_set_has_the_names_of_the_users_training_data_where_no_other_gives_any(user: Config) -> None:
+    names = ['sheep', 'goat']
+    user.train_dataloader.dataset = dict(type='RepeatDataset', dataset=dict(metainfo=dict(classes=names)))
+    for loader in ('val_dataloader', 'test_dataloader'):
+        user.pop(loader)
+    [generate] = [hook for hook in compose(user).custom_hooks if hook.type == 'mmzsq.CalibrationSetHook']
+    assert generate.classes == names
+
+
+# Presets.
+
+
+def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
+    """It stands between that preset and what the config says of all."""
+    zsq = dict(
+        presets=dict(default=dict(train=dict(batch_size=3, max_epochs=4, optimizer=dict(lr=1e-3)))),
+        train=dict(max_epochs=5),
+    )
+    train = complete_section(zsq)['train']
+    assert (train['batch_size'], train['max_epochs'], train['optimizer']) == (3, 5, dict(type='Adam', lr=1e-3))
+    paper = complete_section(dict(zsq, preset='paper'))
+    assert paper == complete_section(dict(preset='paper', train=dict(max_epochs=5)))
+    assert 'presets' not in paper
+
+
+def test_another_preset_can_stand_for_one() -> None:
+    zsq = dict(presets=dict(paper='paper_transformer', paper_transformer=dict(train=dict(max_epochs=4))))
+    section = complete_section(dict(zsq, preset='paper', train=dict(batch_size=3)))
+    expected = complete_section(dict(preset='paper_transformer', train=dict(batch_size=3)))
+    # Under the name that was asked for.
+    assert section == dict(expected, preset='paper')
+    assert complete_section(zsq) == complete_section({})
+
+
+def test_a_presets_numbers_can_be_changed_one_by_one() -> None:
+    section = complete_section(dict(preset='paper', quantizer=dict(w_bits=4), train=dict(max_epochs=3)))
+    assert (section['quantizer']['w_bits'], section['quantizer']['step']) == (4, 'linear')
+    assert (section['train']['max_epochs'], section['train']['bn']) == (3, 'train')
+    assert complete_section({})['preset'] == 'default'
+
+
+# What depends on the bits.
+
+
+@pytest.mark.parametrize(
+    ('bits', 'lr', 'step_lr'), [((8, 8), 2e-5, 2e-4), ((6, 6), 1e-4, 2e-3), ((4, 8), 1e-4, 2e-3), ((8, 4), 1e-4, 2e-3)]
+)
+def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, step_lr: float) -> None:
+    quantizer = dict(w_bits=bits[0], a_bits=bits[1])
+    train = complete_section(dict(quantizer=quantizer))['train']
+    assert (train['optimizer']['lr'], train['step_lr']) == (lr, step_lr)
+    own = complete_section(dict(quantizer=quantizer, train=dict(optimizer=dict(lr=1e-3))))['train']
+    assert own['optimizer'] == dict(type='Adam', lr=1e-3)
+    paper = complete_section(dict(preset='paper', quantizer=quantizer))['train']
+    assert (paper['optimizer']['lr'], paper['step_lr']) == (1e-4, None)
+
+
+# What depends on the detector.
+
+
+@pytest.mark.parametrize(
+    ('config', 'expected'),
+    [
+        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', (0.5, 'mean')),
+        ('cascade_rcnn/cascade-rcnn_r50-caffe_fpn_1x_coco', (0.5, 'mean')),
+        ('resnest/mask-rcnn_s50_fpn_syncbn-backbone+head_ms-1x_coco', (0.5, 'mean')),
+        ('hrnet/faster-rcnn_hrnetv2p-w18-1x_coco', (0.5, 'mean')),
+        ('gn/mask-rcnn_r50_fpn_gn-all_2x_coco', (1.0, 'sum')),
+        ('swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco', (1.0, 'sum')),
+        ('retinanet/retinanet_r50_fpn_1x_coco', (1.0, 'sum')),
+        ('rpn/rpn_r50_fpn_1x_coco', (1.0, 'sum')),
+    ],
+)
+def test_the_detection_losses_of_two_stages_on_batch_norm_are_not_added_up(
+    tmp_path: Path, config: str, expected: tuple[float, str]
+) -> None:
+    leaf = tmp_path / 'leaf.py'
+    leaf.write_text(f"_base_ = ['mmdet::{config}.py', 'mmzsq::_base_/zsq_w4a8.py']\nload_from = 'own.pth'\n")
+    cfg = Config.fromfile(leaf)
+
+    def weight_and_reduction(**zsq: Any) -> tuple[float, str]:
+        synthesis = composed(cfg, **zsq).zsq.synthesis
+        return synthesis.detection_weight, synthesis.detection_reduction
+
+    assert weight_and_reduction() == expected
+    # The user's word, and that for one preset, stand; the paper's numbers are the paper's.
+    assert weight_and_reduction(synthesis=dict(detection_weight=3.0)) == (3.0, expected[1])
+    assert weight_and_reduction(presets=dict(default=dict(synthesis=dict(detection_reduction='sum'))))[1] == 'sum'
+    assert weight_and_reduction(preset='paper') == (0.5, 'sum')
+
+
+def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() -> None:
+    def section(**backbone: Any) -> dict[str, Any]:
+        return complete_section({}, dict(rpn_head=dict(), roi_head=dict(), backbone=backbone))
+
+    assert section(type=ResNet)['synthesis']['detection_reduction'] == 'mean'
+    # It hands its arguments on.
+    assert section(type='ResNeXt')['synthesis']['detection_reduction'] == 'mean'
+    # A config in Python names the layer's class.
+    assert section(type=ResNet, norm_cfg=dict(type=nn.BatchNorm2d))['synthesis']['detection_reduction'] == 'mean'
+    assert section(type=ResNet, norm_cfg=dict(type='GN'))['synthesis']['detection_reduction'] == 'sum'
+    assert section(type='CSPDarknet', norm_cfg=None)['synthesis']['detection_reduction'] == 'sum'
+
+    class OwnNorm(ResNet):
+        def __init__(self, depth: int) -> None:
+            super().__init__(depth, norm_cfg=dict(type='GN', num_groups=2))
+
+    assert section(type=OwnNorm)['synthesis']['detection_reduction'] == 'sum'
+    assert section(type=SwinTransformer)['synthesis']['detection_reduction'] == 'sum'
+    # What is not known is left to who builds it.
+    assert section(type='NoSuchBackbone')['synthesis']['detection_reduction'] == 'sum'
+
+
+# What depends on whether labels are read.
+
+
+def test_images_are_augmented_where_no_loss_reads_labels() -> None:
+    assert complete_section({})['train']['augmentation'] == dict(flip=0.5, mosaic=0.5, colour=0.3)
+    labels = dict(detection_weight=0.5)
+    for zsq in (
+        dict(distillation=labels),
+        dict(presets=dict(default=dict(distillation=labels))),
+        dict(preset='paper'),
+    ):
+        assert complete_section(zsq)['train']['augmentation'] is None
+    # The user's own word stands, and is refused where the model is built.
+    own = complete_section(dict(distillation=labels, train=dict(augmentation=dict(flip=1.0))))
+    assert own['train']['augmentation'] == dict(flip=1.0)
+    with pytest.raises(UserError, match='zsq.distillation is a dict, not 5'):
+        complete_section(dict(distillation=5))
+
+
+@pytest.mark.parametrize(('image_size', 'scale'), [(96, (96, 96)), ([64, 96], (96, 64))])
+def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_size: Any, scale: Any) -> None:
+    plain = composed(user).train_dataloader.dataset.pipeline
+    pipeline = composed(user, train=dict(image_size=image_size)).train_dataloader.dataset.pipeline
+    # After the labels are read, so that they follow.
+    resize = dict(type='Resize', scale=scale, keep_ratio=False)
+    assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'LoadAnnotations'
+    for wrong in (0, 'large', [640], [640, 480.0]):
+        with pytest.raises(UserError, match=r'zsq.train.image_size is None, one number, or \(height, width\)'):
+            composed(user, train=dict(image_size=wrong))
+
+
+def test_a_part_of_the_values_stays_float_in_training_if_asked_for(user: Config) -> None:
+    hook = dict(type='mmzsq.QuantizationDropHook')
+    assert hook['type'] not in types(composed(user).custom_hooks)
+    hooks = composed(user, train=dict(drop=dict(activations=0.5))).custom_hooks
+    assert dict(hook, activations=0.5) in hooks
+    with pytest.raises(UserError, match='zsq.train.drop.*activation'):
+        composed(user, train=dict(drop=dict(activation=0.5)))
+
+
+def test_a_run_needs_something_to_learn_from(user: Config) -> None:
+    with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
+        composed(user, distillation=dict(losses=[]))
+    composed(user, distillation=dict(losses=[], detection_weight=1.0))
+
+
+# Real images, for comparison.
+
+
+def test_real_images_are_read_as_the_detector_is_tested_and_no_set_is_made(user: Config) -> None:
+    user.test_dataloader.dataset.pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(64, 64), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='PackDetInputs'),
+    ]
+    real = dict(type='CocoDataset', data_root='data/x', ann_file='a.json')
+    cfg = composed(user, calibration_set=dict(real=real))
+    dataset = cfg.train_dataloader.dataset
+    assert (dataset.type, dataset.data_root, dataset.ann_file) == ('CocoDataset', 'data/x', 'a.json')
+    kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
+    assert [step.type for step in dataset.pipeline] == kinds
+    assert 'mmzsq.CalibrationSetHook' not in types(cfg.custom_hooks)
+    assert 'mmzsq.QuantizerInitHook' in types(cfg.custom_hooks)
+
+
+def test_real_images_need_a_test_pipeline(user: Config) -> None:
+    user.pop('test_dataloader')
+    with pytest.raises(UserError, match='no test_dataloader'):
+        composed(user, calibration_set=dict(real=dict(type='CocoDataset')))

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How transformers are compared: on the queries that the teacher chose, and without those of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
+from mmzsq.qat import ZeroShotDetector
+from mmzsq.qat.comparison import Choices, TransformerComparison, build_comparison
+from mmzsq.quantization import calibrating
+from mmzsq.tasks.detection_task import data_samples, sum_losses
+
+SIZE = (64, 64)
+QUERIES = 12
+DECODER_LAYERS = 2
+TINY = {
+    'model.backbone': dict(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1),
+    'model.neck.in_channels': [16, 32, 64],
+    'model.num_queries': QUERIES,
+    'model.encoder.num_layers': 1,
+    'model.decoder.num_layers': DECODER_LAYERS,
+    'model.bbox_head.num_classes': 3,
+    'model.dn_cfg.group_cfg': dict(num_groups=2, num_dn_queries=4),
+}
+
+
+@pytest.fixture
+def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
+    """Of a tiny DINO."""
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py')
+    cfg.merge_from_dict(copy.deepcopy(TINY))
+    return cfg.model
+
+
+@pytest.fixture
+def pair(cfg: Any) -> tuple[Any, Any]:
+    """A tiny DINO with random weights, and a copy of it."""
+    teacher = MODELS.build(copy.deepcopy(cfg)).eval().requires_grad_(False)
+    # Before, the embedding of levels is whatever was in memory.
+    teacher.init_weights()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            # The last layer of a new head is zero.
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return copy.deepcopy(teacher).requires_grad_(True), teacher
+
+
+def batch() -> tuple[Tensor, Any]:
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 50.0]])
+    labels = [InstanceData(bboxes=boxes + shift, labels=torch.tensor([shift])) for shift in (0, 2)]
+    return torch.randn(2, 3, *SIZE), data_samples(labels, SIZE, torch.device('cpu'))
+
+
+def proposing(detector: Any) -> nn.Linear:
+    """The layer whose scores choose queries, and nothing else."""
+    return detector.bbox_head.cls_branches[detector.decoder.num_layers]
+
+
+def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[Any, Any]) -> None:
+    student, teacher = pair
+    inputs, samples = batch()
+    with torch.no_grad():
+        proposing(student).weight.normal_()
+    compare = build_comparison(student, teacher, ['bbox_head'])
+    assert type(compare) is TransformerComparison
+    compared = compare(inputs, samples, with_losses=False)
+    torch.testing.assert_close(compared.student, compared.teacher)
+    with torch.no_grad():
+        alone = student(inputs, samples, mode='tensor')
+    assert not torch.allclose(alone[0][-1], compared.teacher['bbox_head'][DECODER_LAYERS - 1])
+
+
+def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, Any]) -> None:
+    student, teacher = pair
+    losses = [PredictionKLLoss(), FeatureMSELoss(normalise=True)]
+    taps = {tap for loss in losses for tap in loss.taps(student)}
+    assert {'bbox_head', 'bbox_head.cls_branches.2', 'bbox_head.reg_branches.2', 'encoder.layers.0'} <= taps
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    compared = build_comparison(student, teacher, taps)(*batch(), with_losses=False)
+    torch.stack([loss(compared.student, compared.teacher, student) for loss in losses]).sum().backward()
+    lost = [
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.dim() > 1 and (parameter.grad is None or not parameter.grad.any())
+    ]
+    # What denoising alone reads.
+    assert lost == ['dn_query_generator.label_embedding.weight']
+
+
+def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(pair: tuple[Any, Any]) -> None:
+    student, teacher = pair
+    inputs, samples = batch()
+    compare = build_comparison(student, teacher, ['bbox_head'])
+    plain = compare(inputs, samples, with_losses=False)
+    torch.manual_seed(1)
+    compared = compare(inputs, samples, with_losses=True)
+    torch.testing.assert_close(compared.student, plain.student)
+    assert [m.shape for m in compared.student['bbox_head']] == [(2, QUERIES, 3)] * DECODER_LAYERS + [
+        (2, QUERIES, 4)
+    ] * DECODER_LAYERS
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.MultiheadAttention):
+            module.eval()
+    torch.manual_seed(1)
+    expected = student.loss(inputs, samples)
+    assert any(name.startswith('dn_') for name in expected)
+    assert compared.losses.keys() == expected.keys()
+    torch.testing.assert_close(sum_losses(compared.losses), sum_losses(expected))
+
+
+def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
+    cfg: Any, pair: tuple[Any, Any], without_inputs: Any
+) -> None:
+    """Those of attention too, which stays in eval mode for what else drops at random."""
+    inputs, samples = batch()
+    quantizer = dict(w_bits=8, a_bits=2, weight=dict(init='lsq'), activation=dict(init='lsq'))
+    model = ZeroShotDetector(cfg, quantizer)
+    model.student.load_state_dict(pair[1].state_dict(), strict=False)
+    compare = build_comparison(model.student, pair[1], ['bbox_head'])
+    with torch.no_grad(), calibrating(model.eval().student):
+        model.student(inputs, samples, mode='tensor')
+    model.train()
+    assert any(isinstance(module, nn.MultiheadAttention) for module in model.student.modules())
+
+    def answers() -> Tensor:
+        with torch.no_grad():
+            return compare(inputs, samples, with_losses=False).student['bbox_head'][DECODER_LAYERS - 1]
+
+    quantized, dropped, floating = without_inputs(model.student, answers)
+    torch.testing.assert_close(dropped, floating)
+    assert not torch.allclose(dropped, quantized)
+
+
+def test_choices_are_made_once_and_taken_again() -> None:
+    first, second = torch.rand(2, 6), torch.rand(2, 6)
+    with Choices() as choices:
+        by_rows, by_columns = torch.topk(first, 2, dim=1), first.topk(k=1, dim=0)
+        assert torch.equal(torch.sort(first).values, first.sort().values)
+    with Choices(choices.made):
+        again_rows, again_columns = torch.topk(second, 2, dim=1), second.topk(k=1, dim=0)
+    assert torch.equal(again_rows.indices, by_rows.indices)
+    assert torch.equal(again_rows.values, second.gather(1, by_rows.indices))
+    assert torch.equal(again_columns[0], second.gather(0, by_columns[1]))
+
+
+def test_parts_of_a_transformer_are_features(pair: tuple[Any, Any]) -> None:
+    names = feature_modules(pair[0])
+    assert [name for name in names if not name.startswith('backbone.')] == ['neck', 'encoder.layers.0']
