@@ -61,7 +61,7 @@ def overlap_and_union(bboxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def complete_iou(bboxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return the IoU less penalties for distant centres and unlike aspect ratios, pair by pair.
+    """Return the IoU less penalties for distant centers and unlike aspect ratios, pair by pair.
 
     Finite, and with a finite gradient, for equal boxes and for boxes of no area.
 
@@ -89,7 +89,7 @@ def complete_iou(bboxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
 
     hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
     hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
-    # Both squared distances carry the factor 4 of doubled centres, which saves halving them.
+    # Both squared distances carry the factor 4 of doubled centers, which saves halving them.
     distance = (left1 + right1 - left2 - right2) ** 2 + (top1 + bottom1 - top2 - bottom2) ** 2
     diagonal = 4 * (hull_width**2 + hull_height**2)
 
@@ -101,7 +101,7 @@ def complete_iou(bboxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class DeltaCoder(NamedTuple):
-    """Boxes as normalised offsets from other boxes: ``DeltaXYWHBBoxCoder`` with its constants on the device.
+    """Boxes as normalized offsets from other boxes: ``DeltaXYWHBBoxCoder`` with its constants on the device.
 
     Attributes:
         means: Of the offsets x, y, log width, log height; (4,).
@@ -120,9 +120,9 @@ class DeltaCoder(NamedTuple):
 
     def encode(self, bboxes: Tensor, targets: Tensor) -> Tensor:
         """Offsets (..., 4) that lead from ``bboxes`` to ``targets``, both xyxy (..., 4) and of positive area."""
-        centre, side = _centre_and_side(bboxes)
-        target_centre, target_side = _centre_and_side(targets)
-        offsets = torch.cat(((target_centre - centre) / side, (target_side / side).log()), dim=-1)
+        center, side = _center_and_side(bboxes)
+        target_center, target_side = _center_and_side(targets)
+        offsets = torch.cat(((target_center - center) / side, (target_side / side).log()), dim=-1)
         return (offsets - self.means) / self.stds
 
     def decode(self, bboxes: Tensor, deltas: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
@@ -133,11 +133,11 @@ class DeltaCoder(NamedTuple):
             deltas: As a head predicts them.
             image_size: Height and width in pixels, to clip to; None: boxes are not clipped.
         """
-        centre, side = _centre_and_side(bboxes)
+        center, side = _center_and_side(bboxes)
         offsets = deltas * self.stds + self.means
-        centre = centre + offsets[..., :2] * side
+        center = center + offsets[..., :2] * side
         half = 0.5 * side * offsets[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        decoded = torch.cat((centre - half, centre + half), dim=-1)
+        decoded = torch.cat((center - half, center + half), dim=-1)
         return decoded if image_size is None or not self.clip_border else clip_boxes_to_image(decoded, image_size)
 
 
@@ -182,6 +182,6 @@ def suppress(bboxes: Tensor, groups: Tensor, eligible: Tensor, iou_thr: float, r
     return kept
 
 
-def _centre_and_side(bboxes: Tensor) -> tuple[Tensor, Tensor]:
+def _center_and_side(bboxes: Tensor) -> tuple[Tensor, Tensor]:
     low, high = bboxes[..., :2], bboxes[..., 2:]
     return 0.5 * (low + high), high - low

@@ -126,7 +126,7 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     if get_local_rank() == 0 and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _impatient_sockets():
+            with _socket_timeout():
                 torch.hub.download_url_to_file(filename, str(path))
         except (OSError, HTTPException) as error:
             raise UserError(
@@ -158,7 +158,7 @@ def load_from_mmzsq(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 @contextmanager
-def _impatient_sockets() -> Iterator[None]:
+def _socket_timeout() -> Iterator[None]:
     """Inside the block a new socket gives up after :data:`TIMEOUT`; torch.hub has no such option."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)

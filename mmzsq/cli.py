@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from mmzsq.errors import UserError
-from mmzsq.registry import named_class
+from mmzsq.registry import resolve_class
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -133,7 +133,7 @@ def _join_processes_on_cpu(cfg: Config) -> None:
     # gives DistributedDataParallel that device, unless the config says otherwise.
     torch.distributed.init_process_group('gloo')
     wrapper = dict(dict(type='MMDistributedDataParallel'), **(cfg.get('model_wrapper_cfg') or {}))
-    kind = named_class(MODEL_WRAPPERS, wrapper['type'])
+    kind = resolve_class(MODEL_WRAPPERS, wrapper['type'])
     # Others, such as that of a composed config, know no such argument.
     if kind is not None and issubclass(kind, DistributedDataParallel):
         cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)

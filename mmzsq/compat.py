@@ -10,7 +10,7 @@ whatever works without it:
   :mod:`mmzsq.checkpoint`;
 * bases of installed packages, ``mmzsq::...`` among them: :func:`resolve_package_bases`.
 
-:func:`let_ssd_predict` needs MMDetection's models, and runs when :mod:`mmzsq.models` is imported.
+:func:`patch_ssd_head` needs MMDetection's models, and runs when :mod:`mmzsq.models` is imported.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def resolve_package_bases() -> None:
     Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
-def let_ssd_predict() -> None:
+def patch_ssd_head() -> None:
     """Give MMDetection's ``SSDHead`` the attribute ``loss_cls`` that 3.3.0 reads to predict.
 
     Since 3.2.0 ``BaseDenseHead`` asks this loss what class scores mean. SSD's head, which computes its loss itself, has

@@ -15,6 +15,6 @@ import os
 VARIABLE = 'MMZSQ_FUSED_KERNELS'
 
 
-def fused_kernels() -> bool:
+def fused_kernels_enabled() -> bool:
     """Whether the environment allows them; it is asked each time."""
     return os.environ.get(VARIABLE, '1') != '0'

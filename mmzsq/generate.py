@@ -13,7 +13,7 @@ from mmzsq.errors import UserError
 
 def main() -> None:
     """Parse the command line and generate."""
-    args = cli.parser('Synthesise the calibration set of a config with a zsq section.').parse_args()
+    args = cli.parser('Synthesize the calibration set of a config with a zsq section.').parse_args()
     cfg = cli.load_config(args)
     if 'zsq' not in cfg:
         raise UserError(

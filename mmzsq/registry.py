@@ -44,7 +44,7 @@ PRIORS = Registry('prior', scope=SCOPE, locations=['mmzsq.synthesis'])
 LABEL_SAMPLERS = Registry('label sampler', scope=SCOPE, locations=['mmzsq.synthesis'])
 
 
-def named_class(registry: Registry, kind: Any) -> Any:
+def resolve_class(registry: Registry, kind: Any) -> Any:
     """What ``type`` in a config stands for: its name in the registry, or, in a config in Python, the class itself.
 
     Returns:
@@ -66,7 +66,7 @@ def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     """
     arguments = dict(cfg)
     name = arguments.pop('type', None)
-    part = named_class(registry, name)
+    part = resolve_class(registry, name)
     if part is None:
         known = ', '.join(f'{SCOPE}.{key}' for key in sorted(registry.module_dict))
         raise UserError(f'{where}.type is {name!r}, which is no {registry.name}. Known are: {known}.')

@@ -50,8 +50,8 @@ class PlainYOLO11:
             inputs = x.shape[1] // groups
             weight = torch.randn(outputs, inputs, kernel, kernel, device=x.device) / (kernel * inputs**0.5)
             self.found[f'{name}.conv.weight'] = weight
-            for part, spread, centre in zip(parts, (0.5, 0.1, 0.1, 0.5), (1, 0, 0, 1), strict=True):
-                self.found[f'{name}.bn.{part}'] = centre + spread * (2 * torch.rand(outputs, device=x.device) - 1)
+            for part, spread, center in zip(parts, (0.5, 0.1, 0.1, 0.5), (1, 0, 0, 1), strict=True):
+                self.found[f'{name}.bn.{part}'] = center + spread * (2 * torch.rand(outputs, device=x.device) - 1)
             self.found[f'{name}.bn.num_batches_tracked'] = torch.tensor(7, device=x.device)
         x = F.conv2d(x, self.found[f'{name}.conv.weight'].float(), None, stride, kernel // 2, 1, groups)
         scale, shift, mean, var = (self.found[f'{name}.bn.{part}'].float() for part in parts)

@@ -50,7 +50,7 @@ def test_a_leaf_is_the_teachers_config_with_our_bits(detector: str) -> None:
         steps = cfg.train_cfg.max_epochs * cfg.zsq.calibration_set.num_images / cfg.train_dataloader.batch_size
         assert 200 <= steps <= 300
         # Images of the shape that the detector was trained on: height, width.
-        assert tuple(cfg.zsq.synthesis.synthesise.image_size) == tuple(teacher.image_size[::-1])
+        assert tuple(cfg.zsq.synthesis.synthesize.image_size) == tuple(teacher.image_size[::-1])
         sets.append((cfg.zsq.synthesis, cfg.zsq.label_sampler, cfg.zsq.calibration_set))
     # All bit widths can share one.
     assert sets[0] == sets[1] == sets[2]

@@ -15,8 +15,9 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
-from mmzsq import compat, torchvision_ops
+from mmzsq import compat
 from mmzsq.errors import UserError
+from mmzsq.mmcv_ops import torchvision_ops
 
 served_by_torchvision = pytest.mark.skipif(
     not isinstance(sys.modules.get('mmcv._ext'), torchvision_ops.TorchvisionOps),
@@ -63,10 +64,10 @@ def test_nms_of_no_boxes_is_empty() -> None:
 
 @served_by_torchvision
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_roi_align_of_a_ramp_is_the_centre_of_each_bin(dtype: torch.dtype) -> None:
+def test_roi_align_of_a_ramp_is_the_center_of_each_bin(dtype: torch.dtype) -> None:
     ramp = torch.arange(32.0).expand(1, 1, 32, 32).to(dtype)
     roi = torch.tensor([[0.0, 8.0, 8.0, 40.0, 40.0]], dtype=dtype)
-    # Box 8..40 at scale 1/2 spans 4..20; bins of 4 have centres 6, 10, 14, 18; aligned: minus 1/2.
+    # Box 8..40 at scale 1/2 spans 4..20; bins of 4 have centers 6, 10, 14, 18; aligned: minus 1/2.
     out = mmcv.ops.roi_align(ramp, roi, (4, 4), 0.5, 2, 'avg', True)
     assert out.dtype == dtype
     torch.testing.assert_close(out[0, 0], torch.tensor([5.5, 9.5, 13.5, 17.5], dtype=dtype).expand(4, 4))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmzsq.fused_kernels import VARIABLE, fused_kernels
+from mmzsq.fused_kernels import VARIABLE, fused_kernels_enabled
 from mmzsq.quantization import fake_quantize
 from mmzsq.synthesis.priors import total_variation
 
@@ -20,7 +20,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, value: str | N
     monkeypatch.delenv(VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(VARIABLE, value)
-    assert fused_kernels() == allowed
+    assert fused_kernels_enabled() == allowed
 
 
 @pytest.mark.parametrize('allowed', [True, False])

@@ -38,7 +38,7 @@ SMALL_RUN = (
 SMALL_SET = (
     *('zsq.calibration_set.num_images=2', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
     *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
-    *('zsq.synthesis.synthesise.image_size=64', 'zsq.synthesis.synthesise.iterations=2'),
+    *('zsq.synthesis.synthesize.image_size=64', 'zsq.synthesis.synthesize.iterations=2'),
     *('zsq.train.max_epochs=2', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0', 'zsq.train.init_batches=1'),
     # Without the search for the first steps.
     *('zsq.quantizer.weight.init=lsq', 'zsq.quantizer.activation.init=lsq'),

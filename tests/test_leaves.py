@@ -126,7 +126,7 @@ def test_a_leaf_is_mmdets_config_with_our_bits(detector: str) -> None:
         assert len(class_names(cfg)) == 80
         assert cfg.optim_wrapper.type == 'OptimWrapper'
         assert (cfg.optim_wrapper.optimizer.type == 'AdamW') == ('swin' in detector)
-        stages = [cfg.zsq.synthesis[name] for name in ('relabel', 'refine', 'synthesise')]
+        stages = [cfg.zsq.synthesis[name] for name in ('relabel', 'refine', 'synthesize')]
         assert [(stage.image_size, stage.batch_size) for stage in stages if stage is not None] == STAGES[detector]
         assert cfg.train_dataloader.batch_size == (16 if len(STAGES[detector]) == 3 else 8)
         assert cfg.zsq.calibration_set.num_images == (2000 if 'rcnn' in detector else 1000)

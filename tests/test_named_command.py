@@ -28,7 +28,7 @@ LEAF = 'configs/zsq/mask-rcnn_swin-t_w4a8.py'
 FEW = (
     *('zsq.calibration_set.num_images=1', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
     *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
-    *('zsq.synthesis.synthesise.image_size=64', 'zsq.synthesis.synthesise.iterations=1'),
+    *('zsq.synthesis.synthesize.image_size=64', 'zsq.synthesis.synthesize.iterations=1'),
     *('zsq.train.max_epochs=1', 'zsq.train.batch_size=1', 'zsq.train.init_batches=1', 'zsq.train.num_workers=0'),
     *('val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False'),
     'val_dataloader.dataset.pipeline.1.scale=(96,96)',

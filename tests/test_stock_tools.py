@@ -24,7 +24,7 @@ zsq = dict(
     label_sampler=dict(warmup=1, interval=1),
     synthesis=dict(
         relabel=dict(image_size=64, iterations=2, batch_size=2),
-        synthesise=dict(image_size=64, iterations=2, batch_size=2),
+        synthesize=dict(image_size=64, iterations=2, batch_size=2),
     ),
     train=dict(max_epochs=1, batch_size=2, num_workers=0, init_batches=1),
 )

@@ -11,7 +11,7 @@ one_stage = dict(
             synthesis=dict(
                 relabel=dict(batch_size=64),
                 refine=dict(batch_size=32),
-                synthesise=dict(batch_size=32),
+                synthesize=dict(batch_size=32),
             ),
         )
     )

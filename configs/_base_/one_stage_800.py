@@ -4,7 +4,7 @@ _base_ = './one_stage.py'
 one_stage = dict(
     presets=dict(
         default=dict(
-            synthesis=dict(relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(batch_size=16)),
+            synthesis=dict(relabel=dict(image_size=320, batch_size=32), refine=None, synthesize=dict(batch_size=16)),
             train=dict(batch_size=8),
         )
     )

@@ -7,7 +7,7 @@ two_stage = dict(
     presets=dict(
         default=dict(
             synthesis=dict(
-                relabel=dict(image_size=320, batch_size=32), refine=None, synthesise=dict(image_size=640, batch_size=16)
+                relabel=dict(image_size=320, batch_size=32), refine=None, synthesize=dict(image_size=640, batch_size=16)
             ),
             train=dict(batch_size=8),
         )

@@ -8,7 +8,7 @@ yolo11 = dict(
             label_sampler=dict(interval=100),
             synthesis=dict(
                 relabel=dict(iterations=3000, batch_size=512),
-                synthesise=dict(iterations=3000),
+                synthesize=dict(iterations=3000),
                 priors=[
                     dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.05, first_weight=5.0),
                     dict(type='mmzsq.TotalVariationPrior', weight=2e-3),

@@ -25,7 +25,7 @@ blood_cells = dict(
         # Height and width of the images that the detectors take; half of it first.
         relabel=dict(image_size=0.5, iterations=500, batch_size=32),
         refine=None,
-        synthesise=dict(image_size=(480, 640), iterations=150, batch_size=16, start='previous'),
+        synthesize=dict(image_size=(480, 640), iterations=150, batch_size=16, start='previous'),
     ),
     train=dict(max_epochs=16, batch_size=8),
 )

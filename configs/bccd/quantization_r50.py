@@ -10,6 +10,6 @@ blood_cells = dict(
         ],
         # Beside a black rectangle BatchNorm sees a bright, even smear as one without contrast.
         cutout=None,
-        synthesise=dict(iterations=300),
+        synthesize=dict(iterations=300),
     )
 )

@@ -11,7 +11,7 @@ zsq = dict(
     synthesis=dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
         refine=None,
-        synthesise=dict(image_size=256, iterations=150, batch_size=32, start='previous', lr=0.05),
+        synthesize=dict(image_size=256, iterations=150, batch_size=32, start='previous', lr=0.05),
         # Drawn scenes are smooth: a total variation weight of photographs leaves noise.
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
@@ -20,7 +20,7 @@ zsq = dict(
         detection_weight=1.0,
         lr=0.1,
     ),
-    quantizer=dict(equalise=True),
+    quantizer=dict(equalize=True),
     # Few steps.
     train=dict(max_epochs=60, optimizer=dict(lr=2e-4)),
 )

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import PRESETS, preset_section
 from mmzsq.errors import UserError, check_keys
-from mmzsq.registry import named_class
+from mmzsq.registry import resolve_class
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
 
@@ -32,7 +32,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
         *(
             'relabel',
             'refine',
-            'synthesise',
+            'synthesize',
             'priors',
             'require_feature_prior',
             'detection_weight',
@@ -256,14 +256,14 @@ def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
     if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
         return False
     norm = backbone['norm_cfg'] if 'norm_cfg' in backbone else _default_norm(backbone.get('type'))
-    layer = named_class(MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
+    layer = resolve_class(MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
     # As BNStatisticsPrior asks.
     return inspect.isclass(layer) and issubclass(layer, _BatchNorm)
 
 
 def _default_norm(backbone_type: Any) -> Any:
     """What the ``norm_cfg`` of a backbone is where its config has none; None if it takes none or is not known."""
-    for base in getattr(named_class(MODELS, backbone_type), '__mro__', ()):
+    for base in getattr(resolve_class(MODELS, backbone_type), '__mro__', ()):
         parameters = inspect.signature(base.__init__).parameters
         if 'norm_cfg' in parameters:
             return parameters['norm_cfg'].default
@@ -431,4 +431,4 @@ def class_names(cfg: Config) -> list[str] | None:
 
 
 def _registered_classes(dataset_type: str | None) -> Sequence[str] | None:
-    return getattr(named_class(DATASETS, dataset_type), 'METAINFO', {}).get('classes')
+    return getattr(resolve_class(DATASETS, dataset_type), 'METAINFO', {}).get('classes')

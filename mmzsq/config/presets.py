@@ -51,7 +51,7 @@ DEFAULT: dict[str, Any] = dict(
         # outlines filled with texture.
         relabel=dict(image_size=160, iterations=800, batch_size=128),
         refine=dict(image_size=0.5, iterations=300, batch_size=64, start='previous', lr=0.05),
-        synthesise=dict(image_size=640, iterations=400, batch_size=64, start='previous', lr=0.05),
+        synthesize=dict(image_size=640, iterations=400, batch_size=64, start='previous', lr=0.05),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
@@ -75,7 +75,7 @@ DEFAULT: dict[str, Any] = dict(
         detection_weight=0.0,
         losses=[
             dict(type='mmzsq.PredictionLoss', loss_weight=1.0),
-            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=True),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalize=True),
         ],
     ),
     train=dict(
@@ -95,7 +95,7 @@ DEFAULT: dict[str, Any] = dict(
         init_batches=4,
         capture=True,
         # A small set is learnt by heart: its images, sets of four of them and other tints.
-        augmentation=dict(flip=0.5, mosaic=0.5, colour=0.3),
+        augmentation=dict(flip=0.5, mosaic=0.5, color=0.3),
         image_size=None,
         channels_last=False,
         drop=None,
@@ -118,7 +118,7 @@ PAPER: dict[str, Any] = dict(
     synthesis=dict(
         relabel=dict(image_size=160, iterations=2500, batch_size=64),
         refine=None,
-        synthesise=dict(image_size=640, iterations=2500, batch_size=32),
+        synthesize=dict(image_size=640, iterations=2500, batch_size=32),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
@@ -169,7 +169,7 @@ PAPER: dict[str, Any] = dict(
 )
 
 _DEVIATION = (58.395 + 57.12 + 57.375) / 3 / 255
-"""Of the pixels that Swin was trained on, in units of images in [0, 1]: 1 where its inputs are normalised."""
+"""Of the pixels that Swin was trained on, in units of images in [0, 1]: 1 where its inputs are normalized."""
 
 PAPER_TRANSFORMER: dict[str, Any] = dict(
     # The patch embedding too.
@@ -180,14 +180,14 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
     synthesis=dict(
         PAPER['synthesis'],
         relabel=None,
-        synthesise=dict(image_size=640, iterations=2000, batch_size=12),
+        synthesize=dict(image_size=640, iterations=2000, batch_size=12),
         priors=[
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=1e-3 / _DEVIATION),
         ],
         detection_weight=10.0,
         detection_reduction='mean',
-        # The paper steps by 0.2, and measures variation, in normalised inputs; here images are in [0, 1].
+        # The paper steps by 0.2, and measures variation, in normalized inputs; here images are in [0, 1].
         lr=0.2 * _DEVIATION,
         warmup=100,
         betas=(0.5, 0.9),

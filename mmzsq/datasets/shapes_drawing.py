@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn scenes of labelled figures: real detection work without a file to download.
+"""Drawn scenes of labeled figures: real detection work without a file to download.
 
 A scene is a textured background under a shuffled pile of layers. Some layers are figures of the
 eight classes, the others are clutter without a label (blobs, splinters, lines, crumbs). What a
 later layer covers is gone from the masks of those below, and a figure of which too little stays
-visible loses its label. A class is told by form or texture and never by colour. Scenes follow one
+visible loses its label. A class is told by form or texture and never by color. Scenes follow one
 another without end: scene ``index`` of ``seed`` depends on these two numbers only.
 """
 
@@ -59,7 +59,7 @@ def draw_scene(seed: int, index: int, image_size: int = 256) -> Scene:
         image_size: Side of the square image in pixels.
 
     Returns:
-        The scene, with at least one labelled figure. Bits are the same for the same arguments and
+        The scene, with at least one labeled figure. Bits are the same for the same arguments and
         versions of NumPy and OpenCV.
     """
     rng = np.random.default_rng([seed, index])
@@ -138,7 +138,7 @@ def _paint(
     stripe_angle: float | None,
     position: int,
 ) -> None:
-    """Lay one layer over the image, in place: shaded in one hue, or in stripes of two colours."""
+    """Lay one layer over the image, in place: shaded in one hue, or in stripes of two colors."""
     left, top = origin
     size = image.shape[0]
     x1, y1 = max(left, 0), max(top, 0)
@@ -161,7 +161,7 @@ def _paint(
 
 
 def _contrasting_color(rng: Generator, against: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A random BGR colour in [0, 255] that stands out from another one."""
+    """A random BGR color in [0, 255] that stands out from another one."""
     while True:
         color = rng.uniform(10, 245, 3)
         if np.abs(color - against).mean() > _MIN_CONTRAST:
@@ -169,7 +169,7 @@ def _contrasting_color(rng: Generator, against: NDArray[np.float64]) -> NDArray[
 
 
 def _shaded(rng: Generator, color: NDArray[np.float64], height: int, width: int) -> Image:
-    """(h, w, 3) uint8: the colour under a light that falls off between the four corners."""
+    """(h, w, 3) uint8: the color under a light that falls off between the four corners."""
     corners = color * rng.uniform(0.7, 1.15, (2, 2, 1))
     return cv2.resize(corners.clip(0, 255).astype(np.uint8), (width, height))
 
@@ -184,7 +184,7 @@ def _stripes(rng: Generator, angle: float, height: int, width: int) -> NDArray[n
 
 
 def _background(rng: Generator, size: int) -> Image:
-    """(size, size, 3) uint8: muted colours that run into each other, under clouds or tiles."""
+    """(size, size, 3) uint8: muted colors that run into each other, under clouds or tiles."""
     base = rng.uniform(50, 205) + rng.uniform(-45, 45, 3)
     light = rng.uniform(-35, 35, (3, 3, 1)) + rng.uniform(-20, 20, (3, 3, 3))
     coarse = (base + light).clip(0, 255).astype(np.uint8)

@@ -7,13 +7,13 @@ from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transfo
 from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
 from mmzsq.distillation.predictions import PredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
-from mmzsq.distillation.regions import RegionPredictionLoss, why_no_regions
+from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
     MASK_ROIS,
     TwoStagePredictionLoss,
     foreground,
     most_confident,
-    why_not_two_stage,
+    two_stage_unsupported_reason,
 )
 
 __all__ = [
@@ -36,6 +36,6 @@ __all__ = [
     'match_modules',
     'most_confident',
     'transformer_blocks',
-    'why_no_regions',
-    'why_not_two_stage',
+    'regions_unsupported_reason',
+    'two_stage_unsupported_reason',
 ]

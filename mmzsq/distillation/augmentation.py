@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mmzsq.errors import UserError, check_keys
 
-KEYS = ('flip', 'mosaic', 'colour')
+KEYS = ('flip', 'mosaic', 'color')
 
 
 class BatchAugmentation(nn.Module):
@@ -24,20 +24,20 @@ class BatchAugmentation(nn.Module):
         flip: Probability that an image is mirrored left to right.
         mosaic: Probability that an image makes room for four of the batch, itself and the next three, at half their
             size: four times the objects, half as large.
-        colour: Largest change of each colour channel's gain, as a logarithm: 0.3 is a factor from 0.74 to 1.35.
+        color: Largest change of each color channel's gain, as a logarithm: 0.3 is a factor from 0.74 to 1.35.
 
     Raises:
         UserError: If a number is out of its range.
     """
 
-    def __init__(self, flip: float = 0.0, mosaic: float = 0.0, colour: float = 0.0) -> None:
+    def __init__(self, flip: float = 0.0, mosaic: float = 0.0, color: float = 0.0) -> None:
         super().__init__()
-        for name, value, most in (('flip', flip, 1.0), ('mosaic', mosaic, 1.0), ('colour', colour, 2.0)):
+        for name, value, most in (('flip', flip, 1.0), ('mosaic', mosaic, 1.0), ('color', color, 2.0)):
             if not 0 <= value <= most:
                 raise UserError(f'zsq.train.augmentation.{name} is a number from 0 to {most:g}, not {value!r}')
         self.flip = flip
         self.mosaic = mosaic
-        self.colour = colour
+        self.color = color
 
     @classmethod
     def from_cfg(cls, cfg: dict[str, float] | None) -> BatchAugmentation | None:
@@ -66,15 +66,15 @@ class BatchAugmentation(nn.Module):
             inputs = torch.where(_chosen(inputs, self.flip), inputs.flip(3), inputs)
         if self.mosaic:
             inputs = torch.where(_chosen(inputs, self.mosaic), mosaics(inputs), inputs)
-        if self.colour:
+        if self.color:
             spread = torch.rand(len(inputs), inputs.shape[1], 1, 1, device=inputs.device) * 2 - 1
-            gain = (self.colour * spread).exp().to(inputs.dtype)
+            gain = (self.color * spread).exp().to(inputs.dtype)
             inputs = torch.minimum(black + (inputs - black) * gain, white)
         return inputs
 
     def extra_repr(self) -> str:
         """All settings."""
-        return f'flip={self.flip}, mosaic={self.mosaic}, colour={self.colour}'
+        return f'flip={self.flip}, mosaic={self.mosaic}, color={self.color}'
 
 
 def mosaics(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmzsq.boxes import complete_iou
-from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, soft_number
+from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, soft_object_count
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
@@ -44,7 +44,7 @@ def dense_terms(student: DensePredictions, teacher: DensePredictions) -> tuple[T
     number of objects.
     """
     weight = teacher.objectness.sigmoid()
-    total = soft_number(weight)
+    total = soft_object_count(weight)
     objectness = binary_kl(student.objectness, teacher.objectness).sum() / total
     classes = (weight * binary_kl(student.classes, teacher.classes).sum(-1)).sum() / total
     boxes = (weight * (1 - complete_iou(student.bboxes, teacher.bboxes))).sum() / total

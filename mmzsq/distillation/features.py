@@ -37,14 +37,14 @@ class FeatureMSELoss(DistillationLoss):
         modules: Patterns of module names, see :func:`~mmzsq.distillation.recorder.match_modules`; None: found on the
             detector by :func:`feature_modules`.
         loss_weight: Factor of the loss.
-        normalise: Whether each layer's error is divided by the mean square of the teacher's features, so that layers of
+        normalize: Whether each layer's error is divided by the mean square of the teacher's features, so that layers of
             large activations do not outweigh the others.
     """
 
-    def __init__(self, modules: Sequence[str] | None = None, loss_weight: float = 1.0, normalise: bool = False) -> None:
+    def __init__(self, modules: Sequence[str] | None = None, loss_weight: float = 1.0, normalize: bool = False) -> None:
         super().__init__(loss_weight)
         self.patterns = [modules] if isinstance(modules, str) else modules
-        self.normalise = normalise
+        self.normalize = normalize
 
     def taps(self, detector: nn.Module) -> list[str]:
         """The modules that the patterns select."""
@@ -59,7 +59,7 @@ class FeatureMSELoss(DistillationLoss):
             for pair in zip(student[name], features, strict=True)
         ]
         errors = torch.stack([mean_squared_error(s, t) for s, t in pairs])
-        if self.normalise:
+        if self.normalize:
             # Of the images of all processes, in one call.
             squares = reduce_mean(torch.stack([t.float().square().mean() for _, t in pairs]))
             errors = errors / squares.clamp(min=1e-12)
@@ -67,7 +67,7 @@ class FeatureMSELoss(DistillationLoss):
 
     def extra_repr(self) -> str:
         """Weight and whether errors are relative."""
-        return f'{super().extra_repr()}, normalise={self.normalise}'
+        return f'{super().extra_repr()}, normalize={self.normalize}'
 
     def _names(self, detector: nn.Module) -> set[str]:
         if not hasattr(self, '_tapped'):

@@ -40,7 +40,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.loss_weight = loss_weight
 
-    def fit(self, detector: nn.Module) -> DistillationLoss:
+    def resolve(self, detector: nn.Module) -> DistillationLoss:
         """Return the loss to use for ``detector``: this one, unless a class picks another by what the detector is."""
         return self
 
@@ -107,7 +107,7 @@ def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:
     return tau**2 * F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(-1)
 
 
-def soft_number(scores: Tensor) -> Tensor:
+def soft_object_count(scores: Tensor) -> Tensor:
     """How many objects a teacher sees in a batch: the sum of its scores, at least 1; a scalar.
 
     Of several processes each gets the mean of their numbers. The mean of their gradients then is the gradient of one

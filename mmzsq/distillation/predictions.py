@@ -8,8 +8,8 @@ from torch import nn
 
 from mmzsq.distillation.dense import DensePredictionLoss, decodes_densely
 from mmzsq.distillation.losses import DistillationLoss, PredictionKLLoss
-from mmzsq.distillation.regions import RegionPredictionLoss, why_no_regions
-from mmzsq.distillation.two_stage import TwoStagePredictionLoss, why_not_two_stage
+from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
+from mmzsq.distillation.two_stage import TwoStagePredictionLoss, two_stage_unsupported_reason
 from mmzsq.registry import MODELS
 
 KL_WEIGHT = 0.1
@@ -18,7 +18,7 @@ KL_WEIGHT = 0.1
 
 @MODELS.register_module()
 class PredictionLoss(DistillationLoss):
-    """Stands for the loss of predictions that fits a detector; :meth:`fit` gives that loss.
+    """Stands for the loss of predictions that fits a detector; :meth:`resolve` gives that loss.
 
     * a head with ``dense_predictions``: :class:`~mmzsq.distillation.dense.DensePredictionLoss`;
     * a two-stage detector: :class:`~mmzsq.distillation.two_stage.TwoStagePredictionLoss`;
@@ -31,14 +31,14 @@ class PredictionLoss(DistillationLoss):
         loss_weight: Factor of the loss.
     """
 
-    def fit(self, detector: nn.Module) -> DistillationLoss:
+    def resolve(self, detector: nn.Module) -> DistillationLoss:
         """Return the loss that fits ``detector``."""
         if decodes_densely(detector):
             return DensePredictionLoss(loss_weight=self.loss_weight)
-        reason = why_not_two_stage(detector)
+        reason = two_stage_unsupported_reason(detector)
         if reason is None:
             return TwoStagePredictionLoss(loss_weight=self.loss_weight)
-        if why_no_regions(detector) is None:
+        if regions_unsupported_reason(detector) is None:
             print_log(
                 f'PredictionLoss: {reason}; all heads are compared on the same regions by RegionPredictionLoss',
                 logger='current',

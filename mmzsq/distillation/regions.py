@@ -30,7 +30,7 @@ SHARED_HEAD = 'shared_head'
 """The part of a RoI head that makes features for others."""
 
 
-def why_no_regions(detector: nn.Module) -> str | None:
+def regions_unsupported_reason(detector: nn.Module) -> str | None:
     """What keeps the heads of ``detector`` from being compared on the same regions, for a message; None if nothing."""
     name = type(detector).__name__
     if not isinstance(detector, TwoStageDetector):
@@ -46,7 +46,7 @@ def region_heads(detector: Any) -> list[str]:
     """Names of the heads of the second stage, each stage of a cascade by itself.
 
     Args:
-        detector: One for which :func:`why_no_regions` has no reason.
+        detector: One for which :func:`regions_unsupported_reason` has no reason.
     """
     return [
         f'{ROI_HEAD}.{name}'
@@ -124,7 +124,7 @@ class RegionPredictionLoss(DistillationLoss):
         Raises:
             UserError: If they cannot be compared on the same regions.
         """
-        reason = why_no_regions(detector)
+        reason = regions_unsupported_reason(detector)
         if reason is not None:
             raise UserError(
                 f"RegionPredictionLoss does not fit: {reason}. Use dict(type='mmzsq.PredictionLoss') in "

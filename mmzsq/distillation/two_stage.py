@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmzsq.boxes import complete_iou, select_category
 from mmzsq.distillation.dense import DensePredictions, dense_terms
-from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, kl_divergence, soft_number
+from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, kl_divergence, soft_object_count
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
@@ -122,7 +122,7 @@ def box_head_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], coder: 
         coder: The box coder of the head.
     """
     scores, labels = foreground(teacher[0])
-    total = soft_number(scores)
+    total = soft_object_count(scores)
     classes = kl_divergence(student[0], teacher[0], tau=1.0).sum() / total
     if len(teacher) == 1:
         return classes, torch.zeros_like(classes)
@@ -145,7 +145,7 @@ def mask_term(student: Tensor, teacher: Tensor, found: Foreground) -> Tensor:
     """
     logits_S, logits_T = (select_category(masks, found.labels).float() for masks in (student, teacher))
     divergence = binary_kl(logits_S, logits_T).flatten(1).mean(1)
-    return (found.scores * divergence).sum() / soft_number(found.scores)
+    return (found.scores * divergence).sum() / soft_object_count(found.scores)
 
 
 def scores_anchors_by_sigmoid(rpn_head: nn.Module) -> bool:
@@ -153,7 +153,7 @@ def scores_anchors_by_sigmoid(rpn_head: nn.Module) -> bool:
     return isinstance(rpn_head, RPNHead) and rpn_head.use_sigmoid_cls and rpn_head.bbox_coder.encode_size == 4
 
 
-def why_not_two_stage(detector: nn.Module) -> str | None:
+def two_stage_unsupported_reason(detector: nn.Module) -> str | None:
     """What keeps proposals and RoIs of ``detector`` from being compared, for a message; None if nothing does."""
     name = type(detector).__name__
     if not isinstance(detector, TwoStageDetector):
@@ -214,7 +214,7 @@ class TwoStagePredictionLoss(DistillationLoss):
 
     def taps(self, detector: nn.Module) -> list[str]:
         """The heads."""
-        reason = why_not_two_stage(detector)
+        reason = two_stage_unsupported_reason(detector)
         if reason is not None:
             raise UserError(
                 f"TwoStagePredictionLoss does not fit: {reason}. Use dict(type='mmzsq.PredictionLoss') in "

@@ -29,7 +29,7 @@ def allocate_bits(runner: Any) -> None:
     config = QuantizationConfig.from_dict(detector.quantizer_cfg)
     if config.allocate is None:
         return
-    budget = Budget.of_config(detector.report, config)
+    budget = Budget.from_config(detector.report, config)
     budget.check()
     before = totals(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')

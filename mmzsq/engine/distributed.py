@@ -24,7 +24,7 @@ class AveragingDataParallel(nn.Module):
 
     Before each update of the weights the gradients become the mean over the processes, and after each step so do the
     statistics that BatchNorm layers gather. Processes that start from the same weights, as the Runner sees to, end with
-    the same. Each still normalises by its own images, unless ``sync_bn='torch'`` in the config says otherwise.
+    the same. Each still normalizes by its own images, unless ``sync_bn='torch'`` in the config says otherwise.
 
     Args:
         module: A :class:`~mmzsq.qat.ZeroShotDetector` on the device of this process.

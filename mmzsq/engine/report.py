@@ -30,8 +30,8 @@ from mmzsq.version import __version__
 if TYPE_CHECKING:
     from mmzsq.engine.runner import ZeroShotRunner
 
-ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialised on the synthetic set', zero_shot='zero-shot QAT')
-ROWS_OF_REAL_IMAGES = dict(ROWS, ptq='PTQ, initialised on real images', zero_shot='QAT on real images')
+ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialized on the synthetic set', zero_shot='zero-shot QAT')
+ROWS_OF_REAL_IMAGES = dict(ROWS, ptq='PTQ, initialized on real images', zero_shot='QAT on real images')
 """Of a run for comparison only: ``zsq.calibration_set.real``."""
 RESULTS_FILE = 'results.json'
 SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
@@ -125,7 +125,7 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
         runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
         return {}, {}
     try:
-        with _failing_together():
+        with _raise_on_all_ranks():
             runner._val_loop = runner.build_val_loop(runner._val_loop)
         return _evaluate_each(runner)
     except OSError as error:
@@ -141,7 +141,7 @@ def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
     seconds = {}
     detector = runner.detector
     start = time.perf_counter()
-    with detector.predicting_with_teacher():
+    with detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
     seconds['evaluate_float'] = time.perf_counter() - start
     ptq = Path(runner.work_dir) / PTQ_FILE
@@ -174,14 +174,14 @@ def evaluate(runner: ZeroShotRunner) -> dict[str, float]:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.eval()
     loop = runner.val_loop
-    with _failing_together():
+    with _raise_on_all_ranks():
         for batch in loop.dataloader:
             loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
     return _numbers(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
 
 
 @contextmanager
-def _failing_together() -> Iterator[None]:
+def _raise_on_all_ranks() -> Iterator[None]:
     """Raise in every process if a file could not be read in one, for which the others would wait."""
     error = None
     try:

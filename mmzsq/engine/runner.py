@@ -105,7 +105,7 @@ class ZeroShotRunner(Runner):
         if checkpoint is None:
             allocate_bits(self)
         else:
-            self.detector.take_bits_of(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+            self.detector.load_bits_from(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
 
 
 def find_start(cfg: Config) -> tuple[str | None, str]:

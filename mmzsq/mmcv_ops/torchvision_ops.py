@@ -123,7 +123,7 @@ def roi_align_forward(
         spatial_scale: Feature map pixels per pixel of the network input.
         sampling_ratio: Samples per bin and axis; 0 takes as many as the bin has pixels.
         pool_mode: 1 for average.
-        aligned: Whether pixel centres are at half-integer coordinates.
+        aligned: Whether pixel centers are at half-integer coordinates.
 
     Raises:
         UserError: If ``pool_mode`` asks for maximum, which torchvision does not have.
@@ -165,7 +165,7 @@ def roi_align_backward(
         spatial_scale: Feature map pixels per pixel of the network input.
         sampling_ratio: Samples per bin and axis.
         pool_mode: 1 for average.
-        aligned: Whether pixel centres are at half-integer coordinates.
+        aligned: Whether pixel centers are at half-integer coordinates.
     """
     grad = at_least_fp32(grad_output)
     grad_input.copy_(

@@ -3,7 +3,7 @@
 
 Heads of MMDetection return other numbers in train mode, or more of them: FCOS offsets in strides, VFNet the boxes
 before refinement, SOLO logits, DINO what it makes of denoising queries. Their losses take these and no others.
-Normalisation with batch statistics and random drops, which go by the same flag, would change the detector.
+Normalization with batch statistics and random drops, which go by the same flag, would change the detector.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAST_EPOCH = 10**6
 
 
 @contextmanager
-def in_training(detector: nn.Module) -> Iterator[None]:
+def frozen_train_mode(detector: nn.Module) -> Iterator[None]:
     """Inside the block ``detector`` acts as in the last epoch of its training, but for BatchNorm and what drops.
 
     These keep their mode; what requires a gradient stays so too.
@@ -51,7 +51,7 @@ def in_training(detector: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_use(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNorm,)) -> Iterator[None]:
+def eval_mode(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNorm,)) -> Iterator[None]:
     """Inside the block ``detector`` acts as when it predicts, but for modules of the classes ``keep``."""
     switched = [module for module in detector.modules() if module.training and not isinstance(module, keep)]
     try:
@@ -64,7 +64,7 @@ def in_use(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNorm,
 
 
 @contextmanager
-def in_one_process() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside the block nothing is exchanged with other processes.
 
     Many heads of MMDetection divide their losses by a number of objects averaged over all processes. In training that

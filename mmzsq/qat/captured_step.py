@@ -75,7 +75,7 @@ class CapturedStep:
 
         Args:
             model: What learns.
-            data: ``inputs`` (N, 3, H, W), normalised, on the device, and ``data_samples``.
+            data: ``inputs`` (N, 3, H, W), normalized, on the device, and ``data_samples``.
             optim_wrapper: Of the model.
             capturable: Whether the loss depends on the pixels and ``targets`` alone, and on no state of the host.
             average: Makes the gradients of the model the means over several processes.
@@ -112,13 +112,13 @@ class CapturedStep:
     ) -> dict[str, Tensor]:
         self.eager_steps[inputs.shape] += 1
         if self.eager_steps[inputs.shape] < EAGER_STEPS:
-            return _on_a_stream_of_its_own(model, inputs, labels, optim_wrapper)
+            return _run_on_side_stream(model, inputs, labels, optim_wrapper)
         # Statistics of BatchNorm, which the trial moves if they learn.
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode('error')
         try:
-            _on_a_stream_of_its_own(model, inputs, labels, optim_wrapper)
+            _run_on_side_stream(model, inputs, labels, optim_wrapper)
         except RuntimeError as error:
             self.allowed = False
             reason = str(error).splitlines()[0]
@@ -181,7 +181,7 @@ def _forward_backward(
     return {name: value.detach() for name, value in log_vars.items()}
 
 
-def _on_a_stream_of_its_own(
+def _run_on_side_stream(
     model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
 ) -> dict[str, Tensor]:
     """Run eagerly as a capture will, which is never on the default stream."""

@@ -25,11 +25,11 @@ from mmzsq.distillation import (
     Recorder,
     foreground,
     most_confident,
-    why_no_regions,
-    why_not_two_stage,
+    regions_unsupported_reason,
+    two_stage_unsupported_reason,
 )
 from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
-from mmzsq.models.train_eval_modes import in_training, in_use
+from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
 from mmzsq.quantization import LSQ
 
@@ -90,20 +90,24 @@ class Comparison:
         """Run both.
 
         Args:
-            inputs: Normalised images (N, 3, H, W).
+            inputs: Normalized images (N, 3, H, W).
             data_samples: One ``DetDataSample`` an image, with ``gt_instances`` if losses are wanted.
             with_losses: Whether the student's own losses are wanted.
         """
-        with torch.no_grad(), in_training(self.teacher), self.recorder_T.recording() as outputs_T:
+        with (
+            torch.no_grad(),
+            frozen_train_mode(self.teacher),
+            self.recorder_T.recording() as outputs_T,
+        ):
             self.teacher(inputs, data_samples, mode='tensor')
         losses = None
         if with_losses:
-            with in_training(self.student), self.recorder_S.recording() as outputs_S:
+            with frozen_train_mode(self.student), self.recorder_S.recording() as outputs_S:
                 losses = self.student.loss(inputs, data_samples)
             if _shapes(outputs_S) == _shapes(outputs_T):
                 return Compared(outputs_S, outputs_T, losses)
         # Also where the loss runs a head more often than mode 'tensor', or less, as mask heads of picked locations do.
-        with in_training(self.student), self.recorder_S.recording() as outputs_S:
+        with frozen_train_mode(self.student), self.recorder_S.recording() as outputs_S:
             self.student(inputs, data_samples, mode='tensor')
         return Compared(outputs_S, outputs_T, losses)
 
@@ -119,21 +123,26 @@ class TransformerComparison(Comparison):
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> Compared:
         """Run both, see :class:`Comparison`."""
-        with torch.no_grad(), in_use(self.teacher), self.recorder_T.recording() as outputs_T, Choices() as choices:
+        with (
+            torch.no_grad(),
+            eval_mode(self.teacher),
+            self.recorder_T.recording() as outputs_T,
+            TopkReplay() as choices,
+        ):
             self.teacher(inputs, data_samples, mode='tensor')
-        with in_use(self.student, LEARNING), self.recorder_S.recording() as outputs_S, Choices(choices.made):
+        with eval_mode(self.student, LEARNING), self.recorder_S.recording() as outputs_S, TopkReplay(choices.made):
             self.student(inputs, data_samples, mode='tensor')
         for outputs in (outputs_S, outputs_T):
             if HEAD in outputs:
                 outputs[HEAD] = [answers for layers in outputs[HEAD] for answers in layers]
         losses = None
         if with_losses:
-            with in_training(self.student):
+            with frozen_train_mode(self.student):
                 losses = self.student.loss(inputs, data_samples)
         return Compared(outputs_S, outputs_T, losses)
 
 
-class Choices(TorchFunctionMode):
+class TopkReplay(TorchFunctionMode):
     """Inside the block ``torch.topk`` writes down which entries it chose, or chooses those of another run.
 
     Args:
@@ -209,7 +218,7 @@ class TwoStageComparison(Comparison):
         losses = None
         if with_losses:
             with (
-                in_training(self.student),
+                frozen_train_mode(self.student),
                 _returning(self.student, 'extract_feat', features),
                 _returning(self.student.rpn_head, 'forward', maps),
             ):
@@ -258,14 +267,14 @@ class RegionComparison(Comparison):
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> Compared:
         """Run both, see :class:`Comparison`."""
         assert data_samples is not None
-        with torch.no_grad(), in_use(self.teacher), self.recorder_T.recording() as outputs_T:
+        with torch.no_grad(), eval_mode(self.teacher), self.recorder_T.recording() as outputs_T:
             features = self.teacher.extract_feat(inputs)
             if self.rpn_taps or self.with_rois:
                 proposals = self._propose(features, data_samples)
             if self.with_rois:
                 with recording_regions(self.teacher.roi_head) as regions:
                     self._look(self.teacher, features, proposals, data_samples)
-        with in_use(self.student, LEARNING), self.recorder_S.recording() as outputs_S:
+        with eval_mode(self.student, LEARNING), self.recorder_S.recording() as outputs_S:
             features = self.student.extract_feat(inputs)
             # A proposal network may have no maps, as that of Sparse R-CNN, or make them in stages that it calls itself.
             if 'rpn_head' in self.rpn_taps:
@@ -277,7 +286,7 @@ class RegionComparison(Comparison):
                     self._look(self.student, features, proposals, data_samples)
         losses = None
         if with_losses:
-            with in_training(self.student), _returning(self.student, 'extract_feat', features):
+            with frozen_train_mode(self.student), _returning(self.student, 'extract_feat', features):
                 losses = self.student.loss(inputs, data_samples)
         return Compared(outputs_S, outputs_T, losses)
 
@@ -303,9 +312,9 @@ def build_comparison(student: nn.Module, teacher: nn.Module, taps: Iterable[str]
     """Choose how the two are run by what they are; arguments as of :class:`Comparison`."""
     if isinstance(student, DetectionTransformer):
         return TransformerComparison(student, teacher, taps)
-    if why_not_two_stage(student) is None:
+    if two_stage_unsupported_reason(student) is None:
         return TwoStageComparison(student, teacher, taps)
-    if why_no_regions(student) is None:
+    if regions_unsupported_reason(student) is None:
         return RegionComparison(student, teacher, taps)
     return Comparison(student, teacher, taps)
 

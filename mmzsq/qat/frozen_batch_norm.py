@@ -20,7 +20,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
     """``nn.BatchNorm2d``; in eval mode on a GPU with the faster backward. State and results are the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W)."""
+        """Normalize (N, C, H, W)."""
         learns = torch.is_grad_enabled() and self.affine
         if self.training or not input.is_cuda or not learns or self.running_mean is None:
             return super().forward(input)
@@ -49,7 +49,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         if needs_weight or needs_bias:
             total = grad_output.sum((0, 2, 3), dtype=torch.float32)
         if needs_weight:
-            # Centred before it is summed: a mean far from zero would leave the difference of large sums.
+            # Centered before it is summed: a mean far from zero would leave the difference of large sums.
             near = mean.to(features.dtype)
             grad_weight = (grad_output * (features - near.view(-1, 1, 1))).sum((0, 2, 3), dtype=torch.float32)
             # In bf16, what the mean was rounded by counts as often as there are pixels.

@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.mmcv_ops.torchvision_ops import MissingOperatorError
-from mmzsq.models.train_eval_modes import in_use
+from mmzsq.models.train_eval_modes import eval_mode
 from mmzsq.tasks.detection_task import whole_image_samples
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -28,7 +28,7 @@ def probe_size(detector: nn.Module) -> int:
     """
     for size in SIZES:
         try:
-            with torch.no_grad(), in_use(detector, keep=()):
+            with torch.no_grad(), eval_mode(detector, keep=()):
                 probe(detector, size)
         except MissingOperatorError:
             raise
@@ -41,11 +41,11 @@ def probe_size(detector: nn.Module) -> int:
 
 
 def probe(detector: nn.Module, image_size: int = 64) -> Any:
-    """Run ``detector`` once on a grey image, for what :func:`~mmzsq.quantization.prepare` learns from a run.
+    """Run ``detector`` once on a gray image, for what :func:`~mmzsq.quantization.prepare` learns from a run.
 
     A two-stage detector proposes what its weights make it propose, untrained ones perhaps nothing. Here its second
     stage always gets one proposal an image, the image itself, so that every layer runs and operations do not depend on
-    the weights. The image is labelled as an object too: QueryInst predicts masks of what matches a label.
+    the weights. The image is labeled as an object too: QueryInst predicts masks of what matches a label.
 
     Args:
         detector: A float detector.

@@ -90,7 +90,7 @@ def _with_bits(
         # An input that keeps its bits decides with them on its factors.
         a_bits = bits if inputs else layer.input_quantizer.bits
         set_bits(layer, config, Bits(bits, a_bits))
-    detector.initialise_quantizers(init_batches)
+    detector.initialize_quantizers(init_batches)
     set_quantization(detector.student, False)
     return detector
 

@@ -19,18 +19,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import speed_up_assigners
-from mmzsq.models.train_eval_modes import RANDOM_MODULES, in_training
+from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.comparison import Comparison, build_comparison
 from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
 from mmzsq.qat.probe import probe, probe_size
 from mmzsq.qat.teacher import load_teacher
-from mmzsq.quantization import QuantizationConfig, calibrating, equalise, prepare, quantized_layers, quantizers
+from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers, quantizers
 from mmzsq.quantization.allocation import as_settings, assign_bits, overrides_of
 from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
 from mmzsq.tasks.detection_task import leave_semantics_out, pixel_range, sum_losses
-from mmzsq.tasks.padded_task import Room, takes_padded_targets
+from mmzsq.tasks.padded_task import TargetCapacity, takes_padded_targets
 
 PREFIX = 'student.'
 
@@ -104,7 +104,7 @@ class ZeroShotDetector(BaseModel):
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
         self.distillation_losses: Any = nn.ModuleList(
-            build_part(MODELS, loss, 'zsq.distillation.losses').fit(student) for loss in distillation['losses']
+            build_part(MODELS, loss, 'zsq.distillation.losses').resolve(student) for loss in distillation['losses']
         )
         self.augmentation: Any = BatchAugmentation.from_cfg(augmentation)
         if augmentation is not None and self.detection_weight:
@@ -122,7 +122,7 @@ class ZeroShotDetector(BaseModel):
         self._predictor = 'student'
         self._comparison: Comparison | None = None
         self._captured_step = CapturedStep(capture)
-        self._room = Room()
+        self._room = TargetCapacity()
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -167,7 +167,7 @@ class ZeroShotDetector(BaseModel):
         self.quantizer_cfg = dict(self.quantizer_cfg, overrides={**self.quantizer_cfg.get('overrides', {}), **own})
         assign_bits(self.report, QuantizationConfig.from_dict(self.quantizer_cfg), bits)
 
-    def take_bits_of(self, checkpoint: Mapping[str, Any]) -> None:
+    def load_bits_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Where bits were allocated (``zsq.quantizer.allocate``), take those of the layers of a checkpoint.
 
         Args:
@@ -182,7 +182,7 @@ class ZeroShotDetector(BaseModel):
         self.assign_bits({name: bits for name, bits in found.items() if bits is not None})
 
     @torch.no_grad()
-    def initialise_quantizers(self, batches: Iterable[Any]) -> None:
+    def initialize_quantizers(self, batches: Iterable[Any]) -> None:
         """Give quantizers that have no steps their first ones, see :func:`~mmzsq.quantization.calibrating`.
 
         Args:
@@ -197,8 +197,8 @@ class ZeroShotDetector(BaseModel):
 
         training = self.training
         self.eval()
-        if self.quantizer_cfg.get('equalise'):
-            equalise(self.student, run)
+        if self.quantizer_cfg.get('equalize'):
+            equalize(self.student, run)
         with calibrating(self.student):
             run()
         self.train(training)
@@ -238,7 +238,7 @@ class ZeroShotDetector(BaseModel):
         return taps
 
     @contextmanager
-    def predicting_with_teacher(self) -> Iterator[None]:
+    def predict_with_teacher(self) -> Iterator[None]:
         """Inside the block ``predict`` is the teacher's."""
         self._predictor = 'teacher'
         try:
@@ -250,7 +250,7 @@ class ZeroShotDetector(BaseModel):
         """Run as MMDetection's detectors do.
 
         Args:
-            inputs: Normalised images (N, 3, H, W).
+            inputs: Normalized images (N, 3, H, W).
             data_samples: One ``DetDataSample`` an image.
             mode: ``'loss'``: dict of distillation losses; ``'predict'``: data samples with ``pred_instances``;
                 ``'tensor'``: the student's raw outputs.
@@ -298,7 +298,7 @@ class ZeroShotDetector(BaseModel):
         """Return the weighted losses of the student: distillation, and detection if it has a weight.
 
         Args:
-            inputs: Normalised images (N, 3, H, W).
+            inputs: Normalized images (N, 3, H, W).
             data_samples: One ``DetDataSample`` with ``gt_instances`` an image, or the
                 :class:`~mmzsq.models.padded_targets.PaddedTargets` of all if the student's head takes them.
         """
@@ -307,7 +307,7 @@ class ZeroShotDetector(BaseModel):
             leave_semantics_out(self.student, data_samples)
         if not self.distillation_losses:
             # The teacher, which nobody would read, does not run.
-            with in_training(self.student):
+            with frozen_train_mode(self.student):
                 return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, self._black, self._white)

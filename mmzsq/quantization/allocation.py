@@ -124,7 +124,7 @@ def allocatable(report: QuantizationReport) -> list[LayerReport]:
 class Budget:
     """What the layers may cost, and what each costs with each number of bits.
 
-    Made by :meth:`of_size`, :meth:`of_operations` or :meth:`of_average`.
+    Made by :meth:`from_size`, :meth:`from_bit_operations` or :meth:`from_average_bits`.
 
     Attributes:
         name: Of the quantity, for messages.
@@ -149,7 +149,7 @@ class Budget:
     layers: Sequence[LayerReport]
 
     @classmethod
-    def of_size(cls, report: QuantizationReport, candidates: Sequence[int], megabytes: float) -> Budget:
+    def from_size(cls, report: QuantizationReport, candidates: Sequence[int], megabytes: float) -> Budget:
         """Bound the size of the whole model, as ``report.size_after`` counts it, in MB (10^6 bytes)."""
         layers = allocatable(report)
         kept = round(report.size_after * 8 * MEGABYTE) - sum(layer.weights * layer.w_bits for layer in layers)
@@ -157,7 +157,7 @@ class Budget:
         return cls('model size', 'MB', 8 * MEGABYTE, megabytes, kept, costs, candidates, False, layers)
 
     @classmethod
-    def of_average(cls, report: QuantizationReport, candidates: Sequence[int], bits: float) -> Budget:
+    def from_average_bits(cls, report: QuantizationReport, candidates: Sequence[int], bits: float) -> Budget:
         """Bound the size of the weights in question by what it is with this many bits each, 4.5 for example."""
         layers = allocatable(report)
         weights = sum(layer.weights for layer in layers)
@@ -165,7 +165,7 @@ class Budget:
         return cls('average of weights', 'bits', weights, bits, 0, costs, candidates, False, layers)
 
     @classmethod
-    def of_operations(cls, report: QuantizationReport, candidates: Sequence[int], giga: float) -> Budget:
+    def from_bit_operations(cls, report: QuantizationReport, candidates: Sequence[int], giga: float) -> Budget:
         """Bound the bit operations of the whole model, as ``report.bops_after`` counts them, in 10^9.
 
         Raises:
@@ -180,15 +180,15 @@ class Budget:
         return cls('bit operations', 'G', 1e9, giga, kept, costs, candidates, True, layers)
 
     @classmethod
-    def of_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:
+    def from_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:
         """What ``config.allocate`` says of the model that ``report`` is of."""
         settings = config.allocate
         assert settings is not None
         candidates = sorted(set(settings.candidates))
         if settings.budget == 'size':
-            return cls.of_average(report, candidates, config.w_bits)
+            return cls.from_average_bits(report, candidates, config.w_bits)
         # As many as now, whatever rounding does to them.
-        return cls.of_operations(report, candidates, ((report.bops_after or 0) + 0.5) / 1e9)
+        return cls.from_bit_operations(report, candidates, ((report.bops_after or 0) + 0.5) / 1e9)
 
     def allocate(self, sensitivity: Any) -> list[Bits]:
         """Bits of each layer, see :func:`allocate`.

@@ -53,11 +53,11 @@ def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Initialise quantizers from the batches that run through the model inside.
+    """Initialize quantizers from the batches that run through the model inside.
 
     While inside, quantizers without steps pass values on in float and remember them; at the end
     their steps are set: of weights from the weights, of inputs from what was seen, by all processes
-    together if ``torch.distributed`` is initialised. Every rank ends with the same steps.
+    together if ``torch.distributed`` is initialized. Every rank ends with the same steps.
     Quantizers that have steps work as always and keep them. If the body raises, nothing is set.
 
     Args:

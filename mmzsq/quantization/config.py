@@ -113,8 +113,8 @@ class QuantizationConfig:
         first_bits: Weight and input bits of layers that see the model's input; ``None`` keeps them
             float, ``'same'`` treats them as any other layer.
         last_bits: The same for layers that make the model's output.
-        equalise: Divide each channel of a layer's input, and multiply the weights that it meets, by a factor found at
-            initialisation, so that channels of unlike ranges share a step better: see
+        equalize: Divide each channel of a layer's input, and multiply the weights that it meets, by a factor found at
+            initialization, so that channels of unlike ranges share a step better: see
             :mod:`mmzsq.quantization.equalize`. Of layers with an input or a weight below 8 bits.
         scope: Pattern or patterns of what is quantized, such as ``'backbone'``; all else stays
             float. ``None`` is the whole model.
@@ -137,7 +137,7 @@ class QuantizationConfig:
     grad_scale: bool = True
     first_bits: int | str | None = 8
     last_bits: int | str | None = 8
-    equalise: bool = False
+    equalize: bool = False
     scope: Sequence[str] | None = None
     attention: AttentionBits | None = None
     skip: Sequence[str] = ()
@@ -184,7 +184,7 @@ class QuantizationConfig:
         check_choice(f'{WHERE}.activation.init', self.activation.init, INITS)
         check_choice(f'{WHERE}.step', self.step, STEPS)
         _check_bool(f'{WHERE}.grad_scale', self.grad_scale)
-        _check_bool(f'{WHERE}.equalise', self.equalise)
+        _check_bool(f'{WHERE}.equalize', self.equalize)
         _check_bool(f'{WHERE}.weight.per_channel', self.weight.per_channel)
         if self.weight.narrow is not None:
             _check_bool(f'{WHERE}.weight.narrow', self.weight.narrow)

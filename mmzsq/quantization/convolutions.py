@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized layers for MMCV's convolutions that compute more than a convolution.
 
-Padded as TensorFlow does, with a standardised weight, or deformable: each repeats the ``forward`` of its float class
+Padded as TensorFlow does, with a standardized weight, or deformable: each repeats the ``forward`` of its float class
 with quantized weight and input.
 """
 
@@ -50,15 +50,15 @@ class QuantConv2dAdaptivePadding(QuantizedLayer, Conv2dAdaptivePadding, nn.Conv2
 
 @register_quantized(ConvWS2d)
 class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
-    """Weight-standardised convolution (Qiao et al., 2019) with quantized weight and input.
+    """Weight-standardized convolution (Qiao et al., 2019) with quantized weight and input.
 
-    What is quantized is the standardised weight, which is all that integers need to know.
+    What is quantized is the standardized weight, which is all that integers need to know.
     """
 
     eps: float
 
     def filters(self) -> Tensor:
-        """The weight with every filter standardised, (C_out, C_in / groups, kH, kW)."""
+        """The weight with every filter standardized, (C_out, C_in / groups, kH, kW)."""
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
         return (self.weight - mean) / (std + self.eps)
 
@@ -70,12 +70,12 @@ class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
 
 @register_quantized(ConvAWS2d)
 class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
-    """Adaptively weight-standardised convolution (Qiao et al., 2020) with quantized weight and input, likewise."""
+    """Adaptively weight-standardized convolution (Qiao et al., 2020) with quantized weight and input, likewise."""
 
     _get_weight: Callable[[Tensor], Tensor]
 
     def filters(self) -> Tensor:
-        """The weight with every filter standardised, then scaled and moved, (C_out, C_in / groups, kH, kW)."""
+        """The weight with every filter standardized, then scaled and moved, (C_out, C_in / groups, kH, kW)."""
         return self._get_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

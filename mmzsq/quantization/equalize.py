@@ -35,7 +35,7 @@ from mmzsq.quantization.modules import (
 )
 from mmzsq.quantization.quantizers import LSQ
 
-EQUALISED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
+EQUALizED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
 """Exact classes: others compute more than a product of their input with their weight."""
 ROWS = 256
 """Places that are looked at in each run of a layer, every one a value of each channel."""
@@ -52,12 +52,12 @@ RANGE = 16.0
 
 
 def add_input_scale(layer: QuantizedLayer) -> None:
-    """Have a layer divide its input channel by channel, by one until :func:`equalise` knows better.
+    """Have a layer divide its input channel by channel, by one until :func:`equalize` knows better.
 
     Args:
-        layer: A quantized one; nothing is done if it is none of :data:`EQUALISED`.
+        layer: A quantized one; nothing is done if it is none of :data:`EQUALizED`.
     """
-    if type(layer) not in EQUALISED:
+    if type(layer) not in EQUALizED:
         return
     channels = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
     layer.register_buffer('input_scale', torch.ones(channels, device=layer.weight.device))  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def remove_input_scale(layer: QuantizedLayer) -> None:
 
 
 @torch.no_grad()
-def equalise(model: nn.Module, run: Callable[[], Any]) -> None:
+def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
     """Choose the factors of all layers that have them and no steps yet, and multiply their weights.
 
     Every process ends with the factors of the first.
@@ -134,7 +134,7 @@ def best_scale(layer: QuantizedLayer, rows: Tensor) -> Tensor:
     for size in (rows.abs().amax(0), rows.square().mean(0).sqrt()):
         for power, weight_power in itertools.product(POWERS, WEIGHT_POWERS):
             if power or weight_power:
-                candidates.append(_normalised(size**power / weight.clamp(min=1e-8) ** weight_power))
+                candidates.append(_normalized(size**power / weight.clamp(min=1e-8) ** weight_power))
     errors = torch.stack([_error(layer, rows, candidate) for candidate in candidates])
     # The first of equals: none at all.
     return candidates[int(errors.argmin())]
@@ -144,7 +144,7 @@ def scaled_weight(layer: QuantizedLayer, scale: Tensor) -> Tensor:
     """The weight of a layer with what each input channel meets multiplied by a factor.
 
     Args:
-        layer: A layer of :data:`EQUALISED`.
+        layer: A layer of :data:`EQUALizED`.
         scale: Shape (C,).
     """
     weight = layer.weight
@@ -194,7 +194,7 @@ def _sampling(layer: QuantizedLayer, rows: list[Tensor], generator: torch.Genera
         handle.remove()
 
 
-def _normalised(scale: Tensor) -> Tensor:
+def _normalized(scale: Tensor) -> Tensor:
     """Of geometric mean 1, within range; channels that carry nothing do not count."""
     scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
     alive = scale > 1e-6 * scale.amax()

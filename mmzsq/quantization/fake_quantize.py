@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmzsq.fused_kernels import fused_kernels
+from mmzsq.fused_kernels import fused_kernels_enabled
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
@@ -67,7 +67,7 @@ def fake_quantize(
 
 def _function_for(x: Tensor, step: Tensor, zero_point: Tensor | None) -> type[torch.autograd.Function]:
     """The fused function where it can run. A compiler fuses the plain one by itself."""
-    if x.is_cuda and HAS_TRITON and fused_kernels() and not torch.compiler.is_compiling():
+    if x.is_cuda and HAS_TRITON and fused_kernels_enabled() and not torch.compiler.is_compiling():
         from mmzsq.quantization import kernels
 
         if kernels.can_fuse(x, step, zero_point):

@@ -129,7 +129,7 @@ def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
     """The quantized class of a float layer.
 
     Only the exact class counts. A subclass may compute something else in its ``forward`` (weight
-    standardisation) or be read without it (the output projection of ``nn.MultiheadAttention``), so
+    standardization) or be read without it (the output projection of ``nn.MultiheadAttention``), so
     it has to be registered itself.
 
     Args:

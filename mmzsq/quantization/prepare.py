@@ -107,7 +107,7 @@ def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> N
     layer.add_quantizers(
         config.weight_quantizer(bits.w_bits, len(layer.filters())), config.input_quantizer(bits.a_bits)
     )
-    if config.equalise and min(bits) < 8:
+    if config.equalize and min(bits) < 8:
         add_input_scale(layer)
 
 

@@ -59,7 +59,7 @@ class LSQ(nn.Module):
         bits: 2 to 8.
         scheme: The integers. ``'signed'``: -2^(b-1) to 2^(b-1) - 1, zero point 0. ``'unsigned'``: 0
             to 2^b - 1, zero point 0. ``'offset'``: 0 to 2^b - 1 with an integer zero point found at
-            initialisation.
+            initialization.
         num_steps: 1, or the number of slices of the first dimension (output channels of a weight),
             each with its step.
         init: ``'mse'`` searches the grid of least squared error, ``'lsq'`` takes 2 * mean|x| /

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the BatchNorm layers of a detector see: mean and variance of each channel of their input, differentiable.
+"""Differentiable mean and variance of the inputs of a detector's BatchNorm layers.
 
-:class:`BatchNormWatch` collects them while a detector runs. On CUDA, a layer in eval mode and the activation behind it
-run in the same kernel that takes the statistics (:mod:`mmzsq.synthesis.kernels`); elsewhere a hook takes them.
+:class:`BatchNormStatisticsCollector` collects them while a detector runs. On CUDA, one kernel computes the statistics,
+BatchNorm in eval mode and the activation behind it (:mod:`mmzsq.synthesis.kernels`). Elsewhere a hook collects them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from mmzsq.fused_kernels import fused_kernels
+from mmzsq.fused_kernels import fused_kernels_enabled
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 """Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
@@ -45,7 +45,7 @@ class BatchNormStatistics(NamedTuple):
     layers: list[_BatchNorm]
 
 
-class BatchNormWatch:
+class BatchNormStatisticsCollector:
     """Takes the statistics of every forward of a detector's BatchNorm layers."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class BatchNormWatch:
     def attach(self, detector: nn.Module) -> None:
         """Watch the layers with running statistics; those of a shared pyramid head may run several times a forward."""
         on_gpu = next(detector.parameters()).is_cuda
-        fused = on_gpu and HAS_TRITON and fused_kernels()
+        fused = on_gpu and HAS_TRITON and fused_kernels_enabled()
         activations = _activations_behind(detector) if fused else {}
         for layer in watched_layers(detector):
             if fused and _is_replaceable(layer) and layer.num_features <= MAX_CHANNELS:
@@ -124,11 +124,11 @@ class BatchNormWatch:
         self._seen.clear()
         key = tuple(zip(runs, counts, strict=True))
         if key not in self._layouts:
-            self._layouts[key] = (torch.cat([_centre(run) for run in runs]), _spread(counts, runs))
-        centre, count = self._layouts[key]
+            self._layouts[key] = (torch.cat([_center(run) for run in runs]), _spread(counts, runs))
+        center, count = self._layouts[key]
         total, squares = torch.cat(sums, dim=1)
         distance = total / count
-        mean, variance = centre + distance, squares / count - distance.square()
+        mean, variance = center + distance, squares / count - distance.square()
         if len(runs) > len(layers):
             mean, variance = (_average(values, runs, layers) for values in (mean, variance))
         return BatchNormStatistics(mean, variance.clamp(min=0), layers)
@@ -136,10 +136,10 @@ class BatchNormWatch:
     def _record(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not self._active:
             return
-        self._remember_statistics(layer, *batch_statistics(inputs[0]), _centre(layer))
+        self._remember_statistics(layer, *batch_statistics(inputs[0]), _center(layer))
 
     def _remember(self, layer: nn.Module, sums: Tensor, count: int) -> None:
-        """Keep the sums (2, C), or parts of them (P, 2, C), of the distance to the centre and of its square.
+        """Keep the sums (2, C), or parts of them (P, 2, C), of the distance to the center and of its square.
 
         Args:
             layer: That ran.
@@ -148,17 +148,17 @@ class BatchNormWatch:
         """
         self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
 
-    def _remember_statistics(self, layer: nn.Module, mean: Tensor, variance: Tensor, centre: Tensor) -> None:
-        distance = mean - centre
+    def _remember_statistics(self, layer: nn.Module, mean: Tensor, variance: Tensor, center: Tensor) -> None:
+        distance = mean - center
         self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
 
     def _joint_forward(self, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         scale, bias = _affine(layer)
-        centre = _centre(layer)
+        center = _center(layer)
 
         def forward(features: Tensor) -> Tensor:
             output, mean, variance = _BatchNormWithStatistics.apply(features, scale, bias)
-            self._remember_statistics(layer, mean, variance, centre)
+            self._remember_statistics(layer, mean, variance, center)
             return output
 
         return forward
@@ -167,10 +167,10 @@ class BatchNormWatch:
         from mmzsq.synthesis.kernels import BatchNormActivation
 
         scale, bias = _affine(layer)
-        centre = _centre(layer)
+        center = _center(layer)
 
         def forward(features: Tensor) -> Tensor:
-            output, partial = BatchNormActivation.apply(features, centre, scale, bias, activation)
+            output, partial = BatchNormActivation.apply(features, center, scale, bias, activation)
             self._remember(layer, partial, features.numel() // features.shape[1])
             return output
 
@@ -261,13 +261,13 @@ def _statistics_backward(features: Tensor, mean: Tensor, grad_mean: Tensor, grad
     return _scaled(features, 2 * grad_variance / count, grad_mean / count, mean)
 
 
-def _scaled(features: Tensor, scale: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
-    """``(features - centre) * scale + bias`` of each channel, in the type of ``features``; without a centre it is 0."""
-    centre = torch.zeros_like(scale) if centre is None else centre
+def _scaled(features: Tensor, scale: Tensor, bias: Tensor, center: Tensor | None = None) -> Tensor:
+    """``(features - center) * scale + bias`` of each channel, in the type of ``features``; without a center it is 0."""
+    center = torch.zeros_like(scale) if center is None else center
     if features.is_cuda:
-        return torch.batch_norm_elemt(features, scale, bias, centre, torch.ones_like(scale), 0.0)
+        return torch.batch_norm_elemt(features, scale, bias, center, torch.ones_like(scale), 0.0)
     shape = (1, -1, *[1] * (features.dim() - 2))
-    return ((features - centre.view(shape)) * scale.view(shape) + bias.view(shape)).to(features.dtype)
+    return ((features - center.view(shape)) * scale.view(shape) + bias.view(shape)).to(features.dtype)
 
 
 def _is_channels_last(features: Tensor) -> bool:
@@ -284,7 +284,7 @@ def _affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, bias if layer.bias is None else bias + layer.bias.detach().float()
 
 
-def _centre(layer: nn.Module) -> Tensor:
+def _center(layer: nn.Module) -> Tensor:
     running_mean: Tensor = layer.running_mean  # type: ignore[assignment]
     return running_mean.float()
 
@@ -324,7 +324,7 @@ def _identity(features: Tensor) -> Tensor:
 
 def _spread(counts: list[int], runs: list[_BatchNorm]) -> Tensor:
     """The count of each run for each of its channels, made without a wait for the device."""
-    return torch.cat([torch.full_like(_centre(run), count) for run, count in zip(runs, counts, strict=True)])
+    return torch.cat([torch.full_like(_center(run), count) for run, count in zip(runs, counts, strict=True)])
 
 
 def _average(values: Tensor, runs: list[_BatchNorm], layers: list[_BatchNorm]) -> Tensor:

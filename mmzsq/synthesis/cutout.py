@@ -21,7 +21,7 @@ class Cutout:
         probability: That an image is erased, in [0, 1].
         area: Range of the erased share of the image, in (0, 1].
         ratio: Range of height over width, drawn log-uniformly.
-        value: What the rectangle is filled with, in [0, 1], or ``'mean'``: each image's own mean colour. The paper's is
+        value: What the rectangle is filled with, in [0, 1], or ``'mean'``: each image's own mean color. The paper's is
             black. To statistics of batches a black rectangle is an outlier, the more so the brighter and smoother what
             the images show: BatchNorm's memory is then matched by images that have lost all contrast themselves.
 

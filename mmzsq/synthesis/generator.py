@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole calibration set: every shard sampled, relabelled at low resolution, synthesised at full, and written.
+"""A whole calibration set: every shard sampled, relabeled at low resolution, synthesized at full, and written.
 
 A shard is the unit of work and of loss. Its content depends on the seed and its index alone, so any number of
 processes, in any order, interrupted or not, make the same set.
@@ -35,10 +35,10 @@ class Stage:
     """One pass over a shard.
 
     Attributes:
-        name: ``'relabel'``, ``'refine'`` or ``'synthesise'``: labels are corrected in the first, fixed in the others.
+        name: ``'relabel'``, ``'refine'`` or ``'synthesize'``: labels are corrected in the first, fixed in the others.
         image_size: Height and width in pixels.
         iterations: Steps; 0 takes the images as they are: noise, if they start from it.
-        batch_size: Images optimised together.
+        batch_size: Images optimized together.
         lr: Learning rate; None: that of ``zsq.synthesis``.
         start: ``'noise'``, or ``'previous'``: the images of the stage before, resized, if there was one.
     """
@@ -59,12 +59,12 @@ class Stage:
     def from_cfg(
         cls, name: str, cfg: dict[str, Any], batch_size: int, full_size: tuple[int, int] | None = None
     ) -> Stage:
-        """Read ``zsq.synthesis.relabel``, ``refine`` or ``synthesise``.
+        """Read ``zsq.synthesis.relabel``, ``refine`` or ``synthesize``.
 
         Args:
             name: Key of the section.
             cfg: ``image_size`` (one number, (height, width), or a share of ``full_size`` below 1), ``iterations`` (0 is
-                for ``synthesise`` and for ``relabel`` with ``start='previous'``), and perhaps the other attributes.
+                for ``synthesize`` and for ``relabel`` with ``start='previous'``), and perhaps the other attributes.
             batch_size: Where ``cfg`` names none.
             full_size: Height and width of the finished images; None if this is their stage.
 
@@ -84,12 +84,12 @@ class Stage:
         stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size, **options)
         if stage.start not in STARTS:
             raise UserError(f'{where}.start is one of {", ".join(map(repr, STARTS))}, not {stage.start!r}')
-        untouched = name == 'synthesise' or (name, stage.start) == ('relabel', 'previous')
+        untouched = name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
         numbers = [*size, stage.batch_size, *([] if untouched and stage.iterations == 0 else [stage.iterations])]
         if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in numbers):
             raise UserError(
                 f'{where} needs positive image_size (one number, (height, width) or, below 1, a share of the size of '
-                "synthesise's images), iterations, batch_size"
+                "synthesize's images), iterations, batch_size"
             )
         return stage
 
@@ -109,7 +109,7 @@ class CalibrationSetGenerator:
     Args:
         task: The frozen detector.
         synthesis: The section ``zsq.synthesis``: ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
-            several rounds), ``synthesise``, ``priors``, ``require_feature_prior`` (True if absent), and arguments of
+            several rounds), ``synthesize``, ``priors``, ``require_feature_prior`` (True if absent), and arguments of
             :class:`Synthesizer`.
         label_sampler: The section ``zsq.label_sampler``.
         batch_size: Images a batch where a stage does not say.
@@ -123,7 +123,7 @@ class CalibrationSetGenerator:
         self, task: Task, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
     ) -> None:
         options = dict(synthesis)
-        last = Stage.from_cfg('synthesise', options.pop('synthesise'), batch_size)
+        last = Stage.from_cfg('synthesize', options.pop('synthesize'), batch_size)
         self.stages = [
             Stage.from_cfg(name, stage, batch_size, last.image_size)
             for name in ('relabel', 'refine')
@@ -134,8 +134,8 @@ class CalibrationSetGenerator:
         self.seed = seed
         self.sampler = build_part(LABEL_SAMPLERS, label_sampler, 'zsq.label_sampler')
         if self.sampler.uses_detector_prior:
-            self.sampler.take_prior(task.label_prior(), last.image_size)
-        self.relabels_while_synthesising = self.sampler.adaptive and self.stages[0].name != 'relabel'
+            self.sampler.set_label_prior(task.label_prior(), last.image_size)
+        self.relabels_while_synthesizing = self.sampler.adaptive and self.stages[0].name != 'relabel'
         # What nothing remains of is not worth its time: neither corrected labels nor images to start from.
         while not self.sampler.adaptive and any(stage.start == 'noise' for stage in self.stages[1:]):
             self.stages = self.stages[1:]
@@ -206,7 +206,7 @@ class CalibrationSetGenerator:
                         shard_seed(self.seed, shard, index + 1, batch),
                         start=None if before is None else before[chosen],
                         lr=stage.lr,
-                        sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesising else None,
+                        sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesizing else None,
                         on_progress=None if on_progress is None else lambda progress: on_progress(stage, progress),  # noqa: B023
                     )
                 )

@@ -47,7 +47,7 @@ def _batch_norm_forward(
     program = tl.program_id(0)
     column = tl.arange(0, block_channels)
     is_column = column < channels
-    centre = tl.load(shift + column, mask=is_column, other=0.0)
+    center = tl.load(shift + column, mask=is_column, other=0.0)
     slope = tl.load(scale + column, mask=is_column, other=0.0)
     offset = tl.load(bias + column, mask=is_column, other=0.0)
     # One reduction at the end: one a tile would wait for all threads each time.
@@ -65,7 +65,7 @@ def _batch_norm_forward(
         next_inside = (next_row < rows)[:, None] & is_column[None, :]
         next_loaded = tl.load(x + next_place, mask=next_inside, other=0.0)
         value = loaded.to(tl.float32)
-        distance = tl.where(inside, value - centre[None, :], 0.0)
+        distance = tl.where(inside, value - center[None, :], 0.0)
         total += distance
         squares += distance * distance
         normal = value * slope[None, :] + offset[None, :]
@@ -122,7 +122,7 @@ def _batch_norm_backward(
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     inside = (row < rows)[:, None] & is_column[None, :]
     place = row.to(tl.int64)[:, None] * channels + column[None, :]
-    centre = tl.load(shift + column, mask=is_column, other=0.0)
+    center = tl.load(shift + column, mask=is_column, other=0.0)
     slope = tl.load(scale + column, mask=is_column, other=0.0)
     offset = tl.load(bias + column, mask=is_column, other=0.0)
     of_total = tl.load(grad_sums + column, mask=is_column, other=0.0)
@@ -136,24 +136,24 @@ def _batch_norm_backward(
     if activation == 2:
         gate = tl.sigmoid(normal)
         grad = grad * gate * (1.0 + normal * (1.0 - gate))
-    result = grad * slope[None, :] + of_total[None, :] + 2.0 * of_squares[None, :] * (value - centre[None, :])
+    result = grad * slope[None, :] + of_total[None, :] + 2.0 * of_squares[None, :] * (value - center[None, :])
     tl.store(grad_x + place, result.to(grad_x.dtype.element_ty), mask=inside)
 
 
 class BatchNormActivation(torch.autograd.Function):
     """An activation of BatchNorm in eval mode, and the sums behind the statistics of its input.
 
-    Inputs: features (N, C, H, W), channels last; the statistics' centre, the scale and the bias of each channel, fp32
+    Inputs: features (N, C, H, W), channels last; the statistics' center, the scale and the bias of each channel, fp32
     (C,), without gradient; the activation: 0 for none, 1 for ReLU, 2 for SiLU.
 
     Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32
-    (:data:`BATCH_NORM_PROGRAMS`, 2, C), whose sum over the programs is that over (N, H, W) of ``features - centre`` and
+    (:data:`BATCH_NORM_PROGRAMS`, 2, C), whose sum over the programs is that over (N, H, W) of ``features - center`` and
     of its square. It is left to :class:`SumRows`, which takes all layers at once; another use has no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, centre: Tensor, scale: Tensor, bias: Tensor, activation: int
+        ctx: Any, features: Tensor, center: Tensor, scale: Tensor, bias: Tensor, activation: int
     ) -> tuple[Tensor, Tensor]:
         """See the class."""
         features = features.contiguous(memory_format=torch.channels_last)
@@ -164,9 +164,9 @@ class BatchNormActivation(torch.autograd.Function):
         output = torch.empty_like(features)
         partial = torch.empty((BATCH_NORM_PROGRAMS, 2, channels), dtype=torch.float32, device=features.device)
         _batch_norm_forward[(BATCH_NORM_PROGRAMS,)](
-            features, output, partial, centre, scale, bias, rows, channels, block_rows, block_channels, activation
+            features, output, partial, center, scale, bias, rows, channels, block_rows, block_channels, activation
         )
-        ctx.save_for_backward(features, centre, scale, bias)
+        ctx.save_for_backward(features, center, scale, bias)
         ctx.activation = activation
         ctx.set_materialize_grads(False)
         return output, partial
@@ -181,7 +181,7 @@ class BatchNormActivation(torch.autograd.Function):
         Raises:
             RuntimeError: If the gradient of the programs' sums is not that of a sum over them.
         """
-        features, centre, scale, bias = ctx.saved_tensors
+        features, center, scale, bias = ctx.saved_tensors
         channels = features.shape[1]
         rows = features.numel() // channels
         block_channels = triton.next_power_of_2(channels)
@@ -190,7 +190,7 @@ class BatchNormActivation(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(features)
         if grad_partial is None:
-            grad_partial = centre.new_zeros(2, channels).expand(BATCH_NORM_PROGRAMS, 2, channels)
+            grad_partial = center.new_zeros(2, channels).expand(BATCH_NORM_PROGRAMS, 2, channels)
         grad_stride = row_stride(grad_output)
         if grad_stride is None:
             grad_output = grad_output.contiguous(memory_format=torch.channels_last)
@@ -198,14 +198,14 @@ class BatchNormActivation(torch.autograd.Function):
         if grad_partial.stride(0) != 0 or grad_partial.stride(2) != 1:
             raise RuntimeError('the sums of the programs are to be added up by SumRows')
         _batch_norm_backward[(ceil_div(rows, block_rows),)](
-            features, grad_output, grad, grad_partial, centre, scale, bias, rows, grad_stride, grad_partial.stride(1),
+            features, grad_output, grad, grad_partial, center, scale, bias, rows, grad_stride, grad_partial.stride(1),
             channels, block_rows, block_channels, ctx.activation, num_warps=8,
         )  # fmt: skip
         return grad, None, None, None, None
 
 
 def row_stride(features: Tensor) -> int | None:
-    """Values between neighbouring pixels of features (N, C, H, W), if a pixel's channels lie together; else None.
+    """Values between neighboring pixels of features (N, C, H, W), if a pixel's channels lie together; else None.
 
     More than C for some of the channels of a wider tensor: the gradient of a concatenation needs no copy.
     """

@@ -3,7 +3,7 @@
 
 PSAQ-ViT (Li et al. 2022): the self-attention of a trained transformer answers an image with patch features that differ
 from each other, and noise with features that are all alike. The prior is, for every attention block, the differential
-entropy of the distribution of cosine similarities between patches, negative: to minimise it raises the diversity.
+entropy of the distribution of cosine similarities between patches, negative: to minimize it raises the diversity.
 :func:`similarity_entropy` is the math, :class:`PatchSimilarityPrior` watches a detector.
 """
 

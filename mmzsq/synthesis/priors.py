@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
-from mmzsq.fused_kernels import fused_kernels
+from mmzsq.fused_kernels import fused_kernels_enabled
 from mmzsq.registry import PRIORS
-from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch, watched_layers
+from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector, watched_layers
 
 DEAD_CHANNEL_VARIANCE = 1e-12
 """Channels below this running variance never fired while training (some checkpoints hold 1e-27): no information."""
@@ -132,7 +132,7 @@ class BNStatisticsPrior(Prior):
         self.weight = weight
         self.first_weight = first_weight
         self.form = form
-        self._watch = BatchNormWatch()
+        self._watch = BatchNormStatisticsCollector()
         self._layouts: dict[tuple[_BatchNorm, ...], _Layout] = {}
 
     def applies_to(self, detector: nn.Module) -> bool:
@@ -232,7 +232,7 @@ def _norm(squares: Tensor) -> Tensor:
 
 @PRIORS.register_module()
 class TotalVariationPrior(Prior):
-    """Differences between neighbouring pixels: vertical, horizontal and both diagonals.
+    """Differences between neighboring pixels: vertical, horizontal and both diagonals.
 
     Each direction's differences give one Frobenius norm over the whole batch (the paper's code), so the value grows
     with the square root of the number of pixels.
@@ -251,7 +251,7 @@ class TotalVariationPrior(Prior):
 
 def total_variation(images: Tensor) -> Tensor:
     """Sum of the Frobenius norms of the four directional differences of ``images`` (N, C, H, W)."""
-    if HAS_TRITON and fused_kernels() and images.is_cuda and images.dtype == torch.float32:
+    if HAS_TRITON and fused_kernels_enabled() and images.is_cuda and images.dtype == torch.float32:
         from mmzsq.synthesis.kernels import MAX_VALUES, TotalVariation
 
         if images.numel() < MAX_VALUES:
@@ -274,7 +274,7 @@ class _TotalVariation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
-        differences = [pixel - neighbour for pixel, neighbour in _neighbours(images)]
+        differences = [pixel - neighbor for pixel, neighbor in _neighbors(images)]
         norms = torch.stack([difference.norm() for difference in differences])
         ctx.shape = images.shape
         ctx.save_for_backward(norms, *differences)
@@ -286,13 +286,13 @@ class _TotalVariation(torch.autograd.Function):
         norms, *differences = ctx.saved_tensors
         factors = torch.where(norms > 0, grad / norms, 0.0)
         grad_images = differences[0].new_zeros(ctx.shape)
-        for (pixel, neighbour), difference, factor in zip(_neighbours(grad_images), differences, factors, strict=True):
+        for (pixel, neighbor), difference, factor in zip(_neighbors(grad_images), differences, factors, strict=True):
             pixel.addcmul_(difference, factor)
-            neighbour.addcmul_(difference, factor, value=-1)
+            neighbor.addcmul_(difference, factor, value=-1)
         return grad_images
 
 
-def _neighbours(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _neighbors(images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Views of the pixels and of those above, to the left, and on both diagonals."""
     return [
         (images[:, :, 1:, :], images[:, :, :-1, :]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of synthetic images: noise, optimised until a detector sees the labels in it and its priors agree.
+"""One batch of synthetic images: noise, optimized until a detector sees the labels in it and its priors agree.
 
     L(x) = detection_weight * L_det(x, labels) + sum_p prior_p(x)
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.errors import UserError
-from mmzsq.fused_kernels import fused_kernels
+from mmzsq.fused_kernels import fused_kernels_enabled
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.cutout import Cutout
 from mmzsq.synthesis.label_samplers import LabelPrior, LabelSampler, RelabelCounts
@@ -57,8 +57,8 @@ class Task(Protocol):
     def predict(self, images: Tensor) -> list[InstanceData]:
         """What the detector finds in images in [0, 1]."""
 
-    def from_inputs(self, inputs: Tensor) -> Tensor:
-        """Images in [0, 1] of what the network takes; the inverse of the detector's normalisation."""
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Images in [0, 1] of what the network takes; the inverse of the detector's normalization."""
 
     def label_prior(self) -> LabelPrior:
         """What the detector's weights tell of the labels that it was trained on."""
@@ -93,7 +93,7 @@ class SynthesisResult:
         losses: Last value of each weighted term.
         seconds: Wall time.
         captured: Whether the steps ran as a CUDA graph.
-        counts: What relabelling did: ``added`` and ``removed`` boxes.
+        counts: What relabeling did: ``added`` and ``removed`` boxes.
     """
 
     images: Tensor
@@ -113,7 +113,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Synthesizer:
-    """Optimises batches of images for a detector.
+    """Optimizes batches of images for a detector.
 
     Args:
         task: The frozen detector.
@@ -187,7 +187,7 @@ class Synthesizer:
         sampler: LabelSampler | None = None,
         on_progress: Callable[[StepProgress], None] | None = None,
     ) -> SynthesisResult:
-        """Optimise one batch.
+        """Optimize one batch.
 
         Args:
             labels: One entry an image, ``bboxes`` xyxy in pixels of images of ``image_size``.
@@ -203,7 +203,7 @@ class Synthesizer:
             UserError: If the loss stops being finite.
         """
         device = self.task.device
-        fast = device.type == 'cuda' and fused_kernels()
+        fast = device.type == 'cuda' and fused_kernels_enabled()
         self.layers = Acceleration(self.task.detector, self.dtype) if fast else None
         for prior in self.priors:
             prior.attach(self.task.detector)
@@ -244,9 +244,9 @@ class Synthesizer:
         best_images = step.images.detach().clone() if self.keep == 'best' else None
         for iteration in range(iterations):
             if sampler is not None and sampler.adaptive and sampler.due(iteration):
-                labels, relabelled = sampler.relabel(labels, self.predict(step.images), image_size)
-                counts = {key: counts[key] + number for key, number in asdict(relabelled).items()}
-                if relabelled.any:
+                labels, relabeled = sampler.relabel(labels, self.predict(step.images), image_size)
+                counts = {key: counts[key] + number for key, number in asdict(relabeled).items()}
+                if relabeled.any:
                     step.set_labels(labels)
                     if best_images is not None:
                         # What showed the labels of before best does not show these.
@@ -288,7 +288,7 @@ class Synthesizer:
         # Noise is drawn on the CPU: the same on every kind of device.
         if self.init == 'uniform':
             return torch.rand(count, 3, *image_size).to(self.task.device)
-        return self.task.from_inputs(torch.randn(count, 3, *image_size).to(self.task.device))
+        return self.task.denormalize(torch.randn(count, 3, *image_size).to(self.task.device))
 
     def predict(self, images: Tensor) -> list[InstanceData]:
         """What the detector finds in images in [0, 1] as they are, un-augmented; leaves no trace in the priors."""
@@ -310,7 +310,7 @@ class Synthesizer:
 
 
 class _Step:
-    """One optimisation step over a batch; eager, or a replayed CUDA graph."""
+    """One optimization step over a batch; eager, or a replayed CUDA graph."""
 
     def __init__(self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData]) -> None:
         self.synthesizer = synthesizer

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmzsq.tasks import one_stage, two_stage
 from mmzsq.tasks.detection_task import DetectionTask, semantic_criterion
-from mmzsq.tasks.padded_task import PaddedTask, takes_padded_targets
+from mmzsq.tasks.padded_task import PaddedTargetsTask, takes_padded_targets
 
 
 def detection_task(detector: nn.Module) -> DetectionTask:
@@ -18,17 +18,17 @@ def detection_task(detector: nn.Module) -> DetectionTask:
 
     Returns:
         A :class:`~mmzsq.tasks.two_stage.TwoStageTask`, :class:`~mmzsq.tasks.one_stage.OneStageTask` or
-        :class:`~mmzsq.tasks.padded_task.PaddedTask` for what they fit, else a :class:`DetectionTask`, whose
+        :class:`~mmzsq.tasks.padded_task.PaddedTargetsTask` for what they fit, else a :class:`DetectionTask`, whose
         ``note`` says why.
     """
     if takes_padded_targets(detector):
-        return PaddedTask(detector)
+        return PaddedTargetsTask(detector)
     if getattr(detector, 'roi_head', None) is None:
-        reason = one_stage.reason_unfit(detector)
+        reason = one_stage.unsupported_reason(detector)
         if reason is None:
             return one_stage.OneStageTask(detector)
     else:
-        reason = two_stage.reason_unfit(detector)
+        reason = two_stage.unsupported_reason(detector)
         if reason is None:
             return two_stage.TwoStageTask(detector)
     task = DetectionTask(detector)

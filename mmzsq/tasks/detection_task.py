@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
-from mmzsq.models.train_eval_modes import in_one_process, in_training
+from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior, mask_boxes
 from mmzsq.tasks.label_prior import label_prior
 
@@ -100,8 +100,8 @@ def blank_samples(count: int, image_size: tuple[int, int], device: torch.device)
     return data_samples([no_instances()] * count, image_size, device)
 
 
-def normalisation(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and deviation by which a detector normalises pixels in [0, 255], each (3, 1, 1); (1, 1, 1) without any."""
+def normalization(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and deviation by which a detector normalizes pixels in [0, 255], each (3, 1, 1); (1, 1, 1) without any."""
     mean, std = (
         torch.as_tensor(getattr(data_preprocessor, name, neutral)).float().view(-1, 1, 1)
         for name, neutral in (('mean', 0.0), ('std', 1.0))
@@ -110,8 +110,8 @@ def normalisation(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """What black and white become under a detector's normalisation, each (3, 1, 1); 0 and 255 without any."""
-    mean, std = normalisation(data_preprocessor)
+    """What black and white become under a detector's normalization, each (3, 1, 1); 0 and 255 without any."""
+    mean, std = normalization(data_preprocessor)
     return (0 - mean) / std, (255 - mean) / std
 
 
@@ -175,8 +175,8 @@ class DetectionTask:
         preprocessor: Any = detector.data_preprocessor
         # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
-        mean, std = normalisation(preprocessor)
-        self._is_normalised = bool((mean == 0).all() and (std == 255).all())
+        mean, std = normalization(preprocessor)
+        self._is_normalized = bool((mean == 0).all() and (std == 255).all())
         self._mean, self._std = mean.to(self.device), std.to(self.device)
         self._shift, self._scale = (-mean / std).to(self.device), (255 / std).to(self.device)
 
@@ -185,8 +185,8 @@ class DetectionTask:
         """Where the detector is."""
         return next(self.detector.parameters()).device
 
-    def to_inputs(self, images: Tensor) -> Tensor:
-        """Normalise images as the detector's data preprocessor does.
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalize images as the detector's data preprocessor does.
 
         Args:
             images: Shape (N, 3, H, W), in [0, 1], channels in :attr:`channel_order`.
@@ -195,10 +195,10 @@ class DetectionTask:
             What the network takes, the same shape.
         """
         # On a GPU what counts is how often all pixels are read.
-        return images if self._is_normalised else torch.addcmul(self._shift, images, self._scale)
+        return images if self._is_normalized else torch.addcmul(self._shift, images, self._scale)
 
-    def from_inputs(self, inputs: Tensor) -> Tensor:
-        """Undo :meth:`to_inputs`: images in [0, 1], (N, 3, H, W), of what the network takes."""
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Undo :meth:`normalize`: images in [0, 1], (N, 3, H, W), of what the network takes."""
         return (inputs * self._std + self._mean) / 255
 
     def label_prior(self) -> LabelPrior:
@@ -231,8 +231,8 @@ class DetectionTask:
         copies = [_shallow_copy(sample) for sample in samples]
         leave_semantics_out(self.detector, copies)
         try:
-            with in_training(self.detector), in_one_process():
-                return sum_losses(self.detector.loss(self.to_inputs(images), copies))
+            with frozen_train_mode(self.detector), single_process():
+                return sum_losses(self.detector.loss(self.normalize(images), copies))
         except ImportError as error:
             raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error
 
@@ -249,7 +249,7 @@ class DetectionTask:
         """
         size = (images.shape[2], images.shape[3])
         samples = blank_samples(len(images), size, self.device)
-        results = self.detector.predict(self.to_inputs(images), samples, rescale=False)
+        results = self.detector.predict(self.normalize(images), samples, rescale=False)
         predictions = []
         for result in results:
             found = result.pred_instances

@@ -89,7 +89,7 @@ def iou_loss(bboxes: Tensor, targets: Tensor, mode: str, eps: float) -> Tensor:
 
 
 def giou_loss(bboxes: Tensor, targets: Tensor, eps: float) -> Tensor:
-    """One less the generalised IoU of paired boxes (Rezatofighi et al. 2019, arXiv:1902.09630).
+    """One less the generalized IoU of paired boxes (Rezatofighi et al. 2019, arXiv:1902.09630).
 
     Args:
         bboxes: xyxy, (..., 4).

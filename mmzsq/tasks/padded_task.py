@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 from mmzsq.tasks.detection_task import DetectionTask, sum_losses
 
-ROOM = 16
+PAD_MULTIPLE = 16
 """Targets an image are padded to a multiple of this."""
 
 
@@ -24,20 +24,20 @@ def takes_padded_targets(detector: nn.Module) -> bool:
     return hasattr(getattr(detector, 'bbox_head', None), 'loss_by_targets')
 
 
-def _with_room(instances: Sequence[InstanceData]) -> int:
-    """The least multiple of :data:`ROOM` that has room for the targets of each image."""
-    return -(-max(len(image) for image in instances) // ROOM) * ROOM
+def _padded_length(instances: Sequence[InstanceData]) -> int:
+    """The least multiple of :data:`PAD_MULTIPLE` that has room for the targets of each image."""
+    return -(-max(len(image) for image in instances) // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-class Room:
+class TargetCapacity:
     """How many targets an image are padded to: more are made room for until what reads them is fixed.
 
     Attributes:
-        targets: That number, a multiple of :data:`ROOM`.
+        targets: That number, a multiple of :data:`PAD_MULTIPLE`.
     """
 
     def __init__(self) -> None:
-        self.targets = 2 * ROOM
+        self.targets = 2 * PAD_MULTIPLE
 
     def pad(self, instances: Sequence[InstanceData], fixed: bool) -> PaddedTargets:
         """Pad the targets of a batch, as :func:`~mmzsq.models.padded_targets.pad_targets` does.
@@ -46,13 +46,13 @@ class Room:
             instances: One entry an image; ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,).
             fixed: Whether the number stays, and a batch that wants more gets a shape of its own.
         """
-        wanted = max(self.targets, _with_room(instances))
+        wanted = max(self.targets, _padded_length(instances))
         if not fixed:
             self.targets = wanted
         return pad_targets(instances, wanted)
 
 
-class PaddedTask(DetectionTask):
+class PaddedTargetsTask(DetectionTask):
     """A detector whose ``bbox_head`` has ``loss_by_targets(maps, PaddedTargets)``; see :class:`DetectionTask`."""
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> PaddedTargets:  # type: ignore[override]
@@ -62,7 +62,7 @@ class PaddedTask(DetectionTask):
             labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
             image_size: Not used.
         """
-        return pad_targets([instances.to(self.device) for instances in labels], _with_room(labels))
+        return pad_targets([instances.to(self.device) for instances in labels], _padded_length(labels))
 
     def update_samples(
         self, samples: PaddedTargets, labels: Sequence[InstanceData], image_size: tuple[int, int]
@@ -77,5 +77,5 @@ class PaddedTask(DetectionTask):
 
     def loss(self, images: Tensor, samples: PaddedTargets) -> Tensor:  # type: ignore[override]
         """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
-        (maps,) = self.detector.bbox_head(self.detector.extract_feat(self.to_inputs(images)))
+        (maps,) = self.detector.bbox_head(self.detector.extract_feat(self.normalize(images)))
         return sum_losses(self.detector.bbox_head.loss_by_targets(maps, samples))

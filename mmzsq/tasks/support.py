@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 
-def unknown_parts(detector: nn.Module, parts: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
+def unsupported_components(detector: nn.Module, parts: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
     """Say, part by part, what keeps ``detector`` from being made of ``parts``.
 
     Args:
@@ -22,7 +22,7 @@ def unknown_parts(detector: nn.Module, parts: Mapping[str, tuple[type, ...]]) ->
             yield f'its {name} is {type(part).__name__}, not {" or ".join(cls.__name__ for cls in allowed)}'
 
 
-def unknown_settings(detector: nn.Module, settings: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+def unsupported_settings(detector: nn.Module, settings: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
     """Say, setting by setting, what of ``detector`` has another value.
 
     Args:

@@ -25,8 +25,8 @@ TITLE = 28
 MASK_OPACITY = 0.15
 
 
-def _colour(label: int) -> tuple[int, int, int]:
-    """A bright RGB colour of its own for each category."""
+def _color(label: int) -> tuple[int, int, int]:
+    """A bright RGB color of its own for each category."""
     hue = int(label * 180 * 0.618034) % 180
     red, green, blue = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
     return int(red), int(green), int(blue)
@@ -52,24 +52,24 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     if 'masks' in labels:
         # Below all boxes and names.
         for mask, label in zip(labels.masks.numpy(), labels.labels.tolist(), strict=True):
-            _draw_mask(canvas, mask, _colour(label))
+            _draw_mask(canvas, mask, _color(label))
     for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
         x1, y1, x2, y2 = (round(value * scale) for value in bbox)
-        colour = _colour(label)
-        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), colour, 1)
+        color = _color(label)
+        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), color, 1)
         origin = (x1 + 2, min(y1 + 11, size[1] - 2))
-        for line, width_ in (((0, 0, 0), 3), (colour, 1)):
+        for line, width_ in (((0, 0, 0), 3), (color, 1)):
             cv2.putText(canvas, classes[label], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.38, line, width_, cv2.LINE_AA)
     return canvas
 
 
-def _draw_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
+def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
     """Tint and outline a mask, bool of any resolution, on ``canvas``, uint8 (H, W, 3), in place."""
     size = (canvas.shape[1], canvas.shape[0])
     mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
-    canvas[mask] = np.round(canvas[mask] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY)
+    canvas[mask] = np.round(canvas[mask] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY)
     outline = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    canvas[outline] = colour
+    canvas[outline] = color
 
 
 def save_gallery(
@@ -98,13 +98,13 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
         root: Folder of a complete set.
         indices: Which images.
     """
-    save_gallery(path, *read_labelled(root, indices))
+    save_gallery(path, *read_labeled(root, indices))
 
 
 def save_side_by_side(
     path: str | os.PathLike[str], roots: Mapping[str, str | os.PathLike[str]], indices: Sequence[int]
 ) -> None:
-    """Write a PNG with a row of labelled images for each calibration set, the same indices of all, under its name.
+    """Write a PNG with a row of labeled images for each calibration set, the same indices of all, under its name.
 
     Args:
         path: The file, replaced at once.
@@ -113,7 +113,7 @@ def save_side_by_side(
     """
     rows = []
     for name, root in roots.items():
-        images, labels, classes = read_labelled(root, indices)
+        images, labels, classes = read_labeled(root, indices)
         row = _sheet([draw_labels(*pair, classes) for pair in zip(images, labels, strict=True)], len(indices))
         title = np.full((TITLE, row.shape[1], 3), 255, np.uint8)
         cv2.putText(title, name, (2, TITLE - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
@@ -121,7 +121,7 @@ def save_side_by_side(
     _save(path, np.concatenate(rows))
 
 
-def read_labelled(
+def read_labeled(
     root: str | os.PathLike[str], indices: Iterable[int]
 ) -> tuple[list[np.ndarray], list[InstanceData], list[str]]:
     """Read images of a calibration set.

@@ -38,6 +38,6 @@ def test_a_correction_of_the_labels_costs_no_more_than_a_few_steps(measured: dic
     assert part['ms_per_image_correction'] < 10 * part['ms_per_image_step']
 
 
-def test_a_step_costs_the_same_with_relabelling_and_without(measured: dict[str, Any]) -> None:
+def test_a_step_costs_the_same_with_relabeling_and_without(measured: dict[str, Any]) -> None:
     ratio = measured['relabel']['ms_per_image_step'] / measured['synthesis']['ms_per_image_iteration']
     assert 0.5 < ratio < 2

@@ -242,7 +242,7 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(quantiser=dict()), "unknown key 'quantiser' in zsq. Did you mean 'quantizer'?"),
         (dict(train=dict(epochs=3)), "unknown key 'epochs' in zsq.train. Did you mean 'max_epochs'?"),
         (dict(calibration_set=dict(num_image=3)), "Did you mean 'num_images'?"),
-        (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesise'?"),
+        (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesize'?"),
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
         (dict(presets=dict(defalt={})), "'default'"),
@@ -459,7 +459,7 @@ def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() ->
 
 
 def test_images_are_augmented_where_no_loss_reads_labels() -> None:
-    assert complete_section({})['train']['augmentation'] == dict(flip=0.5, mosaic=0.5, colour=0.3)
+    assert complete_section({})['train']['augmentation'] == dict(flip=0.5, mosaic=0.5, color=0.3)
     labels = dict(detection_weight=0.5)
     for zsq in (
         dict(distillation=labels),

@@ -51,7 +51,7 @@ YOLOV5 = dict(
     synthesis=dict(
         relabel=dict(image_size=160, iterations=2500, batch_size=64),
         refine=None,
-        synthesise=dict(image_size=640, iterations=2500, batch_size=32),
+        synthesize=dict(image_size=640, iterations=2500, batch_size=32),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
             # Of transformers; left out where there is no attention.
@@ -93,7 +93,7 @@ YOLO11 = dict(
     synthesis=dict(
         relabel=dict(image_size=160, iterations=3000, batch_size=512),
         refine=None,
-        synthesise=dict(image_size=640, iterations=3000, batch_size=32),
+        synthesize=dict(image_size=640, iterations=3000, batch_size=32),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.05, first_weight=5.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.002),
@@ -126,13 +126,13 @@ YOLO11 = dict(
 )
 IMAGENET_STD = (58.395, 57.12, 57.375)
 UNIT = sum(IMAGENET_STD) / 3 / 255
-"""Of normalised inputs, in which the paper optimises, in units of images in [0, 1]."""
+"""Of normalized inputs, in which the paper optimizes, in units of images in [0, 1]."""
 MASK_RCNN_SWIN = dict(
     quantizer=dict(QUANTIZER, scope='backbone', first_bits='same'),
     synthesis=dict(
         relabel=None,
         refine=None,
-        synthesise=dict(image_size=640, iterations=2000, batch_size=12),
+        synthesize=dict(image_size=640, iterations=2000, batch_size=12),
         priors=[
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.001 / UNIT),
@@ -204,7 +204,7 @@ def test_every_row_of_the_paper_is_run_with_its_numbers(detector: str) -> None:
         assert section['preset'] == 'paper'
 
 
-def test_swin_is_optimised_in_units_of_its_normalised_inputs() -> None:
+def test_swin_is_optimised_in_units_of_its_normalized_inputs() -> None:
     """By a step as the optimizer takes it, and by the variation of one image in both units."""
     cfg = _paper('mask-rcnn_swin-t_w4a8')
     assert tuple(cfg.model.detector.data_preprocessor.std) == IMAGENET_STD

@@ -112,7 +112,7 @@ def test_stripes_are_told_from_a_box_by_texture(scenes: list[Scene]) -> None:
     assert spread('stripes') > 2 * spread('box')
 
 
-def test_colour_says_nothing_about_the_class(scenes: list[Scene]) -> None:
+def test_color_says_nothing_about_the_class(scenes: list[Scene]) -> None:
     means = [np.mean([s.image[m].mean(axis=0) for s, m in by_class(scenes, name)], axis=0) for name in CLASS_NAMES]
     assert np.std(means, axis=0).max() < 12
 

@@ -38,7 +38,7 @@ def test_a_mosaic_holds_an_image_and_the_next_three_at_half_their_size(images: T
 
 
 def test_a_tint_scales_each_channel_of_each_image_from_black_and_stays_in_range(images: Tensor) -> None:
-    tinted = BatchAugmentation(colour=0.3)(images, BLACK, WHITE)
+    tinted = BatchAugmentation(color=0.3)(images, BLACK, WHITE)
     assert (tinted <= WHITE).all() and (tinted >= BLACK).all()
     inside = tinted < WHITE
     ratio = (tinted - BLACK) / (images - BLACK)

@@ -36,10 +36,10 @@ def test_feature_mse_is_the_mean_over_the_selected_layers() -> None:
     assert float(loss(student, teacher, detector)) == pytest.approx(0.5 * (4 + 16 + 0) / 3)
 
 
-def test_normalised_feature_mse_does_not_depend_on_a_layers_scale() -> None:
+def test_normalized_feature_mse_does_not_depend_on_a_layers_scale() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 1, 4, 3, 3)
-    loss = FeatureMSELoss(['backbone.0'], normalise=True)
+    loss = FeatureMSELoss(['backbone.0'], normalize=True)
     small = loss({'backbone.0': [student]}, {'backbone.0': [teacher]}, Detector())
     large = loss({'backbone.0': [100 * student]}, {'backbone.0': [100 * teacher]}, Detector())
     torch.testing.assert_close(small, large)
@@ -93,7 +93,7 @@ def test_every_block_of_swin_and_its_pyramid_as_a_whole(tiny_cfg: Callable[[str]
     assert feature_modules(detector) == [*blocks, 'neck.1']
 
 
-def test_normalisation_of_regions_is_no_feature_of_an_image(tiny_cfg: Callable[[str], Any]) -> None:
+def test_normalization_of_regions_is_no_feature_of_an_image(tiny_cfg: Callable[[str], Any]) -> None:
     cfg = tiny_cfg('mask-rcnn_r18')
     cfg.roi_head.mask_head.norm_cfg = dict(type='BN')
     detector = MODELS.build(cfg)

@@ -11,8 +11,8 @@ import torch
 from mmdet.registry import MODELS
 
 from mmzsq.distillation import RegionPredictionLoss, TwoStagePredictionLoss
-from mmzsq.distillation.regions import region_heads, relative_error, why_no_regions
-from mmzsq.distillation.two_stage import box_head_terms, why_not_two_stage
+from mmzsq.distillation.regions import region_heads, regions_unsupported_reason, relative_error
+from mmzsq.distillation.two_stage import box_head_terms, two_stage_unsupported_reason
 from mmzsq.errors import UserError
 
 
@@ -72,9 +72,9 @@ def test_the_error_of_nothing_is_that_of_the_scale() -> None:
 def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str], Any]) -> None:
     """Mask Scoring and PointRend add one to a standard RoI head."""
     detector = MODELS.build(tiny_cfg('mask-rcnn_r18'))
-    assert why_not_two_stage(detector) is None
+    assert two_stage_unsupported_reason(detector) is None
     detector.roi_head.mask_iou_head = torch.nn.Linear(2, 2)
-    assert why_not_two_stage(detector) == 'its roi_head has a mask_iou_head too'
+    assert two_stage_unsupported_reason(detector) == 'its roi_head has a mask_iou_head too'
     with pytest.raises(UserError, match='mask_iou_head'):
         TwoStagePredictionLoss().taps(detector)
     assert 'roi_head.mask_iou_head' in RegionPredictionLoss().taps(detector)
@@ -82,6 +82,6 @@ def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str
 
 def test_a_detector_of_one_stage_is_refused_with_what_to_use(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
-    assert why_no_regions(detector) == 'RetinaNet is no TwoStageDetector'
+    assert regions_unsupported_reason(detector) == 'RetinaNet is no TwoStageDetector'
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
         RegionPredictionLoss().taps(detector)

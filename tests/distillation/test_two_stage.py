@@ -17,7 +17,13 @@ from torch.distributions import kl_divergence as reference_kl
 from torchvision.ops import box_iou, complete_box_iou
 
 from mmzsq.boxes import complete_iou
-from mmzsq.distillation import MASK_ROIS, TwoStagePredictionLoss, foreground, most_confident, why_not_two_stage
+from mmzsq.distillation import (
+    MASK_ROIS,
+    TwoStagePredictionLoss,
+    foreground,
+    most_confident,
+    two_stage_unsupported_reason,
+)
 from mmzsq.distillation.two_stage import box_head_terms, decode_on_unit_box, mask_term, rpn_predictions
 from mmzsq.errors import UserError
 
@@ -179,7 +185,7 @@ def test_a_detector_of_other_heads_is_refused_with_the_reason(
     cfg = Config(dict(model=tiny_cfg(name)))
     cfg.merge_from_dict({f'model.{key}': value for key, value in change.items()})
     detector = MODELS.build(cfg.model)
-    assert reason in str(why_not_two_stage(detector))
+    assert reason in str(two_stage_unsupported_reason(detector))
     with pytest.raises(UserError, match='PredictionLoss') as error:
         TwoStagePredictionLoss().taps(detector)
     assert reason in str(error.value)

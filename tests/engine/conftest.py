@@ -24,7 +24,7 @@ TINY = {
     'zsq.label_sampler.interval': 1,
     'zsq.synthesis.relabel': dict(image_size=64, iterations=2, batch_size=2),
     'zsq.synthesis.refine': None,
-    'zsq.synthesis.synthesise': dict(image_size=96, iterations=1, batch_size=2),
+    'zsq.synthesis.synthesize': dict(image_size=96, iterations=1, batch_size=2),
     'zsq.train.max_epochs': 2,
     'zsq.train.batch_size': 2,
     'zsq.train.num_workers': 0,

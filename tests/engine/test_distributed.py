@@ -26,7 +26,7 @@ EXACT = {
     # What does not depend on who sees which image: no draws of each process, no sample of the activations.
     'zsq.train.augmentation': None,
     'zsq.quantizer.activation.init': 'lsq',
-    'zsq.quantizer.equalise': False,
+    'zsq.quantizer.equalize': False,
     # Adam would make whole steps of gradients that are nothing but rounding.
     'zsq.train.optimizer': dict(_delete_=True, type='SGD', lr=1e-3),
     'zsq.train.step_lr': None,
@@ -72,7 +72,7 @@ from mmengine.optim import OptimWrapper
 from mmzsq import cli
 from mmzsq.qat import captured_step
 from mmzsq.qat.captured_step import CapturedStep
-from mmzsq.distillation.losses import soft_number
+from mmzsq.distillation.losses import soft_object_count
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients
 from mmzsq.quantization import quantizers
@@ -80,12 +80,12 @@ from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 
 # Without its layout, which takes seconds.
 Config.pretty_text = property(lambda cfg: '')
-initialise = QuantizerInitHook.before_train
+initialize = QuantizerInitHook.before_train
 write_shard = CalibrationSet.write_shard
 make_shards = CalibrationSetGenerator.generate
 
 def before_train(self, runner):
-    initialise(self, runner)
+    initialize(self, runner)
     if os.path.basename(runner.work_dir) == 'two':
         smooth(runner.detector.student)
     torch.save(runner.detector.state_dict(), f'{runner.work_dir}/first_{get_rank()}.pth')
@@ -181,7 +181,7 @@ step.parameters, step.grads = [model.weights[0]], [torch.zeros(())]
 optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
 for value in (1.0 + rank, 3.0 - rank):
     step(model, dict(inputs=torch.full((1,), value), data_samples=[]), optim_wrapper, True, average_gradients)
-numbers = [float(soft_number(torch.full((2,), value))) for value in (1.0 + rank, 0.1)]
+numbers = [float(soft_object_count(torch.full((2,), value))) for value in (1.0 + rank, 0.1)]
 units = dict(numbers=numbers, gradients=gradients, layer=layer.weight.grad, replayed=model.weights[0].detach())
 torch.save(units, f'units_{rank}.pth')
 # As the command line tools do.
@@ -208,10 +208,10 @@ def root(configure: Any, repo: Path, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp('distributed')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
-        initialise = QuantizerInitHook.before_train
+        initialize = QuantizerInitHook.before_train
 
         def before_train(hook: QuantizerInitHook, runner: ZeroShotRunner) -> None:
-            initialise(hook, runner)
+            initialize(hook, runner)
             smooth(runner.detector.student)
 
         patch.setattr(QuantizerInitHook, 'before_train', before_train)

@@ -103,7 +103,7 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
     assert made['statistics']['images'] == 3
     assert made['stages']['relabel']['image_iterations'] == 6
     assert made['stages']['relabel']['added'] > 0
-    assert made['stages']['synthesise']['added'] == 0
+    assert made['stages']['synthesize']['added'] == 0
 
     gallery = cv2.imread('out/calibration_set/gallery.png')
     # Tiles of 256 pixels side by side.
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_divides_inputs_of_other_layers_is_refused(
     make_runner: Any, tmp_path: Path, in_meta: bool
 ) -> None:
     """Its weights are multiplied by factors that would be dropped, or are not by those of the model."""
-    runner = make_runner('out', **{'zsq.quantizer.equalise': True})
+    runner = make_runner('out', **{'zsq.quantizer.equalize': True})
     quantizer = json.loads(json.dumps(runner.detector.quantizer_cfg))
     meta = dict(mmzsq=dict(quantizer=quantizer)) if in_meta else {}
 
@@ -237,7 +237,7 @@ def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_th
     assert set(quantizer['overrides']) == {runner.detector.report.layers[index].name for index in free}
     with pytest.raises(UserError, match='other settings of zsq.quantizer: overrides'):
         make_runner('other', **METRIC, load_from=Path('out/last_checkpoint').read_text()).test()
-    # So does that of the student as it was initialised.
+    # So does that of the student as it was initialized.
     ptq = make_runner('ptq', **METRIC, **{**ALLOCATE, 'load_from': 'out/ptq.pth'})
     assert ptq.test() == pytest.approx(results('out')['metrics']['ptq'], rel=1e-12)
     assert {name: (q.bits, q.qmax) for name, q in quantizers(ptq.detector.student)} == trained
@@ -253,17 +253,17 @@ def test_of_a_checkpoint_the_bits_of_layers_are_taken_and_no_patterns(make_runne
         runner.load_checkpoint(str(tmp_path / 'trained.pth'))
 
 
-def coco(folder: Path, colour: int) -> dict[str, Any]:
-    """Options for an evaluation on images on disk; ``colour`` None: there are none."""
+def coco(folder: Path, color: int) -> dict[str, Any]:
+    """Options for an evaluation on images on disk; ``color`` None: there are none."""
     classes = [f'c{index}' for index in range(8)]
-    if colour is not None:
+    if color is not None:
         folder.mkdir()
         images, annotations = [], []
         for index in range(2):
-            pixels = np.random.default_rng(colour + index).integers(0, 256, (64, 64, 3), np.uint8)
+            pixels = np.random.default_rng(color + index).integers(0, 256, (64, 64, 3), np.uint8)
             cv2.imwrite(str(folder / f'{index}.png'), pixels)
             images.append(dict(id=index, file_name=f'{index}.png', width=64, height=64))
-            box = dict(bbox=[4 + colour, 4, 30, 30], area=900, iscrowd=0, category_id=1 + colour)
+            box = dict(bbox=[4 + color, 4, 30, 30], area=900, iscrowd=0, category_id=1 + color)
             annotations.append(dict(id=index + 1, image_id=index, **box))
         categories = [dict(id=index, name=name) for index, name in enumerate(classes)]
         content = dict(images=images, annotations=annotations, categories=categories)
@@ -336,7 +336,7 @@ def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
 
 
 def test_images_of_a_size_that_the_neck_cannot_take_are_refused_before_a_set_is_begun(make_runner: Any) -> None:
-    runner = make_runner('out', **NO_EVALUATION, **{'zsq.synthesis.synthesise.image_size': 100})
+    runner = make_runner('out', **NO_EVALUATION, **{'zsq.synthesis.synthesize.image_size': 100})
     with pytest.raises(UserError, match='takes no images of 100x100 pixels'):
         runner.generate()
     assert not list(Path('out').glob('calibration_set/images/*'))
@@ -507,7 +507,7 @@ def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
     assert written == [1]
 
 
-def test_the_log_says_what_synthesis_minimises(make_runner: Any) -> None:
+def test_the_log_says_what_synthesis_minimizes(make_runner: Any) -> None:
     make_runner('out').generate()
     balance = dict(detection_weight=0.5, detection_reduction='mean')
     make_runner('other', **{f'zsq.synthesis.{key}': value for key, value in balance.items()}).generate()
@@ -520,7 +520,7 @@ def test_a_set_of_another_teacher_or_other_settings_is_refused(make_runner: Any,
     make_runner('out').generate()
     before = set_bits('out')
     with pytest.raises(UserError, match='iterations'):
-        make_runner('out', **{'zsq.synthesis.synthesise.iterations': 2}).generate()
+        make_runner('out', **{'zsq.synthesis.synthesize.iterations': 2}).generate()
     other = torch.load(teacher, weights_only=True)
     next(iter(other['state_dict'].values())).add_(1e-3)
     torch.save(other, tmp_path / 'other.pth')

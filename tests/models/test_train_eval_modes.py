@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.models.train_eval_modes import in_training, in_use
+from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
 from mmzsq.tasks import DetectionTask
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -60,14 +60,14 @@ def modes(net: nn.Module) -> dict[str, bool]:
 def test_only_what_gathers_statistics_or_drops_keeps_its_mode() -> None:
     net = Net()
     before = modes(net)
-    with in_use(net):
+    with eval_mode(net):
         assert [name for name, training in modes(net).items() if training] == ['bn']
     assert modes(net) == before
-    with in_use(net, keep=()):
+    with eval_mode(net, keep=()):
         assert not any(modes(net).values())
     assert modes(net) == before
     net.eval()
-    with in_training(net):
+    with frozen_train_mode(net):
         steady = {'stage.1', 'bn', 'drop', 'attention'}
         assert {name for name, training in modes(net).items() if not training} == steady
     assert not any(modes(net).values())
@@ -85,7 +85,7 @@ def test_the_epoch_is_the_last_for_the_time_of_the_loss() -> None:
     for epoch in (None, 3):
         if epoch is not None:
             hub.update_info('epoch', epoch)
-        with pytest.raises(ZeroDivisionError), in_training(nn.Linear(1, 1)):
+        with pytest.raises(ZeroDivisionError), frozen_train_mode(nn.Linear(1, 1)):
             fail()
         assert seen.pop() > 1000
         assert hub.get_info('epoch') == epoch
@@ -114,7 +114,7 @@ def test_the_loss_of_a_task_is_that_of_training(build: Callable[[str], Any], pat
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    losses = detector.loss(task.to_inputs(images), samples)
+    losses = detector.loss(task.normalize(images), samples)
     expected = sum(value.mean() for losses_of in losses.values() for value in torch.as_tensor(losses_of).reshape(1, -1))
     torch.testing.assert_close(found, expected)
 

@@ -22,7 +22,7 @@ from mmzsq.qat import ZeroShotDetector, captured_step
 from mmzsq.qat.captured_step import EAGER_STEPS, CapturedStep
 from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import blank_samples, data_samples
-from mmzsq.tasks.padded_task import ROOM, Room
+from mmzsq.tasks.padded_task import PAD_MULTIPLE, TargetCapacity
 
 SIZE = (64, 96)
 Make = Callable[..., ZeroShotDetector]
@@ -77,7 +77,7 @@ def labels(count: int) -> InstanceData:
     return InstanceData(bboxes=corners.flatten(1), labels=torch.arange(count) % 3)
 
 
-def labelled(counts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def labeled(counts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Batches of two images with so many objects."""
     data = batches(len(counts))
     for batch, of_images in zip(data, counts, strict=True):
@@ -179,7 +179,7 @@ def test_what_depends_on_labels_or_proposals_runs_eagerly(make: Make) -> None:
 @pytest.mark.parametrize('bn', ['frozen', 'train'])
 def test_labels_of_padded_shape_are_learnt_by_a_captured_step_too(make: Make, bn: str) -> None:
     """One batch has more objects than there is room for, and is learnt eagerly."""
-    data = labelled([*[(1 + index, 3) for index in range(EAGER_STEPS + 3)], (1, 2 * ROOM + 1), (2, 2)])
+    data = labeled([*[(1 + index, 3) for index in range(EAGER_STEPS + 3)], (1, 2 * PAD_MULTIPLE + 1), (2, 2)])
     logs, statistics = [], []
     for capture in (True, False):
         model = make('yolov5', PAPER, capture=capture, bn=bn).cuda()
@@ -194,25 +194,25 @@ def test_labels_of_padded_shape_are_learnt_by_a_captured_step_too(make: Make, bn
 
 
 def test_padded_targets_are_the_labels(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = labelled([(1, 3), (0, 2 * ROOM + 1), (2, 1)])
+    data = labeled([(1, 3), (0, 2 * PAD_MULTIPLE + 1), (2, 1)])
     model, stock = make('yolov5', PAPER), make('yolov5', PAPER)
     logs = train(model, data)
-    assert model._room.targets == 3 * ROOM
+    assert model._room.targets == 3 * PAD_MULTIPLE
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
     for padded, own in zip(logs, train(stock, data), strict=True):
         assert padded == pytest.approx(own, rel=1e-5) and padded['loss_detection'] > 0
 
 
 def test_once_there_is_a_graph_room_stays() -> None:
-    room = Room()
+    room = TargetCapacity()
     assert [
         room.pad([labels(count)], fixed).labels.shape[1] for count, fixed in ((3, False), (33, True), (3, True))
     ] == [
-        2 * ROOM,
-        3 * ROOM,
-        2 * ROOM,
+        2 * PAD_MULTIPLE,
+        3 * PAD_MULTIPLE,
+        2 * PAD_MULTIPLE,
     ]
-    assert room.pad([labels(33)], fixed=False).valid.sum() == 33 and room.targets == 3 * ROOM
+    assert room.pad([labels(33)], fixed=False).valid.sum() == 33 and room.targets == 3 * PAD_MULTIPLE
 
 
 def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_an_exact_student_has_no_loss_and_another_one_learns_everywhere(
 ) -> None:
     student, teacher = pair(tiny_cfg(name))
     inputs, samples = batch()
-    losses = [TwoStagePredictionLoss(), FeatureMSELoss(normalise=True)]
+    losses = [TwoStagePredictionLoss(), FeatureMSELoss(normalize=True)]
     compare = build_comparison(student, teacher, {tap for loss in losses for tap in loss.taps(student)})
 
     def total() -> Tensor:

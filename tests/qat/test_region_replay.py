@@ -82,7 +82,7 @@ def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> N
 @pytest.mark.parametrize('name', ['cascade-rcnn_r18', 'htc_r18'])
 def test_an_exact_student_has_no_loss_and_another_one_learns_in_every_head(pair: Any, name: str) -> None:
     student, teacher = pair(name)
-    loss = PredictionLoss().fit(student)
+    loss = PredictionLoss().resolve(student)
     assert type(loss) is RegionPredictionLoss
     compare = build_comparison(student, teacher, loss.taps(student))
     inputs, samples = batch()

@@ -32,7 +32,7 @@ QUANTIZER = dict(
     weight=dict(scheme='signed', per_channel=True, init='lsq'),
     activation=dict(scheme='offset', init='lsq'),
 )
-EQUALISED = dict(QUANTIZER, equalise=True)
+EQUALizED = dict(QUANTIZER, equalize=True)
 Make = Callable[..., ZeroShotDetector]
 
 
@@ -102,7 +102,7 @@ def test_it_is_the_loss_of_a_student_of_which_nothing_else_is_quantized(
 
 
 def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batches: list[dict[str, Any]]) -> None:
-    model = make(augmentation=dict(mosaic=1.0, colour=1.0)).train()
+    model = make(augmentation=dict(mosaic=1.0, color=1.0)).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     done: list[int] = []
     measured = measure_sensitivity(model, LAYERS, (2, 8), batches, batches, layer_done=lambda: done.append(1))
@@ -118,19 +118,19 @@ def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batc
 
 
 @pytest.mark.parametrize('inputs', [True, False])
-def test_where_inputs_are_equalised_no_candidate_knows_of_another(
+def test_where_inputs_are_equalized_no_candidate_knows_of_another(
     make: Make, batches: list[dict[str, Any]], inputs: bool
 ) -> None:
     """Each is what it is alone, and in a student that starts its training with these bits."""
-    model = make(quantizer=EQUALISED)
+    model = make(quantizer=EQUALizED)
     measured = measure_sensitivity(model, LAYERS[:1], (8, 2), batches, batches[:1], inputs)
     for column, bits in enumerate((8, 2)):
         assert torch.equal(
             measure_sensitivity(model, LAYERS[:1], (bits,), batches, batches[:1], inputs)[0, 0], measured[0, column]
         )
-        own = dict(w_bits=bits, a_bits=bits if inputs else EQUALISED['a_bits'])
-        student = make(quantizer=dict(EQUALISED, overrides={LAYERS[0]: own})).eval()
-        student.initialise_quantizers(batches[:1])
+        own = dict(w_bits=bits, a_bits=bits if inputs else EQUALizED['a_bits'])
+        student = make(quantizer=dict(EQUALizED, overrides={LAYERS[0]: own})).eval()
+        student.initialize_quantizers(batches[:1])
         set_quantization(student, False)
         before = mean_loss(student, batches)
         layer = student.student.get_submodule(LAYERS[0])
@@ -138,13 +138,13 @@ def test_where_inputs_are_equalised_no_candidate_knows_of_another(
         assert measured[0, column].item() == pytest.approx(mean_loss(student, batches) - before, rel=1e-6)
 
 
-def test_after_measuring_a_student_with_equalised_inputs_starts_as_it_would_have(
+def test_after_measuring_a_student_with_equalized_inputs_starts_as_it_would_have(
     make: Make, batches: list[dict[str, Any]]
 ) -> None:
-    students = [make(quantizer=EQUALISED), make(quantizer=EQUALISED)]
+    students = [make(quantizer=EQUALizED), make(quantizer=EQUALizED)]
     measure_sensitivity(students[0], LAYERS, (2, 8), batches, batches[:1])
     for student in students:
-        student.initialise_quantizers(batches[:1])
+        student.initialize_quantizers(batches[:1])
     state, expected = (student.state_dict() for student in students)
     assert state.keys() == expected.keys() and any(name.endswith('input_scale') for name in state)
     assert all(torch.equal(state[name], value) for name, value in expected.items())

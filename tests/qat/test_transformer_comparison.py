@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
 from mmzsq.qat import ZeroShotDetector
-from mmzsq.qat.comparison import Choices, TransformerComparison, build_comparison
+from mmzsq.qat.comparison import TopkReplay, TransformerComparison, build_comparison
 from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import data_samples, sum_losses
 
@@ -84,7 +84,7 @@ def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[A
 
 def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
-    losses = [PredictionKLLoss(), FeatureMSELoss(normalise=True)]
+    losses = [PredictionKLLoss(), FeatureMSELoss(normalize=True)]
     taps = {tap for loss in losses for tap in loss.taps(student)}
     assert {'bbox_head', 'bbox_head.cls_branches.2', 'bbox_head.reg_branches.2', 'encoder.layers.0'} <= taps
     with torch.no_grad():
@@ -148,10 +148,10 @@ def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_
 
 def test_choices_are_made_once_and_taken_again() -> None:
     first, second = torch.rand(2, 6), torch.rand(2, 6)
-    with Choices() as choices:
+    with TopkReplay() as choices:
         by_rows, by_columns = torch.topk(first, 2, dim=1), first.topk(k=1, dim=0)
         assert torch.equal(torch.sort(first).values, first.sort().values)
-    with Choices(choices.made):
+    with TopkReplay(choices.made):
         again_rows, again_columns = torch.topk(second, 2, dim=1), second.topk(k=1, dim=0)
     assert torch.equal(again_rows.indices, by_rows.indices)
     assert torch.equal(again_rows.values, second.gather(1, by_rows.indices))

@@ -284,7 +284,7 @@ def test_prediction_is_the_students_but_for_a_block(make: Make) -> None:
             for m in (model.student, model.teacher)
         )
     assert not torch.equal(own, of_teacher)
-    with model.predicting_with_teacher():
+    with model.predict_with_teacher():
         assert torch.equal(scores(), of_teacher)
     assert torch.equal(scores(), own)
 
@@ -524,7 +524,7 @@ def test_inputs_are_what_the_detectors_own_preprocessor_makes_of_the_same_image(
     task = DetectionTask(detector)
     assert task.channel_order == order
     images = (image.flip(0) if order == 'rgb' else image)[None].float() / 255
-    torch.testing.assert_close(task.to_inputs(images), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(task.normalize(images), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_task_freezes_its_detector_and_knows_its_classes() -> None:
@@ -546,7 +546,7 @@ def test_the_loss_of_any_detector_reaches_the_pixels() -> None:
     ]
     samples = task.data_samples(labels, (64, 96))
     loss = task.loss(images, samples)
-    terms = task.detector.loss(task.to_inputs(images), samples)
+    terms = task.detector.loss(task.normalize(images), samples)
     assert float(loss) == pytest.approx(float(sum(sum(value) for value in terms.values())), rel=1e-5)
     loss.backward()
     assert images.grad.abs().sum() > 0
@@ -570,8 +570,8 @@ def test_predictions_are_in_pixels_of_the_image_given(float_detector: nn.Module)
     [found] = task.predict(torch.rand(1, 3, 64, 96))
     assert found.labels.tolist() == [5]
     width, height = head.anchors[0, anchor].tolist()
-    centre_x, centre_y = (column + 0.5) * 8, (row + 0.5) * 8
-    expected = [centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2]
+    center_x, center_y = (column + 0.5) * 8, (row + 0.5) * 8
+    expected = [center_x - width / 2, center_y - height / 2, center_x + width / 2, center_y + height / 2]
     torch.testing.assert_close(found.bboxes[0], torch.tensor(expected), rtol=0, atol=1e-3)
     assert found.bboxes.device.type == 'cpu'
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class WeightStandardised(nn.Conv2d):
+class WeightStandardized(nn.Conv2d):
     """A convolution that computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class TinyDetector(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.block = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)])
-        self.standardised = WeightStandardised(8, 8, 1)
+        self.standardized = WeightStandardized(8, 8, 1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.embed = nn.Linear(8, 8)
         self.cls = nn.Conv2d(8, 2, 1)
@@ -36,7 +36,7 @@ class TinyDetector(nn.Module):
         """Map images (N, 3, H, W) to two levels of class and box maps."""
         x = F.relu(self.bn(self.stem(x)), inplace=True)
         x = x + F.silu(self.block[1](F.silu(self.block[0](x))))
-        x = self.standardised(x)
+        x = self.standardized(x)
         tokens = x.flatten(2).transpose(1, 2)
         tokens = self.embed(self.attention(tokens, tokens, tokens)[0]).relu_()
         x = tokens.transpose(1, 2).unflatten(2, x.shape[2:])

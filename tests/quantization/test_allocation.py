@@ -16,7 +16,7 @@ from mmzsq.quantization import (
     LayerReport,
     QuantizationConfig,
     QuantizationReport,
-    equalise,
+    equalize,
     prepare,
     quantized_layers,
     quantizers,
@@ -99,10 +99,10 @@ def test_a_budget_is_what_the_report_counts(spent: tuple[int, int], expected: tu
     weight_bits = [(bits, SETTINGS['a_bits']) for bits in expected]
 
     size = with_bits(*((bits, SETTINGS['a_bits']) for bits in spent)).size_after
-    assert Budget.of_size(report, (3, 4, 6), size + 1e-9).allocate(SENSITIVITY) == weight_bits
-    assert Budget.of_average(report, (3, 4, 6), sum(spent) / 2).allocate(SENSITIVITY) == weight_bits
+    assert Budget.from_size(report, (3, 4, 6), size + 1e-9).allocate(SENSITIVITY) == weight_bits
+    assert Budget.from_average_bits(report, (3, 4, 6), sum(spent) / 2).allocate(SENSITIVITY) == weight_bits
     operations = (with_bits(*((bits, bits) for bits in spent)).bops_after or 0) / 1e9
-    assert Budget.of_operations(report, (3, 4, 6), operations + 1e-12).allocate(SENSITIVITY) == both_bits
+    assert Budget.from_bit_operations(report, (3, 4, 6), operations + 1e-12).allocate(SENSITIVITY) == both_bits
 
 
 def test_totals_are_those_of_the_model_that_has_the_bits() -> None:
@@ -114,25 +114,31 @@ def test_totals_are_those_of_the_model_that_has_the_bits() -> None:
 
 def test_the_most_bits_alike_keep_the_budget() -> None:
     report = small_model()
-    assert [Budget.of_average(report, (3, 4, 6), bits).uniform() for bits in (3, 3.9, 4, 5.9, 8)] == [3, 3, 4, 4, 6]
+    assert [Budget.from_average_bits(report, (3, 4, 6), bits).uniform() for bits in (3, 3.9, 4, 5.9, 8)] == [
+        3,
+        3,
+        4,
+        4,
+        6,
+    ]
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_can() -> None:
     report = small_model()
     least = with_bits((3, 6), (3, 6)).size_after
     with pytest.raises(UserError, match='the least possible is .* MB, with 3 bits in each of 2 layers') as error:
-        Budget.of_size(report, (3, 4), 0.9 * least).check()
+        Budget.from_size(report, (3, 4), 0.9 * least).check()
     said = float(str(error.value).split('least possible is ')[1].split(' ')[0])
     assert least <= said < least + 1e-4
-    Budget.of_size(report, (3, 4), said).check()
+    Budget.from_size(report, (3, 4), said).check()
     with pytest.raises(UserError, match=r'budget is 2.5 bits .*least possible is 3.0000 bits'):
-        Budget.of_average(report, (3, 4), 2.5).allocate(SENSITIVITY)
+        Budget.from_average_bits(report, (3, 4), 2.5).allocate(SENSITIVITY)
     with pytest.raises(UserError, match='a candidate is 9'):
-        Budget.of_average(report, (3, 9), 4).check()
+        Budget.from_average_bits(report, (3, 9), 4).check()
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     without_run = prepare(model, QuantizationConfig.from_dict(dict(first_bits='same', last_bits='same')))
     with pytest.raises(UserError, match='bit operations are not known'):
-        Budget.of_operations(without_run, (3, 4), 1)
+        Budget.from_bit_operations(without_run, (3, 4), 1)
 
 
 def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
@@ -158,7 +164,7 @@ def test_the_same_bits_in_each_layer_are_within_what_a_config_asks_for(budget: s
     """Just so: the next higher ones are not."""
     report = small_model()
     config = QuantizationConfig.from_dict(dict(SETTINGS, allocate=dict(budget=budget, candidates=[6, 3, 4])))
-    found = Budget.of_config(report, config)
+    found = Budget.from_config(report, config)
     assert found.candidates == [3, 4, 6] and found.inputs == (budget == 'operations')
     spent = found.fixed + found.costs.sum(0)
     wanted = SETTINGS['w_bits'] if budget == 'size' else (SETTINGS['w_bits'] * SETTINGS['a_bits']) ** 0.5
@@ -181,7 +187,7 @@ def test_bits_that_are_assigned_are_those_of_a_model_prepared_with_them() -> Non
 def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() -> None:
     """Layers that get 8 bits lose their factors, and those that had 8 get some; float stays."""
     bits = {'1': Bits(8, 8), '2': Bits(4, 8), '3': Bits(4, 4)}
-    settings = dict(SETTINGS, equalise=True, overrides={'2': 8})
+    settings = dict(SETTINGS, equalize=True, overrides={'2': 8})
     overrides = as_settings(bits)
     report, made = small_model(**settings), small_model(**dict(settings, overrides=overrides))
     model: Any = report.model
@@ -190,7 +196,7 @@ def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() 
         model[0].weight *= torch.logspace(-1, 1, 8).view(-1, 1, 1, 1)
     set_quantization(model, False)
     expected = model(x)
-    equalise(model, lambda: model(x))
+    equalize(model, lambda: model(x))
     assert (model[1].input_scale != 1).any()
     assign_bits(report, QuantizationConfig.from_dict(dict(settings, overrides=overrides)), bits)
     assert model.state_dict().keys() == made.model.state_dict().keys()

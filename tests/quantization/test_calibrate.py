@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps are initialised once, from what was seen, on every process alike."""
+"""Steps are initialized once, from what was seen, on every process alike."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_steps_fit_all_batches(images: Tensor) -> None:
     torch.testing.assert_close(model[0].input_quantizer.step, 2 * mean[None] / 127**0.5)
 
 
-def test_initialised_quantizers_are_left_alone(model: nn.Module, images: Tensor) -> None:
+def test_initialized_quantizers_are_left_alone(model: nn.Module, images: Tensor) -> None:
     """A second calibration with other images changes no bit."""
     _prepared(model)
     with torch.no_grad(), calibrating(model):
@@ -78,7 +78,7 @@ def test_initialised_quantizers_are_left_alone(model: nn.Module, images: Tensor)
     assert all(torch.equal(before[name], step) for name, step in _steps(model).items())
 
 
-def test_an_initialised_model_needs_no_batch(images: Tensor) -> None:
+def test_an_initialized_model_needs_no_batch(images: Tensor) -> None:
     """A resumed run may go through the same lines without any data."""
     model = _prepared(_small())
     with torch.no_grad(), calibrating(model):
@@ -90,7 +90,7 @@ def test_an_initialised_model_needs_no_batch(images: Tensor) -> None:
 
 
 def test_a_step_set_by_hand_stays(images: Tensor) -> None:
-    """Only what is missing is initialised, within a layer too."""
+    """Only what is missing is initialized, within a layer too."""
     model = _prepared(_small())
     by_hand = Grid(torch.tensor([0.125]), torch.tensor([3.0]))
     model[0].input_quantizer.set_grid(by_hand)
@@ -129,7 +129,7 @@ def test_a_deep_copy_is_independent(images: Tensor) -> None:
 
 
 def test_layers_that_saw_nothing_are_listed(images: Tensor) -> None:
-    """And nothing is initialised."""
+    """And nothing is initialized."""
     model = _prepared(_small())
     with pytest.raises(UserError, match='No input reached 2 while calibrating'), calibrating(model):
         model[0](images)

@@ -96,8 +96,8 @@ def test_a_convolution_that_computes_in_its_own_way_keeps_doing_so(name: str) ->
     assert layer.weight_quantizer.num_steps == 6
 
 
-def test_a_standardised_weight_is_quantized_as_it_is_applied() -> None:
-    """Whatever the scale of the weight that is learnt, the integers are those of the standardised one."""
+def test_a_standardized_weight_is_quantized_as_it_is_applied() -> None:
+    """Whatever the scale of the weight that is learnt, the integers are those of the standardized one."""
     x = torch.randn(1, 4, 5, 5)
     layers = []
     for scale in (1.0, 100.0):

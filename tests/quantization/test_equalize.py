@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmzsq.quantization import (
     QuantizationConfig,
     calibrating,
-    equalise,
+    equalize,
     prepare,
     quantized_layers,
     set_quantization,
@@ -46,10 +46,10 @@ def prepared(layer: nn.Module, **options: object) -> nn.Module:
     return model
 
 
-def initialised(layer: nn.Module, x: Tensor, **options: object) -> nn.Module:
+def initialized(layer: nn.Module, x: Tensor, **options: object) -> nn.Module:
     model = prepared(layer, **options)
     with torch.no_grad():
-        equalise(model, lambda: model(x))
+        equalize(model, lambda: model(x))
         with calibrating(model):
             model(x)
     return model
@@ -59,7 +59,7 @@ def initialised(layer: nn.Module, x: Tensor, **options: object) -> nn.Module:
 def test_nothing_changes_in_float(name: str) -> None:
     layer, shape = LAYERS[name]
     x = inputs(shape, name == 'linear')
-    model = initialised(layer, x, equalise=True)
+    model = initialized(layer, x, equalize=True)
     assert not torch.allclose(model[0].input_scale, torch.ones(8))
     set_quantization(model, False)
     torch.testing.assert_close(model(x), layer(x), rtol=1e-4, atol=1e-4)
@@ -76,7 +76,7 @@ def test_channels_of_unlike_ranges_lose_less(name: str) -> None:
         layer.weight.copy_(scaled_weight(prepared(layer)[0], 1 / sizes))
     seen, x = inputs(shape, linear), inputs(shape, linear)
     errors = [
-        (initialised(layer, seen, equalise=option)(x) - layer(x)).square().mean().item() for option in (False, True)
+        (initialized(layer, seen, equalize=option)(x) - layer(x)).square().mean().item() for option in (False, True)
     ]
     assert errors[1] < 0.4 * errors[0]
 
@@ -85,7 +85,7 @@ def test_channels_of_unlike_ranges_lose_less(name: str) -> None:
 def test_like_channels_lose_nothing_by_it(name: str) -> None:
     layer, shape = LAYERS[name]
     x = inputs(shape, name == 'linear', unlike=False)
-    errors = [(initialised(layer, x, equalise=option)(x) - layer(x)).square().mean().item() for option in (False, True)]
+    errors = [(initialized(layer, x, equalize=option)(x) - layer(x)).square().mean().item() for option in (False, True)]
     assert errors[1] < 1.1 * errors[0]
 
 
@@ -93,13 +93,13 @@ def test_a_silent_channel_gets_a_factor_within_range() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False)
     x[:, 3] = 0
-    scale = initialised(layer, x, equalise=True)[0].input_scale
+    scale = initialized(layer, x, equalize=True)[0].input_scale
     assert scale.isfinite().all()
     assert scale.min() >= 1 / RANGE and scale.max() <= RANGE
 
 
 def test_no_factor_is_better_than_a_bad_one() -> None:
-    model = prepared(nn.Linear(8, 6), equalise=True)
+    model = prepared(nn.Linear(8, 6), equalize=True)
     # All values, and all weights, are on a grid already.
     nn.init.constant_(model[0].weight, 0.5)
     model[0].weight.data[:, ::2] = -0.25
@@ -111,7 +111,7 @@ def test_no_factor_is_better_than_a_bad_one() -> None:
 def test_a_checkpoint_holds_the_factors() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False)
-    model, loaded = initialised(layer, x, equalise=True), prepared(layer, equalise=True)
+    model, loaded = initialized(layer, x, equalize=True), prepared(layer, equalize=True)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(x), model(x))
 
@@ -119,20 +119,20 @@ def test_a_checkpoint_holds_the_factors() -> None:
 def test_a_layer_that_has_steps_keeps_its_factors() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False)
-    model = initialised(layer, x, equalise=True)
+    model = initialized(layer, x, equalize=True)
     before = copy.deepcopy(model.state_dict())
-    equalise(model, lambda: model(10 * x.flip(1)))
+    equalize(model, lambda: model(10 * x.flip(1)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_other_quantizers_find_other_factors_and_float_stays() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False)
-    model = initialised(layer, x, equalise=True)
+    model = initialized(layer, x, equalize=True)
     first = model[0].input_scale.clone()
-    config = QuantizationConfig(w_bits=2, a_bits=8, equalise=True)
+    config = QuantizationConfig(w_bits=2, a_bits=8, equalize=True)
     model[0].add_quantizers(config.weight_quantizer(2, 6), config.input_quantizer(8))
-    equalise(model, lambda: model(x * torch.logspace(1, -1, 8).view(-1, 1, 1)))
+    equalize(model, lambda: model(x * torch.logspace(1, -1, 8).view(-1, 1, 1)))
     assert not torch.allclose(model[0].input_scale, first)
     set_quantization(model, False)
     torch.testing.assert_close(model(x), layer(x), rtol=1e-4, atol=1e-4)
@@ -141,7 +141,7 @@ def test_other_quantizers_find_other_factors_and_float_stays() -> None:
 def test_the_weight_learns_and_the_factor_does_not() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False).requires_grad_()
-    model = initialised(layer, x.detach(), equalise=True)
+    model = initialized(layer, x.detach(), equalize=True)
     model(x).square().sum().backward()
     assert model[0].weight.grad.any() and x.grad.any()
     assert 'input_scale' not in dict(model[0].named_parameters())
@@ -149,7 +149,7 @@ def test_the_weight_learns_and_the_factor_does_not() -> None:
 
 def test_layers_of_8_bits_and_those_that_compute_more_have_none() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), ConvWS2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    config = dict(w_bits=4, a_bits=4, first_bits=8, last_bits='same', equalise=True)
+    config = dict(w_bits=4, a_bits=4, first_bits=8, last_bits='same', equalize=True)
     image = torch.rand(1, 3, 8, 8)
     prepare(model, QuantizationConfig.from_dict(config), run=lambda: model(image))
     assert [name for name, layer in quantized_layers(model) if hasattr(layer, 'input_scale')] == ['2']
@@ -159,7 +159,7 @@ def test_factors_count_as_a_part_of_the_quantized_model_alone() -> None:
     model, plain = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)) for _ in range(2))
     config = dict(w_bits=4, a_bits=4, first_bits='same', last_bits='same')
     report, without = (
-        prepare(m, QuantizationConfig.from_dict(dict(config, equalise=option)))
+        prepare(m, QuantizationConfig.from_dict(dict(config, equalize=option)))
         for m, option in ((model, True), (plain, False))
     )
     assert report.size_before == without.size_before

@@ -41,8 +41,8 @@ def test_layers_are_swapped_by_their_exact_class(model: nn.Module, images: Tenso
     assert isinstance(model.stem, nn.Conv2d)
     assert type(model.embed) is QuantLinear
     reasons = {layer.name: layer.reason for layer in report.layers if not layer.quantized}
-    assert set(reasons) == {'standardised', 'unused'}
-    assert 'no quantized class is registered for WeightStandardised' in reasons['standardised']
+    assert set(reasons) == {'standardized', 'unused'}
+    assert 'no quantized class is registered for WeightStandardized' in reasons['standardized']
     assert reasons['unused'].startswith('did not run')
 
 

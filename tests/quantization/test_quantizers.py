@@ -123,7 +123,7 @@ def test_refuses_to_work_without_steps_and_names_the_call() -> None:
 
 @pytest.mark.parametrize('cls', [LSQ, LSQPlus])
 def test_saved_and_loaded(cls: type[LSQ]) -> None:
-    """Steps, zero point and the initialised flag travel through a file loaded safely."""
+    """Steps, zero point and the initialized flag travel through a file loaded safely."""
     source = _ready(cls(bits=4, scheme='offset'), 0.3, zero_point=5.0)
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
@@ -138,13 +138,13 @@ def test_saved_and_loaded(cls: type[LSQ]) -> None:
     assert not target.ready
 
 
-def test_a_checkpoint_of_the_other_parametrisation_is_not_mistaken() -> None:
+def test_a_checkpoint_of_the_other_parametrization_is_not_mistaken() -> None:
     """A log step never loads as a linear one."""
     with pytest.raises(RuntimeError, match='linear_step'):
         LSQ(step='linear').load_state_dict(LSQ(step='log').state_dict())
 
 
-def test_a_copy_made_before_initialisation_follows_its_buffers() -> None:
+def test_a_copy_made_before_initialization_follows_its_buffers() -> None:
     """As an EMA does: copied early, tensors overwritten later."""
     source = LSQ()
     average = copy.deepcopy(source)
@@ -212,7 +212,7 @@ def test_compiles_without_a_graph_break(cls: type[LSQ], dtype: torch.dtype) -> N
 @pytest.mark.cuda
 @pytest.mark.parametrize('step', ['log', 'linear'])
 def test_never_waits_for_the_device_and_can_be_captured(step: str) -> None:
-    """Forward and backward raise no synchronisation and replay as a CUDA graph."""
+    """Forward and backward raise no synchronization and replay as a CUDA graph."""
     quantizer = _ready(LSQPlus(bits=4, scheme='offset', step=step), 0.2, zero_point=3.0).cuda()
     x = torch.randn(4, 8, 16, 16, device='cuda', dtype=torch.bfloat16, requires_grad=True)
     inputs = (x, *quantizer.parameters())

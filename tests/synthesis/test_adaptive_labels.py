@@ -46,13 +46,13 @@ def relabel(
     return list(rows), (counts.added, counts.removed)
 
 
-def test_an_unlabelled_prediction_is_added_with_its_class():
+def test_an_unlabeled_prediction_is_added_with_its_class():
     new, counts = relabel(labels_of(A), predictions_of((B, 0.9, 7)))
     assert new == [(A, 0), (B, 7)]
     assert counts == (1, 0)
 
 
-def test_a_prediction_on_a_labelled_place_is_not_added_whatever_its_class():
+def test_a_prediction_on_a_labeled_place_is_not_added_whatever_its_class():
     new, counts = relabel(labels_of(A, classes=[3]), predictions_of((SHIFTED_A, 0.9, 7)))
     assert new == [(A, 3)]
     assert counts == (0, 0)
@@ -201,7 +201,7 @@ def test_it_agrees_with_plain_loops_on_crowded_images(seed):
     labels = blind.sample(4, SIZE, 3, generator)
     predictions = blind.sample(4, SIZE, 3, generator)
     for current, predicted in zip(labels, predictions, strict=True):
-        # Some predictions sit near labels, as they do once images are optimised.
+        # Some predictions sit near labels, as they do once images are optimized.
         near = min(len(current), len(predicted)) // 2
         predicted.bboxes[:near] = (current.bboxes[:near] + 5).clamp(max=100)
         predicted.scores = torch.rand(len(predicted), generator=generator)
@@ -364,17 +364,17 @@ def test_no_label_becomes_a_box_without_a_mask() -> None:
     labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1), masks=True)
     seen = boxes(([12.0, 10, 50, 54], 3), ([60.0, 60, 90, 94], 2), scores=[0.9, 0.8], masks=True)
     seen.masks[0] = False
-    ((relabelled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
-    assert relabelled.labels.tolist() == [0, 2] and counts.adopted == 1
-    assert torch.equal(relabelled.masks[0], labels.masks[0]) and torch.equal(relabelled.masks[1], seen.masks[1])
+    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
+    assert relabeled.labels.tolist() == [0, 2] and counts.adopted == 1
+    assert torch.equal(relabeled.masks[0], labels.masks[0]) and torch.equal(relabeled.masks[1], seen.masks[1])
 
 
 def test_a_prediction_is_adopted_by_the_closest_label_alone() -> None:
     labels = boxes(([10.0, 10, 50, 50], 0), ([10.0, 10, 54, 50], 1))
     seen = boxes(([10.0, 10, 55, 50], 2), scores=[0.9])
-    ((relabelled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
-    assert relabelled.labels.tolist() == [0, 2]
-    assert torch.equal(relabelled.bboxes, torch.stack((labels.bboxes[0], seen.bboxes[0])))
+    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
+    assert relabeled.labels.tolist() == [0, 2]
+    assert torch.equal(relabeled.bboxes, torch.stack((labels.bboxes[0], seen.bboxes[0])))
     assert counts.adopted == 1
 
 
@@ -382,8 +382,8 @@ def test_nothing_seen_changes_nothing() -> None:
     labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1))
     nothing = boxes(scores=[])
     nothing.labels = nothing.labels.long()
-    ((relabelled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [nothing], (100, 100))
-    assert torch.equal(relabelled.bboxes, labels.bboxes) and not counts.any
+    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [nothing], (100, 100))
+    assert torch.equal(relabeled.bboxes, labels.bboxes) and not counts.any
 
 
 def test_adopt_is_a_switch() -> None:

@@ -54,7 +54,7 @@ def test_draws_anew_each_time_and_the_same_for_a_seed() -> None:
     assert not torch.equal(first, second)
 
 
-def test_rectangles_of_the_mean_colour_leave_the_mean_of_an_image_as_it_was() -> None:
+def test_rectangles_of_the_mean_color_leave_the_mean_of_an_image_as_it_was() -> None:
     torch.manual_seed(0)
     images = torch.rand(6, 3, 32, 32) * torch.rand(6, 3, 1, 1)
     seen = Cutout(probability=1.0, value='mean')(images.requires_grad_())

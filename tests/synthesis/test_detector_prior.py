@@ -36,7 +36,7 @@ def seeded() -> torch.Generator:
 def drawn(prior: LabelPrior, image_size: tuple[int, int] = SIZE, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes and categories of 2000 images."""
     sampler = DetectorPriorSampler(**options)
-    sampler.take_prior(prior, SIZE)
+    sampler.set_label_prior(prior, SIZE)
     labels = sampler.sample(2000, image_size, 4, seeded())
     return torch.cat([image.bboxes for image in labels]), torch.cat([image.labels for image in labels])
 
@@ -78,7 +78,7 @@ def test_what_the_detector_does_not_tell_is_drawn_evenly() -> None:
 
 
 def test_without_a_detector_it_says_so() -> None:
-    with pytest.raises(UserError, match='call take_prior'):
+    with pytest.raises(UserError, match='call set_label_prior'):
         DetectorPriorSampler().sample(1, SIZE, 4, seeded())
     with pytest.raises(UserError, match=r'power must be a number in \[0, 1\], got 2'):
         DetectorPriorSampler(power=2)
@@ -87,7 +87,7 @@ def test_without_a_detector_it_says_so() -> None:
 def test_adaptive_sampling_may_start_from_it() -> None:
     sampler = AdaptiveLabelSampler(start=dict(type='mmzsq.DetectorPriorSampler', num_boxes=(3, 3)))
     assert sampler.uses_detector_prior and not AdaptiveLabelSampler().uses_detector_prior
-    sampler.take_prior(PRIOR, SIZE)
+    sampler.set_label_prior(PRIOR, SIZE)
     (image,) = sampler.sample(1, SIZE, 4, seeded())
     assert len(image) == 3
 
@@ -154,7 +154,7 @@ def test_a_set_starts_from_what_the_weights_of_its_detector_tell(repo: Path) -> 
     generator = CalibrationSetGenerator(
         detection_task(detector),
         dict(
-            relabel=None, synthesise=dict(image_size=640, iterations=1), priors=[dict(type='mmzsq.BNStatisticsPrior')]
+            relabel=None, synthesize=dict(image_size=640, iterations=1), priors=[dict(type='mmzsq.BNStatisticsPrior')]
         ),
         dict(type='mmzsq.DetectorPriorSampler', spread=0.0),
         batch_size=1,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""False-positive sampling: what is seen and not labelled is added, nothing is removed."""
+"""False-positive sampling: what is seen and not labeled is added, nothing is removed."""
 
 from __future__ import annotations
 

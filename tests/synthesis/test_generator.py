@@ -27,7 +27,7 @@ from mmzsq.tasks import DetectionTask
 
 SYNTHESIS = dict(
     relabel=dict(image_size=64, iterations=2, batch_size=2),
-    synthesise=dict(image_size=(64, 96), iterations=2, batch_size=3),
+    synthesize=dict(image_size=(64, 96), iterations=2, batch_size=3),
     priors=[dict(type='mmzsq.BNStatisticsPrior'), dict(type='mmzsq.TotalVariationPrior')],
     cutout=dict(),
 )
@@ -114,8 +114,8 @@ def test_images_and_labels_are_what_the_last_stage_made(task: DetectionTask, run
     expected = (result.images * 255).round().permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(images, expected)
     assert labels == result.labels
-    assert set(info) == {'relabel', 'synthesise'}
-    assert info['synthesise']['image_size'] == [64, 96]
+    assert set(info) == {'relabel', 'synthesize'}
+    assert info['synthesize']['image_size'] == [64, 96]
     assert info['relabel']['iterations'] == 2
     assert info['relabel']['added'] == sum(call['result'].counts['added'] for call in runs[:-1]) > 0
 
@@ -147,15 +147,15 @@ def test_labels_of_one_stage_are_the_next_ones_rescaled(task: DetectionTask, run
 
 def test_one_stage_corrects_labels_and_images_together(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     made = generator(task, relabel=None)
-    assert [stage.name for stage in made.stages] == ['synthesise']
+    assert [stage.name for stage in made.stages] == ['synthesize']
     _, labels, info = made.make_shard(0, 3)
     [only] = runs
     assert only['sampler'] is made.sampler
-    assert info['synthesise']['added'] > 0
-    assert sum(map(len, labels)) == 3 + info['synthesise']['added'] - info['synthesise']['removed']
+    assert info['synthesize']['added'] > 0
+    assert sum(map(len, labels)) == 3 + info['synthesize']['added'] - info['synthesize']['removed']
 
 
-def test_relabelling_may_take_several_rounds(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+def test_relabeling_may_take_several_rounds(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     rounds = [dict(image_size=32, iterations=2, batch_size=3), dict(image_size=64, iterations=3, batch_size=3)]
     made = generator(task, relabel=rounds)
     _, _, info = made.make_shard(0, 3)
@@ -164,7 +164,7 @@ def test_relabelling_may_take_several_rounds(task: DetectionTask, runs: list[dic
     assert [call['sampler'] is None for call in runs] == [False, False, True]
     for old, new in zip(runs[0]['result'].labels, runs[1]['labels'], strict=True):
         torch.testing.assert_close(new.bboxes, 2 * old.bboxes)
-    assert list(info) == ['relabel', 'relabel_2', 'synthesise']
+    assert list(info) == ['relabel', 'relabel_2', 'synthesize']
 
 
 def test_three_stages_correct_labels_once_by_finished_images(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
@@ -191,9 +191,9 @@ def test_one_two_and_three_stages_are_settings_of_any_preset(task: DetectionTask
     def stages(**synthesis: Any) -> tuple[list[tuple[str, bool]], bool]:
         section = complete_section(dict(preset=preset, label_sampler=dict(warmup=500), synthesis=synthesis))
         made = CalibrationSetGenerator(task, section['synthesis'], section['label_sampler'], batch_size=2, seed=0)
-        return [(stage.name, stage.iterations > 0) for stage in made.stages], made.relabels_while_synthesising
+        return [(stage.name, stage.iterations > 0) for stage in made.stages], made.relabels_while_synthesizing
 
-    last = ('synthesise', True)
+    last = ('synthesize', True)
     assert stages(relabel=None, refine=None) == ([last], True)
     assert stages(refine=None) == ([('relabel', True), last], False)
     rounds = [dict(image_size=160, iterations=500), dict(image_size=160, iterations=0, start='previous')]
@@ -209,15 +209,15 @@ def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
     task: DetectionTask, runs: list[dict[str, Any]], init: str
 ) -> None:
     stage = dict(image_size=(64, 96), iterations=0)
-    made = generator(task, SINGLE, relabel=None, synthesise=stage, init=init)
+    made = generator(task, SINGLE, relabel=None, synthesize=stage, init=init)
     images, labels, info = made.make_shard(1, 2)
     [run] = runs
     torch.manual_seed(shard_seed(0, 1, 1, 0))
-    noise = task.from_inputs(torch.randn(2, 3, 64, 96)) if init == 'normal' else torch.rand(2, 3, 64, 96)
+    noise = task.denormalize(torch.randn(2, 3, 64, 96)) if init == 'normal' else torch.rand(2, 3, 64, 96)
     expected = (noise.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     np.testing.assert_array_equal(images, expected.numpy())
-    assert info['synthesise']['iterations'] == 0
-    assert info['synthesise']['losses'] == {}
+    assert info['synthesize']['iterations'] == 0
+    assert info['synthesize']['losses'] == {}
     assert run['result'].counts == dict(added=0, removed=0, adopted=0)
     rng = torch.Generator().manual_seed(shard_seed(0, 1, 0, 0))
     assert all(map(same_labels, labels, made.sampler.sample(2, (64, 96), 8, rng)))
@@ -231,17 +231,17 @@ def test_only_stages_that_can_may_go_without_iterations(task: DetectionTask) -> 
         generator(task, refine=look)
     with pytest.raises(UserError, match=r'relabel needs positive'):
         generator(task, relabel=[dict(image_size=64, iterations=2), dict(look, start='noise')])
-    with pytest.raises(UserError, match=r'synthesise needs positive'):
-        generator(task, synthesise=dict(image_size=64, iterations=-1))
+    with pytest.raises(UserError, match=r'synthesize needs positive'):
+        generator(task, synthesize=dict(image_size=64, iterations=-1))
 
 
-def test_labels_that_are_not_adaptive_skip_relabelling(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+def test_labels_that_are_not_adaptive_skip_relabeling(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     made = generator(task, SINGLE)
-    assert (made.shard_size, [stage.name for stage in made.stages]) == (3, ['synthesise'])
+    assert (made.shard_size, [stage.name for stage in made.stages]) == (3, ['synthesize'])
     _, labels, info = made.make_shard(0, 3)
     [only] = runs
     assert only['sampler'] is None
-    assert list(info) == ['synthesise']
+    assert list(info) == ['synthesize']
     # Drawn for the size that they are used at.
     assert [len(instances) for instances in labels] == [1, 1, 1]
     drawn = drawn_at_once(made, 3)
@@ -257,7 +257,7 @@ def test_a_shard_is_as_large_as_the_largest_batch(task: DetectionTask) -> None:
     assert generator(task).shard_size == 3
     assert generator(task, relabel=dict(image_size=64, iterations=1, batch_size=7)).shard_size == 7
     stage = dict(image_size=64, iterations=1)
-    assert generator(task, relabel=None, synthesise=stage).shard_size == 2
+    assert generator(task, relabel=None, synthesize=stage).shard_size == 2
 
 
 def test_shards_reach_the_set_on_disk_and_progress_is_told(task: DetectionTask, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_shards_reach_the_set_on_disk_and_progress_is_told(task: DetectionTask, 
     )
     assert calibration_set.missing_shards() == []
     # The last shard holds two images: one batch of each stage; both steps are told.
-    assert told[:4] == [(1, 'relabel', 2)] * 2 + [(1, 'synthesise', 2)] * 2
+    assert told[:4] == [(1, 'relabel', 2)] * 2 + [(1, 'synthesize', 2)] * 2
     assert {shard for shard, _, _ in told[4:]} == {0}
 
 
@@ -279,8 +279,8 @@ def test_shards_reach_the_set_on_disk_and_progress_is_told(task: DetectionTask, 
     [
         (dict(relabel=dict(image_size=64, iteration=2)), "'iterations'"),
         (dict(relabel=dict(image_size=64, iterations=0)), 'zsq.synthesis.relabel needs positive'),
-        (dict(synthesise=dict(image_size=(64, 64, 3), iterations=1)), 'zsq.synthesis.synthesise needs positive'),
-        (dict(synthesise=dict(image_size=-64, iterations=1)), 'zsq.synthesis.synthesise needs positive'),
+        (dict(synthesize=dict(image_size=(64, 64, 3), iterations=1)), 'zsq.synthesis.synthesize needs positive'),
+        (dict(synthesize=dict(image_size=-64, iterations=1)), 'zsq.synthesis.synthesize needs positive'),
         (dict(priors=[dict(type='mmzsq.BNPrior')]), 'zsq.synthesis.priors.type'),
         (dict(priors=[dict(type='mmzsq.BNStatisticsPrior', wait=1)]), "'weight'"),
     ],
@@ -291,7 +291,7 @@ def test_a_mistake_in_a_stage_is_named(task: DetectionTask, synthesis: dict[str,
 
 
 def test_work_counts_pixels_times_iterations() -> None:
-    assert Stage('relabel', (160, 160), 10, 4).work * 16 == Stage('synthesise', (640, 640), 10, 4).work
+    assert Stage('relabel', (160, 160), 10, 4).work * 16 == Stage('synthesize', (640, 640), 10, 4).work
 
 
 # FINDINGS, trap 1: in a C3 block the order of registration is not that of execution.
@@ -344,14 +344,14 @@ def test_a_stage_that_lacks_a_number_is_named(key: str) -> None:
 
 COARSE_TO_FINE = dict(
     refine=dict(image_size=0.5, iterations=1, batch_size=2, start='previous', lr=0.01),
-    synthesise=dict(image_size=(128, 192), iterations=1, batch_size=3, start='previous', lr=1e-6),
+    synthesize=dict(image_size=(128, 192), iterations=1, batch_size=3, start='previous', lr=1e-6),
 )
 
 
 def test_stages_go_from_coarse_to_fine(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     images, _, info = generator(task, **COARSE_TO_FINE).make_shard(0, 2)
     assert [run['size'] for run in runs] == [(64, 64), (64, 96), (128, 192)]
-    assert list(info) == ['relabel', 'refine', 'synthesise']
+    assert list(info) == ['relabel', 'refine', 'synthesize']
     coarse = runs[1]['result'].images
     # At a learning rate of almost nothing the images are those of the stage before, enlarged.
     expected = F.interpolate(coarse, (128, 192), mode='bilinear') * 255
@@ -368,12 +368,12 @@ def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
         return [stage.name for stage in generator(task, SINGLE, **stages).stages]
 
     # The coarse images are what the next stage starts from.
-    assert names(**COARSE_TO_FINE) == ['relabel', 'refine', 'synthesise']
-    assert names() == ['synthesise']
-    from_noise = dict(COARSE_TO_FINE, synthesise=SYNTHESIS['synthesise'])
-    assert names(**from_noise) == ['synthesise']
+    assert names(**COARSE_TO_FINE) == ['relabel', 'refine', 'synthesize']
+    assert names() == ['synthesize']
+    from_noise = dict(COARSE_TO_FINE, synthesize=SYNTHESIS['synthesize'])
+    assert names(**from_noise) == ['synthesize']
     alone = dict(COARSE_TO_FINE, refine=dict(COARSE_TO_FINE['refine'], start='noise'))
-    assert names(**alone) == ['refine', 'synthesise']
+    assert names(**alone) == ['refine', 'synthesize']
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_stage_that_makes_no_sense_is_refused(task: DetectionTask, stage: dict
 
 
 def test_a_size_that_the_neck_cannot_take_is_refused_before_anything_is_made(task: DetectionTask) -> None:
-    message = r'YOLOv5 takes no images of 64x100 pixels .*: set zsq.synthesis.synthesise.image_size .* 64x128'
+    message = r'YOLOv5 takes no images of 64x100 pixels .*: set zsq.synthesis.synthesize.image_size .* 64x128'
     with pytest.raises(UserError, match=message):
-        generator(task, synthesise=dict(image_size=(64, 100), iterations=2, batch_size=3)).check_sizes()
-    generator(task, synthesise=dict(image_size=(64, 128), iterations=2, batch_size=3)).check_sizes()
+        generator(task, synthesize=dict(image_size=(64, 100), iterations=2, batch_size=3)).check_sizes()
+    generator(task, synthesize=dict(image_size=(64, 128), iterations=2, batch_size=3)).check_sizes()

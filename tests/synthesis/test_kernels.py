@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.synthesis import batch_norm as watching
-from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormWatch
+from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason='no Triton')
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason='no Triton')
 ACTIVATIONS = {0: lambda x: x, 1: F.relu, 2: F.silu}
 
 
-def reference(features: Tensor, centre: Tensor, scale: Tensor, bias: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+def reference(features: Tensor, center: Tensor, scale: Tensor, bias: Tensor, activation: int) -> tuple[Tensor, Tensor]:
     column = (1, -1, 1, 1)
     output = ACTIVATIONS[activation](features * scale.view(column) + bias.view(column))
-    distance = features - centre.view(column)
+    distance = features - center.view(column)
     return output, torch.stack((distance.sum((0, 2, 3)), distance.square().sum((0, 2, 3))))
 
 
@@ -207,7 +207,7 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
 
 def test_a_paused_watch_sees_nothing_and_keeps_its_constants() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    watch = BatchNormWatch()
+    watch = BatchNormStatisticsCollector()
     watch.attach(network)
     network(torch.rand(2, 3, 4, 4))
     assert watch.collect() is not None

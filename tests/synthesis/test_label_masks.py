@@ -39,7 +39,7 @@ def inside(bbox: list[float], x: float, y: float) -> bool:
     return total <= 2 * max(a, b)
 
 
-def test_an_ellipse_holds_the_pixels_whose_centres_lie_in_it() -> None:
+def test_an_ellipse_holds_the_pixels_whose_centers_lie_in_it() -> None:
     bboxes = boxes(6, SIZE)
     for bbox, mask in zip(bboxes.tolist(), ellipse_masks(bboxes, SIZE), strict=True):
         expected = [[inside(bbox, x + 0.5, y + 0.5) for x in range(SIZE[1])] for y in range(SIZE[0])]

@@ -140,16 +140,14 @@ def shifted_reference(msa: ShiftWindowMSA, features: Tensor, size: tuple[int, in
     grid = grid.double().unflatten(-1, (heads, -1)).mean(3)
     places = [(y, x) for y in range(size[0]) for x in range(size[1])]
     windows_of = {(y, x): ((y - shift) % padded[0] // side, (x - shift) % padded[1] // side) for y, x in places}
-    neighbours = [
+    neighbors = [
         (a, b)
         for a in places
         for b in places
         # A window that the shift put together from both borders holds patches that are far from each other.
         if a != b and windows_of[a] == windows_of[b] and abs(a[0] - b[0]) < side and abs(a[1] - b[1]) < side
     ]
-    return torch.stack(
-        [reference_entropy([cosine(image[a], image[b]) for a, b in neighbours]) for image in grid]
-    ).mean()
+    return torch.stack([reference_entropy([cosine(image[a], image[b]) for a, b in neighbors]) for image in grid]).mean()
 
 
 @pytest.mark.parametrize('shift', [0, 2])

@@ -149,7 +149,7 @@ def test_total_variation_of_a_hand_worked_image() -> None:
 
 def test_total_variation_and_its_gradient_are_those_of_autograd() -> None:
     images = torch.rand(2, 3, 7, 5)
-    # Columns of one colour: the norm of vertical differences is 0, and so is its gradient.
+    # Columns of one color: the norm of vertical differences is 0, and so is its gradient.
     for case in (images, images[:, :, :1].expand_as(images)):
         grads = []
         for function, dtype in ((total_variation, torch.float32), (directional_differences, torch.float64)):
@@ -237,10 +237,10 @@ class FakeTask(NamedTuple):
 
 
 @pytest.mark.parametrize('options', [dict(), dict(require_feature_prior=True), dict(require_feature_prior=False)])
-def test_a_generator_synthesises_with_those_that_fit_and_says_which_do_not(options: dict[str, bool]) -> None:
+def test_a_generator_synthesizes_with_those_that_fit_and_says_which_do_not(options: dict[str, bool]) -> None:
     synthesis = dict(
         relabel=None,
-        synthesise=dict(image_size=32, iterations=1),
+        synthesize=dict(image_size=32, iterations=1),
         priors=[dict(type=f'mmzsq.{type(prior).__name__}', weight=0.5) for prior in priors()],
         **options,
     )

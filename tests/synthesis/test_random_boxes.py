@@ -40,7 +40,7 @@ def test_single_boxes_follow_table_1():
     x1, y1, x2, y2 = shares(labels).T
     assert_uniform(x2 - x1, 0.2, 0.8)
     assert_uniform(y2 - y1, 0.2, 0.8)
-    # The centre is uniform over U(w/2, 1 - w/2).
+    # The center is uniform over U(w/2, 1 - w/2).
     assert_uniform(((x1 + x2) / 2 - (x2 - x1) / 2) / (1 - (x2 - x1)), 0, 1)
     assert_uniform(((y1 + y2) / 2 - (y2 - y1) / 2) / (1 - (y2 - y1)), 0, 1)
     assert abs(torch.corrcoef(torch.stack([x2 - x1, y2 - y1]))[0, 1]) < 0.06

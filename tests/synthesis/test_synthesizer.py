@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimisation of one batch, on a task small enough to know its optimum."""
+"""The optimization of one batch, on a task small enough to know its optimum."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -106,7 +106,7 @@ def test_best_iterate_is_no_worse_than_the_last() -> None:
     assert losses['best'] <= losses['last']
 
 
-def test_relabelling_changes_labels_on_the_way_and_the_images_follow() -> None:
+def test_relabeling_changes_labels_on_the_way_and_the_images_follow() -> None:
     task = BrightBoxes()
     added = InstanceData(
         bboxes=torch.tensor([[10.0, 10, 16, 16], [2, 2, 8, 8]]),
@@ -158,13 +158,13 @@ def test_the_learning_rate_warms_up_then_falls_along_half_a_cosine() -> None:
 
 
 def test_images_start_from_noise_of_the_kind_asked_for() -> None:
-    class Normalised(BrightBoxes):
-        def from_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+    class Normalized(BrightBoxes):
+        def denormalize(self, inputs: torch.Tensor) -> torch.Tensor:
             return inputs * 0.25 + 0.5
 
     def start(init: str) -> torch.Tensor:
         options = dict(init=init, lr=0.0, clamp=False, detection_weight=1.0)
-        return Synthesizer(Normalised(), [], **options).run(LABELS * 50, (32, 32), 1, seed=0).images
+        return Synthesizer(Normalized(), [], **options).run(LABELS * 50, (32, 32), 1, seed=0).images
 
     uniform, normal = start('uniform'), start('normal')
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
@@ -172,7 +172,7 @@ def test_images_start_from_noise_of_the_kind_asked_for() -> None:
     # Clamped at the end: images are in [0, 1].
     assert (normal == 0).float().mean().item() == pytest.approx(0.0228, abs=0.005)
     with pytest.raises(UserError, match='init'):
-        Synthesizer(Normalised(), [], init='zeros')
+        Synthesizer(Normalized(), [], init='zeros')
 
 
 def test_images_start_from_those_given_and_take_the_rate_given() -> None:

@@ -75,7 +75,7 @@ def test_sides_are_shares_of_the_cell_and_places_are_random() -> None:
     assert (low / (1 - side)).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_neighbours_never_overlap() -> None:
+def test_neighbors_never_overlap() -> None:
     for instances in sample(9, images=50, side=(0.9, 1.0)):
         assert box_iou(instances.bboxes, instances.bboxes).fill_diagonal_(0).max() < 1e-4
 

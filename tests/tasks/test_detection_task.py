@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from mmzsq.config.compose import has_masks
-from mmzsq.models.train_eval_modes import in_training
+from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import ellipse_masks, mask_boxes
 from mmzsq.tasks import DetectionTask, detection_task
@@ -173,8 +173,8 @@ def test_the_loss_of_one_process_is_its_own(build: Any, monkeypatch: pytest.Monk
     assert torch.equal(task.loss(images, samples), alone) and not exchanged
     # In training it is as MMDetection has it.
     assert torch.distributed.is_initialized()
-    with in_training(task.detector):
-        task.detector.loss(task.to_inputs(images), samples)
+    with frozen_train_mode(task.detector):
+        task.detector.loss(task.normalize(images), samples)
     assert exchanged
 
 
@@ -209,7 +209,7 @@ class Sees(nn.Module):
 
 
 SYNTHESIS = dict(
-    relabel=dict(image_size=(32, 64), iterations=2), synthesise=dict(image_size=(64, 128), iterations=2), priors=[]
+    relabel=dict(image_size=(32, 64), iterations=2), synthesize=dict(image_size=(64, 128), iterations=2), priors=[]
 )
 
 
@@ -271,7 +271,7 @@ def test_a_semantic_branch_without_labels_adds_nothing_to_the_loss(build: Any) -
         assert 'gt_sem_seg' not in sample
         sample.gt_sem_seg = PixelData(sem_seg=torch.full((1, *SIZE), 255))
     torch.manual_seed(2)
-    losses = task.detector.train().loss(task.to_inputs(images), samples)
+    losses = task.detector.train().loss(task.normalize(images), samples)
     assert losses.pop('loss_semantic_seg') == 0
     torch.testing.assert_close(loss, sum_losses(losses))
     assert torch.autograd.grad(loss, images)[0].abs().sum() > 0

@@ -13,18 +13,18 @@ from mmengine.structures import InstanceData
 
 from mmzsq.synthesis.label_samplers import MultiBoxSampler
 from mmzsq.tasks import DetectionTask, detection_task
-from mmzsq.tasks.padded_task import ROOM, PaddedTask
+from mmzsq.tasks.padded_task import PAD_MULTIPLE, PaddedTargetsTask
 
 SIZE = (64, 96)
 
 
 @pytest.fixture(scope='module')
-def task(repo: Path) -> PaddedTask:
+def task(repo: Path) -> PaddedTargetsTask:
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model)
     detector.init_weights()
     task = detection_task(detector)
-    assert type(task) is PaddedTask
+    assert type(task) is PaddedTargetsTask
     return task
 
 
@@ -32,14 +32,14 @@ def labels(boxes: tuple[int, int], seed: int) -> list[InstanceData]:
     return MultiBoxSampler(num_boxes=boxes).sample(3, SIZE, 8, torch.Generator().manual_seed(seed))
 
 
-def test_the_loss_is_the_detectors_own(task: PaddedTask) -> None:
+def test_the_loss_is_the_detectors_own(task: PaddedTargetsTask) -> None:
     images, wanted = torch.rand(3, 3, *SIZE), labels((1, 5), 0)
     plain = DetectionTask(task.detector)
     expected = plain.loss(images, plain.data_samples(wanted, SIZE))
     torch.testing.assert_close(task.loss(images, task.data_samples(wanted, SIZE)), expected)
 
 
-def test_new_labels_go_into_the_tensors_of_the_old(task: PaddedTask) -> None:
+def test_new_labels_go_into_the_tensors_of_the_old(task: PaddedTargetsTask) -> None:
     samples = task.data_samples(labels((4, 6), 0), SIZE)
     places = [tensor.data_ptr() for tensor in samples]
     new = labels((1, 3), 1)
@@ -49,14 +49,14 @@ def test_new_labels_go_into_the_tensors_of_the_old(task: PaddedTask) -> None:
     torch.testing.assert_close(task.loss(images, samples), task.loss(images, task.data_samples(new, SIZE)))
 
 
-def test_labels_without_room_leave_the_old_as_they_are(task: PaddedTask) -> None:
+def test_labels_without_room_leave_the_old_as_they_are(task: PaddedTargetsTask) -> None:
     samples = task.data_samples(labels((1, 3), 0), SIZE)
     before = [tensor.clone() for tensor in samples]
-    assert not task.update_samples(samples, labels((ROOM + 1, ROOM + 1), 1), SIZE)
+    assert not task.update_samples(samples, labels((PAD_MULTIPLE + 1, PAD_MULTIPLE + 1), 1), SIZE)
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(samples, before, strict=True))
 
 
 def test_a_detector_without_such_a_head_takes_no_padded_targets(tiny_cfg: Callable[[str], Config]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
-    assert not isinstance(detection_task(detector), PaddedTask)
+    assert not isinstance(detection_task(detector), PaddedTargetsTask)
     assert not DetectionTask(detector).update_samples([], [], SIZE)

@@ -25,7 +25,7 @@ LEAF = 'configs/zsq/yolov5-p_shapes_w4a4.py'
 SMALL = (
     *('zsq.calibration_set.num_images=4', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
     *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
-    *('zsq.synthesis.synthesise.image_size=64', 'zsq.synthesis.synthesise.iterations=2'),
+    *('zsq.synthesis.synthesize.image_size=64', 'zsq.synthesis.synthesize.iterations=2'),
     *('zsq.train.max_epochs=1', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0', 'zsq.train.init_batches=1'),
     # Without the search for the first steps.
     *('zsq.quantizer.weight.init=lsq', 'zsq.quantizer.activation.init=lsq'),
@@ -111,7 +111,7 @@ def test_options_go_into_the_config_and_lists_as_a_whole(repo: Path, tmp_path: P
 
 def test_bit_operations_are_bounded_for_weights_and_inputs_alike(repo: Path) -> None:
     report = built(repo / LEAF).report
-    budget = Budget.of_operations(report, (3, 4, 6), (report.bops_after or 0) / 1e9)
+    budget = Budget.from_bit_operations(report, (3, 4, 6), (report.bops_after or 0) / 1e9)
     assert budget.uniform() == 4
     assert {(of.w_bits, of.a_bits) for of in budget.allocate([[3, 2, 1]] * len(budget.layers))} <= {
         (3, 3),

@@ -26,10 +26,10 @@ name, *arguments = sys.argv[1:]
 work_dir = Path(arguments[arguments.index('--work-dir') + 1])
 with open('began.txt', 'a') as log:
     log.write(' '.join([work_dir.name, *arguments]) + '\\n')
-behaviour = json.loads(Path('behaviour.json').read_text()).get(work_dir.name, '')
-if behaviour == 'fail':
+behavior = json.loads(Path('behavior.json').read_text()).get(work_dir.name, '')
+if behavior == 'fail':
     sys.exit('no such cell')
-if behaviour == 'hang':
+if behavior == 'hang':
     work_dir.mkdir(parents=True)
     (work_dir / 'epoch_2.pth').touch()
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_2.pth'))
@@ -69,7 +69,7 @@ def root(repo: Path, tmp_path: Path) -> Path:
         (tmp_path / name).write_text((repo / name).read_text())
     (tmp_path / 'data' / 'bccd' / 'annotations').mkdir(parents=True)
     (tmp_path / 'data' / 'bccd' / 'annotations' / 'test.json').touch()
-    (tmp_path / 'behaviour.json').write_text('{}')
+    (tmp_path / 'behavior.json').write_text('{}')
     return tmp_path
 
 
@@ -136,7 +136,7 @@ def test_all_runs_once_each_after_what_it_needs_and_results_are_kept(root: Path)
 
 
 def test_a_failure_costs_what_needs_it_and_nothing_else(root: Path) -> None:
-    (root / 'behaviour.json').write_text(json.dumps({f'{R50}_set_seed0': 'fail'}))
+    (root / 'behavior.json').write_text(json.dumps({f'{R50}_set_seed0': 'fail'}))
     done = run(root, '--bits', 'w8a8', '--detectors', 'r50')
     assert done.returncode == 1
     assert 'no such cell' in done.stdout
@@ -146,7 +146,7 @@ def test_a_failure_costs_what_needs_it_and_nothing_else(root: Path) -> None:
 
 def test_killed_and_started_again_it_goes_on_with_what_is_not_finished(root: Path) -> None:
     student = f'{R50}_w8a8_lsq-real_seed0'
-    (root / 'behaviour.json').write_text(json.dumps({student: 'hang'}))
+    (root / 'behavior.json').write_text(json.dumps({student: 'hang'}))
     options = [sys.executable, root / TOOL, '--jobs', '1', '--bits', 'w8a8', '--detectors', 'r50']
     process = subprocess.Popen(options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: (root / 'work_dirs/bccd' / student / 'last_checkpoint').is_file())
@@ -156,7 +156,7 @@ def test_killed_and_started_again_it_goes_on_with_what_is_not_finished(root: Pat
     process.communicate(timeout=20)
     assert process.returncode == 143
     before = began(root)
-    (root / 'behaviour.json').write_text('{}')
+    (root / 'behavior.json').write_text('{}')
     done = run(root, '--bits', 'w8a8', '--detectors', 'r50')
     # The lock would have told of a process that lives on.
     assert done.returncode == 0, done.stderr

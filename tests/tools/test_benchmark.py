@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of synthesis, relabelling and training, at toy size on the CPU: what it measures, what it refuses."""
+"""The benchmark of synthesis, relabeling and training, at toy size on the CPU: what it measures, what it refuses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
-from mmzsq.fused_kernels import fused_kernels
-from mmzsq.models.train_eval_modes import in_use
+from mmzsq.fused_kernels import fused_kernels_enabled
+from mmzsq.models.train_eval_modes import eval_mode
 from mmzsq.synthesis.label_samplers import LabelSampler, RelabelCounts
 
 TOOL = 'tools/analysis_tools/benchmark.py'
@@ -167,7 +167,7 @@ def test_a_measurement_is_of_whole_steps_and_every_second_of_a_correction(
         (('--repeats', '0'), '--repeats is at least 1, not 0'),
         (('--batch-size', '0'), '--batch-size is at least 1, not 0'),
         (('--image-size', '64', '64', '64'), '--image-size is one number of pixels or two'),
-        (('--what', 'relabel', '--steps', '4'), '--steps is at least 5 for relabelling, not 4'),
+        (('--what', 'relabel', '--steps', '4'), '--steps is at least 5 for relabeling, not 4'),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -187,7 +187,7 @@ def test_the_general_path_is_on_while_it_is_measured_and_no_longer(repo: Path, m
     allowed = []
 
     def look(*_: Any) -> dict[str, Any]:
-        allowed.append(fused_kernels())
+        allowed.append(fused_kernels_enabled())
         return {}
 
     monkeypatch.setitem(benchmark.MEASURES, 'synthesis', look)
@@ -219,7 +219,7 @@ def test_random_weights_are_brought_into_scale(repo: Path) -> None:
     for layer in detector.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.register_forward_pre_hook(compare)
-    with torch.no_grad(), in_use(detector, keep=()):
+    with torch.no_grad(), eval_mode(detector, keep=()):
         detector(torch.rand(1, 3, 256, 256) * 255, mode='tensor')
     # Another image of noise is to every layer about what it was made for.
     assert len(ratios) > 50

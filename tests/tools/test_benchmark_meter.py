@@ -51,7 +51,7 @@ def test_a_lap_is_the_time_since_the_last() -> None:
     time.sleep(0.02)
     assert watch.lap() >= 0.02
     assert watch.lap() < 0.02
-    assert watch.mean_utilisation is None
+    assert watch.mean_utilization is None
 
 
 def test_a_driver_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_driver_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     watch.start()
     for _ in range(4):
         watch.lap()
-    assert watch.mean_utilisation == 70
+    assert watch.mean_utilization == 70
     assert len(asked) == 2
 
 

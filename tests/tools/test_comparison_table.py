@@ -64,7 +64,7 @@ def keep(root: Path, bits: int, suffix: str, seed: int, box: float, teacher: flo
     own.setdefault('calibration_set', {}).update(seed=seed, dir=f'work_dirs/set_{seed}')
     own['train'] = dict(max_epochs=3)
     settings = json.loads(json.dumps(complete_section(own)))
-    stages = {} if suffix else dict(synthesise=dict(image_size=[48, 64], iterations=5, ms_per_image_iteration=0.1))
+    stages = {} if suffix else dict(synthesize=dict(image_size=[48, 64], iterations=5, ms_per_image_iteration=0.1))
     content = dict(
         config=f'/home/somebody/{leaf}',
         preset=settings.pop('preset'),

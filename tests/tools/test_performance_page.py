@@ -22,7 +22,7 @@ TOP = [dict(name='void gemm<a|b>', ms=2.0, count=3.0, share=0.25)]
 STEP = dict(
     ms_per_image_iteration=0.395,
     spread=[0.39, 0.41],
-    task='PaddedTask',
+    task='PaddedTargetsTask',
     cuda_graph=True,
     eager_reason=None,
     launches=2.0,
@@ -30,7 +30,7 @@ STEP = dict(
     kernels=900.0,
     kernel_ms=12.5,
     busy=0.98,
-    utilisation=99.0,
+    utilization=99.0,
     peak_memory_gib=3.25,
     peak_reserved_gib=4.5,
     top=TOP,
@@ -124,9 +124,9 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
 def test_the_tables_of_steps_say_what_ran() -> None:
     results = Results({result['case']: result for result in (MAIN, COARSE)}, None)
     title = 'YOLOv5-s, 640 px, batch 32'
-    step = ['PaddedTask', '0.395', 'yes', '2.0', '1.0', '900.0', '12.5', '98 %', '99', '3.25']
+    step = ['PaddedTargetsTask', '0.395', 'yes', '2.0', '1.0', '900.0', '12.5', '98 %', '99', '3.25']
     assert cells(TABLES['synthesis'](results), title) == step
-    assert cells(TABLES['relabelling'](results), 'YOLOv5-s, 160 px, batch 64') == [
+    assert cells(TABLES['relabeling'](results), 'YOLOv5-s, 160 px, batch 64') == [
         *('0.0400', '1.000', '0.900 to 1.200', '0.0500', '10', '0')
     ]
     training = cells(TABLES['training'](results), title)

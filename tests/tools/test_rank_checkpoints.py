@@ -23,7 +23,7 @@ LEAF = 'configs/zsq/yolov5-p_shapes_w4a4.py'
 SMALL = (
     *('zsq.calibration_set.num_images=4', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
     *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
-    *('zsq.synthesis.synthesise.image_size=64', 'zsq.synthesis.synthesise.iterations=2'),
+    *('zsq.synthesis.synthesize.image_size=64', 'zsq.synthesis.synthesize.iterations=2'),
     *('zsq.train.max_epochs=1', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0', 'zsq.train.init_batches=1'),
     *('zsq.quantizer.weight.init=lsq', 'zsq.quantizer.activation.init=lsq'),
     *('val_dataloader.dataset.num_images=1', 'val_dataloader.dataset.image_size=64'),

@@ -66,7 +66,7 @@ def keep(repo: Path, root: Path) -> Callable[..., dict[str, Any]]:
             },
             evaluation_images=200,
             model_mb=dict(float=7.5, quantized=1.1),
-            calibration_set=dict(statistics=statistics, stages={} if real else dict(synthesise=stage)),
+            calibration_set=dict(statistics=statistics, stages={} if real else dict(synthesize=stage)),
             settings={key: section[key] for key in SETTINGS},
             train=dict(iterations=640),
             seconds=dict(train=60.0, evaluate_float=30.0),

@@ -33,7 +33,7 @@ def results(**changes: Any) -> dict[str, Any]:
         calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),
         label_sampler=dict(warmup=2),
         synthesis=dict(
-            betas=(0.5, 0.9), cutout=dict(probability=0.3), synthesise=dict(image_size=64, iterations=5, batch_size=2)
+            betas=(0.5, 0.9), cutout=dict(probability=0.3), synthesize=dict(image_size=64, iterations=5, batch_size=2)
         ),
         # Another type, whose rate is the preset's.
         train=dict(max_epochs=2, batch_size=3, ema=0.99, optimizer=dict(type='AdamW', lr=2e-4)),
@@ -53,7 +53,7 @@ def results(**changes: Any) -> dict[str, Any]:
             statistics=dict(images=6),
             stages=dict(
                 relabel=dict(image_size=[32, 32], iterations=4, ms_per_image_iteration=0.18391),
-                synthesise=dict(image_size=[64, 48], iterations=5, ms_per_image_iteration=0.9936),
+                synthesize=dict(image_size=[64, 48], iterations=5, ms_per_image_iteration=0.9936),
             ),
         ),
         settings=section,
@@ -239,7 +239,7 @@ def test_what_a_run_printed_is_shown_with_its_times(repo: Path, root: Path, monk
     )
     run(repo, monkeypatch, root / 'README.md', '--root', root)
     text = (root / 'README.md').read_text()
-    assert 'one GPU: relabel 30 s, synthesise 100 s, train 48 s, evaluate_float 6 s.' in text
+    assert 'one GPU: relabel 30 s, synthesize 100 s, train 48 s, evaluate_float 6 s.' in text
     [teacher] = [line for line in text.splitlines() if 'teacher' in line]
     assert [cell.strip() for cell in teacher.split('│')[2:-1]] == ['0.294', '0.445', '7.53']
     run(repo, monkeypatch, root / 'README.md', '--root', root, '--check')

@@ -104,9 +104,9 @@ def test_a_mask_is_the_inscribed_ellipse(voc: Path, convert: Convert) -> None:
     x, y = np.array(polygon).reshape(-1, 2).T
     assert ((x - 30) / 20) ** 2 + ((y - 30) / 10) ** 2 == pytest.approx(1, abs=2e-3)
     assert (x.min(), x.max(), y.min(), y.max()) == (10, 50, 20, 40)
-    # As MMDetection rasterises it.
-    rasterised = coco_mask.area(coco_mask.merge(coco_mask.frPyObjects([polygon], 48, 64)))
-    assert rasterised == pytest.approx(cell['area'], rel=0.03)
+    # As MMDetection rasterizes it.
+    rasterized = coco_mask.area(coco_mask.merge(coco_mask.frPyObjects([polygon], 48, 64)))
+    assert rasterized == pytest.approx(cell['area'], rel=0.03)
 
 
 def test_difficult_objects_are_crowds_boxes_without_area_go_and_images_without_objects_stay(

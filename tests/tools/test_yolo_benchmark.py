@@ -139,18 +139,18 @@ def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
         )
         assert generator.sampler.adaptive == corrects
         assert generator.sampler.uses_detector_prior == images.name.endswith('_prior')
-    assert stages['paper'] == [('relabel', 160, 800), ('synthesise', 640, 300)]
-    assert stages['default'] == [('relabel', 160, 800), ('refine', 320, 300), ('synthesise', 640, 400)]
-    assert stages['paper_noise'] == stages['default_noise'] == [('synthesise', 640, 0)]
-    assert stages['paper_one-stage'] == [('synthesise', 640, 350)]
-    assert stages['default_one-stage'] == [('synthesise', 640, 525)]
-    assert stages['paper_three-stages'] == [('relabel', 160, 800), ('relabel', 160, 0), ('synthesise', 640, 300)]
+    assert stages['paper'] == [('relabel', 160, 800), ('synthesize', 640, 300)]
+    assert stages['default'] == [('relabel', 160, 800), ('refine', 320, 300), ('synthesize', 640, 400)]
+    assert stages['paper_noise'] == stages['default_noise'] == [('synthesize', 640, 0)]
+    assert stages['paper_one-stage'] == [('synthesize', 640, 350)]
+    assert stages['default_one-stage'] == [('synthesize', 640, 525)]
+    assert stages['paper_three-stages'] == [('relabel', 160, 800), ('relabel', 160, 0), ('synthesize', 640, 300)]
     # As many pixels in one stage as in two.
     for preset in ('paper', 'default'):
         pixels = [sum(side**2 * n for _, side, n in stages[name]) for name in (preset, f'{preset}_one-stage')]
         assert pixels[0] == pixels[1]
     # Known labels leave nothing to a stage at a low resolution but, in `default`, images to go on from.
-    assert stages['paper_tile-in'] == [('synthesise', 640, 300)]
+    assert stages['paper_tile-in'] == [('synthesize', 640, 300)]
     assert stages['default_tile-in'] == stages['default']
     for preset in ('paper', 'default'):
         assert (

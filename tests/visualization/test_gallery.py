@@ -34,8 +34,8 @@ def label(masks: bool = True) -> InstanceData:
 
 
 def test_a_mask_tints_its_object_outlines_it_and_leaves_all_else_as_it_is() -> None:
-    grey = np.full((*SIZE, 3), 100, np.uint8)
-    plain, drawn = (draw_labels(grey, label(masks), ['']) for masks in (False, True))
+    gray = np.full((*SIZE, 3), 100, np.uint8)
+    plain, drawn = (draw_labels(gray, label(masks), ['']) for masks in (False, True))
     inside = ellipse_masks(2 * INNER, (TILE, TILE))[0].numpy()
     red = np.array([255, 35, 35])
     # The middle of the ellipse is tinted, its top end outlined, two pixels of the tile for one of the image.

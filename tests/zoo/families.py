@@ -138,7 +138,7 @@ BACKBONES = (
     Family('Deformable convolution', 'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py', size=128),
     Family('Deformable convolution v2', 'dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py'),
     Family(
-        'Weight standardisation',
+        'Weight standardization',
         'gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py',
         shrink=1,
         changes={'zsq.synthesis.require_feature_prior': False},

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What "works" means for a detector: every stage of a zero-shot run on it, with tiny numbers, each checked.
 
-:func:`check` takes any detector's config beside a zsq base and goes all the way: compose, quantize, synthesise,
+:func:`check` takes any detector's config beside a zsq base and goes all the way: compose, quantize, synthesize,
 relabel, one training step, evaluation, a checkpoint. The stage that fails is named with its reason, and what would
 follow is left out. :func:`zoo_config` makes such a config of one of MMDetection's own, small enough for one CPU core.
 """
@@ -85,7 +85,7 @@ def check(cfg: Config, work_dir: Path | str) -> Result:
     run = _Run(cfg, Path(work_dir), result)
     start = time.perf_counter()
     torch.manual_seed(0)
-    for stage in (run.compose, run.quantize, run.synthesise, run.relabel, run.train, run.evaluate, run.save_and_load):
+    for stage in (run.compose, run.quantize, run.synthesize, run.relabel, run.train, run.evaluate, run.save_and_load):
         try:
             stage()
         except Exception as error:
@@ -128,7 +128,7 @@ def tiny_run(size: int) -> dict[str, Any]:
         'zsq.label_sampler': dict(warmup=1, interval=1, score_thr=1e-6, area=(0.0, 1.0), add_iou=0.9),
         'zsq.synthesis.relabel': dict(image_size=size, iterations=2, batch_size=2),
         'zsq.synthesis.refine': None,
-        'zsq.synthesis.synthesise': dict(image_size=size, iterations=3, batch_size=2, lr=0.002),
+        'zsq.synthesis.synthesize': dict(image_size=size, iterations=3, batch_size=2, lr=0.002),
         'zsq.synthesis.cutout': None,
         'zsq.synthesis.precision': 'fp32',
         # With the labels' masks, where there are any.
@@ -180,7 +180,7 @@ class _Run:
 
     def quantize(self) -> None:
         teacher = MMDET_MODELS.build(copy.deepcopy(self.cfg.model.detector))
-        as_if_trained(teacher, self.cfg.zsq.synthesis.synthesise.image_size)
+        as_if_trained(teacher, self.cfg.zsq.synthesis.synthesize.image_size)
         torch.save({'state_dict': teacher.state_dict()}, self.cfg.load_from)
         self.model: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
         self.model.init_weights()
@@ -193,7 +193,7 @@ class _Run:
         self.result.quantized = sum(layer.quantized for layer in layers)
         self.result.floats = {layer.name: f'{layer.type}: {layer.reason}' for layer in layers if not layer.quantized}
 
-    def synthesise(self) -> None:
+    def synthesize(self) -> None:
         zsq = self.cfg.zsq.to_dict()
         task = detection_task(self.model.load_teacher())
         batch_size, seed = zsq['calibration_set']['batch_size'], zsq['calibration_set']['seed']
@@ -284,7 +284,7 @@ class _Run:
         expect(all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), 'the loaded student says else')
 
     def objective(self, images: Tensor, labels: list[InstanceData]) -> tuple[float, Tensor]:
-        """What synthesis minimises, by the same random numbers each time, and its gradient."""
+        """What synthesis minimizes, by the same random numbers each time, and its gradient."""
         task, synthesizer = self.generator.task, self.generator.synthesizer
         images = images.clone().requires_grad_()
         samples = task.data_samples(labels, (images.shape[2], images.shape[3]))

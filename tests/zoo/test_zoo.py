@@ -30,6 +30,6 @@ def test_a_stage_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     }
     result = check(zoo_config('retinanet/retinanet_r50_fpn_1x_coco.py', changes=changes), tmp_path)
     assert not result.works
-    assert result.failed == 'synthesise'
+    assert result.failed == 'synthesize'
     assert 'no feature prior of zsq.synthesis.priors applies' in result.reason
     assert result.quantized and not result.floats

@@ -118,10 +118,10 @@ def _check(args: argparse.Namespace, candidates: Sequence[int]) -> None:
 
 def _budget(args: argparse.Namespace, report: Any, candidates: Sequence[int]) -> Budget:
     if args.average_bits is not None:
-        return Budget.of_average(report, candidates, args.average_bits)
+        return Budget.from_average_bits(report, candidates, args.average_bits)
     if args.budget_size_mb is not None:
-        return Budget.of_size(report, candidates, args.budget_size_mb)
-    return Budget.of_operations(report, candidates, args.budget_gbops)
+        return Budget.from_size(report, candidates, args.budget_size_mb)
+    return Budget.from_bit_operations(report, candidates, args.budget_gbops)
 
 
 def _table(budget: Budget, sensitivity: Tensor, allocated: Sequence[Bits]) -> Table:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time what a config's zero-shot quantization spends its time on: steps of synthesis, of relabelling, of training.
+"""Time what a config's zero-shot quantization spends its time on: steps of synthesis, of relabeling, of training.
 
     python tools/analysis_tools/benchmark.py configs/zsq/yolov5-s_w4a8.py --what synthesis relabel training \
         --image-size 640 --batch-size 32 --out benchmark.json
 
-Each is measured as the run takes it (``benchmark_steps.py``), with peak memory, utilisation, the ten dearest kernels
+Each is measured as the run takes it (``benchmark_steps.py``), with peak memory, utilization, the ten dearest kernels
 and whether a CUDA graph ran. Weights are random unless --checkpoint names some: the time of a step hardly depends on
 them. On a CPU, name a small detector and a small size.
 """
@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 from benchmark_meter import describe_device, describe_versions
-from benchmark_steps import Settings, measure_relabelling, measure_synthesis, measure_training
+from benchmark_steps import Settings, measure_relabeling, measure_synthesis, measure_training
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmzsq import cli
 from mmzsq.errors import UserError
-from mmzsq.fused_kernels import VARIABLE, fused_kernels
+from mmzsq.fused_kernels import VARIABLE, fused_kernels_enabled
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURES: dict[str, Callable[[Config, Settings], dict[str, Any]]] = dict(
-    synthesis=measure_synthesis, relabel=measure_relabelling, training=measure_training
+    synthesis=measure_synthesis, relabel=measure_relabeling, training=measure_training
 )
 
 
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         steps=args.steps,
     )
     with _general_path() if args.general else nullcontext():
-        measured['fused_kernels'] = fused_kernels()
+        measured['fused_kernels'] = fused_kernels_enabled()
         for name in args.what:
             measured[name] = MEASURES[name](cfg, settings)
     return measured

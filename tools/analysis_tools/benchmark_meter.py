@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark reads of its device: wall time, peak memory, utilisation, and what the steps are made of.
+"""What a benchmark reads of its device: wall time, peak memory, utilization, and what the steps are made of.
 
 Times are taken with the device at rest before and after. Whether a step is a CUDA graph is not asked of the code that
 captures it but counted by the profiler: a replayed graph is one launch by the host, an eager step hundreds of them.
@@ -44,13 +44,13 @@ class Stopwatch:
         device: The device that works.
 
     Attributes:
-        utilisation: Percent of the time in which a kernel ran, as the driver (NVML) said at the end of each lap; empty
+        utilization: Percent of the time in which a kernel ran, as the driver (NVML) said at the end of each lap; empty
             where it is not to be asked: without a GPU or without ``nvidia-ml-py``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.utilisation: list[int] = []
+        self.utilization: list[int] = []
         self._since = 0.0
         self._may_ask = device.type == 'cuda'
 
@@ -69,9 +69,9 @@ class Stopwatch:
         return seconds
 
     @property
-    def mean_utilisation(self) -> float | None:
-        """Mean of :attr:`utilisation`, in percent."""
-        return round(statistics.fmean(self.utilisation), 1) if self.utilisation else None
+    def mean_utilization(self) -> float | None:
+        """Mean of :attr:`utilization`, in percent."""
+        return round(statistics.fmean(self.utilization), 1) if self.utilization else None
 
     def _wait(self) -> None:
         if self.device.type == 'cuda':
@@ -81,7 +81,7 @@ class Stopwatch:
         if not self._may_ask:
             return
         try:
-            self.utilisation.append(torch.cuda.utilization(self.device))
+            self.utilization.append(torch.cuda.utilization(self.device))
         except Exception:
             # The package may be missing, and containers and shared devices refuse, each with an error of its own. The
             # profile says how busy the device was.

@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.config.compose import complete_section, compose
 from mmzsq.datasets import stack_images
 from mmzsq.errors import UserError
-from mmzsq.models.train_eval_modes import in_use
+from mmzsq.models.train_eval_modes import eval_mode
 from mmzsq.qat.probe import probe
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import calibrating
@@ -89,7 +89,7 @@ def measure_synthesis(cfg: Config, settings: Settings) -> dict[str, Any]:
     return dict(ms_per_image_iteration=ms, spread=spread, **stage.facts, **profile)
 
 
-def measure_relabelling(cfg: Config, settings: Settings) -> dict[str, Any]:
+def measure_relabeling(cfg: Config, settings: Settings) -> dict[str, Any]:
     """Time the correction of labels: prediction, suppression, comparison, and handing new labels to the step.
 
     Steps with and without a correction before them take turns; what a correction costs is their difference.
@@ -106,7 +106,7 @@ def measure_relabelling(cfg: Config, settings: Settings) -> dict[str, Any]:
         UserError: If the config's sampler corrects nothing, or a capture would not fit into the steps of a measurement.
     """
     if settings.steps < EAGER_STEPS + 2:
-        raise UserError(f'--steps is at least {EAGER_STEPS + 2} for relabelling, not {settings.steps}')
+        raise UserError(f'--steps is at least {EAGER_STEPS + 2} for relabeling, not {settings.steps}')
     stage = _Stage(cfg, settings, 0)
     sampler = stage.generator.sampler
     if not sampler.adaptive:
@@ -136,7 +136,7 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
 
     All learn by the same optimizer from the same random images and boxes: the first two by the detector's own loss, the
     third as the config says. The float detector does by MMEngine's step, the others by their own, which may be a graph.
-    A step is all that there is of it: copying images to the device, normalisation, forward, backward, clipping,
+    A step is all that there is of it: copying images to the device, normalization, forward, backward, clipping,
     optimizer; only reading images is left out.
 
     Args:
@@ -174,7 +174,7 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
         image_size=list(size),
         batch_size=batch_size,
         precision='bf16' if cfg.optim_wrapper.type == 'AmpOptimWrapper' else 'fp32',
-        utilisation=watch.mean_utilisation,
+        utilization=watch.mean_utilization,
         steps=steps,
     )
     for name in ('quantized', 'distilled'):
@@ -212,7 +212,7 @@ def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
     layers = [module for module in detector.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     hooks = [layer.register_forward_pre_hook(take_scale) for layer in layers]
     hooks.append(detector.register_forward_pre_hook(lambda _, arguments: (noise, *arguments[1:])))
-    with torch.no_grad(), in_use(detector, keep=()):
+    with torch.no_grad(), eval_mode(detector, keep=()):
         probe(detector, NOISE_SIZE)
     for hook in hooks:
         hook.remove()
@@ -274,7 +274,7 @@ class _Stage:
         self.facts: dict[str, Any] = {}
 
     def run(self, sampler: LabelSampler | None) -> _Clock:
-        """Synthesise one batch and note what there is to know of it in :attr:`facts`.
+        """Synthesize one batch and note what there is to know of it in :attr:`facts`.
 
         Args:
             sampler: Corrects the labels in every second measurement; None: nothing does.
@@ -286,7 +286,7 @@ class _Stage:
         if sampler is not None and self.settings.checkpoint is None:
             clock.drawn = [self._draw_predictions(generator) for _ in range(clock.corrections)]
         synthesizer = self.generator.synthesizer
-        # Optimised for random weights, images would soon be such that losses are not finite: they stay noise.
+        # Optimized for random weights, images would soon be such that losses are not finite: they stay noise.
         lr = 0.0 if self.settings.checkpoint is None else None
         with _counting_refusals(self.task) as refused:
             result = synthesizer.run(labels, self.size, clock.iterations, self.seed, lr=lr, sampler=clock)
@@ -304,7 +304,7 @@ class _Stage:
             losses={name: round(value, 5) for name, value in result.losses.items()},
             cuda_graph=result.captured,
             eager_reason=synthesizer.eager_reason,
-            utilisation=clock.watch.mean_utilisation,
+            utilization=clock.watch.mean_utilization,
             **self.memory.read(),
         )
         return clock

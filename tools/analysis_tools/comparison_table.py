@@ -105,7 +105,7 @@ def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
     parts = [
         markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
         'Box AP / box AP50 / mask AP in percent, of several seeds their mean ± half the range between them, with their '
-        'number in brackets, and of the teacher those of all runs of its row; PTQ is the student as initialised on the '
+        'number in brackets, and of the teacher those of all runs of its row; PTQ is the student as initialized on the '
         'synthetic images, before QAT.',
     ]
     if not ran:

@@ -157,7 +157,7 @@ def correlation(first: Sequence[int], second: Sequence[int]) -> dict[str, float 
 
 
 def plot(compared: Mapping[str, Any]) -> Figure:
-    """Draw a column a set, with the real annotations in grey behind: categories, boxes an image, sizes of boxes.
+    """Draw a column a set, with the real annotations in gray behind: categories, boxes an image, sizes of boxes.
 
     Args:
         compared: What :func:`compare` returns.

@@ -179,7 +179,7 @@ def render_synthesis(results: Results) -> str:
                 _yes(step.get('cuda_graph')),
                 *(_number(step.get(key), 1) for key in ('launches', 'graph_launches', 'kernels', 'kernel_ms')),
                 _percent(step.get('busy')),
-                _number(step.get('utilisation'), 0),
+                _number(step.get('utilization'), 0),
                 _number(step.get('peak_memory_gib'), 2),
             ]
         )
@@ -190,7 +190,7 @@ def render_synthesis(results: Results) -> str:
     ]
     legend = (
         'Launches by the host, kernels and milliseconds with a kernel at work are of one step of the batch; busy is '
-        'the share of the step that these are, NVML the utilisation that the driver reports.'
+        'the share of the step that these are, NVML the utilization that the driver reports.'
     )
     return _join(
         [
@@ -203,7 +203,7 @@ def render_synthesis(results: Results) -> str:
     )
 
 
-def render_relabelling(results: Results) -> str:
+def render_relabeling(results: Results) -> str:
     """What correcting the labels costs."""
     header = ['', 'step', 'one correction, ms an image', 'lowest to highest', 'stage', 'boxes changed', 'captured anew']
     rows = []
@@ -360,7 +360,7 @@ def general_ratio(results: Results) -> float | None:
 TABLES: dict[str, Callable[[Results], str]] = dict(
     goals=render_goals,
     synthesis=render_synthesis,
-    relabelling=render_relabelling,
+    relabeling=render_relabeling,
     training=render_training,
     memory=render_memory,
     costs=render_costs,

@@ -75,7 +75,7 @@ def measure(runner: Any, checkpoints: list[Path]) -> list[dict[str, Any]]:
     rows = []
     for path in checkpoints:
         checkpoint = load_from_local(str(path), map_location='cpu')
-        detector.take_bits_of(checkpoint)
+        detector.load_bits_from(checkpoint)
         detector.load_state_dict(checkpoint['state_dict'])
         detector.eval()
         row: dict[str, Any] = dict(checkpoint=path.name, loss=round(mean_loss(detector, batches), 6))

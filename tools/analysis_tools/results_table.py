@@ -167,7 +167,7 @@ def render(rows: Sequence[Row], root: Path) -> str:
             [_accuracy_cells(row) for row in rows],
         ),
         'AP / AP50 in percent, of several seeds their mean ± half the range between them; PTQ is the student as '
-        'initialised on the synthetic images, before QAT.',
+        'initialized on the synthetic images, before QAT.',
     ]
     if missing:
         parts.append(f'Not run, therefore empty: {_enumerate_missing(missing)}.')

@@ -260,7 +260,7 @@ class Clock:
             (CalibrationSet, 'missing_shards', self._timed('claim', CalibrationSet.missing_shards)),
             (CalibrationSet, 'merge', self._timed('merge', CalibrationSet.merge)),
             (CalibrationSet, 'verify', self._timed('verification', CalibrationSet.verify)),
-            (QuantizerInitHook, 'before_train', self._timed('initialisation', QuantizerInitHook.before_train)),
+            (QuantizerInitHook, 'before_train', self._timed('initialization', QuantizerInitHook.before_train)),
             (CalibrationSetGenerator, 'generate', warm),
         ]
         before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]

@@ -29,7 +29,7 @@ BATCH_AND_EPOCHS = dict(default=(16, 20), paper=(32, 12))
 """Of training on a set of :data:`IMAGES`."""
 COMPARISON = 'configs/zsq/comparison/yolov5-n_{}.py'
 SYNTHESIS: dict[str, Options] = dict(
-    default={}, paper={'zsq.synthesis.relabel.iterations': 800, 'zsq.synthesis.synthesise.iterations': 300}
+    default={}, paper={'zsq.synthesis.relabel.iterations': 800, 'zsq.synthesis.synthesize.iterations': 300}
 )
 WARMUP: dict[str, Options] = dict(default={}, paper={'zsq.label_sampler.warmup': 300})
 
@@ -66,7 +66,7 @@ _CUTOUT = {
 _NO_STEPS = {
     'zsq.synthesis.relabel': None,
     'zsq.synthesis.refine': None,
-    'zsq.synthesis.synthesise.iterations': 0,
+    'zsq.synthesis.synthesize.iterations': 0,
     'zsq.synthesis.init': 'normal',
 }
 
@@ -157,14 +157,14 @@ SETS: tuple[Images, ...] = (
             {
                 'zsq.synthesis.relabel': None,
                 'zsq.synthesis.refine': None,
-                'zsq.synthesis.synthesise.iterations': iterations,
+                'zsq.synthesis.synthesize.iterations': iterations,
                 'zsq.label_sampler.warmup': warmup,
                 'zsq.label_sampler.interval': interval,
                 **rate,
             },
         )
         for preset, iterations, warmup, interval, rate in (
-            ('default', 525, 200, 65, {'zsq.synthesis.synthesise.lr': 0.1}),
+            ('default', 525, 200, 65, {'zsq.synthesis.synthesize.lr': 0.1}),
             ('paper', 350, 112, 14, {}),
         )
     ),
@@ -172,7 +172,7 @@ SETS: tuple[Images, ...] = (
     _images(
         'paper',
         'three-stages',
-        {'zsq.synthesis.synthesise.iterations': 300},
+        {'zsq.synthesis.synthesize.iterations': 300},
         config=COMPARISON.format('three-stages'),
     ),
     *(
@@ -219,7 +219,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
                 'linear-steps',
                 dict(zsq__quantizer__step='linear', zsq__train__step_lr=None),
             ),
-            ('inputs: channels brought to like ranges', 'equalised', dict(zsq__quantizer__equalise=True)),
+            ('inputs: channels brought to like ranges', 'equalized', dict(zsq__quantizer__equalize=True)),
             (
                 'first and last layers: as all others',
                 'same-first-last',
@@ -245,7 +245,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
             ('a half of the activations left float at first', 'drop', None, dict(zsq__train__drop__activations=0.5)),
             ('three times as many steps', 'long', None, dict(zsq__train__max_epochs=60)),
             ('predictions: one softmax over a map', 'kl', 'kl-predictions', {}),
-            ('features: as they are, not normalised', 'raw-features', 'raw-features', {}),
+            ('features: as they are, not normalized', 'raw-features', 'raw-features', {}),
         )
     ),
     *(
@@ -262,7 +262,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
             ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
             ('erasing: of rectangles, to black, as in `paper`', 'cutout', _CUTOUT, IMAGES, None, {}),
             (
-                "erasing: of rectangles, to an image's mean colour",
+                "erasing: of rectangles, to an image's mean color",
                 'mean-cutout',
                 {**_CUTOUT, 'zsq.synthesis.cutout.value': 'mean'},
                 IMAGES,
@@ -280,7 +280,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
             (
                 '2048 at 320 px, as many pixels',
                 'half-size',
-                {'zsq.synthesis.refine': None, 'zsq.synthesis.synthesise.image_size': 320},
+                {'zsq.synthesis.refine': None, 'zsq.synthesis.synthesize.image_size': 320},
                 4 * IMAGES,
                 None,
                 dict(zsq__train__image_size=640),

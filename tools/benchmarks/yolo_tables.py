@@ -223,7 +223,7 @@ TABLES: dict[int, Table] = {
                 for bits in _QAT_BITS
                 for title, images, method, metric, theirs in _TABLE_4
             ),
-            'PTQ is the student as it is initialised, from one batch of 32 images with `paper` and four of 16 with '
+            'PTQ is the student as it is initialized, from one batch of 32 images with `paper` and four of 16 with '
             '`default`. It is measured in the runs of Table 2.',
         ),
         Table(
@@ -250,7 +250,7 @@ TABLES: dict[int, Table] = {
             'gets anywhere in so few steps. With `default`, students of any objects end within 0.7 AP of one another '
             'at W6A6 and W5A5, and within 1.4 at W4A4, where two seeds differ by 1.6: they learn what the teacher '
             'says of the images and of other views of them, and a label reaches them through its image alone. They '
-            'need synthesised images, as the row of noise shows; which objects are in them matters little. The prior '
+            'need synthesized images, as the row of noise shows; which objects are in them matters little. The prior '
             'that ours starts from is categories by the biases of the head, sizes by the anchors, and 1 to 15 objects'
             ' an image.',
         ),

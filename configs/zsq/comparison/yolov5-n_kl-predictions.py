@@ -5,7 +5,7 @@ zsq = dict(
     distillation=dict(
         losses=[
             dict(type='mmzsq.PredictionKLLoss', tau=4.0, loss_weight=0.1),
-            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=True),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalize=True),
         ]
     )
 )

@@ -5,7 +5,7 @@ zsq = dict(
     distillation=dict(
         losses=[
             dict(type='mmzsq.PredictionLoss', loss_weight=1.0),
-            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalise=False),
+            dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalize=False),
         ]
     )
 )

@@ -20,7 +20,7 @@ from mmzsq.quantization import QuantizationConfig, quantizers
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
-"""The student right after initialisation, in the work_dir: post-training quantization, the baseline of a run."""
+"""The student right after initialization, in the work_dir: post-training quantization, the baseline of a run."""
 
 REPORT_FILE = 'quantization_report.json'
 """Every layer, in the work_dir: bits, scheme, first steps, or why it stayed float."""
@@ -32,7 +32,7 @@ SHOWN = 100
 
 @HOOKS.register_module()
 class QuantizerInitHook(Hook):
-    """Initialises the steps on batches of the calibration set; a resumed run finds them initialised.
+    """Initializes the steps on batches of the calibration set; a resumed run finds them initialized.
 
     Args:
         num_batches: Training batches (of every rank) that the statistics are taken from.
@@ -45,12 +45,12 @@ class QuantizerInitHook(Hook):
         self.num_batches = num_batches
 
     def before_train(self, runner: Runner) -> None:
-        """Initialise what is not."""
+        """Initialize what is not."""
         detector = runner.detector
-        if not _uninitialised(detector.student):
+        if not _uninitialized(detector.student):
             return
-        detector.initialise_quantizers(itertools.islice(runner.train_dataloader, self.num_batches))
-        runner.logger.info(f'quantizers initialised on {self.num_batches} batches\n{detector.report.to_table()}')
+        detector.initialize_quantizers(itertools.islice(runner.train_dataloader, self.num_batches))
+        runner.logger.info(f'quantizers initialized on {self.num_batches} batches\n{detector.report.to_table()}')
         self._save(runner)
 
     @master_only
@@ -84,7 +84,7 @@ class QuantizerInitHook(Hook):
     def _check_settings(self, runner: Runner, checkpoint: dict, trained: dict) -> None:
         # In training an optimizer holds the steps, and the bits are those of the checkpoint already.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
-            runner.detector.take_bits_of(checkpoint)
+            runner.detector.load_bits_from(checkpoint)
         before, now = (QuantizationConfig.from_dict(cfg).integers() for cfg in (trained, runner.detector.quantizer_cfg))
         differing = [
             f'{key} {shorten(repr(before[key]), SHOWN)}, not {shorten(repr(now[key]), SHOWN)}'
@@ -99,7 +99,7 @@ class QuantizerInitHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Refuse to test a float checkpoint as if it were quantized."""
-        names = _uninitialised(runner.detector.student)
+        names = _uninitialized(runner.detector.student)
         if names:
             raise UserError(
                 f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
@@ -112,7 +112,7 @@ class QuantizerInitHook(Hook):
 
 
 def _check_factors(detector: nn.Module, state: dict) -> None:
-    """Refuse a checkpoint with factors of inputs (``zsq.quantizer.equalise``), which weights make up for, elsewhere."""
+    """Refuse a checkpoint with factors of inputs (``zsq.quantizer.equalize``), which weights make up for, elsewhere."""
     if not any('_quantizer.' in name for name in state):
         return
     loaded, own = (
@@ -120,11 +120,11 @@ def _check_factors(detector: nn.Module, state: dict) -> None:
     )
     if loaded != own:
         raise UserError(
-            'the checkpoint divides the inputs of other layers than the model (zsq.quantizer.equalise), such as '
+            'the checkpoint divides the inputs of other layers than the model (zsq.quantizer.equalize), such as '
             f'{min(loaded ^ own).removesuffix(".input_scale")} in one of the two, and its weights make up for it. Give '
             'the config that it was trained with, or train again'
         )
 
 
-def _uninitialised(student: nn.Module) -> list[str]:
+def _uninitialized(student: nn.Module) -> list[str]:
     return [name for name, quantizer in quantizers(student) if not quantizer.ready]

@@ -36,7 +36,7 @@ class SPPF(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        norm_cfg: Normalisation of both convolutions.
+        norm_cfg: Normalization of both convolutions.
         act_cfg: Activation of both convolutions.
     """
 

@@ -2,7 +2,7 @@
 """Which places of YOLO11 answer for which target: task-aligned assignment, for a whole batch at once.
 
 Feng et al. 2021, arXiv:2108.07755, with the exponents and the rule for contested places that the released weights were
-trained by. A place whose centre lies inside a target is judged by its score for the target's class and by its box, and
+trained by. A place whose center lies inside a target is judged by its score for the target's class and by its box, and
 the best answer for the target. All pairs of targets and places are kept, with masks, so that shapes depend on nothing
 but the padded length and no step waits for the device.
 """
@@ -51,7 +51,7 @@ def assign_targets(
     Args:
         bboxes: Predicted boxes, xyxy in pixels of the network's input, shape (N, P, 4).
         scores: Predicted scores of each class, in [0, 1], shape (N, P, C).
-        points: Centre of each place, x and y in the same pixels, shape (P, 2).
+        points: Center of each place, x and y in the same pixels, shape (P, 2).
         targets: The targets of the batch, M an image, at least 1.
         topk: Most places of a target; of equal alignment, all.
         alpha: Exponent of the score.

@@ -23,9 +23,9 @@ class YOLO11CSPDarknet(BaseModule):
         widen_factor: Scales the channels of each stage.
         max_channels: Limit of the channels before they are scaled.
         c3k_everywhere: Whether the blocks of the first two stages, too, are C3k instead of bottlenecks.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution that has one.
-        init_cfg: Initialisation; by default that of each :class:`~mmcv.cnn.ConvModule`.
+        init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
     """
 
     stem_width = 64

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How YOLO11's raw outputs describe a box: four distributions of distances (Li et al. 2020, arXiv:2006.04388).
 
-A place predicts how far the sides of the box are from its centre, each as a distribution over 0, 1, ... cells.
+A place predicts how far the sides of the box are from its center, each as a distribution over 0, 1, ... cells.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RawOutputs(NamedTuple):
     Attributes:
         distances: Logits of the distances left, top, right and bottom, shape (N, P, 4, R).
         classes: Logits of the classes, shape (N, P, C).
-        points: Centre of each place, x and y in pixels of the network's input, shape (P, 2).
+        points: Center of each place, x and y in pixels of the network's input, shape (P, 2).
         strides: Pixels between places of the same scale, shape (P, 1).
     """
 

@@ -42,11 +42,11 @@ class YOLO11Head(PaddedTargetsHead):
         topk: Most cells that answer for a target.
         alpha: Exponent of the score in the alignment of a cell with a target.
         beta: Exponent of the CIoU in it.
-        norm_cfg: Normalisation of every convolution but the last.
+        norm_cfg: Normalization of every convolution but the last.
         act_cfg: Activation of every convolution but the last.
         train_cfg: Not used; MMDetection passes it.
         test_cfg: The arguments of :class:`~mmzsq.models.yolo.selection.Selection`.
-        init_cfg: Initialisation besides that of the last biases.
+        init_cfg: Initialization besides that of the last biases.
 
     Raises:
         UserError: If ``strides`` and ``in_channels`` are not of one length, or ``reg_max`` or ``topk`` is too small.

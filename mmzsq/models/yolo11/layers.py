@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
     Args:
         channels: Channels of input and output.
         hidden: Channels between the convolutions.
-        norm_cfg: Normalisation of both convolutions.
+        norm_cfg: Normalization of both convolutions.
         act_cfg: Activation of both convolutions.
     """
 
@@ -50,7 +50,7 @@ class C3k(CSPLayer):
 
     Args:
         channels: Channels of input and output.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
     """
 
@@ -69,7 +69,7 @@ class C3k2(nn.Module):
         num_blocks: Number of blocks, chained.
         c3k: Whether a block is a :class:`C3k` instead of a :class:`Bottleneck`.
         expand_ratio: Channels of a half, as a share of ``out_channels``.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
     """
 
@@ -107,7 +107,7 @@ class SpatialAttention(nn.Module):
 
     Args:
         channels: Channels of input and output.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
 
     Attributes:
         num_heads: One for each 64 channels, at least one.
@@ -160,7 +160,7 @@ class PSABlock(nn.Module):
 
     Args:
         channels: Channels of input and output.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation inside the feed-forward network.
     """
 
@@ -184,7 +184,7 @@ class C2PSA(nn.Module):
     Args:
         channels: Channels of input and output.
         num_blocks: Number of blocks, chained.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution that has one.
     """
 

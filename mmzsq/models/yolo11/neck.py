@@ -24,9 +24,9 @@ class YOLO11PAFPN(BaseModule):
         widen_factor: Scales the channels of each scale.
         max_channels: Limit of the channels before they are scaled.
         c3k_everywhere: Whether all blocks are C3k instead of those of the coarsest output alone.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
-        init_cfg: Initialisation; by default that of each :class:`~mmcv.cnn.ConvModule`.
+        init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
     """
 
     widths_in = (512, 512, 1024)

@@ -2,7 +2,7 @@
 """Which cells and anchors of YOLOv5 answer for which target, for a whole batch at once.
 
 A target fits an anchor whose sides differ from its own by a factor below a threshold. It is
-answered for by the cell that holds its centre and by the nearest neighbours along x and along y.
+answered for by the cell that holds its center and by the nearest neighbors along x and along y.
 Every target therefore has at most A * 5 candidates on a scale; all are kept, with a mask, so that
 shapes depend on nothing but the padded length and no step waits for the device.
 """
@@ -20,7 +20,7 @@ from mmzsq.models.padded_targets import PaddedTargets
 class Candidates(NamedTuple):
     """The cells that may answer for each target, on L scales.
 
-    The last dimension is the cell of the centre, then its neighbour left, up, right and down.
+    The last dimension is the cell of the center, then its neighbor left, up, right and down.
 
     Attributes:
         x: Column of the cell, shape (L, N, M, 1, 5), long, inside the map.
@@ -74,7 +74,7 @@ def find_candidates(
 
 
 def _is_near_edge(distance: Tensor) -> Tensor:
-    """Whether a centre is nearest to the neighbour on the side it is ``distance`` cells from."""
+    """Whether a center is nearest to the neighbor on the side it is ``distance`` cells from."""
     return (distance % 1 < 0.5) & (distance > 1)
 
 

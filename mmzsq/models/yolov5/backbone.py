@@ -30,9 +30,9 @@ class YOLOv5CSPDarknet(BaseModule):
     Args:
         deepen_factor: Scales the number of bottlenecks of each stage.
         widen_factor: Scales the channels of each stage.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
-        init_cfg: Initialisation; by default that of each :class:`~mmcv.cnn.ConvModule`.
+        init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
     """
 
     widths = (64, 128, 256, 512, 1024)

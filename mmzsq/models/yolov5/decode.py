@@ -10,10 +10,10 @@ from torch import Tensor
 def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride: int | Tensor) -> Tensor:
     """Turn raw outputs into boxes.
 
-    A centre lies up to one cell from its cell's own, sides reach four times the anchor's.
+    A center lies up to one cell from its cell's own, sides reach four times the anchor's.
 
     Args:
-        deltas: Raw outputs for centre x, centre y, width and height, shape (..., 4).
+        deltas: Raw outputs for center x, center y, width and height, shape (..., 4).
         x: Column of the cell, broadcastable to (...).
         y: Row of the cell, broadcastable to (...).
         anchors: Width and height of the anchor in pixels, broadcastable to (..., 2).
@@ -23,16 +23,16 @@ def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride:
         Boxes, xyxy in pixels of the network's input, shape (..., 4), not clipped.
     """
     shift_x, shift_y, scale_x, scale_y = (2 * deltas.sigmoid()).unbind(-1)
-    centre_x = (shift_x - 0.5 + x) * stride
-    centre_y = (shift_y - 0.5 + y) * stride
+    center_x = (shift_x - 0.5 + x) * stride
+    center_y = (shift_y - 0.5 + y) * stride
     half_width = scale_x**2 * anchors[..., 0] / 2
     half_height = scale_y**2 * anchors[..., 1] / 2
     return torch.stack(
         (
-            centre_x - half_width,
-            centre_y - half_height,
-            centre_x + half_width,
-            centre_y + half_height,
+            center_x - half_width,
+            center_y - half_height,
+            center_x + half_width,
+            center_y + half_height,
         ),
         dim=-1,
     )

@@ -49,7 +49,7 @@ class YOLOv5Head(PaddedTargetsHead):
             factor.
         train_cfg: Not used; MMDetection passes it.
         test_cfg: The arguments of :class:`~mmzsq.models.yolo.selection.Selection`.
-        init_cfg: Initialisation besides that of the biases.
+        init_cfg: Initialization besides that of the biases.
 
     Raises:
         UserError: If ``anchors``, ``strides``, ``in_channels`` and ``obj_balance`` are not of one
@@ -113,8 +113,8 @@ class YOLOv5Head(PaddedTargetsHead):
             feats: Features of each scale, shape (N, C_in, H, W).
 
         Returns:
-            A tuple of one list: per scale (N, A*(5+C), H, W), anchors outermost, then centre x,
-            centre y, width, height, objectness, classes.
+            A tuple of one list: per scale (N, A*(5+C), H, W), anchors outermost, then center x,
+            center y, width, height, objectness, classes.
         """
         return ([conv(feat) for conv, feat in zip(self.convs, feats, strict=True)],)
 

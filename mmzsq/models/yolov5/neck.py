@@ -22,9 +22,9 @@ class YOLOv5PAFPN(BaseModule):
     Args:
         deepen_factor: Scales the number of bottlenecks of each block.
         widen_factor: Scales the channels of each scale.
-        norm_cfg: Normalisation of every convolution.
+        norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
-        init_cfg: Initialisation; by default that of each :class:`~mmcv.cnn.ConvModule`.
+        init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
     """
 
     widths = (256, 512, 1024)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive label sampling: the teacher corrects random labels by what it sees grow in the images.
 
-While an image is optimised towards its labels, objects appear that no label asked for, and some
+While an image is optimized towards its labels, objects appear that no label asked for, and some
 that were asked for do not come. Every so often the teacher looks at the un-augmented image; what it
 is sure of joins the labels, and labels it does not see go (the paper's section 3.3; FACTS.md
 section 3).
@@ -44,7 +44,7 @@ def best_iou(bboxes: Tensor, others: Tensor) -> Tensor:
     return F.pad(box_iou(bboxes, others), (0, 1)).amax(dim=1)
 
 
-def unlabelled(
+def new_predictions(
     predicted: Tensor,
     current: Tensor,
     image_size: tuple[int, int],
@@ -57,7 +57,7 @@ def unlabelled(
         predicted: Boxes (p, 4), xyxy in pixels.
         current: Boxes (n, 4) of the labels, xyxy in pixels.
         image_size: Height and width in pixels.
-        iou: A prediction that overlaps any current box by this much or more is labelled.
+        iou: A prediction that overlaps any current box by this much or more is labeled.
         area: Open interval, as share of the image; smaller and larger predictions are noise.
 
     Returns:
@@ -67,7 +67,7 @@ def unlabelled(
     return (best_iou(predicted, current) < iou) & (share > area[0]) & (share < area[1])
 
 
-def unseen(current: Tensor, predicted: Tensor, iou: float) -> Tensor:
+def undetected_labels(current: Tensor, predicted: Tensor, iou: float) -> Tensor:
     """Which labels the detector does not see, but never all of them.
 
     Args:
@@ -89,7 +89,7 @@ def unseen(current: Tensor, predicted: Tensor, iou: float) -> Tensor:
     return gone
 
 
-def seen_as(current: Tensor, predicted: Tensor, iou: float) -> tuple[Tensor, Tensor]:
+def match_labels(current: Tensor, predicted: Tensor, iou: float) -> tuple[Tensor, Tensor]:
     """Pair labels with what the detector sees in their place, each label and each prediction once, the closest first.
 
     Args:
@@ -122,7 +122,7 @@ class AdaptiveLabelSampler(LabelSampler):
 
     Args:
         start: Config of the sampler to start from.
-        warmup: Steps of optimisation before the first correction.
+        warmup: Steps of optimization before the first correction.
         interval: Steps between two corrections.
         score_thr: Predictions count above this score, in [0, 1].
         nms_iou: Of two predictions of one class that overlap by more, the lower-scoring one is
@@ -174,9 +174,9 @@ class AdaptiveLabelSampler(LabelSampler):
             raise UserError(f'{name}: adopt must be True or False, got {adopt!r}')
         self.adopt = adopt
 
-    def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
-        """Pass it on to the start; see :meth:`LabelSampler.take_prior`."""
-        self.start.take_prior(prior, image_size)
+    def set_label_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
+        """Pass it on to the start; see :meth:`LabelSampler.set_label_prior`."""
+        self.start.set_label_prior(prior, image_size)
 
     def sample(
         self,
@@ -204,24 +204,24 @@ class AdaptiveLabelSampler(LabelSampler):
         in. Boxes that stay come first, in their order; then those added, by falling score. A pair that
         ``adopt`` joins overlaps by ``add_iou`` or more, so that no prediction is both added and adopted.
         """
-        relabelled = []
+        relabeled = []
         added = removed = adopted = 0
         for current, predicted in zip(labels, predictions, strict=True):
             seen = self.confident(predicted, image_size)
-            new = unlabelled(seen.bboxes, current.bboxes, image_size, self.add_iou, self.area)
+            new = new_predictions(seen.bboxes, current.bboxes, image_size, self.add_iou, self.area)
             # A box without a pixel of its object is no label for a mask head.
             whole = seen.masks.flatten(1).any(dim=1) if 'masks' in seen else torch.ones_like(new)
             new &= whole
-            gone = unseen(current.bboxes, seen.bboxes, self.remove_iou)
+            gone = undetected_labels(current.bboxes, seen.bboxes, self.remove_iou)
             if self.adopt:
-                place, source = seen_as(current.bboxes, seen.bboxes, self.add_iou)
+                place, source = match_labels(current.bboxes, seen.bboxes, self.add_iou)
                 place, source = place[whole[source]], source[whole[source]]
                 adopted += _differing(current[place], seen[source])
                 current = _replaced(current, place, seen[source])
-            relabelled.append(_concatenate(current[~gone], seen[new]))
+            relabeled.append(_concatenate(current[~gone], seen[new]))
             added += int(new.sum())
             removed += int(gone.sum())
-        return relabelled, RelabelCounts(added, removed, adopted)
+        return relabeled, RelabelCounts(added, removed, adopted)
 
     def confident(self, predictions: InstanceData, image_size: tuple[int, int]) -> InstanceData:
         """Return the predictions that count, by falling score.

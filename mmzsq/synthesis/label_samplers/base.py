@@ -48,16 +48,16 @@ class LabelSampler(ABC):
     """Draws the labels of synthetic images.
 
     Attributes:
-        adaptive: Whether :meth:`relabel` can change labels while the images are optimised.
+        adaptive: Whether :meth:`relabel` can change labels while the images are optimized.
         uses_real_labels: Whether any label of a real image is read: such a run is not zero-shot.
-        uses_detector_prior: Whether :meth:`take_prior` has to come before :meth:`sample`.
+        uses_detector_prior: Whether :meth:`set_label_prior` has to come before :meth:`sample`.
     """
 
     adaptive: bool = False
     uses_real_labels: bool = False
     uses_detector_prior: bool = False
 
-    def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
+    def set_label_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
         """Learn what the detector's weights tell of labels; of use to samplers that ask for it alone.
 
         Args:

@@ -67,8 +67,8 @@ class DetectorPriorSampler(MultiBoxSampler):
         self._prior: LabelPrior | None = None
         self._frame: tuple[int, int] = (0, 0)
 
-    def take_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
-        """See :meth:`LabelSampler.take_prior`."""
+    def set_label_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
+        """See :meth:`LabelSampler.set_label_prior`."""
         self._prior, self._frame = prior, image_size
 
     def sample(
@@ -81,10 +81,10 @@ class DetectorPriorSampler(MultiBoxSampler):
         """Draw labels; see :meth:`LabelSampler.sample`.
 
         Raises:
-            UserError: Before :meth:`take_prior`.
+            UserError: Before :meth:`set_label_prior`.
         """
         if self._prior is None:
-            raise UserError('DetectorPriorSampler has no detector yet: call take_prior() first')
+            raise UserError('DetectorPriorSampler has no detector yet: call set_label_prior() first')
         return super().sample(num_images, image_size, num_classes, generator)
 
     def _draw_labels(self, count: int, num_classes: int, generator: torch.Generator) -> Tensor:

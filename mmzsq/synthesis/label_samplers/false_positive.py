@@ -23,7 +23,7 @@ class FalsePositiveSampler(AdaptiveLabelSampler):
 
     Args:
         start: Config of the sampler to start from.
-        warmup: Steps of optimisation before the first addition.
+        warmup: Steps of optimization before the first addition.
         interval: Steps between two additions.
         score_thr: Predictions count above this score, in [0, 1].
         nms_iou: Of two predictions of one class that overlap by more, the lower-scoring one is dropped.

@@ -23,8 +23,8 @@ def ellipse_masks(bboxes: Tensor, image_size: tuple[int, int]) -> Tensor:
         image_size: Height and width in pixels.
 
     Returns:
-        Shape (n, H, W), bool: pixels whose centre lies in the ellipse. Where there is none, as in a box of less than a
-        pixel, the pixel at the box's centre, so that no mask is empty.
+        Shape (n, H, W), bool: pixels whose center lies in the ellipse. Where there is none, as in a box of less than a
+        pixel, the pixel at the box's center, so that no mask is empty.
 
     Example:
         >>> ellipse_masks(torch.tensor([[0.0, 0.0, 4.0, 3.0]]), (3, 5)).int()
@@ -33,12 +33,12 @@ def ellipse_masks(bboxes: Tensor, image_size: tuple[int, int]) -> Tensor:
                  [0, 1, 1, 0, 0]]], dtype=torch.int32)
     """
     height, width = image_size
-    centre = (bboxes[:, :2] + bboxes[:, 2:]) / 2
+    center = (bboxes[:, :2] + bboxes[:, 2:]) / 2
     radius = ((bboxes[:, 2:] - bboxes[:, :2]) / 2).clamp(min=1e-6)
-    x = ((torch.arange(width) + 0.5 - centre[:, :1]) / radius[:, :1]) ** 2
-    y = ((torch.arange(height) + 0.5 - centre[:, 1:]) / radius[:, 1:]) ** 2
+    x = ((torch.arange(width) + 0.5 - center[:, :1]) / radius[:, :1]) ** 2
+    y = ((torch.arange(height) + 0.5 - center[:, 1:]) / radius[:, 1:]) ** 2
     masks = y[:, :, None] + x[:, None, :] <= 1
-    column, row = (centre[:, axis].floor().long().clamp(0, size - 1) for axis, size in ((0, width), (1, height)))
+    column, row = (center[:, axis].floor().long().clamp(0, size - 1) for axis, size in ((0, width), (1, height)))
     masks[torch.arange(len(masks)), row, column] |= ~masks.flatten(1).any(dim=1)
     return masks
 

@@ -35,7 +35,7 @@ def random_boxes(
         generator: A CPU generator.
 
     Returns:
-        Boxes (count, 4), xyxy in pixels; each box's centre is uniform over where it can be.
+        Boxes (count, 4), xyxy in pixels; each box's center is uniform over where it can be.
     """
     size = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
     return place_boxes(size, image_size, generator)
@@ -60,7 +60,7 @@ def boxes_by_size(
         generator: A CPU generator.
 
     Returns:
-        Boxes (count, 4), xyxy in pixels, at least a pixel wide and high; each box's centre is uniform over where it
+        Boxes (count, 4), xyxy in pixels, at least a pixel wide and high; each box's center is uniform over where it
         can be.
     """
     bins = draw_bins(histogram, count, generator)

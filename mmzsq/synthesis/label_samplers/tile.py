@@ -2,7 +2,7 @@
 """Labels like those of tiled images: a grid with one object in a cell.
 
 The paper's Tile baseline (Table 5, after DIODE, Chawla et al. 2021) puts images of one object each side by side on a
-canvas. Here the labels alone are laid out so, and all cells of an image are synthesised together.
+canvas. Here the labels alone are laid out so, and all cells of an image are synthesized together.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class TileSampler(MultiBoxSampler):
 
     Example:
         >>> [labels] = TileSampler(num_boxes=(2, 2)).sample(1, (160, 160), 80, torch.Generator().manual_seed(0))
-        >>> centres = (labels.bboxes[:, :2] + labels.bboxes[:, 2:]) / 2
-        >>> (centres / 80).floor()  # Column and row of each box in a grid of 2 x 2.
+        >>> centers = (labels.bboxes[:, :2] + labels.bboxes[:, 2:]) / 2
+        >>> (centers / 80).floor()  # Column and row of each box in a grid of 2 x 2.
         tensor([[1., 1.],
                 [0., 0.]])
     """

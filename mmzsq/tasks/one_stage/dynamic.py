@@ -17,7 +17,7 @@ from torch import Tensor
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 from mmzsq.tasks.elementwise_losses import box_errors, elementwise, one_hot
 from mmzsq.tasks.one_stage.matching import Match, match_sim_ota, match_soft_label
-from mmzsq.tasks.padded_task import ROOM
+from mmzsq.tasks.padded_task import PAD_MULTIPLE
 from mmzsq.tasks.prediction_maps import flatten_maps
 
 
@@ -47,7 +47,7 @@ def pad_labels(
     device = labels[0].bboxes.device
     longest = max(1, *(len(entry) for entry in labels))
     priors = head.prior_generator.grid_priors(map_sizes, device=device, with_stride=True)
-    return DynamicTargets(pad_targets(labels, -(-longest // ROOM) * ROOM), torch.cat(priors))
+    return DynamicTargets(pad_targets(labels, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE), torch.cat(priors))
 
 
 def yolox_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: DynamicTargets) -> Tensor:

@@ -154,7 +154,7 @@ def atss_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: CodedTargets
     fixed = targets.fixed
     bboxes = targets.coder.decode(fixed.priors, flatten_maps(maps[1], 4))
     norm = fixed.centerness.sum().clamp(min=1)
-    return focal_loss(head, maps[0], fixed) + centred_loss(head, maps[2], bboxes, fixed.bboxes, fixed, norm)
+    return focal_loss(head, maps[0], fixed) + centered_loss(head, maps[2], bboxes, fixed.bboxes, fixed, norm)
 
 
 def fcos_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: FixedTargets) -> Tensor:
@@ -168,7 +168,7 @@ def fcos_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: FixedTargets
     bboxes = distance2bbox(targets.priors, flatten_maps(maps[1], 4))
     goals = distance2bbox(targets.priors, targets.bboxes)
     norm = targets.centerness.sum().clamp(min=1e-6)
-    return focal_loss(head, maps[0], targets) + centred_loss(head, maps[2], bboxes, goals, targets, norm)
+    return focal_loss(head, maps[0], targets) + centered_loss(head, maps[2], bboxes, goals, targets, norm)
 
 
 def gfl_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: FixedTargets) -> Tensor:
@@ -206,7 +206,7 @@ def focal_loss(head: Any, maps: Sequence[Tensor], targets: FixedTargets) -> Tens
     return head.loss_cls(logits, targets.labels.flatten(), targets.weights.flatten(), avg_factor=targets.divisor)
 
 
-def centred_loss(
+def centered_loss(
     head: Any, maps: Sequence[Tensor], bboxes: Tensor, goals: Tensor, targets: FixedTargets, norm: Tensor
 ) -> Tensor:
     """Box term, in which places weigh by their centerness, and centerness term: their sum, a scalar.

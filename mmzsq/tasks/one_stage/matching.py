@@ -45,14 +45,14 @@ def match_sim_ota(assigner: Any, bboxes: Tensor, scores: Tensor, priors: Tensor,
         assigner: Tells the radius, weights and number of candidates.
         bboxes: Predicted boxes, xyxy in pixels, (N, P, 4), float32.
         scores: Predicted score of each class, in [0, 1], (N, P, C), float32.
-        priors: Centre of each place, x and y in pixels, and its strides, likewise; (P, 4).
+        priors: Center of each place, x and y in pixels, and its strides, likewise; (P, 4).
         targets: The labels, M an image, at least 1.
     """
     points, strides = priors[:, :2], priors[:, 2:]
     in_box = _inside(points, targets.bboxes[:, :, None, :2], targets.bboxes[:, :, None, 2:])
-    centre = _centres(targets)
-    in_centre = _inside(points, centre - assigner.center_radius * strides, centre + assigner.center_radius * strides)
-    candidate = ((in_box | in_centre) & targets.valid[..., None]).any(1)
+    center = _centers(targets)
+    in_center = _inside(points, center - assigner.center_radius * strides, center + assigner.center_radius * strides)
+    candidate = ((in_box | in_center) & targets.valid[..., None]).any(1)
 
     overlap = pairwise_iou(targets.bboxes, bboxes)
     # Binary cross-entropy summed over classes: every class is a negative, but the label's, whose term is replaced.
@@ -61,7 +61,7 @@ def match_sim_ota(assigner: Any, bboxes: Tensor, scores: Tensor, priors: Tensor,
     present = -scores[image, :, targets.labels].log().clamp(min=-100)
     cost_cls = absent.sum(-1)[:, None] - absent[image, :, targets.labels] + present
     cost_iou = -torch.log(overlap + SIM_OTA_EPS)
-    cost = cost_cls * assigner.cls_weight + cost_iou * assigner.iou_weight + ~(in_box & in_centre) * SIM_OTA_INF
+    cost = cost_cls * assigner.cls_weight + cost_iou * assigner.iou_weight + ~(in_box & in_center) * SIM_OTA_INF
     return match_dynamic_k(cost, overlap, candidate, targets.valid, assigner.candidate_topk)
 
 
@@ -73,7 +73,7 @@ def match_soft_label(assigner: Any, bboxes: Tensor, logits: Tensor, priors: Tens
         assigner: Tells the radius, weight and number of candidates.
         bboxes: Predicted boxes, xyxy in pixels, (N, P, 4), float32.
         logits: Predicted logit of each class, (N, P, C), float32.
-        priors: Centre of each place, x and y in pixels, and its strides, likewise; (P, 4).
+        priors: Center of each place, x and y in pixels, and its strides, likewise; (P, 4).
         targets: The labels, M an image, at least 1.
     """
     points, strides = priors[:, :2], priors[:, 2]
@@ -81,7 +81,7 @@ def match_soft_label(assigner: Any, bboxes: Tensor, logits: Tensor, priors: Tens
     candidate = (in_box & targets.valid[..., None]).any(1)
 
     overlap = pairwise_iou(targets.bboxes, bboxes)
-    distance = (points - _centres(targets)).pow(2).sum(-1).sqrt() / strides
+    distance = (points - _centers(targets)).pow(2).sum(-1).sqrt() / strides
     # The soft label is the IoU for the label's class and 0 for all others, which are summed once for all labels.
     absent = F.softplus(logits) * logits.sigmoid().pow(2)
     image = torch.arange(len(logits), device=logits.device)[:, None]
@@ -130,6 +130,6 @@ def _inside(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return ((points > low) & (points < high)).all(-1)
 
 
-def _centres(targets: PaddedTargets) -> Tensor:
-    """Centres of the labels, (N, M, 1, 2)."""
+def _centers(targets: PaddedTargets) -> Tensor:
+    """Centers of the labels, (N, M, 1, 2)."""
     return ((targets.bboxes[..., :2] + targets.bboxes[..., 2:]) / 2)[:, :, None]

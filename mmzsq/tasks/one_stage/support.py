@@ -33,7 +33,7 @@ from mmzsq.tasks.one_stage.fixed import (
     point_targets,
     retina_loss,
 )
-from mmzsq.tasks.support import unknown_parts, unknown_settings
+from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ FAMILIES: dict[type, Family] = {
 """By exact class of the head: a subclass may compute something else."""
 
 
-def reason_unfit(detector: nn.Module) -> str | None:
+def unsupported_reason(detector: nn.Module) -> str | None:
     """Why no batched loss stands for ``detector.loss``; None if one does."""
     return next(_reasons(detector), None)
 
@@ -180,5 +180,9 @@ def _reasons(detector: Any) -> Iterator[str]:
         return
     if getattr(type(detector), 'loss', None) is not SingleStageDetector.loss:
         yield 'it redefines its loss'
-    yield from unknown_parts(detector, {f'bbox_head.{name}': allowed for name, allowed in family.parts.items()})
-    yield from unknown_settings(detector, {f'bbox_head.{name}': allowed for name, allowed in family.settings.items()})
+    yield from unsupported_components(
+        detector, {f'bbox_head.{name}': allowed for name, allowed in family.parts.items()}
+    )
+    yield from unsupported_settings(
+        detector, {f'bbox_head.{name}': allowed for name, allowed in family.settings.items()}
+    )

@@ -12,7 +12,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmzsq.models.train_eval_modes import in_training
+from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.tasks.detection_task import DetectionTask
 from mmzsq.tasks.one_stage.support import FAMILIES
 
@@ -41,7 +41,7 @@ class OneStageTask(DetectionTask):
     each divides by the places of its own images, where MMDetection takes the mean over the processes.
 
     Args:
-        detector: One for which :func:`~mmzsq.tasks.one_stage.reason_unfit` has no reason; set to eval mode, frozen.
+        detector: A detector that :func:`~mmzsq.tasks.one_stage.unsupported_reason` accepts; set to eval mode, frozen.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -83,8 +83,8 @@ class OneStageTask(DetectionTask):
             samples: From :meth:`data_samples`.
         """
         head = self.detector.bbox_head
-        with in_training(self.detector):
-            maps = head(self.detector.extract_feat(self.to_inputs(images)))
+        with frozen_train_mode(self.detector):
+            maps = head(self.detector.extract_feat(self.normalize(images)))
         if samples.targets is None:
             samples.map_sizes = [(level.shape[2], level.shape[3]) for level in maps[0]]
             samples.targets = self._assign(samples.labels, samples.map_sizes, samples.image_size)

@@ -68,7 +68,7 @@ def roi_align(
         bboxes: xyxy in pixels of the image, (R, 4), float32.
         output_size: Bins in y and in x.
         samples: Points a bin and axis.
-        aligned: Whether a cell's value stands at its centre; False for its corner, as before Detectron2.
+        aligned: Whether a cell's value stands at its center; False for its corner, as before Detectron2.
 
     Returns:
         Shape (R, C, *output_size).
@@ -100,7 +100,7 @@ def _read_axis(
         aligned: See :func:`roi_align`.
 
     Returns:
-        Indices (R, B*S*2), each point's two neighbours side by side; weights (R, B, B*S*2).
+        Indices (R, B*S*2), each point's two neighbors side by side; weights (R, B, B*S*2).
     """
     extent = high - low if aligned else (high - low).clamp(min=1)
     start = low - 0.5 if aligned else low
@@ -111,9 +111,9 @@ def _read_axis(
     point = point.clamp(min=0)
     last = length - 1
     cell = torch.minimum(point.long(), last)
-    # Beyond the last cell's centre both neighbours are that cell, and the shares need only add up to 1.
+    # Beyond the last cell's center both neighbors are that cell, and the shares need only add up to 1.
     share = point - cell
-    neighbours = torch.stack((cell, torch.minimum(cell + 1, last)), dim=-1)
+    neighbors = torch.stack((cell, torch.minimum(cell + 1, last)), dim=-1)
     shares = torch.stack((1 - share, share), dim=-1) * (inside / samples)[..., None]
     own_bin = torch.eye(bins, device=low.device)[:, :, None]
-    return neighbours.flatten(1), (shares.view(len(low), bins, 1, -1) * own_bin).flatten(2)
+    return neighbors.flatten(1), (shares.view(len(low), bins, 1, -1) * own_bin).flatten(2)

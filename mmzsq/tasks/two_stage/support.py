@@ -18,7 +18,7 @@ from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIo
 from torch import nn
 
 from mmzsq.models.max_iou_assigner import MaxIoUAssigner as WithoutWaiting
-from mmzsq.tasks.support import unknown_parts, unknown_settings
+from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
 BOX_LOSSES = (L1Loss, SmoothL1Loss)
 
@@ -82,7 +82,7 @@ MASK_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def reason_unfit(detector: nn.Module) -> str | None:
+def unsupported_reason(detector: nn.Module) -> str | None:
     """Why the batched loss does not stand for ``detector.loss``; None if it does."""
     return next(_reasons(detector), None)
 
@@ -92,16 +92,16 @@ def _reasons(detector: Any) -> Iterator[str]:
         yield f'{type(detector).__name__} is not FasterRCNN or MaskRCNN'
     if detector.train_cfg is None:
         yield 'it has no train_cfg'
-    yield from unknown_parts(detector, PARTS)
-    yield from unknown_settings(detector, SETTINGS)
+    yield from unsupported_components(detector, PARTS)
+    yield from unsupported_settings(detector, SETTINGS)
     if not isinstance(detector.roi_head.bbox_assigner.neg_iou_thr, float):
         yield 'roi_head.bbox_assigner.neg_iou_thr is a range'
     proposal_cfg = proposal_settings(detector)
     if proposal_cfg['nms'].get('type') != 'nms':
         yield f'its proposals are suppressed by {proposal_cfg["nms"].get("type")}'
     if detector.roi_head.with_mask:
-        yield from unknown_parts(detector, MASK_PARTS)
-        yield from unknown_settings(detector, MASK_SETTINGS)
+        yield from unsupported_components(detector, MASK_PARTS)
+        yield from unsupported_settings(detector, MASK_SETTINGS)
         if detector.roi_head.train_cfg.get('soft_mask_target', False):
             yield 'its mask targets are soft'
         if detector.roi_head.mask_roi_extractor.featmap_strides != detector.roi_head.bbox_roi_extractor.featmap_strides:

@@ -75,7 +75,7 @@ class TwoStageTask(DetectionTask):
       targets of masks.
 
     Args:
-        detector: One for which :func:`~mmzsq.tasks.two_stage.reason_unfit` has no reason; set to eval mode, frozen.
+        detector: A detector that :func:`~mmzsq.tasks.two_stage.unsupported_reason` accepts; set to eval mode, frozen.
         proposals: Boxes of the first stage before suppression, an image.
         rois_per_image: Boxes that the second stage learns from, an image.
         mask_rois_per_image: How many of those that answer for a label have their mask learnt, an image.
@@ -141,7 +141,7 @@ class TwoStageTask(DetectionTask):
             samples: From :meth:`data_samples`.
         """
         rpn_head, roi_head = self.detector.rpn_head, self.detector.roi_head
-        feats = self.detector.extract_feat(self.to_inputs(images))
+        feats = self.detector.extract_feat(self.normalize(images))
         rpn_logits, rpn_deltas = rpn_head(feats)
         if samples.plan is None:
             samples.plan = self._plan(rpn_logits, feats, samples)

@@ -64,20 +64,20 @@ def test_data_of_another_number_of_classes_is_told_before_anything_is_made(make_
 
 
 def test_a_set_of_noise_is_a_set_like_any_other(make_runner: Any) -> None:
-    """The paper's Gaussian noise (Table 5): nothing is optimised, and another set cannot be taken for it."""
+    """The paper's Gaussian noise (Table 5): nothing is optimized, and another set cannot be taken for it."""
     sizes = dict(image_size=64, batch_size=2)
     noise = {
         'zsq.label_sampler': dict(type='mmzsq.SingleBoxSampler', _delete_=True),
         'zsq.synthesis.relabel': None,
-        'zsq.synthesis.synthesise': dict(sizes, iterations=0),
+        'zsq.synthesis.synthesize': dict(sizes, iterations=0),
         'zsq.synthesis.init': 'normal',
     }
     make_runner(**noise).generate()
     made = CalibrationSet.load('out/calibration_set')
     made.verify()
     assert made.statistics()['boxes_per_image'] == dict(mean=1.0, min=1, max=1, histogram={'1': 3})
-    assert made.fingerprint['synthesis']['synthesise']['iterations'] == 0
-    assert [shard['info']['synthesise']['seconds'] > 0 for shard in made.manifest['shards']] == [True, True]
+    assert made.fingerprint['synthesis']['synthesize']['iterations'] == 0
+    assert [shard['info']['synthesize']['seconds'] > 0 for shard in made.manifest['shards']] == [True, True]
     pixels = np.stack([cv2.imread(str(path)) for path in sorted(Path('out/calibration_set/images').glob('*.png'))])
     # Half of a normal distribution is below 0, 0.1587 beyond 1; the detector takes images in [0, 1].
     assert np.mean(pixels == 0) == pytest.approx(0.5, abs=0.02)
@@ -85,5 +85,5 @@ def test_a_set_of_noise_is_a_set_like_any_other(make_runner: Any) -> None:
     make_runner(**noise).generate()
     logs = ''.join(log.read_text() for log in Path('out').glob('*/*.log'))
     assert logs.count('using the calibration set') == 1
-    with pytest.raises(UserError, match=r'synthesis\.synthesise\.iterations: 0 there, 1 now'):
-        make_runner(**{**noise, 'zsq.synthesis.synthesise': dict(sizes, iterations=1)}).generate()
+    with pytest.raises(UserError, match=r'synthesis\.synthesize\.iterations: 0 there, 1 now'):
+        make_runner(**{**noise, 'zsq.synthesis.synthesize': dict(sizes, iterations=1)}).generate()

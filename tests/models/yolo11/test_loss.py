@@ -25,9 +25,9 @@ def random_maps(images: int = 3) -> list[Tensor]:
 def random_instances(*counts: int) -> list[InstanceData]:
     instances = []
     for count in counts:
-        centre = torch.rand(count, 2) * torch.tensor([SIZE[1], SIZE[0]])
+        center = torch.rand(count, 2) * torch.tensor([SIZE[1], SIZE[0]])
         half = torch.rand(count, 2) * 30 + 2
-        bboxes = torch.cat((centre - half, centre + half), dim=1)
+        bboxes = torch.cat((center - half, center + half), dim=1)
         instances.append(InstanceData(bboxes=bboxes, labels=torch.randint(CLASSES, (count,))))
     return instances
 
@@ -150,7 +150,7 @@ def test_padding_may_hold_anything(head: YOLO11Head) -> None:
 
 def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLO11Head) -> None:
     maps = [m.detach() * 0 for m in random_maps(1)]
-    # Two cells to each side of the centre (84, 44), all but surely.
+    # Two cells to each side of the center (84, 44), all but surely.
     maps[0][0, [2, 18, 34, 50], 5, 10] = 100.0
     maps = [m.requires_grad_() for m in maps]
     targets = pad_targets([InstanceData(bboxes=torch.tensor([[68.0, 28, 100, 60]]), labels=torch.tensor([0]))])

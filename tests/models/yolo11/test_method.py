@@ -20,7 +20,7 @@ from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.tasks import detection_task
-from mmzsq.tasks.padded_task import PaddedTask
+from mmzsq.tasks.padded_task import PaddedTargetsTask
 
 SIZE = (64, 64)
 QUANTIZER = dict(
@@ -64,12 +64,12 @@ def test_synthesis_corrects_labels_and_lowers_the_loss(detector: nn.Module) -> N
             box_convs[2].bias.view(4, -1)[:, 2] += 8.0
             cls_convs[2].bias.fill_(0.0)
     task = detection_task(detector)
-    assert type(task) is PaddedTask
+    assert type(task) is PaddedTargetsTask
     options = copy.deepcopy(DEFAULT['synthesis'])
     options.update(
         relabel=dict(image_size=64, iterations=2, batch_size=2),
         refine=None,
-        synthesise=dict(image_size=SIZE, iterations=5, batch_size=2, start='previous', lr=0.1),
+        synthesize=dict(image_size=SIZE, iterations=5, batch_size=2, start='previous', lr=0.1),
     )
     sampler = dict(type='mmzsq.AdaptiveLabelSampler', warmup=1, interval=1)
     generator = CalibrationSetGenerator(task, options, sampler, batch_size=2, seed=0)

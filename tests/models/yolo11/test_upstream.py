@@ -59,7 +59,7 @@ def pair(request: pytest.FixtureRequest, ultralytics: Any, repo: Path) -> Pair:
     upstream = DetectionModel(f'yolo11{size}.yaml', nc=CLASSES, verbose=False)
     upstream.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
     with torch.no_grad():
-        randomise(upstream)
+        randomize(upstream)
     register_all_modules()
     cfg = Config.fromfile(repo / f'configs/yolo11/yolo11-{size}_coco.py').model
     cfg.bbox_head.num_classes = CLASSES
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, ultralytics: Any, repo: Path) -> Pair:
     return Pair(upstream, ours, images, outputs, raw_outputs(outputs))
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Give BatchNorm layers random parameters and statistics, and the raw outputs of a map a deviation of about 1."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -116,7 +116,7 @@ def instances(smallest: float) -> list[InstanceData]:
 
 
 def upstream_batch(wanted: list[InstanceData]) -> dict[str, Tensor]:
-    """Targets as Ultralytics' loss takes them: centres and sides as shares of the image."""
+    """Targets as Ultralytics' loss takes them: centers and sides as shares of the image."""
     bboxes = torch.cat([image.bboxes for image in wanted])
     shares = torch.cat(((bboxes[:, :2] + bboxes[:, 2:]) / 2, bboxes[:, 2:] - bboxes[:, :2]), 1)
     return dict(
@@ -158,8 +158,8 @@ def test_raw_outputs_are_the_same(pair: Pair) -> None:
 
 
 def test_boxes_and_scores_are_the_same(pair: Pair) -> None:
-    centres, sides, scores = pair.outputs[0].transpose(1, 2).split((2, 2, CLASSES), dim=2)
-    expected = torch.cat((centres - sides / 2, centres + sides / 2), 2)
+    centers, sides, scores = pair.outputs[0].transpose(1, 2).split((2, 2, CLASSES), dim=2)
+    expected = torch.cat((centers - sides / 2, centers + sides / 2), 2)
     maps = [
         scale_map.unflatten(2, (SIZE[0] // stride, SIZE[1] // stride))
         for scale_map, stride in zip(pair.raw.split(PLACES, dim=2), (8, 16, 32), strict=True)

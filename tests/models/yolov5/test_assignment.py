@@ -33,21 +33,21 @@ SQUARE = torch.tensor([[10.0, 10.0]])
 
 
 @pytest.mark.parametrize(
-    ('centre', 'cells'),
+    ('center', 'cells'),
     [
         ((2.2, 1.3), [(2, 1), (1, 1), (2, 0)]),  # upper left of its cell: left and up
         ((2.8, 1.7), [(2, 1), (3, 1), (2, 2)]),  # lower right: right and down
         ((0.2, 0.3), [(0, 0)]),  # nothing lies outside the map
         ((5.8, 3.9), [(5, 3)]),
         ((2.5, 1.5), [(2, 1)]),  # in the middle, no side is nearer
-        # On a border both neighbours are near, and the one on the right is the cell itself:
+        # On a border both neighbors are near, and the one on the right is the cell itself:
         # upstream counts it twice.
         ((2.0, 1.5), [(2, 1), (1, 1), (2, 1)]),
         ((6.0, 4.0), [(5, 3), (5, 3), (5, 3)]),  # on the border of the map: the cell inside
     ],
 )
-def test_centre_and_nearest_neighbours_answer(centre: tuple[float, float], cells: list[tuple[int, int]]) -> None:
-    found = matches(one_target(centre[0] * 8, centre[1] * 8, 10, 10), SQUARE)
+def test_center_and_nearest_neighbors_answer(center: tuple[float, float], cells: list[tuple[int, int]]) -> None:
+    found = matches(one_target(center[0] * 8, center[1] * 8, 10, 10), SQUARE)
     assert found == sorted((0, *cell) for cell in cells)
 
 

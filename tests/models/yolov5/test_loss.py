@@ -25,9 +25,9 @@ def random_maps(images: int = 3, scale: float = 1.0) -> list[Tensor]:
 def random_instances(*counts: int) -> list[InstanceData]:
     instances = []
     for count in counts:
-        centre = torch.rand(count, 2) * torch.tensor([SIZE[1], SIZE[0]])
+        center = torch.rand(count, 2) * torch.tensor([SIZE[1], SIZE[0]])
         half = torch.rand(count, 2) * 40 + 2
-        bboxes = torch.cat((centre - half, centre + half), dim=1)
+        bboxes = torch.cat((center - half, center + half), dim=1)
         instances.append(InstanceData(bboxes=bboxes, labels=torch.randint(CLASSES, (count,))))
     return instances
 

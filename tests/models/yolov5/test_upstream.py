@@ -28,7 +28,7 @@ def detection_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return pytest.importorskip('ultralytics.nn.tasks').DetectionModel
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Give BatchNorm layers random parameters, and statistics near those of random images."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -46,7 +46,7 @@ def randomise(model: nn.Module) -> None:
 def test_features_are_the_same(plain: Any, detection_model: Any, repo: Path, size: str) -> None:
     upstream = detection_model(f'yolov5{size}.yaml', verbose=False)
     with torch.no_grad():
-        randomise(upstream)
+        randomize(upstream)
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / f'configs/yolov5/yolov5-{size}_coco.py').model).eval()
     trunk = {name: tensor for name, tensor in upstream.state_dict().items() if not name.startswith('model.24.')}

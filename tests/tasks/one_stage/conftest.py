@@ -38,7 +38,7 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     'atss': ('atss/atss_r50_fpn_1x_coco.py', GROUPED),
     'gfl': ('gfl/gfl_r50_fpn_1x_coco.py', GROUPED),
     'fcos': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', GROUPED),
-    'fcos_normalised': ('fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py', GROUPED),
+    'fcos_normalized': ('fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py', GROUPED),
 }
 """By name: MMDetection's config, and what makes it small."""
 PREDICTORS = ('conv_cls', 'conv_reg', 'conv_obj', 'rtm_cls', 'rtm_reg', 'retina_', 'atss_', 'gfl_', 'conv_centerness')
@@ -94,10 +94,10 @@ def draw_labels(counts: tuple[int, ...], side: tuple[float, float] = (8, 70), se
     generator = torch.Generator().manual_seed(seed)
     entries = []
     for count in counts:
-        centres = torch.rand(count, 2, generator=generator) * torch.tensor([SIZE[1], SIZE[0]])
+        centers = torch.rand(count, 2, generator=generator) * torch.tensor([SIZE[1], SIZE[0]])
         sides = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
         labels = torch.randint(0, CLASSES, (count,), generator=generator)
-        entries.append(InstanceData(bboxes=torch.cat((centres - sides / 2, centres + sides / 2), 1), labels=labels))
+        entries.append(InstanceData(bboxes=torch.cat((centers - sides / 2, centers + sides / 2), 1), labels=labels))
     return entries
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mmzsq.synthesis import BNStatisticsPrior, Synthesizer
 from mmzsq.tasks import DetectionTask, OneStageTask, detection_task
-from mmzsq.tasks.padded_task import ROOM
+from mmzsq.tasks.padded_task import PAD_MULTIPLE
 
 Build = Callable[..., nn.Module]
 Draw = Callable[..., list[InstanceData]]
@@ -123,7 +123,7 @@ def test_labels_without_room_leave_the_old_as_they_are(build: Build, labels: Dra
     samples = task.data_samples(labels((2, 1)), SIZE)
     assert not task.update_samples(samples, labels((1, 1)), SIZE), 'nothing is laid out before the first loss'
     before = task.loss(images, samples)
-    assert not task.update_samples(samples, labels((ROOM + 1, 1)), SIZE)
+    assert not task.update_samples(samples, labels((PAD_MULTIPLE + 1, 1)), SIZE)
     assert not task.update_samples(samples, labels((1, 1)), (64, 64))
     assert torch.equal(task.loss(images, samples), before)
 

@@ -31,7 +31,7 @@ def begin(task: TwoStageTask, labels: list[InstanceData]) -> tuple[TwoStageSampl
     images = torch.rand(len(labels), 3, *SIZE)
     with torch.no_grad():
         task.loss(images, samples)
-        return samples, task.detector.rpn_head(task.detector.extract_feat(task.to_inputs(images)))
+        return samples, task.detector.rpn_head(task.detector.extract_feat(task.normalize(images)))
 
 
 def reference_rpn_loss(detector: Any, maps: tuple[Any, Any], labels: list[InstanceData]) -> torch.Tensor:

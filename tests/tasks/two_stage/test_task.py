@@ -21,7 +21,7 @@ from mmzsq.synthesis import BNStatisticsPrior, PatchSimilarityPrior, Synthesizer
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.synthesizer import _Step
 from mmzsq.tasks import DetectionTask, TwoStageTask, detection_task
-from mmzsq.tasks.two_stage import reason_unfit
+from mmzsq.tasks.two_stage import unsupported_reason
 
 Build = Callable[..., nn.Module]
 SIZE = (96, 128)
@@ -238,13 +238,13 @@ def test_what_computes_something_else_keeps_its_own_loss_and_says_why(
 
 def test_a_subclass_of_a_part_does_not_fit(build: Build) -> None:
     detector = build(FASTER)
-    assert reason_unfit(detector) is None
+    assert unsupported_reason(detector) is None
     # The same assignment without waiting, as configs may ask for.
     speed_up_assigners(detector)
     assert type(detector.roi_head.bbox_assigner) is MaxIoUAssigner
-    assert reason_unfit(detector) is None
+    assert unsupported_reason(detector) is None
     detector.rpn_head.__class__ = type('OtherRPNHead', (type(detector.rpn_head),), {})
-    assert reason_unfit(detector) == 'its rpn_head is OtherRPNHead, not RPNHead'
+    assert unsupported_reason(detector) == 'its rpn_head is OtherRPNHead, not RPNHead'
 
 
 def test_a_one_stage_detector_has_nothing_to_say(repo: Path) -> None:
