@@ -18,6 +18,7 @@ from typing import Any
 from mmdet.registry import DATASETS
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.optim import OPTIMIZERS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import PRESETS, preset_section
@@ -96,7 +97,9 @@ def _preset_name(name: Any, where: str) -> str:
 
 
 def check_parts(section: Mapping[str, Any]) -> None:
-    """Build label sampler, priors and distillation losses once, so that a mistake shows before any work.
+    """Build label sampler, priors and distillation losses once, and look up the optimizer.
+
+    A mistake then shows before any work.
 
     Args:
         section: A complete ``zsq`` section.
@@ -109,6 +112,10 @@ def check_parts(section: Mapping[str, Any]) -> None:
         build_part(PRIORS, prior, f'zsq.synthesis.priors[{index}]')
     for index, loss in enumerate(section['distillation']['losses']):
         build_part(MODELS, loss, f'zsq.distillation.losses[{index}]')
+    optimizer = section['train']['optimizer']['type']
+    if resolve_class(OPTIMIZERS, optimizer) is None:
+        hint = nearest(optimizer, sorted(OPTIMIZERS.module_dict))
+        raise UserError(f'zsq.train.optimizer.type is {optimizer!r}, but must be a registered optimizer.{hint}')
 
 
 def compose(cfg: Config) -> Config:

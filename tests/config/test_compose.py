@@ -279,6 +279,10 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
             "zsq.train.optimizer.lr is '1e-3x', but must be a number above 0",
         ),
         (dict(train=dict(optimizer=dict(lr=0))), 'zsq.train.optimizer.lr is 0, but must be a number above 0'),
+        (
+            dict(train=dict(optimizer=dict(type='AdmaW', lr=1e-3))),
+            "zsq.train.optimizer.type is 'AdmaW', but must be a registered optimizer. Did you mean 'AdamW'",
+        ),
         (dict(train=dict(optimizer='AdamW')), "zsq.train.optimizer is 'AdamW', but must be a dict"),
         (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is '1e-3x', but must be a number of at least 0 or None"),
         (dict(train=dict(ema=True)), 'zsq.train.ema is True, but must be a number of at least 0 and below 1 or None'),
