@@ -142,6 +142,17 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return 'a value of another kind'
 
 
+def section_classes(annotation: Any) -> list[type[TypedSection]]:
+    """Return the sections among the alternatives of an annotation, those within lists included."""
+    found: list[type[TypedSection]] = []
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, TypedSection):
+            found.append(member)
+        elif get_origin(member) is list:
+            found += section_classes(get_args(member)[0])
+    return list(dict.fromkeys(found))
+
+
 def nearest(word: Any, known: Sequence[str], cutoff: float = 0.4) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string."""
     found = difflib.get_close_matches(str(word), known, n=1, cutoff=cutoff)
