@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the reference page of all keys of the ``zsq`` section.
+"""Write the reference page of all keys: ``python -m mmzsq.config.reference docs/configuration.md``.
 
-The command is ``python -m mmzsq.config.reference docs/configuration.md``. The page is generated from the typed sections (:mod:`mmzsq.config.sections`), the presets, and the docstrings of the
+The page is generated from the typed sections (:mod:`mmzsq.config.sections`), the presets, and the docstrings of the
 registered parts. With ``--check`` the tool compares the page and writes nothing.
 """
 
