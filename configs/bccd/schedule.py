@@ -30,8 +30,8 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-# The last epochs use plain images, as in inference. Otherwise any further training on these images would improve the detector,
-# quantized or not, and the BatchNorm statistics would include tints and borders that no image has.
+# The last epochs use plain images, as in inference. Otherwise any further training on these images would improve the
+# detector, quantized or not, and the BatchNorm statistics would include tints and borders that no image has.
 custom_hooks = [
     dict(
         type='PipelineSwitchHook',

@@ -1,4 +1,4 @@
-"""Blood cells (BCCD): 292 training and 72 test images of 640x480, with masks by tools/dataset_converters/voc_to_coco.py."""
+"""Blood cells (BCCD): 292 training and 72 test images of 640x480; masks by tools/dataset_converters/voc_to_coco.py."""
 
 dataset_type = 'CocoDataset'
 data_root = 'data/bccd/'

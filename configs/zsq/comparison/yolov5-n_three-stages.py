@@ -1,4 +1,4 @@
-"""Ablation: three stages: images for the first labels, one correction of the labels, images for the corrected labels."""
+"""Ablation with three stages: images for the first labels, one correction, images for the corrected labels."""
 
 _base_ = ['../yolov5-n_w8a8.py']
 zsq = dict(
