@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats,
         steps=args.steps,
     )
-    with _general_path() if args.general else nullcontext():
+    with fused_kernels(False) if args.general else nullcontext():
         measured['fused_kernels'] = fused_kernels_enabled()
         for name in args.what:
             measured[name] = MEASURES[name](cfg, settings)
@@ -118,9 +118,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _general_path() -> Iterator[None]:
+def fused_kernels(enabled: bool) -> Iterator[None]:
+    """Switch the fused kernels on or off inside the block, by the environment variable that users set."""
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = '0'
+    os.environ[VARIABLE] = '1' if enabled else '0'
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ def measure_synthesis(cfg: Config, settings: Settings) -> dict[str, Any]:
         cfg: A detector's config with a ``zsq`` section.
         settings: How to measure.
     """
-    stage = _Stage(cfg, settings, -1)
+    stage = SynthesisStage(cfg, settings, -1)
     clock = stage.run(None)
     per_image = 1000 / stage.batch_size
     ms, spread = middle([per_image * seconds / settings.steps for seconds in clock.seconds])
@@ -107,7 +107,7 @@ def measure_relabeling(cfg: Config, settings: Settings) -> dict[str, Any]:
     """
     if settings.steps < EAGER_STEPS + 2:
         raise UserError(f'--steps is at least {EAGER_STEPS + 2} for relabeling, not {settings.steps}')
-    stage = _Stage(cfg, settings, 0)
+    stage = SynthesisStage(cfg, settings, 0)
     sampler = stage.generator.sampler
     if not sampler.adaptive:
         raise UserError(f'{type(sampler).__name__} corrects no labels: measure synthesis instead')
@@ -146,11 +146,11 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
     Returns:
         ``steps`` by name, and the ratios of the last two to the first within each turn.
     """
-    models, cfg = _training_models(cfg, settings)
+    models, cfg = training_models(cfg, settings)
     size = settings.image_size or (640, 640)
     batch_size = settings.batch_size or cfg.zsq.train.batch_size
     batch = make_batch(models['float'], batch_size, size)
-    trainees = {name: _Trainee(model, batch, cfg.optim_wrapper, settings.device) for name, model in models.items()}
+    trainees = {name: Trainee(model, batch, cfg.optim_wrapper, settings.device) for name, model in models.items()}
     watch = Stopwatch(settings.device)
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     for _ in range(settings.repeats):
@@ -248,7 +248,7 @@ def as_loaded(batch: dict[str, Any], labels: bool, device: torch.device) -> dict
     return loaded
 
 
-class _Stage:
+class SynthesisStage:
     """One stage of a config's synthesis, at the size and batch that are asked for.
 
     Args:
@@ -388,7 +388,7 @@ class _Clock(LabelSampler):
         return self.sampler.relabel(labels, self.drawn.pop() if self.drawn else predictions, image_size)
 
 
-class _Trainee:
+class Trainee:
     """One model and its optimizer, warmed up; its peak memory is taken on the way.
 
     Args:
@@ -396,9 +396,17 @@ class _Trainee:
         batch: See :func:`make_batch`.
         optim_wrapper: Config.
         device: Where it trains.
+        prepare: Called with the model after its quantizers have steps, before the first training step.
     """
 
-    def __init__(self, model: Any, batch: dict[str, Any], optim_wrapper: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        optim_wrapper: Any,
+        device: torch.device,
+        prepare: Callable[[Any], None] | None = None,
+    ) -> None:
         memory = PeakMemory(device)
         self.model = model.to(device)
         self.batch = batch
@@ -411,6 +419,8 @@ class _Trainee:
             with torch.no_grad(), calibrating(model.student):
                 data = model.data_preprocessor(self._fresh_batch(), False)
                 model.student(data['inputs'], data['data_samples'], mode='tensor')
+        if prepare is not None:
+            prepare(self.model)
         self.steps(TRAINING_WARMUP)
         self.memory = memory.read()
 
@@ -434,8 +444,19 @@ class _Trainee:
         return dict(self.batch)
 
 
-def _training_models(cfg: Config, settings: Settings) -> tuple[dict[str, nn.Module], Config]:
-    """Build the three models with the same weights; return them and the composed config."""
+def training_models(
+    cfg: Config, settings: Settings, names: Collection[str] = ('float', 'quantized', 'distilled')
+) -> tuple[dict[str, nn.Module], Config]:
+    """Build the float detector, its quantized student and the student with a teacher, with the same weights.
+
+    Args:
+        cfg: A detector's config with a ``zsq`` section.
+        settings: How to measure.
+        names: Models wanted beside ``'float'``.
+
+    Returns:
+        Models by name, and the composed config.
+    """
     cfg = copy.deepcopy(cfg)
     plain: Any = build_detector(cfg, settings.checkpoint)
     # They change the size of images from step to step, and the student's do not.
@@ -449,6 +470,8 @@ def _training_models(cfg: Config, settings: Settings) -> tuple[dict[str, nn.Modu
             ('quantized', dict(detection_weight=1.0, losses=[])),
             ('distilled', cfg.model.distillation),
         ):
+            if name not in names:
+                continue
             changed = dict(cfg.model, distillation=distillation)
             if name == 'quantized':
                 # Its labels would no longer fit.
