@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jobs import ROOT, Job, keep_results, lock, run, tool, write
+from jobs import ROOT, Job, keep_results, lock, run, tool, write_gallery
 
 CONFIGS = Path('configs/bccd')
 WORK = Path('work_dirs/bccd')
@@ -102,7 +102,7 @@ def keep(job: Job, out: Path) -> str:
     """
     gallery = job.work_dir / 'calibration_set' / 'gallery.png'
     if job.name.endswith(f'_set_seed{GALLERY_SEED}') and gallery.is_file():
-        write(gallery.read_bytes(), out / 'docs' / 'images' / f'{job.name}.png')
+        write_gallery(gallery, out / 'docs' / 'images' / f'{job.name}.jpg')
     if job.result.name != 'results.json':
         return ''
     return keep_results(job, out / 'benchmarks' / 'results' / 'bccd' / f'{job.name}.json')

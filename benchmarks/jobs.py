@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.1
 LOG_LINES = 8
@@ -175,6 +177,13 @@ def write(content: bytes, path: Path) -> None:
     """Write a file, and the folders that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+def write_gallery(source: Path, path: Path) -> None:
+    """Write a gallery as a JPEG: a tenth of the size of a PNG, since synthetic images are noisy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(source) as gallery:
+        gallery.convert('RGB').save(path, quality=75, subsampling=0, optimize=True, progressive=True)
 
 
 def tell(start: float, text: str) -> None:

@@ -223,7 +223,7 @@ def render_labels(labels: Mapping[str, Any]) -> str:
 
 def _gallery(name: str) -> str:
     text = LABELS_OF[name]
-    return f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.png)'
+    return f'{text[0].upper()}{text[1:]}:\n\n![{text}, with its labels](images/yolov5-n/set_{name}_seed0.jpg)'
 
 
 def _label_numbers(statistics_of: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ROOT, Job, keep_results, lock, run, tool, write
+from jobs import ROOT, Job, keep_results, lock, run, tool, write_gallery
 from yolo_methods import BITS, METHODS, PRESETS, Images, Options, set_options, student_options
 from yolo_tables import TABLES
 
@@ -219,7 +219,7 @@ def keep(job: Job, out: Path) -> str:
         return keep_results(job, out / RESULTS / f'{job.name}.json')
     gallery = job.work_dir / 'calibration_set' / 'gallery.png'
     if job.kind == SET and job.name.endswith(f'_seed{GALLERY_SEED}') and gallery.is_file():
-        write(gallery.read_bytes(), out / 'docs' / 'images' / 'yolov5-n' / f'{job.work_dir.name}.png')
+        write_gallery(gallery, out / 'docs' / 'images' / 'yolov5-n' / f'{job.work_dir.name}.jpg')
     return ''
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from mmengine.config import Config
+from PIL import Image
 
 TOOL = 'benchmarks/bccd.py'
 
@@ -22,6 +23,7 @@ TOOL = 'benchmarks/bccd.py'
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
+from PIL import Image
 name, *arguments = sys.argv[1:]
 work_dir = Path(arguments[arguments.index('--work-dir') + 1])
 with open('began.txt', 'a') as log:
@@ -36,7 +38,7 @@ if behavior == 'hang':
     time.sleep(60)
 if name == 'generate':
     (work_dir / 'calibration_set').mkdir(parents=True)
-    (work_dir / 'calibration_set' / 'gallery.png').write_text(work_dir.name)
+    Image.new('RGB', (len(work_dir.name), 8)).save(work_dir / 'calibration_set' / 'gallery.png')
     (work_dir / 'calibration_set' / 'manifest.json').write_text('{}')
 elif work_dir.parent.name == 'bccd':
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,8 @@ def test_all_runs_once_each_after_what_it_needs_and_results_are_kept(root: Path)
     kept = {path.stem: json.loads(path.read_text()) for path in (root / 'benchmarks/results/bccd').glob('*.json')}
     assert set(kept) == {f'{d}_w8a8{s}_seed0' for d in (R50, SWIN) for s in ('', '_lsq-real', '_lsq-real-distil')}
     assert kept[f'{R50}_w8a8_lsq-real_seed0']['config'] == f'configs/bccd/comparison/{R50}_w8a8_lsq-real.py'
-    assert (root / f'docs/images/{SWIN}_set_seed0.png').read_text() == f'{SWIN}_set_seed0'
+    with Image.open(root / f'docs/images/{SWIN}_set_seed0.jpg') as gallery:
+        assert gallery.format == 'JPEG' and gallery.width == len(f'{SWIN}_set_seed0')
     assert f'{R50}_w8a8_seed0: ' in done.stdout and 'box AP float 55.0, zero_shot 54.1' in done.stdout
     # The second time nothing is left to do, and lost copies come back.
     (root / f'benchmarks/results/bccd/{R50}_w8a8_seed0.json').unlink()
