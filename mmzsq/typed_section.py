@@ -184,11 +184,11 @@ def _interval(constraints: Sequence[Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn MMEngine's config types into the dicts and lists that strict validation takes."""
+    """Turn MMEngine's config types, and tuples, into the dicts and lists that strict validation takes."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, '_fields'):
-        return type(value)(_plain(item) for item in value)
+        return [_plain(item) for item in value]
     return value
 
 
