@@ -45,7 +45,7 @@ SECTION_KEYS: dict[str, set[str]] = dict(
     train={
         *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
         *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
-        *('augmentation', 'image_size', 'channels_last', 'drop', 'relative_lr'),
+        *('augmentation', 'image_size', 'channels_last'),
     },
 )
 PART_SECTIONS = ('quantizer', 'label_sampler')
@@ -352,7 +352,6 @@ def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             bias_decay_mult=0.0,
-            relative_lr=train['relative_lr'],
             custom_keys={'_quantizer.': dict(lr_mult=multiplier, decay_mult=0.0)},
         ),
     )
@@ -396,12 +395,6 @@ def _custom_hooks(cfg: Config, section: dict[str, Any], classes: list[str] | Non
         dict(type='mmzsq.QuantizerInitHook', num_batches=section['train']['init_batches']),
         dict(type='mmzsq.FiniteLossHook'),
     ]
-    drop = section['train']['drop']
-    if drop is not None:
-        if not isinstance(drop, Mapping):
-            raise UserError(f'zsq.train.drop is None or a dict, not {drop!r}')
-        check_keys(drop, ('activations', 'weights', 'until'), 'zsq.train.drop')
-        own.append(dict(type='mmzsq.QuantizationDropHook', **drop))
     if section['train']['ema'] is not None:
         # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
         batches = section['train']['accumulate']

@@ -85,7 +85,6 @@ DEFAULT: dict[str, Any] = dict(
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4),
         step_lr=2e-3,
-        relative_lr=False,
         schedule='cosine',
         final_lr_ratio=0.0,
         bn='frozen',
@@ -98,7 +97,6 @@ DEFAULT: dict[str, Any] = dict(
         augmentation=dict(flip=0.5, mosaic=0.5, color=0.3),
         image_size=None,
         channels_last=False,
-        drop=None,
     ),
 )
 
@@ -152,7 +150,6 @@ PAPER: dict[str, Any] = dict(
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
         step_lr=None,
-        relative_lr=False,
         schedule='linear',
         final_lr_ratio=0.01,
         bn='train',
@@ -164,7 +161,6 @@ PAPER: dict[str, Any] = dict(
         augmentation=None,
         image_size=None,
         channels_last=False,
-        drop=None,
     ),
 )
 

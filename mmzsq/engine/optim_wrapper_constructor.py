@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +12,6 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from mmzsq.errors import UserError
-from mmzsq.quantization import quantized_layers
 from mmzsq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 FUSED_OPTIMIZERS = ('Adam', 'AdamW')
@@ -57,41 +54,10 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         with _without_a_line_for_each_parameter():
             super().add_params(params, module, prefix, is_dcn_module)
-        if self.paramwise_cfg.get('relative_lr'):
-            if self.base_lr is None:
-                raise UserError('zsq.train.relative_lr is relative to zsq.train.optimizer.lr: set it')
-            base_lr = float(self.base_lr)
-            rates = relative_rates(module)
-            for group in params:
-                group['lr'] = group.get('lr', base_lr) * rates.get(id(group['params'][0]), 1.0)
         params[:] = join_groups(params)
         for group in params:
             settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params') or 'as configured'
             print_log(f'optimizer: {len(group["params"])} parameters with {settings}', logger='current')
-
-
-def relative_rates(model: nn.Module) -> dict[int, float]:
-    """Factors of the learning rate, in proportion to the root mean square of each quantized layer's weight.
-
-    Powers of two, so that few groups of parameters are left; before rounding, their geometric mean is 1.
-
-    Args:
-        model: With the weights that training starts from.
-
-    Returns:
-        Factor by the ``id`` of a parameter; where several layers read parts of one, it is that of the whole.
-    """
-    # A layer may read a part of a parameter that it does not own, as projections of attention do.
-    read = {layer.weight.untyped_storage().data_ptr() for _, layer in quantized_layers(model)}
-    sizes = {
-        id(parameter): parameter.detach().float().square().mean().sqrt().clamp(min=MIN_SIZE).item()
-        for parameter in model.parameters()
-        if parameter.untyped_storage().data_ptr() in read
-    }
-    if not sizes:
-        return {}
-    middle = sum(map(math.log2, sizes.values())) / len(sizes)
-    return {key: 2.0 ** round(math.log2(size) - middle) for key, size in sizes.items()}
 
 
 def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

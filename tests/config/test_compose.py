@@ -263,7 +263,6 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is None or a number of at least 0, not '1e-3x'"),
         (dict(train=dict(ema=True)), 'zsq.train.ema is None or a number of at least 0, not True'),
         (dict(train=dict(clip_grad=-1)), 'zsq.train.clip_grad is None or a number of at least 0, not -1'),
-        (dict(train=dict(drop=True)), 'zsq.train.drop is None or a dict, not True'),
         (dict(train=None), 'zsq.train is a dict, not None'),
         (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
     ],
@@ -484,15 +483,6 @@ def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_
     for wrong in (0, 'large', [640], [640, 480.0]):
         with pytest.raises(UserError, match=r'zsq.train.image_size is None, one number, or \(height, width\)'):
             composed(user, train=dict(image_size=wrong))
-
-
-def test_a_part_of_the_values_stays_float_in_training_if_asked_for(user: Config) -> None:
-    hook = dict(type='mmzsq.QuantizationDropHook')
-    assert hook['type'] not in types(composed(user).custom_hooks)
-    hooks = composed(user, train=dict(drop=dict(activations=0.5))).custom_hooks
-    assert dict(hook, activations=0.5) in hooks
-    with pytest.raises(UserError, match='zsq.train.drop.*activation'):
-        composed(user, train=dict(drop=dict(activation=0.5)))
 
 
 def test_a_run_needs_something_to_learn_from(user: Config) -> None:
