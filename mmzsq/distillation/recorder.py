@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.patching import patched_forwards
 
 
 def flatten_tensors(output: Any) -> list[Tensor]:
@@ -80,14 +81,10 @@ class Recorder:
             Name to tensors that the module returned, flattened, of all its calls in order.
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.modules}
-        for name, module in self.modules.items():
-            # Not a hook: MMDetection's detectors call `bbox_head.forward(...)` itself, which no hook hears.
-            module.forward = _recording(module.forward, outputs[name])
-        try:
+        # Not a forward hook: MMDetection's detectors call `bbox_head.forward(...)` directly, which runs no hook.
+        forwards = {module: _recording(module.forward, outputs[name]) for name, module in self.modules.items()}
+        with patched_forwards(forwards):
             yield outputs
-        finally:
-            for module in self.modules.values():
-                del module.forward
 
 
 def _recording(forward: Callable[..., Any], outputs: list[Tensor]) -> Callable[..., Any]:

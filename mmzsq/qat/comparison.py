@@ -7,8 +7,8 @@ two-stage detector both see the teacher's proposals, the decoders of a transform
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from mmzsq.distillation import (
 )
 from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
+from mmzsq.patching import patched
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
 from mmzsq.quantization import LSQ
 
@@ -329,11 +330,6 @@ def _shapes(outputs: Outputs) -> dict[str, list[torch.Size]]:
     return {name: [tensor.shape for tensor in tensors] for name, tensors in outputs.items()}
 
 
-@contextmanager
-def _returning(owner: nn.Module, method: str, result: Any) -> Iterator[None]:
-    """Inside the block a method of ``owner`` returns what it has returned already."""
-    setattr(owner, method, lambda *args, **kwargs: result)
-    try:
-        yield
-    finally:
-        delattr(owner, method)
+def _returning(owner: nn.Module, method: str, result: Any) -> AbstractContextManager[None]:
+    """Patch ``method`` of ``owner`` to return ``result``, which was computed before, whatever its arguments."""
+    return patched(owner, method, lambda *args, **kwargs: result)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmzsq.mmcv_ops.torchvision_ops import MissingOperatorError
 from mmzsq.models.train_eval_modes import eval_mode
+from mmzsq.patching import patched
 from mmzsq.tasks.detection_task import whole_image_samples
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -91,8 +92,5 @@ def _proposing(bboxes: Tensor, roi_head: Any) -> Iterator[None]:
             result.bboxes = bboxes
         return forward(x, first, *args, **kwargs)
 
-    roi_head.forward = with_one_proposal
-    try:
+    with patched(roi_head, 'forward', with_one_proposal):
         yield
-    finally:
-        del roi_head.forward

@@ -15,6 +15,8 @@ from typing import Any
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from torch import Tensor, nn
 
+from mmzsq.patching import patched_forwards
+
 Regions = dict[str, list[Tensor]]
 """RoIs, image index and xyxy pixels, (R, 5), of every call of each extractor, by the extractor's name."""
 
@@ -72,11 +74,7 @@ def _extractors(roi_head: nn.Module) -> Iterator[tuple[str, BaseRoIExtractor]]:
 def _replaced(
     roi_head: nn.Module, replacement: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    extractors = list(_extractors(roi_head))
-    for name, extractor in extractors:
-        extractor.forward = replacement(name, extractor.forward)
-    try:
+    with patched_forwards(
+        {extractor: replacement(name, extractor.forward) for name, extractor in _extractors(roi_head)}
+    ):
         yield
-    finally:
-        for _, extractor in extractors:
-            del extractor.forward

@@ -75,6 +75,20 @@ def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
     assert len(outputs['bbox_head']) == 2
 
 
+def test_nested_recorders_of_one_module_both_record_every_call() -> None:
+    detector = Detector().eval()
+    head, images = detector.bbox_head, torch.rand(1, 4, 2, 2)
+    outer, inner = Recorder(detector, ['bbox_head']), Recorder(detector, ['bbox_head', 'backbone.0'])
+    with outer.recording() as of_outer:
+        head(images)
+        with inner.recording() as of_inner:
+            head(2 * images)
+        head(3 * images)
+    assert [output.equal(head(scale * images)) for scale, output in enumerate(of_outer['bbox_head'], 1)] == [True] * 3
+    assert [output.equal(head(2 * images)) for output in of_inner['bbox_head']] == [True]
+    assert 'forward' not in vars(head)
+
+
 def test_modules_are_matched_by_pattern_expression_and_type() -> None:
     detector = Detector()
     assert match_modules(detector, ['backbone.*']) == ['backbone.0', 'backbone.1', 'backbone.2']

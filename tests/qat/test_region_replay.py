@@ -149,5 +149,8 @@ def test_extractors_are_as_before_afterwards(pair: Any) -> None:
     }
     with replaying_regions(roi_head, regions):
         replayed = roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 5, 5, 60, 60]]))
+    with recording_regions(roi_head) as outer, recording_regions(roi_head) as inner:
+        roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 0, 0, 9, 9]]))
+    assert len(outer['bbox_roi_extractor.1']) == len(inner['bbox_roi_extractor.1']) == 1
     assert torch.equal(replayed, roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 0, 0, 9, 9]])))
     assert all('forward' not in vars(extractor) for extractor in roi_head.bbox_roi_extractor)
