@@ -11,7 +11,6 @@ from mmengine.dist import all_reduce
 from torch import Tensor
 
 from mmzsq.qat.sensitivity import measure_sensitivity
-from mmzsq.quantization import QuantizationConfig
 from mmzsq.quantization.allocation import Budget, totals
 from mmzsq.quantization.config import Bits
 
@@ -26,7 +25,7 @@ def allocate_bits(runner: Any) -> None:
         UserError: If no layer is free to get bits, or the budget cannot be kept.
     """
     detector = runner.detector
-    config = QuantizationConfig.from_dict(detector.quantizer_cfg)
+    config = detector.quantization_config
     if config.allocate is None:
         return
     budget = Budget.from_config(detector.report, config)

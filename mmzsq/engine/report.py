@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mmdet
 import mmengine
@@ -18,17 +17,16 @@ import torch
 import torchvision
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import load_from_local
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
+from mmzsq.qat import ZeroShotDetector
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
-
-if TYPE_CHECKING:
-    from mmzsq.engine.runner import ZeroShotRunner
 
 ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialized on the synthetic set', zero_shot='zero-shot QAT')
 ROWS_OF_REAL_IMAGES = dict(ROWS, ptq='PTQ, initialized on real images', zero_shot='QAT on real images')
@@ -37,17 +35,17 @@ RESULTS_FILE = 'results.json'
 SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
 
 
-def report_results(runner: ZeroShotRunner) -> None:
+def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, seconds: Mapping[str, float]) -> None:
     """Evaluate, print one table and write ``results.json`` into the work_dir.
 
     Without the user's data, or where it is not on this machine, accuracy is left out and the message says so.
     """
-    metrics, seconds = _evaluate_rows(runner)
-    report = runner.detector.report
+    metrics, evaluation_seconds = _evaluate_rows(runner, detector)
+    report = detector.report
     section = runner.cfg.zsq
     results = dict(
         config=runner.cfg.filename,
-        teacher=runner.detector.teacher_checkpoint,
+        teacher=detector.teacher_checkpoint,
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,
@@ -57,8 +55,8 @@ def report_results(runner: ZeroShotRunner) -> None:
         bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
         calibration_set=_read_set(runner),
         settings={key: section[key].to_dict() for key in SETTINGS},
-        train=dict(iterations=runner.max_iters, **_train_time(runner)),
-        seconds={**runner.seconds, **seconds},
+        train=dict(iterations=runner.max_iters, **_train_time(runner, first_iter, seconds['train'])),
+        seconds={**seconds, **evaluation_seconds},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
         versions=dict(
             mmzsq=__version__,
@@ -72,31 +70,31 @@ def report_results(runner: ZeroShotRunner) -> None:
     if not is_main_process():
         return
     path = Path(runner.work_dir) / RESULTS_FILE
-    path.write_text(json.dumps(results, indent=2) + '\n')
+    write_atomically(path, to_json(results, indent=2))
     runner.logger.info(f'results in {path}\n{format_table(results)}')
 
 
-def _evaluation_images(runner: ZeroShotRunner) -> int:
+def _evaluation_images(runner: Runner) -> int:
     # Not the property, which would build the loop that could not be built.
     loop = runner._val_loop
     return len(loop.dataloader.dataset) if isinstance(loop, BaseLoop) else 0
 
 
-def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
+def _last_checkpoint(runner: Runner) -> str | None:
     """Name of the checkpoint that the accuracy is of: the last one, chosen by nothing."""
     path = find_latest_checkpoint(runner.work_dir)
     return None if path is None else Path(path).name
 
 
-def _train_time(runner: ZeroShotRunner) -> dict[str, float]:
+def _train_time(runner: Runner, first_iter: int, seconds: float) -> dict[str, float]:
     """Images seen in all, the iteration that this process started at, and its time for each image it saw."""
     batch_size = runner.cfg.train_dataloader.batch_size * runner.world_size
-    own = (runner.max_iters - runner.first_iter) * batch_size
-    time_per_image = dict(ms_per_image=round(1000 * runner.seconds['train'] / own, 3)) if own else {}
-    return dict(images=runner.max_iters * batch_size, first_iteration=runner.first_iter, **time_per_image)
+    own = (runner.max_iters - first_iter) * batch_size
+    time_per_image = dict(ms_per_image=round(1000 * seconds / own, 3)) if own else {}
+    return dict(images=runner.max_iters * batch_size, first_iteration=first_iter, **time_per_image)
 
 
-def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
+def _read_set(runner: Runner) -> dict[str, Any]:
     if runner.cfg.zsq.calibration_set.real is not None:
         return dict(statistics=dict(images=len(runner.train_dataloader.dataset), real=True), stages={})
     calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
@@ -120,14 +118,14 @@ def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
     return dict(statistics=calibration_set.statistics(), stages=stages)
 
 
-def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def _evaluate_rows(runner: Runner, detector: ZeroShotDetector) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     if runner._val_loop is None:
         runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
         return {}, {}
     try:
         with _raise_on_all_ranks():
             runner._val_loop = runner.build_val_loop(runner._val_loop)
-        return _evaluate_each(runner)
+        return _evaluate_each(runner, detector)
     except OSError as error:
         runner.logger.warning(
             f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
@@ -136,10 +134,9 @@ def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
         return {}, {}
 
 
-def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def _evaluate_each(runner: Runner, detector: ZeroShotDetector) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     metrics: dict[str, dict[str, float]] = {}
     seconds = {}
-    detector = runner.detector
     start = time.perf_counter()
     with detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
@@ -169,7 +166,7 @@ def _weights_of(detector: torch.nn.Module, path: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(runner: ZeroShotRunner) -> dict[str, float]:
+def evaluate(runner: Runner) -> dict[str, float]:
     """Run the validation data through the model as it is now; no hook runs."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.eval()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmzsq.errors import UserError
 from mmzsq.qat.zero_shot_detector import ZeroShotDetector
-from mmzsq.quantization import QuantizationConfig, quantized_layers, set_quantization
+from mmzsq.quantization import quantized_layers, set_quantization
 from mmzsq.quantization.config import Bits
 from mmzsq.quantization.prepare import set_bits
 
@@ -84,12 +84,11 @@ def _with_bits(
     detector.augmentation = None
     detector.eval()
     modules = dict(quantized_layers(detector.student))
-    config = QuantizationConfig.from_dict(detector.quantizer_cfg)
     for name in layers:
         layer = modules[name]
         # An input that keeps its bits decides with them on its factors.
         a_bits = bits if inputs else layer.input_quantizer.bits
-        set_bits(layer, config, Bits(bits, a_bits))
+        set_bits(layer, detector.quantization_config, Bits(bits, a_bits))
     detector.initialize_quantizers(init_batches)
     set_quantization(detector.student, False)
     return detector

@@ -96,7 +96,8 @@ class ZeroShotDetector(BaseModel):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         student.to(memory_format=self.memory_format)
         size = probe_size(student)
-        self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student, size))
+        self._set_quantizer_cfg(quantizer)
+        self.report = prepare(student, self.quantization_config, run=lambda: probe(student, size))
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
         speed_up_assigners(student)
@@ -117,7 +118,6 @@ class ZeroShotDetector(BaseModel):
         self.register_buffer('_white', white, persistent=False)
         self.taps = self._find_taps()
         self.detector_cfg = detector
-        self.quantizer_cfg = quantizer
         self._teacher = _Teacher()
         self._predictor = 'student'
         self._comparison: Comparison | None = None
@@ -164,8 +164,9 @@ class ZeroShotDetector(BaseModel):
             bits: By the name of a quantized layer.
         """
         own = as_settings(overrides_of(self.report, bits))
-        self.quantizer_cfg = dict(self.quantizer_cfg, overrides={**self.quantizer_cfg.get('overrides', {}), **own})
-        assign_bits(self.report, QuantizationConfig.from_dict(self.quantizer_cfg), bits)
+        overrides = {**self.quantizer_cfg.get('overrides', {}), **own}
+        self._set_quantizer_cfg(dict(self.quantizer_cfg, overrides=overrides))
+        assign_bits(self.report, self.quantization_config, bits)
 
     def load_bits_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Where bits were allocated (``zsq.quantizer.allocate``), take those of the layers of a checkpoint.
@@ -173,10 +174,12 @@ class ZeroShotDetector(BaseModel):
         Args:
             checkpoint: What its file holds.
         """
-        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
-        if self.quantizer_cfg.get('allocate') is None or trained is None:
+        if self.quantization_config.allocate is None:
             return
-        overrides = QuantizationConfig.from_dict(trained).overrides
+        trained = trained_quantization(checkpoint)
+        if trained is None:
+            return
+        overrides = trained.overrides
         layers = [layer.name for layer in self.report.layers if layer.quantized and layer.weights]
         found = {name: overrides.get(name) for name in layers}
         self.assign_bits({name: bits for name, bits in found.items() if bits is not None})
@@ -197,7 +200,7 @@ class ZeroShotDetector(BaseModel):
 
         training = self.training
         self.eval()
-        if self.quantizer_cfg.get('equalize'):
+        if self.quantization_config.equalize:
             equalize(self.student, run)
         with calibrating(self.student):
             run()
@@ -224,6 +227,10 @@ class ZeroShotDetector(BaseModel):
             quantizer.train(mode)
         self._unfreeze()
         return self
+
+    def _set_quantizer_cfg(self, cfg: dict[str, Any]) -> None:
+        self.quantizer_cfg = cfg
+        self.quantization_config = QuantizationConfig.from_dict(cfg)
 
     def _unfreeze(self) -> None:
         for _, layer in quantized_layers(self.student):
@@ -318,6 +325,22 @@ class ZeroShotDetector(BaseModel):
         for index, loss in enumerate(self.distillation_losses):
             losses[f'loss_{index}_{type(loss).__name__}'] = loss(outputs_S, outputs_T, self.student)
         return losses
+
+
+def trained_quantization(checkpoint: Mapping[str, Any]) -> QuantizationConfig | None:
+    """Read the ``zsq.quantizer`` section that a checkpoint was trained with.
+
+    Args:
+        checkpoint: Content of its file.
+
+    Returns:
+        The parsed section, or None if no run of this package wrote the checkpoint.
+
+    Raises:
+        UserError: If the section is not valid.
+    """
+    trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+    return None if trained is None else QuantizationConfig.from_dict(trained)
 
 
 def _enumerate(names: Sequence[str]) -> str:

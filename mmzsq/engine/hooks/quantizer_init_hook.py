@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -15,8 +16,11 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, quantizers
+from mmzsq.qat.zero_shot_detector import trained_quantization
+from mmzsq.quantization import quantizers
+from mmzsq.quantization.config import QuantizationConfig
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
@@ -59,8 +63,11 @@ class QuantizerInitHook(Hook):
         checkpoint = dict(state_dict=runner.detector.state_dict())
         # Its bits may be other than the config's.
         self.before_save_checkpoint(runner, checkpoint)
-        torch.save(checkpoint, folder / PTQ_FILE)
-        (folder / REPORT_FILE).write_text(json.dumps(runner.detector.report.to_dict(), indent=2) + '\n')
+        delete_unfinished(folder, {PTQ_FILE, REPORT_FILE})
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(folder / PTQ_FILE, content.getvalue())
+        write_atomically(folder / REPORT_FILE, to_json(runner.detector.report.to_dict(), indent=2))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down what a resumed run and a reader of the file need to know."""
@@ -76,16 +83,16 @@ class QuantizerInitHook(Hook):
         Raises:
             UserError: Names the settings that differ, or a layer.
         """
-        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+        trained = trained_quantization(checkpoint)
         if trained is not None:
             self._check_settings(runner, checkpoint, trained)
         _check_factors(runner.detector, checkpoint.get('state_dict', {}))
 
-    def _check_settings(self, runner: Runner, checkpoint: dict, trained: dict) -> None:
+    def _check_settings(self, runner: Runner, checkpoint: dict, trained: QuantizationConfig) -> None:
         # In training an optimizer holds the steps, and the bits are those of the checkpoint already.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             runner.detector.load_bits_from(checkpoint)
-        before, now = (QuantizationConfig.from_dict(cfg).integers() for cfg in (trained, runner.detector.quantizer_cfg))
+        before, now = trained.integers(), runner.detector.quantization_config.integers()
         differing = [
             f'{key} {shorten(repr(before[key]), SHOWN)}, not {shorten(repr(now[key]), SHOWN)}'
             for key in before
