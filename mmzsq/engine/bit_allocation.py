@@ -32,7 +32,7 @@ def allocate_bits(runner: Any) -> None:
     budget.check()
     before = totals(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
-    bits, _ = bits_within(runner, budget, config.allocate.batches)
+    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches)
     detector.assign_bits(bits)
     after = totals(detector.report, {})
     runner.logger.info(
@@ -41,7 +41,7 @@ def allocate_bits(runner: Any) -> None:
     )
 
 
-def bits_within(
+def allocate_within_budget(
     runner: Any, budget: Budget, batches: int, layer_done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Bits], Tensor]:
     """Measure layers on the set of a run, by all of its processes, and choose their bits.

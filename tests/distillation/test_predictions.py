@@ -43,7 +43,7 @@ def test_all_else_is_compared_by_its_maps_and_the_log_says_why(tiny_cfg: Callabl
     assert isinstance(loss, PredictionKLLoss)
     assert (loss.loss_weight, loss.tau) == (pytest.approx(0.3), 4.0)
     assert loss.taps(detector) == ['bbox_head']
-    assert 'RetinaNet is no TwoStageDetector' in log[0] and 'PredictionKLLoss' in log[0]
+    assert 'RetinaNet is not a TwoStageDetector' in log[0] and 'PredictionKLLoss' in log[0]
 
 
 def test_a_loss_that_is_named_stays(tiny_cfg: Callable[[str], Any]) -> None:

@@ -11,7 +11,9 @@ import torch
 from mmdet.registry import MODELS
 
 from mmzsq.distillation import RegionPredictionLoss, TwoStagePredictionLoss
-from mmzsq.distillation.regions import region_heads, regions_unsupported_reason, relative_error
+from mmzsq.distillation.divergence import relative_errors
+from mmzsq.distillation.features import mean_squared_error
+from mmzsq.distillation.regions import region_heads, regions_unsupported_reason
 from mmzsq.distillation.two_stage import box_head_terms, two_stage_unsupported_reason
 from mmzsq.errors import UserError
 
@@ -62,11 +64,10 @@ def test_a_box_head_without_boxes_is_compared_by_its_classes() -> None:
     assert boxes == 0
 
 
-def test_the_error_of_nothing_is_that_of_the_scale() -> None:
+def test_relative_error_of_zeros_is_one() -> None:
     teacher = torch.tensor([3.0, -4.0])
-    assert relative_error(torch.zeros(2), teacher) == 1
-    assert relative_error(2 * teacher, teacher) == 1
-    assert relative_error(teacher, teacher) == 0
+    errors = [mean_squared_error(student, teacher) for student in (torch.zeros(2), 2 * teacher, teacher)]
+    assert relative_errors(errors, [teacher] * 3).tolist() == [1, 1, 0]
 
 
 def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str], Any]) -> None:
@@ -74,7 +75,7 @@ def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str
     detector = MODELS.build(tiny_cfg('mask-rcnn_r18'))
     assert two_stage_unsupported_reason(detector) is None
     detector.roi_head.mask_iou_head = torch.nn.Linear(2, 2)
-    assert two_stage_unsupported_reason(detector) == 'its roi_head has a mask_iou_head too'
+    assert two_stage_unsupported_reason(detector) == 'its roi_head also has a mask_iou_head'
     with pytest.raises(UserError, match='mask_iou_head'):
         TwoStagePredictionLoss().taps(detector)
     assert 'roi_head.mask_iou_head' in RegionPredictionLoss().taps(detector)
@@ -82,6 +83,6 @@ def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str
 
 def test_a_detector_of_one_stage_is_refused_with_what_to_use(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
-    assert regions_unsupported_reason(detector) == 'RetinaNet is no TwoStageDetector'
+    assert regions_unsupported_reason(detector) == 'RetinaNet is not a TwoStageDetector'
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
         RegionPredictionLoss().taps(detector)

@@ -72,7 +72,7 @@ from mmengine.optim import OptimWrapper
 from mmzsq import cli
 from mmzsq.qat import captured_step
 from mmzsq.qat.captured_step import CapturedStep
-from mmzsq.distillation.losses import soft_object_count
+from mmzsq.distillation.divergence import soft_object_count
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients
 from mmzsq.quantization import quantizers

@@ -197,13 +197,13 @@ def test_padded_targets_are_the_labels(make: Make, monkeypatch: pytest.MonkeyPat
     data = labeled([(1, 3), (0, 2 * PAD_MULTIPLE + 1), (2, 1)])
     model, stock = make('yolov5', PAPER), make('yolov5', PAPER)
     logs = train(model, data)
-    assert model._room.targets == 3 * PAD_MULTIPLE
+    assert model._target_capacity.targets == 3 * PAD_MULTIPLE
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
     for padded, own in zip(logs, train(stock, data), strict=True):
         assert padded == pytest.approx(own, rel=1e-5) and padded['loss_detection'] > 0
 
 
-def test_once_there_is_a_graph_room_stays() -> None:
+def test_padded_length_stays_once_there_is_a_graph() -> None:
     room = TargetCapacity()
     assert [
         room.pad([labels(count)], fixed).labels.shape[1] for count, fixed in ((3, False), (33, True), (3, True))

@@ -15,8 +15,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.distillation import PredictionLoss, RegionPredictionLoss
-from mmzsq.qat import comparison as module
-from mmzsq.qat.comparison import RegionComparison, build_comparison
+from mmzsq.qat import paired_forward as module
+from mmzsq.qat.paired_forward import RegionPairedForward, build_paired_forward
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
 from mmzsq.synthesis.label_samplers import ellipse_masks
 from mmzsq.tasks.detection_task import data_samples, leave_semantics_out, sum_losses
@@ -34,8 +34,8 @@ def batch() -> tuple[Tensor, list[Any]]:
 @pytest.fixture
 def pair(tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[nn.Module, Any]]:
     """A student whose weights are near the teacher's, and the teacher, by name; on few regions."""
-    monkeypatch.setattr(module, 'BOX_ROIS', 12)
-    monkeypatch.setattr(module, 'REGIONS_WITH_MASKS', 6)
+    monkeypatch.setattr(module, 'MAX_BOX_ROIS', 12)
+    monkeypatch.setattr(module, 'MAX_REGIONS_WITH_MASKS', 6)
 
     def pair(name: str) -> tuple[nn.Module, Any]:
         cfg = tiny_cfg(name)
@@ -55,8 +55,8 @@ def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> N
     student, teacher = pair('cascade-rcnn_r18')
     inputs, samples = batch()
     heads = [f'roi_head.bbox_head.{stage}' for stage in range(3)]
-    compare = build_comparison(student, teacher, heads)
-    assert type(compare) is RegionComparison
+    compare = build_paired_forward(student, teacher, heads)
+    assert type(compare) is RegionPairedForward
     compared = compare(inputs, samples, with_losses=False)
     with torch.no_grad():
         features = {'S': student.extract_feat(inputs), 'T': teacher.extract_feat(inputs)}
@@ -84,7 +84,7 @@ def test_an_exact_student_has_no_loss_and_another_one_learns_in_every_head(pair:
     student, teacher = pair(name)
     loss = PredictionLoss().resolve(student)
     assert type(loss) is RegionPredictionLoss
-    compare = build_comparison(student, teacher, loss.taps(student))
+    compare = build_paired_forward(student, teacher, loss.taps(student))
     inputs, samples = batch()
 
     def total() -> Tensor:
@@ -109,7 +109,7 @@ def test_heads_act_as_in_use_and_go_back_to_training(pair: Any) -> None:
     student.train()
     seen = []
     student.roi_head.bbox_head[0].fc_cls.register_forward_pre_hook(lambda layer, _: seen.append(layer.training))
-    build_comparison(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
+    build_paired_forward(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
     assert seen == [False]
     assert student.roi_head.bbox_head[0].fc_cls.training
 
@@ -119,7 +119,7 @@ def test_an_image_without_proposals_is_one_region_itself(pair: Any) -> None:
     teacher.rpn_head.test_cfg.min_bbox_size = 10**6
     seen: list[Tensor] = []
     student.roi_head.bbox_roi_extractor[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    build_comparison(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
+    build_paired_forward(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
     assert seen[0].tolist() == [[0, 0, 0, 96, 64], [1, 0, 0, 96, 64]]
 
 
@@ -131,7 +131,7 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any)
     calls: list[str] = []
     student.backbone.register_forward_hook(lambda *_: calls.append('backbone'))
     torch.manual_seed(1)
-    compared = build_comparison(student, teacher, ['rpn_head'])(inputs, samples, with_losses=True)
+    compared = build_paired_forward(student, teacher, ['rpn_head'])(inputs, samples, with_losses=True)
     assert calls == ['backbone']
     assert compared.losses['loss_semantic_seg'] == 0
     torch.manual_seed(1)

@@ -189,5 +189,5 @@ def test_a_loss_that_is_not_finite_names_layer_and_bits(
         return (total * float('inf') if quantized.enabled and quantized.bits == 2 else total), log
 
     monkeypatch.setattr(ZeroShotDetector, 'parse_losses', overflow)
-    with pytest.raises(UserError, match=f'with 2 bits in {LAYERS[0]} alone: leave 2 out'):
+    with pytest.raises(UserError, match=f'with 2 bits in {LAYERS[0]} alone: remove 2 from'):
         measure_sensitivity(model, LAYERS[:1], (8, 2), batches, batches[:1])

@@ -245,7 +245,7 @@ def test_batchnorm_is_frozen_or_trains_as_told(make: Make) -> None:
         assert {m.training for m in model.student.modules() if isinstance(m, nn.BatchNorm2d)} == {moves}
         # Frozen are the statistics, not the affine parameters.
         assert any('bn.weight' in name for name in changed(before, model))
-    with pytest.raises(UserError, match="'frozen' or 'train', not 'frosen'"):
+    with pytest.raises(UserError, match="'frozen' or 'train', but is 'frosen'"):
         make(bn='frosen')
 
 
@@ -406,12 +406,12 @@ def test_what_was_picked_is_in_the_log(make_tiny: Make, monkeypatch: pytest.Monk
     monkeypatch.setattr(zero_shot_detector, 'print_log', lambda line, logger: lines.append(line))
     make_tiny('mask-rcnn_swin')
     assert lines[0].startswith('distillation: TwoStagePredictionLoss(')
-    assert lines[0].endswith('of rpn_head, roi_head.bbox_head, roi_head.mask_head')
-    assert lines[1].endswith('of 6 modules from backbone.stages.0.blocks.0 to neck')
+    assert lines[0].endswith('on rpn_head, roi_head.bbox_head, roi_head.mask_head')
+    assert lines[1].endswith('on 6 modules from backbone.stages.0.blocks.0 to neck')
 
 
 def test_a_loss_that_does_not_fit_is_refused_when_built(tiny_cfg: Callable[[str], Any]) -> None:
-    for loss, message in (('DensePredictionLoss', 'dense_predictions'), ('TwoStagePredictionLoss', 'does not fit')):
+    for loss, message in (('DensePredictionLoss', 'dense_predictions'), ('TwoStagePredictionLoss', 'does not support')):
         with pytest.raises(UserError, match=message):
             ZeroShotDetector(
                 tiny_cfg('retinanet_r18'), QUANTIZER, dict(detection_weight=0.0, losses=[dict(type=f'mmzsq.{loss}')])
