@@ -36,6 +36,10 @@ def binary_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
     Args:
         logits: Logits of the student, any shape.
         target_logits: Logits of the teacher, the same shape.
+
+    Example:
+        >>> binary_kl(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
+        tensor([0.0000, 0.1201])
     """
     target = target_logits.sigmoid()
     return F.binary_cross_entropy_with_logits(logits, target, reduction='none') - (
@@ -66,6 +70,10 @@ def relative_errors(errors: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
 
     Returns:
         Shape (K,).
+
+    Example:
+        >>> relative_errors([torch.tensor(1.0)], [torch.tensor([2.0, 2.0])])
+        tensor([0.2500])
     """
     squares = reduce_mean(torch.stack([t.float().square().mean() for t in teacher]))
     return torch.stack(list(errors)) / squares.clamp(min=1e-12)

@@ -68,6 +68,11 @@ def most_confident_indices(scores: Tensor, counts: Sequence[int], limit: int) ->
 
     Returns:
         Indices into ``scores``, int64; images in order, highest score first.
+
+    Example:
+        >>> scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.8])
+        >>> most_confident_indices(scores, counts=[3, 2], limit=2)
+        tensor([1, 2, 4, 3])
     """
     starts = [sum(counts[:image]) for image in range(len(counts))]
     parts = zip(starts, scores.split(list(counts)), strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of dense heads against torch.distributions, a hand-worked location and what must vanish."""
+"""The loss of dense heads against torch.distributions and values computed by hand."""
 
 from types import SimpleNamespace
 
@@ -70,6 +70,6 @@ def test_dense_loss_and_its_gradient_are_finite_and_zero_where_student_is_teache
     assert torch.isfinite(student.grad).all() and float(student.grad[:, 4:].abs().max()) < 1e-6
 
 
-def test_a_head_that_cannot_decode_is_named_with_what_to_use_instead() -> None:
+def test_error_for_a_head_without_dense_predictions_names_an_alternative() -> None:
     with pytest.raises(UserError, match='PredictionKLLoss'):
         DensePredictionLoss().taps(nn.Conv2d(1, 1, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of raw predictions against torch.distributions, and the recorder of what losses read."""
+"""The KL loss of raw predictions against torch.distributions, and the recorder of outputs."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_heads_are_those_of_maps_and_of_masks_where_there_are_no_others() -> Non
     assert PredictionKLLoss().taps(detector) == ['bbox_head', 'bbox_head.cls_branches.6', 'bbox_head.reg_branches.6']
 
 
-def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
+def test_recorder_records_calls_and_direct_forwards_and_restores_them() -> None:
     detector = Detector().eval()
     recorder = Recorder(detector, ['backbone.1', 'bbox_head'])
     images = torch.rand(1, 3, 4, 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of a second stage are compared by what their outputs mean, or by their error where nothing is known of it."""
+"""Heads of a second stage are compared as classes and boxes if they are, and by relative error otherwise."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_relative_error_of_zeros_is_one() -> None:
     assert relative_errors(errors, [teacher] * 3).tolist() == [1, 1, 0]
 
 
-def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str], Any]) -> None:
+def test_an_extra_roi_head_is_compared(tiny_cfg: Callable[[str], Any]) -> None:
     """Mask Scoring and PointRend add one to a standard RoI head."""
     detector = MODELS.build(tiny_cfg('mask-rcnn_r18'))
     assert two_stage_unsupported_reason(detector) is None
@@ -81,7 +81,7 @@ def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str
     assert 'roi_head.mask_iou_head' in RegionPredictionLoss().taps(detector)
 
 
-def test_a_detector_of_one_stage_is_refused_with_what_to_use(tiny_cfg: Callable[[str], Any]) -> None:
+def test_error_for_a_one_stage_detector_names_an_alternative(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
     assert regions_unsupported_reason(detector) == 'RetinaNet is not a TwoStageDetector'
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):

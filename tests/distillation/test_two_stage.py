@@ -83,7 +83,7 @@ def test_the_mask_term_is_that_of_the_teachers_category_weighted_by_its_score(cl
     assert float(mask_term(student, teacher, found)) == pytest.approx(expected / float(found.scores.sum()), rel=1e-4)
 
 
-def test_no_rois_are_no_loss() -> None:
+def test_the_loss_without_rois_is_zero() -> None:
     boxes = [torch.zeros(0, CLASSES + 1, requires_grad=True), torch.zeros(0, 12, requires_grad=True)]
     masks = torch.zeros(0, CLASSES, 4, 4, requires_grad=True)
     loss = sum(box_head_terms(boxes, boxes, BOX_CODER)) + mask_term(masks, masks, foreground(boxes[0]))
@@ -110,7 +110,7 @@ def test_overlap_in_the_frame_of_an_anchor_is_that_in_the_image() -> None:
     torch.testing.assert_close(complete_iou(*in_frame), complete_iou(*in_image), rtol=1e-4, atol=1e-5)
 
 
-def test_maps_of_the_proposal_network_are_read_as_mmdetection_does(tiny_cfg: Callable[[str], Any]) -> None:
+def test_maps_of_the_proposal_network_are_decoded_as_in_mmdetection(tiny_cfg: Callable[[str], Any]) -> None:
     """Its own proposals, unsuppressed, are the most objective of the anchors and decode to the same boxes."""
     detector = MODELS.build(tiny_cfg('faster-rcnn_r18')).eval()
     rpn = detector.rpn_head
@@ -179,7 +179,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_cfg: Callable[[str], Any
         ('faster-rcnn_r18', {'rpn_head.loss_cls.use_sigmoid': False}, 'sigmoid scores'),
     ],
 )
-def test_a_detector_of_other_heads_is_refused_with_the_reason(
+def test_error_for_unsupported_heads_gives_the_reason(
     tiny_cfg: Callable[[str], Any], name: str, change: dict[str, Any], reason: str
 ) -> None:
     cfg = Config(dict(model=tiny_cfg(name)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joined parameter groups against MMEngine's one group a parameter: fewer of them, and the same steps."""
+"""Merged parameter groups take the same steps as MMEngine's, with fewer groups."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model() -> nn.Module:
     return network
 
 
-def test_groups_are_joined_and_steps_stay_the_same(model: nn.Module) -> None:
+def test_merged_groups_take_the_same_steps(model: nn.Module) -> None:
     other = copy.deepcopy(model)
     joined = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor')
     stock = wrap(other, 'DefaultOptimWrapperConstructor')
@@ -79,7 +79,7 @@ def test_the_log_names_groups_not_parameters(model: nn.Module) -> None:
     assert after == 'paramwise_options of others'
 
 
-def test_a_parameter_that_comes_twice_is_learnt_once() -> None:
+def test_a_parameter_in_two_groups_stays_in_the_first() -> None:
     shared, single = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups: list[dict[str, Any]] = [
         dict(params=[shared], lr=1.0), dict(params=[single], lr=2.0), dict(params=[shared], lr=2.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization on real images, for comparison: the whole run on a tiny Mask R-CNN, and that it says what it is."""
+"""Quantization on real images, as a comparison: a whole run of a tiny Mask R-CNN, whose report says so."""
 
 from __future__ import annotations
 

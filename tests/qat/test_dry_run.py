@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run shows every layer of a detector, whatever its weights propose."""
+"""The dry run executes every layer of a detector, independently of its weights."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class ManyQueries(nn.Module):
         return self.norm(self.embed(inputs)).flatten(1).topk(self.queries, dim=1).values
 
 
-def test_the_image_is_as_large_as_the_detector_needs() -> None:
+def test_the_image_is_large_enough_for_the_queries() -> None:
     assert dry_run_size(ManyQueries(queries=100)) == 64
     detector = ManyQueries(queries=900).train()
     assert dry_run_size(detector) == 128

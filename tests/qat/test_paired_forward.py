@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How teacher and student are run: on the same regions, those of the teacher, and the student no more than once."""
+"""Paired forward passes: both detectors see the teacher's regions, and the student's trunk runs once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def few_rois(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures('few_rois')
-def test_both_answer_to_the_teachers_best_proposals(cfg: Any) -> None:
+def test_both_detectors_see_the_teachers_best_proposals(cfg: Any) -> None:
     """Worked out apart: MMDetection's proposals of the teacher, cut, through the RoI head of each."""
     student, teacher = pair(cfg)
     inputs, samples = batch()
@@ -93,7 +93,7 @@ def test_both_answer_to_the_teachers_best_proposals(cfg: Any) -> None:
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin', 'faster-rcnn_r18'])
-def test_an_exact_student_has_no_loss_and_another_one_learns_everywhere(
+def test_an_exact_student_has_zero_loss_and_others_get_gradients_everywhere(
     tiny_cfg: Callable[[str], Any], name: str
 ) -> None:
     student, teacher = pair(tiny_cfg(name))
@@ -120,7 +120,7 @@ def test_an_exact_student_has_no_loss_and_another_one_learns_everywhere(
 
 
 @pytest.mark.parametrize('taps', [HEADS, ['rpn_head']], ids=['regions', 'proposals alone'])
-def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(cfg: Any, taps: list[str]) -> None:
+def test_the_students_own_loss_matches_and_runs_the_trunk_once(cfg: Any, taps: list[str]) -> None:
     student, teacher = pair(cfg)
     inputs, samples = batch()
     calls: list[str] = []
@@ -140,7 +140,7 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(cfg: Any, 
     assert student.backbone.conv1.weight.grad.abs().sum() > 0
 
 
-def test_regions_are_not_run_where_nobody_looks(cfg: Any) -> None:
+def test_roi_heads_do_not_run_if_no_loss_reads_them(cfg: Any) -> None:
     student, teacher = pair(cfg)
     kl = PredictionKLLoss(tau=1.0, join_maps=True, heads=['rpn_head'])
     assert kl.taps(student) == ['rpn_head']
@@ -203,7 +203,7 @@ class RunsItsHeadTwice(nn.Module):
         return dict(loss=self.bbox_head(inputs).square().mean())
 
 
-def test_a_head_that_its_own_loss_runs_less_often_is_compared_in_a_run_of_its_own() -> None:
+def test_a_second_pass_runs_if_the_loss_calls_a_head_less_often() -> None:
     student, teacher = RunsItsHeadTwice(), RunsItsHeadTwice()
     inputs, samples = batch()
     compared = build_paired_forward(student, teacher, ['bbox_head'])(inputs, samples, with_losses=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second stages of two detectors look at the same places, whatever is in them."""
+"""The second stages of two detectors see the same regions, whatever heads they have."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pair(tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Cal
     return pair
 
 
-def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> None:
+def test_each_stage_of_a_cascade_sees_the_teachers_regions(pair: Any) -> None:
     """Worked out apart: the teacher's cascade by MMDetection, and each head of the student on what its stage saw."""
     student, teacher = pair('cascade-rcnn_r18')
     inputs, samples = batch()
@@ -80,7 +80,7 @@ def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> N
 
 
 @pytest.mark.parametrize('name', ['cascade-rcnn_r18', 'htc_r18'])
-def test_an_exact_student_has_no_loss_and_another_one_learns_in_every_head(pair: Any, name: str) -> None:
+def test_an_exact_student_has_zero_loss_and_others_get_gradients_in_every_head(pair: Any, name: str) -> None:
     student, teacher = pair(name)
     loss = PredictionLoss().resolve(student)
     assert type(loss) is RegionPredictionLoss
@@ -114,7 +114,7 @@ def test_heads_act_as_in_use_and_go_back_to_training(pair: Any) -> None:
     assert student.roi_head.bbox_head[0].fc_cls.training
 
 
-def test_an_image_without_proposals_is_one_region_itself(pair: Any) -> None:
+def test_an_image_without_proposals_becomes_one_region(pair: Any) -> None:
     student, teacher = pair('cascade-rcnn_r18')
     teacher.rpn_head.test_cfg.min_bbox_size = 10**6
     seen: list[Tensor] = []
@@ -123,7 +123,7 @@ def test_an_image_without_proposals_is_one_region_itself(pair: Any) -> None:
     assert seen[0].tolist() == [[0, 0, 0, 96, 64], [1, 0, 0, 96, 64]]
 
 
-def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any) -> None:
+def test_the_students_own_loss_matches_and_runs_the_trunk_once(pair: Any) -> None:
     """Of a detector with a semantic branch, for which no pixel has a label: that term is zero."""
     student, teacher = pair('htc_r18')
     inputs, samples = batch()
@@ -139,7 +139,7 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any)
     assert sum_losses(compared.losses).item() == pytest.approx(sum_losses(expected).item(), rel=1e-5)
 
 
-def test_extractors_are_as_before_afterwards(pair: Any) -> None:
+def test_regions_are_replayed_and_extractors_restored(pair: Any) -> None:
     roi_head = pair('cascade-rcnn_r18')[0].roi_head
     features = [torch.rand(1, 16, 16, 16) for _ in range(4)]
     with recording_regions(roi_head) as regions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How transformers are compared: on the queries that the teacher chose, and without those of training."""
+"""Transformers are compared on the teacher's queries, without denoising queries."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def proposing(detector: Any) -> nn.Linear:
     return detector.bbox_head.cls_branches[detector.decoder.num_layers]
 
 
-def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[Any, Any]) -> None:
+def test_the_student_gets_the_teachers_queries(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     inputs, samples = batch()
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[A
     assert not torch.allclose(alone[0][-1], compared.teacher['bbox_head'][DECODER_LAYERS - 1])
 
 
-def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, Any]) -> None:
+def test_query_proposals_are_compared_and_all_layers_are_trained(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     losses = [PredictionKLLoss(), FeatureMSELoss(normalize=True)]
     taps = {tap for loss in losses for tap in loss.taps(student)}
@@ -123,7 +123,7 @@ def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(
     torch.testing.assert_close(sum_losses(compared.losses), sum_losses(expected))
 
 
-def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
+def test_a_student_that_drops_all_input_quantization_matches_float_inputs(
     cfg: Any, pair: tuple[Any, Any], without_inputs: Any
 ) -> None:
     """Those of attention too, which stays in eval mode for what else drops at random."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of a zero-shot run."""
+"""Hooks of zero-shot quantization."""
 
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
 from mmzsq.engine.hooks.finite_loss_hook import FiniteLossHook
