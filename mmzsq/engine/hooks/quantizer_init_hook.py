@@ -153,7 +153,7 @@ def _check_input_scales(detector: nn.Module, state: dict) -> None:
     )
     if loaded != own:
         raise UserError(
-            'the checkpoint has input scales (zsq.quantizer.equalize) in other layers than the model, such as '
+            'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '
             f'{min(loaded ^ own).removesuffix(".input_scale")} in only one of the two, and its weights compensate for '
             'them. Give the config that it was trained with, or train again'
         )
