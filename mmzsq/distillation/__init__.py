@@ -6,7 +6,7 @@ from mmzsq.distillation.dense import DensePredictionLoss, DensePredictions
 from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
 from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
 from mmzsq.distillation.predictions import PredictionLoss
-from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
+from mmzsq.distillation.recorder import Recorder, flatten_tensors
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
     MASK_ROIS,
@@ -33,7 +33,6 @@ __all__ = [
     'flatten_tensors',
     'foreground',
     'kl_divergence',
-    'match_modules',
     'most_confident',
     'transformer_blocks',
     'regions_unsupported_reason',

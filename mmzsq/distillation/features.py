@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from mmzsq.distillation.losses import MASK_HEAD, DistillationLoss, Outputs
-from mmzsq.distillation.recorder import match_modules
 from mmzsq.errors import UserError
+from mmzsq.module_patterns import select_modules
 from mmzsq.registry import MODELS
 
 FEATURE_PARTS = ('backbone', 'neck', 'encoder')
@@ -34,8 +34,8 @@ class FeatureMSELoss(DistillationLoss):
     as it is afterwards.
 
     Args:
-        modules: Patterns of module names, see :func:`~mmzsq.distillation.recorder.match_modules`; None: found on the
-            detector by :func:`feature_modules`.
+        modules: Patterns of the modules whose outputs are compared, see :mod:`mmzsq.module_patterns`; None: found on
+            the detector by :func:`feature_modules`.
         loss_weight: Factor of the loss.
         normalize: Whether each layer's error is divided by the mean square of the teacher's features, so that layers of
             large activations do not outweigh the others.
@@ -48,7 +48,7 @@ class FeatureMSELoss(DistillationLoss):
 
     def taps(self, detector: nn.Module) -> list[str]:
         """The modules that the patterns select."""
-        return feature_modules(detector) if self.patterns is None else match_modules(detector, self.patterns)
+        return feature_modules(detector) if self.patterns is None else select_modules(detector, self.patterns)
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar."""

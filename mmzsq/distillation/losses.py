@@ -17,6 +17,7 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.module_patterns import select_modules
 from mmzsq.registry import MODELS
 
 PREDICTION_HEADS = ('rpn_head', 'bbox_head')
@@ -138,7 +139,8 @@ class PredictionKLLoss(DistillationLoss):
         tau: Temperature.
         loss_weight: Factor of the loss.
         join_maps: Whether all maps of an image form one vector (the paper's two-stage setting) instead of one each.
-        heads: Names of the modules whose outputs are predictions; None: found on the detector.
+        heads: Patterns of the modules whose outputs are predictions, see :mod:`mmzsq.module_patterns`; None: found on
+            the detector.
     """
 
     def __init__(
@@ -146,16 +148,19 @@ class PredictionKLLoss(DistillationLoss):
         tau: float = 4.0,
         loss_weight: float = 0.1,
         join_maps: bool = False,
-        heads: Sequence[str] | None = None,
+        heads: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(loss_weight)
         self.tau = tau
         self.join_maps = join_maps
-        self.heads = heads
+        self.heads = [heads] if isinstance(heads, str) else heads
 
     def taps(self, detector: nn.Module) -> list[str]:
         """The prediction heads."""
-        return list(self.heads) if self.heads else prediction_heads(detector)
+        if not self.heads:
+            return prediction_heads(detector)
+        # In the order of the patterns, which is the order of the maps in a joined vector.
+        return list(dict.fromkeys(name for pattern in self.heads for name in select_modules(detector, [pattern])))
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar."""

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mmzsq.errors import UserError
-from mmzsq.quantization.config import Bits, QuantizationConfig, matches
+from mmzsq.module_patterns import enclosing_names
+from mmzsq.quantization.config import Bits, QuantizationConfig
 from mmzsq.quantization.modules import quantized_layers
 from mmzsq.quantization.prepare import set_bits
 from mmzsq.quantization.quantizers import check_bits
@@ -255,7 +256,7 @@ def overrides_of(report: QuantizationReport, bits: Mapping[str, Bits]) -> dict[s
     """
     overrides: dict[str, Bits | None] = dict(bits)
     for layer in report.layers:
-        inside = any(matches(layer.name, name) for name in bits)
+        inside = any(name in bits for name in enclosing_names(layer.name))
         if inside and layer.name not in bits and layer.type != 'Parameter':
             overrides[layer.name] = Bits(layer.w_bits, layer.a_bits) if layer.quantized else None
     return overrides

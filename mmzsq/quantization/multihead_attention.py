@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nn.MultiheadAttention`` as layers: three projections into queries, keys and values, and one out of the heads.
+"""``nn.MultiheadAttention`` decomposed into layers: projections of queries, keys, values and of the output.
 
-PyTorch's module keeps the weights of the projections as one parameter and reads them, and that of its output layer,
-without calling a layer. :func:`open_attention` makes it call layers, with the same parameters under the same names, so
-that they are found, traced and quantized as any other.
+PyTorch's module stores the weights of the three input projections as one parameter. It reads them, and the weight of
+its output layer, without calling a layer. :func:`decompose_attention` makes it call layers that have the same
+parameters under the same names. They are then found, traced and quantized like all other layers.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class QuantProjection(QuantizedLayer, Projection):
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-class OpenMultiheadAttention(nn.MultiheadAttention):
-    """What ``nn.MultiheadAttention`` computes, by layers that can be seen; made by :func:`open_attention`."""
+class DecomposedMultiheadAttention(nn.MultiheadAttention):
+    """What ``nn.MultiheadAttention`` computes, by layers that can be seen; made by :func:`decompose_attention`."""
 
     query_projection: Projection
     key_projection: Projection
@@ -140,8 +140,8 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         return weights @ values
 
 
-@register_quantized_attention(OpenMultiheadAttention)
-class QuantMultiheadAttention(QuantizedAttention, OpenMultiheadAttention):
+@register_quantized_attention(DecomposedMultiheadAttention)
+class QuantMultiheadAttention(QuantizedAttention, DecomposedMultiheadAttention):
     """Multi-head attention with quantized matrix products."""
 
     def _compare(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class QuantMultiheadAttention(QuantizedAttention, OpenMultiheadAttention):
         return self.probability_value(weights, values)
 
 
-def open_attention(model: nn.Module) -> None:
+def decompose_attention(model: nn.Module) -> None:
     """Let every ``nn.MultiheadAttention`` of a model call layers, in place.
 
     Only the exact class, and only without the biases that some append to keys and values: no layer sees those.
@@ -161,7 +161,7 @@ def open_attention(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
-            module.__class__ = OpenMultiheadAttention
+            module.__class__ = DecomposedMultiheadAttention
             for index, name in enumerate(PROJECTIONS):
                 setattr(module, name, Projection(module, index).train(module.training))
 

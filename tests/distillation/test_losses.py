@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as reference_kl
 
-from mmzsq.distillation import PredictionKLLoss, Recorder, match_modules
+from mmzsq.distillation import PredictionKLLoss, Recorder
 from mmzsq.errors import UserError
 
 
@@ -73,12 +73,3 @@ def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
     assert torch.equal(outputs['bbox_head'][0], result) and torch.equal(outputs['bbox_head'][1], result)
     detector(images)
     assert len(outputs['bbox_head']) == 2
-
-
-def test_modules_are_matched_by_pattern_expression_and_type() -> None:
-    detector = Detector()
-    assert match_modules(detector, ['backbone.*']) == ['backbone.0', 'backbone.1', 'backbone.2']
-    assert match_modules(detector, ['re:.*head']) == ['bbox_head']
-    assert match_modules(detector, ['type:_BatchNorm', 'type:Conv2d']) == ['backbone.0', 'backbone.1', 'bbox_head']
-    with pytest.raises(UserError, match='neck'):
-        match_modules(detector, ['neck.*'])

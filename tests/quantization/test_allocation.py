@@ -155,8 +155,8 @@ def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
         ('a.skipped', None),
     ]
     config = QuantizationConfig(overrides=overrides)
-    assert config.bits_of('a', ())[0] == Bits(3, 4)
-    assert config.bits_of('a.offset', ())[0] == Bits(8, 8)
+    assert config.bits_of({'a'}, ())[0] == Bits(3, 4)
+    assert config.bits_of({'a', 'a.offset'}, ())[0] == Bits(8, 8)
 
 
 @pytest.mark.parametrize('budget', ['size', 'operations'])

@@ -178,7 +178,7 @@ def test_attention_without_an_adapter_stays_float_with_the_reason(tokens: Tensor
 
 def test_attention_that_is_asked_for_and_not_there_is_an_error(tokens: Tensor) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    with pytest.raises(UserError, match='attention is set, but no attention.*it has none that is known'):
+    with pytest.raises(UserError, match='attention is set, but no attention.*no attention module is known in it'):
         _prepare(model, tokens, attention=8)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers, set_quantization
-from mmzsq.quantization.multihead_attention import open_attention
+from mmzsq.quantization.multihead_attention import decompose_attention
 
 LAYERS = ('query_projection', 'key_projection', 'value_projection', 'out_proj')
 
@@ -50,7 +50,7 @@ def additive(allowed: Tensor) -> Tensor:
 def test_an_opened_module_is_pytorchs(batch_first: bool, channels: dict[str, int], bias: bool) -> None:
     attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first, **channels).eval()
     opened = copy.deepcopy(attention)
-    open_attention(opened)
+    decompose_attention(opened)
     assert type(opened) is not nn.MultiheadAttention
     assert opened.state_dict().keys() == attention.state_dict().keys()
     sizes = ((4, 8), (6, channels.get('kdim', 8)), (6, channels.get('vdim', 8)))
@@ -143,6 +143,6 @@ def test_attention_with_keys_of_its_own_stays_float_and_says_so(options: dict[st
     model = Block(**options)
     report = quantize(model)
     rows = {layer.name: layer for layer in report.layers}
-    assert rows['attention.in_proj_weight'].reason == 'a parameter that no layer is known to multiply by'
+    assert rows['attention.in_proj_weight'].reason == 'a parameter that is not the weight of a known layer'
     assert not rows['attention.in_proj_weight'].quantized
     assert not rows['attention.out_proj'].quantized and rows['attention.out_proj'].reason

@@ -238,7 +238,7 @@ def test_mistakes_are_named(model: nn.Module, images: Tensor) -> None:
 
     with pytest.raises(UserError, match='Return the raw outputs'):
         prepare(model, _config(), run=lambda: run()['cls'][0].detach())
-    with pytest.raises(UserError, match="'stemm' matches no layer.*nearest layer is 'stem'"):
+    with pytest.raises(UserError, match="'stemm' matches no layer.*nearest name is 'stem'"):
         prepare(model, _config(skip=['stemm']), run=run)
     with pytest.raises(UserError, match="'backbone' matches no layer"):
         prepare(model, _config(scope='backbone'), run=run)
