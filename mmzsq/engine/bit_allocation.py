@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmzsq.qat.sensitivity import measure_sensitivity
 from mmzsq.quantization import QuantizationConfig
-from mmzsq.quantization.allocation import Budget, totals
+from mmzsq.quantization.allocation import Budget, size_and_operations
 from mmzsq.quantization.config import Bits
 
 
@@ -31,11 +31,11 @@ def allocate_bits(runner: Any) -> None:
         return
     budget = Budget.from_config(detector.report, config)
     budget.check()
-    before = totals(detector.report, {})
+    before = size_and_operations(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
     bits, _ = bits_within(runner, budget, config.allocate.batches)
     detector.assign_bits(bits)
-    after = totals(detector.report, {})
+    after = size_and_operations(detector.report, {})
     runner.logger.info(
         f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}); model size and bit operations '
         f'{after[0]:.3f} MB, {after[1]:.3f} G, with the same bits in each layer {before[0]:.3f} MB, {before[1]:.3f} G'

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,15 @@ from mmzsq.quantization import (
     quantizers,
     set_quantization,
 )
-from mmzsq.quantization.allocation import Budget, allocatable, allocate, as_settings, assign_bits, overrides_of, totals
+from mmzsq.quantization.allocation import (
+    Budget,
+    allocatable,
+    allocate,
+    assign_bits,
+    overrides_for,
+    overrides_to_dict,
+    size_and_operations,
+)
 from mmzsq.quantization.config import Bits
 
 SETTINGS: dict[str, Any] = dict(w_bits=4, a_bits=6, overrides={'3': 5})
@@ -52,14 +61,36 @@ def test_it_is_as_good_as_the_best_of_all_choices(seed: int) -> None:
     assert sensitivity[rows, chosen].sum() == pytest.approx(best, rel=1e-12, abs=1e-15)
 
 
-def test_the_layers_of_a_large_detector_are_no_matter_of_patience() -> None:
+def test_allocation_of_300_layers_is_fast() -> None:
     draw = np.random.default_rng(0)
     bits = np.arange(2, 9)
     weights = draw.integers(1, 4000, 300) * 576
     sensitivity = np.exp(draw.normal(0, 2, (300, 1))) * 4.0**-bits * np.exp(draw.normal(0, 0.2, (300, 7)))
+    start = time.perf_counter()
     chosen = bits[allocate(sensitivity, np.outer(weights, bits), 4 * weights.sum())]
+    assert time.perf_counter() - start < 20
     assert 3.999 * weights.sum() < (chosen * weights).sum() <= 4 * weights.sum()
     assert sensitivity[np.arange(300), chosen - 2].sum() < 0.2 * sensitivity[:, 2].sum()
+
+
+def test_the_cheapest_of_equally_sensitive_candidates_is_chosen() -> None:
+    """Also where the budget has room for all of them."""
+    assert allocate([[1, 1, 1], [3, 0, 0]], [[4, 2, 8], [1, 5, 4]], budget=100) == [1, 2]
+    assert allocate([[0, 0], [0, 0]], [[2, 2], [7, 7]], budget=9) == [0, 0]
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_the_budget_is_never_exceeded_by_a_rounding_error(seed: int) -> None:
+    """Costs from 1 to about 10^9: the solver's tolerance is that of many cheap layers."""
+    draw = np.random.default_rng(seed)
+    bits = np.arange(2, 9)
+    weights = np.round(np.exp(draw.normal(9, 3, 100))) + 1
+    sensitivity = np.exp(draw.normal(0, 2, (100, 1))) * 4.0**-bits * np.exp(draw.normal(0, 0.2, (100, 7)))
+    cost = np.outer(weights, bits * bits)
+    budget = int(draw.uniform(cost.min(1).sum(), cost.max(1).sum()))
+    chosen = allocate(sensitivity, cost, budget)
+    assert cost[np.arange(100), chosen].sum() <= budget
+    assert chosen == allocate(sensitivity, cost, budget)
 
 
 def test_a_budget_below_the_cheapest_is_refused_with_the_least() -> None:
@@ -107,7 +138,7 @@ def test_a_budget_is_what_the_report_counts(spent: tuple[int, int], expected: tu
 
 def test_totals_are_those_of_the_model_that_has_the_bits() -> None:
     made = with_bits((3, 6), (6, 2))
-    size, operations = totals(small_model(), {'1': Bits(3, 6), '2': Bits(6, 2)})
+    size, operations = size_and_operations(small_model(), {'1': Bits(3, 6), '2': Bits(6, 2)})
     assert size == pytest.approx(made.size_after, rel=1e-12)
     assert operations * 1e9 == pytest.approx(made.bops_after, rel=1e-12)
 
@@ -147,7 +178,7 @@ def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
 
     layers = [layer('a', 4), layer('a.offset', 8, 'last layer'), layer('a.skipped', 32, "skip 'a.skipped'")]
     layers += [layer('a.bias', 32, 'a parameter', 'Parameter'), layer('ab', 4), layer('b', 4)]
-    overrides = overrides_of(QuantizationReport(nn.Identity(), layers), {'a': Bits(3, 4), 'b': Bits(5, 4)})
+    overrides = overrides_for(QuantizationReport(nn.Identity(), layers), {'a': Bits(3, 4), 'b': Bits(5, 4)})
     assert list(overrides.items()) == [
         ('a', Bits(3, 4)),
         ('b', Bits(5, 4)),
@@ -188,7 +219,7 @@ def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() 
     """Layers that get 8 bits lose their factors, and those that had 8 get some; float stays."""
     bits = {'1': Bits(8, 8), '2': Bits(4, 8), '3': Bits(4, 4)}
     settings = dict(SETTINGS, equalize=True, overrides={'2': 8})
-    overrides = as_settings(bits)
+    overrides = overrides_to_dict(bits)
     report, made = small_model(**settings), small_model(**dict(settings, overrides=overrides))
     model: Any = report.model
     x = torch.rand(2, 3, 8, 8)
