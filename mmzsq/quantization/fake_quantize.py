@@ -15,17 +15,13 @@ The math runs in fp32 whatever the type of ``x``. On CUDA it is fused into one k
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmzsq.fused_kernels import fused_kernels_enabled
-
-HAS_TRITON = importlib.util.find_spec('triton') is not None
-"""Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
+from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
 
 
 def fake_quantize(

@@ -4,7 +4,7 @@
 They compute what :mod:`mmzsq.quantization.fake_quantize` does in plain PyTorch, which is their reference in the tests;
 equal up to the order of sums. The gradients of step and zero point are partial sums in the same pass as that of the
 input, added up in a fixed order: equal inputs give equal bits. Import this module only where
-:data:`mmzsq.quantization.fake_quantize.HAS_TRITON` is true.
+:data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmzsq.quantization.fake_quantize import HAS_TRITON, _FakeQuantize, fake_quantize
+from mmzsq.fused_kernels import HAS_TRITON
+from mmzsq.quantization.fake_quantize import _FakeQuantize, fake_quantize
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason='no Triton')
 
