@@ -105,9 +105,6 @@ class LSQ(nn.Module):
         self.qmin = -(2 ** (bits - 1)) + narrow if scheme == 'signed' else 0
         self.qmax = 2 ** (bits - 1) - 1 if scheme == 'signed' else 2**bits - 1
         self.enabled = True
-        self.drop: Tensor | None = None
-        """While training, the part of the values that stay as they are, drawn anew each time: a number from 0 to 1."""
-
         self._step_name = f'{step}_step'
         ones = torch.ones(num_steps)
         self.register_parameter(self._step_name, nn.Parameter(ones.log() if step == 'log' else ones))
@@ -175,10 +172,7 @@ class LSQ(nn.Module):
         scale = 1.0
         if self.grad_scale:
             scale = 1.0 / math.sqrt(max(x.numel() // self.num_steps, 1) * self.qmax)
-        quantized = fake_quantize(x, step, self.qmin, self.qmax, zero_point, scale)
-        if self.drop is None or not self.training:
-            return quantized
-        return torch.where(torch.rand_like(x) < self.drop, x, quantized)
+        return fake_quantize(x, step, self.qmin, self.qmax, zero_point, scale)
 
     def quantize(self, x: Tensor) -> Tensor:
         """The integers that :meth:`forward` simulates.
