@@ -86,18 +86,28 @@ def test_a_linear_step_stays_positive_and_comes_back() -> None:
 def test_first_step_of_the_paper() -> None:
     """2 * mean|x| / sqrt(qmax), of all values for activations and of each channel for weights."""
     weight = torch.randn(3, 4, 2, 2)
-    grid = LSQ(bits=4, num_steps=3, init='lsq').grid_of_weight(weight)
+    grid = LSQ(bits=4, num_steps=3, init='lsq').initial_weight_grid(weight)
     torch.testing.assert_close(grid.step, 2 * weight.abs().mean((1, 2, 3)) / 7**0.5)
     x = torch.randn(1000)
-    grid = LSQ(bits=4, init='lsq').grid_of_activations(_seen(x))
+    grid = LSQ(bits=4, init='lsq').initial_activation_grid(_seen(x))
     torch.testing.assert_close(grid.step, 2 * x.abs().mean()[None] / 7**0.5)
 
 
 def test_first_zero_point_of_the_paper_rule_covers_the_negatives() -> None:
     """With init='lsq' and an offset, the lowest integer stands for the least value."""
     x = torch.rand(1000) - 0.25
-    grid = LSQ(bits=4, scheme='offset', init='lsq').grid_of_activations(_seen(x))
+    grid = LSQ(bits=4, scheme='offset', init='lsq').initial_activation_grid(_seen(x))
     assert float(grid.zero_point) == round(float(-x.min() / grid.step))
+
+
+@pytest.mark.parametrize(('values', 'expected'), [([100.0, 101.0], 0.0), ([-100.0, *[0.1] * 999], 15.0)])
+def test_first_zero_point_of_the_paper_rule_stays_in_the_integer_range(values: list[float], expected: float) -> None:
+    """All values far above zero, or a single one far below it."""
+    quantizer = LSQ(bits=4, scheme='offset', init='lsq')
+    grid = quantizer.initial_activation_grid(_seen(torch.tensor(values)))
+    unclamped = round(float(-min(values) / grid.step))
+    assert not quantizer.qmin <= unclamped <= quantizer.qmax
+    assert grid.zero_point.tolist() == [expected]
 
 
 def test_mse_beats_the_papers_rule_at_eight_bits() -> None:
@@ -107,7 +117,7 @@ def test_mse_beats_the_papers_rule_at_eight_bits() -> None:
         errors: list[float] = []
         for init in ('mse', 'lsq'):
             quantizer = LSQ(bits=8, scheme=scheme, init=init)
-            quantizer.set_grid(quantizer.grid_of_activations(_seen(x)))
+            quantizer.set_grid(quantizer.initial_activation_grid(_seen(x)))
             errors.append(float((quantizer(x) - x).detach().pow(2).mean()))
         assert errors[0] <= errors[1] * 0.5
 
