@@ -113,8 +113,7 @@ def _is_dominated(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
     index = np.arange(values.shape[1])
     no_worse = (other_value <= value) & (other_cost <= cost)
     preferred = (other_value < value) | (other_cost < cost) | (index[None, :] < index[:, None])
-    marked: np.ndarray = (no_worse & preferred).any(2)
-    return marked
+    return np.asarray((no_worse & preferred).any(2))
 
 
 def allocatable(report: QuantizationReport) -> list[LayerReport]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits under a budget: the best choice there is, never more than the budget, and nothing else changed."""
+"""Bit allocation: the best choice within the budget, without changes to other layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def small_model(**changes: Any) -> QuantizationReport:
 
 
 @pytest.mark.parametrize('seed', range(60))
-def test_it_is_as_good_as_the_best_of_all_choices(seed: int) -> None:
+def test_allocation_is_as_good_as_brute_force(seed: int) -> None:
     draw = np.random.default_rng(seed)
     layers, candidates = draw.integers(1, 6), draw.integers(1, 5)
     # Real numbers of either sign, or few values with many ties, tiny ones.
@@ -74,7 +74,7 @@ def test_allocation_of_300_layers_is_fast() -> None:
 
 
 def test_the_cheapest_of_equally_sensitive_candidates_is_chosen() -> None:
-    """Also where the budget has room for all of them."""
+    """Even if the budget allows the others."""
     assert allocate([[1, 1, 1], [3, 0, 0]], [[4, 2, 8], [1, 5, 4]], budget=100) == [1, 2]
     assert allocate([[0, 0], [0, 0]], [[2, 2], [7, 7]], budget=9) == [0, 0]
 
@@ -103,7 +103,7 @@ def test_a_budget_below_the_cheapest_is_refused_with_the_least() -> None:
         allocate([[1, 2]], [[1, 2, 3]], budget=5)
 
 
-def test_layers_with_bits_of_their_own_are_left_out() -> None:
+def test_layers_with_bits_by_role_or_pattern_are_left_out() -> None:
     assert [layer.name for layer in allocatable(small_model())] == ['1', '2']
     assert [layer.name for layer in allocatable(small_model(first_bits='same', skip=['2']))] == ['0', '1']
     with pytest.raises(UserError, match='no layer to allocate bits to'):
@@ -124,7 +124,7 @@ def with_bits(*bits: tuple[int, int]) -> QuantizationReport:
     ('spent', 'expected'),
     [((4, 4), (4, 4)), ((3, 6), (3, 6)), ((6, 3), (3, 6)), ((3, 4), (3, 4)), ((6, 6), (6, 6)), ((3, 3), (3, 3))],
 )
-def test_a_budget_is_what_the_report_counts(spent: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_budgets_count_as_the_report_does(spent: tuple[int, int], expected: tuple[int, int]) -> None:
     report = small_model()
     both_bits = [(bits, bits) for bits in expected]
     weight_bits = [(bits, SETTINGS['a_bits']) for bits in expected]
@@ -136,14 +136,14 @@ def test_a_budget_is_what_the_report_counts(spent: tuple[int, int], expected: tu
     assert Budget.from_bit_operations(report, (3, 4, 6), operations + 1e-12).allocate(SENSITIVITY) == both_bits
 
 
-def test_totals_are_those_of_the_model_that_has_the_bits() -> None:
+def test_size_and_operations_are_those_of_a_model_prepared_with_the_bits() -> None:
     made = with_bits((3, 6), (6, 2))
     size, operations = size_and_operations(small_model(), {'1': Bits(3, 6), '2': Bits(6, 2)})
     assert size == pytest.approx(made.size_after, rel=1e-12)
     assert operations * 1e9 == pytest.approx(made.bops_after, rel=1e-12)
 
 
-def test_the_most_bits_alike_keep_the_budget() -> None:
+def test_uniform_is_the_largest_candidate_within_the_budget() -> None:
     report = small_model()
     assert [Budget.from_average_bits(report, (3, 4, 6), bits).uniform() for bits in (3, 3.9, 4, 5.9, 8)] == [
         3,
@@ -154,7 +154,7 @@ def test_the_most_bits_alike_keep_the_budget() -> None:
     ]
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_can() -> None:
+def test_a_budget_that_is_too_small_is_refused_with_the_least_possible_one() -> None:
     report = small_model()
     least = with_bits((3, 6), (3, 6)).size_after
     with pytest.raises(UserError, match='the least possible is .* MB, with 3 bits in each of 2 layers') as error:
@@ -172,7 +172,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_can() -> No
         Budget.from_bit_operations(without_run, (3, 4), 1)
 
 
-def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
+def test_overrides_do_not_change_layers_inside_another() -> None:
     def layer(name: str, w_bits: int, reason: str = '', kind: str = 'Conv2d') -> LayerReport:
         return LayerReport(name, kind, '', 10, w_bits, w_bits, reason, 1)
 
@@ -191,8 +191,8 @@ def test_overrides_change_no_layer_that_is_inside_of_another() -> None:
 
 
 @pytest.mark.parametrize('budget', ['size', 'operations'])
-def test_the_same_bits_in_each_layer_are_within_what_a_config_asks_for(budget: str) -> None:
-    """Just so: the next higher ones are not."""
+def test_the_budget_of_a_config_is_that_of_its_bits_in_each_layer(budget: str) -> None:
+    """The next higher candidate exceeds it."""
     report = small_model()
     config = QuantizationConfig.from_dict(dict(SETTINGS, allocate=dict(budget=budget, candidates=[6, 3, 4])))
     found = Budget.from_config(report, config)
@@ -203,20 +203,20 @@ def test_the_same_bits_in_each_layer_are_within_what_a_config_asks_for(budget: s
         assert (cost <= found.limit * found.scale) == (bits <= wanted)
 
 
-def test_bits_that_are_assigned_are_those_of_a_model_prepared_with_them() -> None:
+def test_assigned_bits_give_the_same_model_as_preparing_with_them() -> None:
     report, made = small_model(), with_bits((3, 6), (8, 2))
     old = dict(report.model.named_modules())['1'].weight_quantizer
     assign_bits(report, QuantizationConfig.from_dict(SETTINGS), {'1': Bits(3, 6), '2': Bits(8, 2)})
     assert report.to_dict() == made.to_dict()
     assert dict(report.model.named_modules())['1'].weight_quantizer is not old
-    # The narrow range of 8 bits too.
+    # This includes the narrow range of 8 bits.
     assert {name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(report.model)} == {
         name: (q.qmin, q.qmax, q.num_steps) for name, q in quantizers(made.model)
     }
 
 
-def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() -> None:
-    """Layers that get 8 bits lose their factors, and those that had 8 get some; float stays."""
+def test_assigned_bits_decide_which_layers_have_input_factors() -> None:
+    """Layers that get 8 bits lose their factors, layers that had 8 bits get some, and the float output stays."""
     bits = {'1': Bits(8, 8), '2': Bits(4, 8), '3': Bits(4, 4)}
     settings = dict(SETTINGS, equalize=True, overrides={'2': 8})
     overrides = overrides_to_dict(bits)
@@ -236,7 +236,7 @@ def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() 
     made.model.load_state_dict(model.state_dict())
     set_quantization(made.model, False)
     torch.testing.assert_close(made.model(x), expected)
-    # Divided no more than once, and anew.
+    # Each input is divided at most once, and new factors are 1.
     assert all(len(of._forward_pre_hooks) == hasattr(of, 'input_scale') for _, of in quantized_layers(model))
     assert all((model[int(name)].input_scale == 1).all() for name in '23')
 

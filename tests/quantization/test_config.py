@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``zsq.quantizer`` section: what it accepts, and how it names a mistake."""
+"""The ``zsq.quantizer`` section: accepted values, and error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_defaults_are_the_measured_recipe() -> None:
     assert config.bits_of((), ['first'])[0] == (8, 8)
 
 
-def test_eight_bit_weights_are_narrow_unless_told() -> None:
+def test_eight_bit_weights_are_narrow_by_default() -> None:
     """Then a BN with negative gamma folds in int8."""
     for narrow, qmin in [(None, -127), (True, -127), (False, -128)]:
         config = QuantizationConfig.from_dict(dict(weight=dict(narrow=narrow)))

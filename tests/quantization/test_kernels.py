@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused kernels against the plain functions: on CUDA, and in Triton's interpreter where there is none."""
+"""The fused kernels compared with the plain functions, on CUDA and in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 

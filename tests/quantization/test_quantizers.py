@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of a quantizer: what it learns, what it saves, and when it refuses to work."""
+"""Quantizers: learned parameters, state dict, initialization and errors."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def test_integer_ranges(kwargs: dict[str, Any], qmin: int, qmax: int) -> None:
 
 
 @pytest.mark.parametrize('step', ['log', 'linear'])
-def test_gradient_of_what_is_learnt(step: str) -> None:
+def test_gradient_of_the_learned_parameter(step: str) -> None:
     """The chain rule to log s is s * ds; linear steps get ds itself; both scaled by LSQ's rule."""
     x, grad = torch.randn(6, 50), torch.randn(6, 50)
     quantizer = _ready(LSQ(bits=4, num_steps=6, step=step), 0.2)
     quantizer(x).backward(grad)
-    (learnt,) = quantizer.parameters()
+    (learned,) = quantizer.parameters()
 
     reference = torch.full((6, 1), 0.2, requires_grad=True)
     fake_quantize(x, reference, -8, 7).backward(grad)
     # 50 values share each step: numel / C.
     expected = reference.grad.flatten() / (50 * 7) ** 0.5 * (0.2 if step == 'log' else 1.0)
-    torch.testing.assert_close(learnt.grad, expected)
+    torch.testing.assert_close(learned.grad, expected)
 
 
 def test_gradient_scale_can_be_left_out() -> None:
@@ -94,7 +94,7 @@ def test_first_step_of_the_paper() -> None:
 
 
 def test_first_zero_point_of_the_paper_rule_covers_the_negatives() -> None:
-    """With init='lsq' and an offset, the lowest integer stands for the least value."""
+    """With init='lsq' and an offset, the lowest integer represents the least value."""
     x = torch.rand(1000) - 0.25
     grid = LSQ(bits=4, scheme='offset', init='lsq').initial_activation_grid(_seen(x))
     assert float(grid.zero_point) == round(float(-x.min() / grid.step))
@@ -122,8 +122,8 @@ def test_mse_beats_the_papers_rule_at_eight_bits() -> None:
         assert errors[0] <= errors[1] * 0.5
 
 
-def test_refuses_to_work_without_steps_and_names_the_call() -> None:
-    """Unless it is switched off."""
+def test_an_uninitialized_quantizer_raises_and_names_the_call() -> None:
+    """Unless it is disabled."""
     quantizer, x = LSQ(), torch.randn(3)
     with pytest.raises(UserError, match='calibrating'):
         quantizer(x)
@@ -165,11 +165,11 @@ def test_a_copy_made_before_initialization_follows_its_buffers() -> None:
 
 
 def test_lsqplus_learns_an_integer_zero_point() -> None:
-    """The learnt value is real, the one used is the nearest integer inside the range."""
+    """The learned value is real; the value in use is the nearest integer inside the range."""
     quantizer = _ready(LSQPlus(bits=4, scheme='offset', step='linear'), 0.5)
-    for learnt, used in [(3.4, 3), (3.6, 4), (-2.0, 0), (99.0, 15)]:
+    for learned, used in [(3.4, 3), (3.6, 4), (-2.0, 0), (99.0, 15)]:
         with torch.no_grad():
-            quantizer.zero_point.fill_(learnt)
+            quantizer.zero_point.fill_(learned)
         assert quantizer.integer_zero_point.tolist() == [used]
         assert quantizer(torch.zeros(1)).item() == 0.0
     y = quantizer(torch.tensor([-100.0, -1.0, 100.0]))
@@ -243,7 +243,7 @@ def test_never_waits_for_the_device_and_can_be_captured(step: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
-def test_a_zero_point_blurred_by_an_average_of_weights_is_still_an_integer() -> None:
+def test_a_zero_point_with_the_rounding_error_of_an_ema_is_still_an_integer() -> None:
     quantizer = LSQ(bits=4, scheme='offset')
     quantizer.set_grid(Grid(torch.tensor([0.1]), torch.tensor([3.0])))
     quantizer.zero_point += 1e-5
