@@ -43,8 +43,8 @@ def allocate(sensitivity: Any, cost: Any, budget: float) -> list[int]:
 
     Returns:
         Index of the chosen candidate of each layer, L numbers. The total cost never exceeds the budget. The total
-        sensitivity is the least possible, up to about 1e-11 of the largest difference between the candidates of a
-        layer.
+        sensitivity is the least possible up to the solver's tolerances: 1e-11 of the largest difference in sensitivity
+        between two candidates of a layer, and 1e-6 of the largest difference in cost.
 
     Raises:
         UserError: If even the cheapest candidates cost more than the budget, or a number is not finite.

@@ -79,9 +79,9 @@ def test_the_cheapest_of_equally_sensitive_candidates_is_chosen() -> None:
     assert allocate([[0, 0], [0, 0]], [[2, 2], [7, 7]], budget=9) == [0, 0]
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', [1, 11, 22, 52])
 def test_the_budget_is_never_exceeded_by_a_rounding_error(seed: int) -> None:
-    """Costs from 1 to about 10^9: the solver's tolerance is that of many cheap layers."""
+    """Costs from 1 to about 10^9: the solver's tolerance is more than many layers cost. These seeds made use of it."""
     draw = np.random.default_rng(seed)
     bits = np.arange(2, 9)
     weights = np.round(np.exp(draw.normal(9, 3, 100))) + 1
