@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what is written by hand for speed may stand for PyTorch's operators.
+"""Switch between fused Triton kernels and plain PyTorch operators (``MMZSQ_FUSED_KERNELS``).
 
-It may, unless the environment says ``MMZSQ_FUSED_KERNELS=0``: then the general path runs, PyTorch's operators alone, on
-any GPU that PyTorch knows, with the same results but for rounding. Fused are fake quantization
-(``quantization/kernels.py``), and in synthesis BatchNorm with its statistics and total variation
-(``synthesis/kernels.py``), and max pooling, upsampling and the blocks of an image (``synthesis/layer_kernels.py``);
-``synthesis/acceleration.py`` rearranges layers of the frozen detector.
+Fused kernels run on CUDA by default. With ``MMZSQ_FUSED_KERNELS=0`` in the environment, PyTorch's own operators run
+instead. They work on any GPU that PyTorch supports and give the same results up to rounding.
+
+Fused kernels exist for fake quantization (``quantization/kernels.py``), and for synthesis: BatchNorm with its
+statistics and total variation (``synthesis/kernels.py``), max pooling, upsampling and the blocks of an image
+(``synthesis/layer_kernels.py``). The switch also controls how ``synthesis/acceleration.py`` rearranges the layers of
+the frozen detector.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 VARIABLE = 'MMZSQ_FUSED_KERNELS'
 
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+"""Whether the fused kernels can be compiled. The CUDA builds of PyTorch install Triton."""
+
 
 def fused_kernels_enabled() -> bool:
-    """Whether the environment allows them; it is asked each time."""
+    """Return whether the environment allows fused kernels. The variable is read at each call."""
     return os.environ.get(VARIABLE, '1') != '0'

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from mmzsq.quantization import quantizers
 
 T = TypeVar('T')
 
@@ -65,19 +61,3 @@ def no_copies() -> NoCopies:
 @pytest.fixture
 def no_values() -> type[NoValues]:
     return NoValues
-
-
-@pytest.fixture
-def without_inputs() -> Callable[[nn.Module, Callable[[], T]], tuple[T, T, T]]:
-    def without_inputs(student: nn.Module, run: Callable[[], T]) -> tuple[T, T, T]:
-        """What a run yields with quantized inputs, with all of them left as they are (drop), and with float ones."""
-        of_inputs = [quantizer for name, quantizer in quantizers(student) if name.endswith('input_quantizer')]
-        quantized = run()
-        for quantizer in of_inputs:
-            quantizer.drop = torch.ones(())
-        dropped = run()
-        for quantizer in of_inputs:
-            quantizer.enabled = False
-        return quantized, dropped, run()
-
-    return without_inputs

@@ -8,7 +8,7 @@ from mmzsq.distillation.divergence import kl_divergence
 from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
 from mmzsq.distillation.prediction_kl import PredictionKLLoss
 from mmzsq.distillation.predictions import PredictionLoss
-from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
+from mmzsq.distillation.recorder import Recorder, flatten_tensors
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
     MASK_ROI_INDICES,
@@ -35,7 +35,6 @@ __all__ = [
     'flatten_tensors',
     'foreground',
     'kl_divergence',
-    'match_modules',
     'most_confident_indices',
     'transformer_blocks',
     'regions_unsupported_reason',

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.divergence import relative_errors
 from mmzsq.distillation.prediction_kl import IMAGE_MASK_HEAD
-from mmzsq.distillation.recorder import match_modules
 from mmzsq.errors import UserError
+from mmzsq.module_patterns import select_modules
 from mmzsq.registry import MODELS
 
 FEATURE_PARTS = ('backbone', 'neck', 'encoder')
@@ -35,7 +35,7 @@ class FeatureMSELoss(DistillationLoss):
     output is compared.
 
     Args:
-        modules: Patterns of module names, see :func:`~mmzsq.distillation.recorder.match_modules`. By default
+        modules: Patterns of module names, see :mod:`mmzsq.module_patterns`. By default
             :func:`feature_modules` chooses the modules.
         loss_weight: Factor of the loss.
         normalize: Whether to divide the error of each layer by the mean square of the teacher's features. Layers with
@@ -53,7 +53,7 @@ class FeatureMSELoss(DistillationLoss):
         Raises:
             UserError: If a pattern matches no module, or no features are found by default.
         """
-        return feature_modules(detector) if self.patterns is None else match_modules(detector, self.patterns)
+        return feature_modules(detector) if self.patterns is None else select_modules(detector, self.patterns)
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.divergence import kl_divergence
 from mmzsq.errors import UserError
+from mmzsq.module_patterns import select_modules
 from mmzsq.registry import MODELS
 
 PREDICTION_HEADS = ('rpn_head', 'bbox_head')
@@ -67,7 +68,8 @@ class PredictionKLLoss(DistillationLoss):
         tau: Temperature.
         loss_weight: Factor of the loss.
         join_maps: Whether all maps of an image form one vector (the paper's two-stage setting) instead of one each.
-        heads: Names of the modules whose outputs are predictions. By default those of :func:`prediction_heads`.
+        heads: Patterns of the modules whose outputs are predictions, see :mod:`mmzsq.module_patterns`. By default
+            :func:`prediction_heads` chooses them.
     """
 
     def __init__(
@@ -75,12 +77,12 @@ class PredictionKLLoss(DistillationLoss):
         tau: float = 4.0,
         loss_weight: float = 0.1,
         join_maps: bool = False,
-        heads: Sequence[str] | None = None,
+        heads: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(loss_weight)
         self.tau = tau
         self.join_maps = join_maps
-        self.heads = heads
+        self.heads = [heads] if isinstance(heads, str) else heads
 
     def taps(self, detector: nn.Module) -> list[str]:
         """Return the names of the prediction heads.
@@ -88,7 +90,10 @@ class PredictionKLLoss(DistillationLoss):
         Raises:
             UserError: If none are configured and ``detector`` has none.
         """
-        return list(self.heads) if self.heads else prediction_heads(detector)
+        if not self.heads:
+            return prediction_heads(detector)
+        # In the order of the patterns, which is the order of the maps in a joined vector.
+        return list(dict.fromkeys(name for pattern in self.heads for name in select_modules(detector, [pattern])))
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
         """Return the weighted loss, a scalar.

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,34 +22,6 @@ def flatten_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Sequence) and not isinstance(output, str):
         return [tensor for value in output for tensor in flatten_tensors(value)]
     return []
-
-
-def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Names of the modules of ``model`` that a pattern selects, in order of registration.
-
-    Args:
-        model: Any network.
-        patterns: Each a shell pattern of a module's name (``'backbone.*.conv'``), ``'re:'`` and a regular expression
-            that must match the whole name, or ``'type:'`` and the name of a class or of one of its bases
-            (``'type:Conv2d'``).
-
-    Raises:
-        UserError: If nothing matches a pattern.
-    """
-    names: dict[str, None] = {}
-    modules = dict(model.named_modules())
-    for pattern in patterns:
-        if pattern.startswith('type:'):
-            wanted = pattern[len('type:') :]
-            found = [n for n, m in modules.items() if wanted in (base.__name__ for base in type(m).__mro__)]
-        elif pattern.startswith('re:'):
-            found = [name for name in modules if re.fullmatch(pattern[len('re:') :], name)]
-        else:
-            found = [name for name in modules if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise UserError(f'no module of {type(model).__name__} matches {pattern!r}')
-        names.update(dict.fromkeys(found))
-    return [name for name in modules if name in names]
 
 
 class Recorder:

@@ -11,7 +11,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor
 
 from mmzsq.qat.sensitivity import measure_sensitivity
-from mmzsq.quantization.allocation import Budget, totals
+from mmzsq.quantization.allocation import Budget, size_and_operations
 from mmzsq.quantization.config import Bits
 
 
@@ -32,11 +32,11 @@ def allocate_bits(runner: Any) -> None:
         return
     budget = Budget.from_config(detector.report, config)
     budget.check()
-    before = totals(detector.report, {})
+    before = size_and_operations(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
     bits, _ = allocate_within_budget(runner, budget, config.allocate.batches)
     detector.assign_bits(bits)
-    after = totals(detector.report, {})
+    after = size_and_operations(detector.report, {})
     runner.logger.info(
         f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}): model size {after[0]:.3f} MB, '
         f'{after[1]:.3f} G bit operations; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'

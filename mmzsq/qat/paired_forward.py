@@ -33,7 +33,6 @@ from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
 from mmzsq.patching import patched
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
-from mmzsq.quantization import LSQ
 
 MAX_BOX_ROIS = 256
 """RoIs per image on which the box heads are compared: the teacher's best proposals after NMS."""
@@ -47,8 +46,8 @@ MAX_REGIONS_WITH_MASKS = 64
 TRANSFORMER_HEAD = 'bbox_head'
 """The head of a transformer. It returns the predictions of all decoder layers as one tensor."""
 
-MODE_KEPT = (_BatchNorm, LSQ)
-"""Modules of the student that keep their mode while the rest is in eval mode: quantizers and BatchNorm may train."""
+MODE_KEPT = (_BatchNorm,)
+"""Modules of the student that keep their mode while the rest is in eval mode: BatchNorm may train."""
 
 
 class PairedOutputs(NamedTuple):

@@ -26,7 +26,7 @@ from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
 from mmzsq.qat.paired_forward import PairedForward, build_paired_forward
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers, quantizers
-from mmzsq.quantization.allocation import as_settings, assign_bits, overrides_of
+from mmzsq.quantization.allocation import assign_bits, overrides_for, overrides_to_dict
 from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
 from mmzsq.tasks.detection_task import leave_semantics_out, pixel_range, sum_losses
@@ -169,7 +169,7 @@ class ZeroShotDetector(BaseModel):
         Args:
             bits: Bits by the name of a quantized layer.
         """
-        own = as_settings(overrides_of(self.report, bits))
+        own = overrides_to_dict(overrides_for(self.report, bits))
         overrides = {**self.quantizer_cfg.get('overrides', {}), **own}
         self._set_quantizer_cfg(dict(self.quantizer_cfg, overrides=overrides))
         assign_bits(self.report, self.quantization_config, bits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware layers with learned steps, for any eager model.
+"""Quantization-aware training for any eager model: quantized layers with learned steps.
 
     config = QuantizationConfig.from_dict(dict(type='mmzsq.LSQ', w_bits=4, a_bits=8))
     report = prepare(model, config, run=lambda: model(image))
@@ -7,7 +7,7 @@
         model(images)
     report.to_table()
 
-Knows nothing of detectors, synthesis, distillation or runners.
+This package is independent of detectors, synthesis, distillation and runners.
 """
 
 from mmzsq.quantization.attention import (

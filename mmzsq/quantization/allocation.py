@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits for each layer under a budget of model size or bit operations, by how much each layer suffers from fewer bits.
+"""Mixed-precision bit allocation: bits for each layer within a budget of model size or bit operations.
 
-The sensitivities of layers are taken to add up, as in Cai et al., "ZeroQ", 2020, https://arxiv.org/abs/2001.00281, and
-Yao et al., "HAWQ-V3", 2021, https://arxiv.org/abs/2011.10680. One candidate a layer, the least sum, a bounded cost: a
-multiple-choice knapsack, solved here exactly. Where sensitivities come from is no matter of this module;
+The sensitivities of the layers, that is how much each suffers from fewer bits, are assumed to add up, as in Cai et al.,
+"ZeroQ", 2020, https://arxiv.org/abs/2001.00281, and Yao et al., "HAWQ-V3", 2021, https://arxiv.org/abs/2011.10680. To
+choose one candidate per layer with the least total sensitivity and a bounded total cost is a multiple-choice knapsack
+problem, which :func:`allocate` solves as an integer program. This module takes the sensitivities as given;
 :mod:`mmzsq.qat.sensitivity` measures them.
 """
 
@@ -14,33 +15,39 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mmzsq.errors import UserError
-from mmzsq.quantization.config import Bits, QuantizationConfig, matches
+from mmzsq.module_patterns import enclosing_names
+from mmzsq.quantization.config import Bits, QuantizationConfig
 from mmzsq.quantization.modules import quantized_layers
 from mmzsq.quantization.prepare import set_bits
 from mmzsq.quantization.quantizers import check_bits
 from mmzsq.quantization.report import MEGABYTE, LayerReport, QuantizationReport
 
-BISECTIONS = 100
+OBJECTIVE_SCALE = 1e5
+"""Largest coefficient of the integer program's objective. The solver stops at an absolute gap of 1e-6."""
 
 
 def allocate(sensitivity: Any, cost: Any, budget: float) -> list[int]:
-    """Choose one candidate a layer, so that the summed sensitivity is least and the summed cost within the budget.
+    """Choose one candidate per layer: the least total sensitivity whose total cost is within the budget.
 
-    Layers are taken one by one. Of the choices so far those are kept that no other beats in both sums, that leave
-    enough for the rest, and whose Lagrangian bound does not exceed the best choice known.
+    Equal arguments give equal choices. Of the candidates of one layer that are equally sensitive, the cheapest is
+    chosen.
 
     Args:
-        sensitivity: Of each layer with each candidate, (L, C), in any unit; finite.
-        cost: Of the same, (L, C), not negative. Whole numbers below 2^53 are added up without rounding.
-        budget: Most that the chosen candidates may cost in all, in the unit of ``cost``.
+        sensitivity: Sensitivity of each layer for each candidate, (L, C), in any unit; finite.
+        cost: Cost of the same, (L, C), not negative. Whole numbers below 2^53 are added up without rounding.
+        budget: Upper bound of the total cost, in the unit of ``cost``.
 
     Returns:
-        Index of the candidate of each layer, L numbers.
+        Index of the chosen candidate of each layer, L numbers. The total cost never exceeds the budget. The total
+        sensitivity is the least possible up to the solver's tolerances: 1e-11 of the largest difference in sensitivity
+        between two candidates of a layer, and 1e-6 of the largest difference in cost.
 
     Raises:
-        UserError: If even the cheapest candidates cost more, or a number is not finite.
+        UserError: If even the cheapest candidates cost more than the budget, or a number is not finite.
 
     Example:
         >>> allocate([[9, 1], [5, 4]], [[2, 4], [2, 4]], budget=6)
@@ -48,7 +55,7 @@ def allocate(sensitivity: Any, cost: Any, budget: float) -> list[int]:
     """
     values, costs = (np.asarray(numbers, dtype=float) for numbers in (sensitivity, cost))
     if values.shape != costs.shape or values.ndim != 2 or not values.size:
-        raise ValueError(f'sensitivity and cost are both (L, C), not {values.shape} and {costs.shape}')
+        raise ValueError(f'sensitivity and cost must both be (L, C), but are {values.shape} and {costs.shape}')
     if not (np.isfinite(values).all() and np.isfinite(costs).all()):
         raise UserError('a sensitivity or cost is not finite: leave that candidate out')
     least = costs.min(1).sum()
@@ -58,55 +65,67 @@ def allocate(sensitivity: Any, cost: Any, budget: float) -> list[int]:
             'that at least, or add cheaper candidates'
         )
     rows = np.arange(len(values))
-    multiplier, known = _relax(values, costs, budget)
-    # What the layers from each on cost at least, and add to the bound at least.
-    cost_of_rest = np.append(np.cumsum(costs.min(1)[::-1])[::-1], 0)
-    bound_of_rest = np.append(np.cumsum((values + multiplier * costs).min(1)[::-1])[::-1], 0)
-    rounding = 1e-9 * (np.abs(values).sum() + multiplier * budget)
-    highest = values[rows, known].sum() + multiplier * budget + rounding
-    value, spent = np.zeros(1), np.zeros(1)
-    steps = []
-    for row in rows:
-        value, spent = (np.add.outer(*pair).ravel() for pair in ((value, values[row]), (spent, costs[row])))
-        fits = spent + cost_of_rest[row + 1] <= budget
-        fits &= value + multiplier * spent + bound_of_rest[row + 1] <= highest
-        order = np.flatnonzero(fits)
-        order = order[np.lexsort((value[order], spent[order]))]
-        best_before = np.minimum.accumulate(np.append(np.inf, value[order]))[:-1]
-        order = order[value[order] < best_before]
-        value, spent = value[order], spent[order]
-        steps.append(np.divmod(order, values.shape[1]))
-    state, chosen = int(value.argmin()), []
-    for parents, candidates in reversed(steps):
-        chosen.append(int(candidates[state]))
-        state = parents[state]
-    return chosen[::-1]
+    limit = budget - least
+    while True:
+        chosen = _solve(values - values.min(1, keepdims=True), costs - costs.min(1, keepdims=True), limit)
+        excess = costs[rows, chosen].sum() - budget
+        if excess <= 0:
+            return [int(index) for index in chosen]
+        # The solver accepts a constraint that is violated by 1e-6.
+        limit = max(limit - excess, 0.0)
 
 
-def _relax(values: np.ndarray, costs: np.ndarray, budget: float) -> tuple[float, np.ndarray]:
-    """The price of a unit of cost at which the budget is nearly spent, and what is chosen at that price, (L,)."""
+def _solve(values: np.ndarray, costs: np.ndarray, limit: float) -> np.ndarray:
+    """Solve the integer program: one binary variable for each layer and candidate, (L, C), one per layer set.
 
-    def choose(price: float) -> np.ndarray:
-        priced = values + price * costs
-        # Of equals the cheapest.
-        return np.where(priced == priced.min(1, keepdims=True), costs, np.inf).argmin(1)
+    Args:
+        values: What to minimize, (L, C), with a zero in each row.
+        costs: Costs, (L, C), with a zero in each row.
+        limit: Upper bound of the total cost; not negative.
 
-    def fits(price: float) -> bool:
-        return costs[np.arange(len(costs)), choose(price)].sum() <= budget
+    Returns:
+        Index of the chosen candidate of each layer, (L,).
+    """
+    num_layers, num_candidates = values.shape
+    allowed = (costs <= limit) & ~_is_dominated(values, costs)
+    largest_value = np.max(values, where=allowed, initial=0.0) or 1.0
+    largest_cost = np.max(costs, where=allowed, initial=0.0) or 1.0
+    one_per_layer = sparse.kron(sparse.identity(num_layers), np.ones((1, num_candidates)))
+    total_cost = np.where(allowed, costs, 0.0).reshape(1, -1) / largest_cost
+    solution = milp(
+        np.where(allowed, values, 0.0).ravel() * (OBJECTIVE_SCALE / largest_value),
+        integrality=np.ones(values.size),
+        bounds=Bounds(0, allowed.ravel().astype(float)),
+        constraints=[LinearConstraint(one_per_layer, 1, 1), LinearConstraint(total_cost, ub=limit / largest_cost)],
+        # Presolve makes the solver accept larger violations of the cost constraint.
+        options=dict(mip_rel_gap=0.0, presolve=False),
+    )
+    if solution.x is None:
+        raise RuntimeError(f'no allocation of bits was found: {solution.message}')
+    chosen: np.ndarray = solution.x.reshape(values.shape).argmax(1)
+    return chosen
 
-    if fits(0.0):
-        return 0.0, choose(0.0)
-    low, high = 0.0, max(np.ptp(values), np.finfo(float).tiny) / costs.max()
-    while not fits(high):
-        low, high = high, 2 * high
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high, choose(high)
+
+def _is_dominated(values: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Mark candidates that another of the same layer beats in value or cost, and equals or beats in both; (L, C)."""
+    value, other_value = values[:, :, None], values[:, None, :]
+    cost, other_cost = costs[:, :, None], costs[:, None, :]
+    index = np.arange(values.shape[1])
+    no_worse = (other_value <= value) & (other_cost <= cost)
+    preferred = (other_value < value) | (other_cost < cost) | (index[None, :] < index[:, None])
+    return np.asarray((no_worse & preferred).any(2))
 
 
 def allocatable(report: QuantizationReport) -> list[LayerReport]:
-    """Layers whose bits are free: quantized, with a weight, and with no bits of their own by role or by a pattern.
+    """Return the layers that bits can be allocated to.
+
+    These are quantized, have a weight, and neither their role nor a pattern decides their bits.
+
+    Args:
+        report: Report of the prepared model.
+
+    Returns:
+        The layers, in the order of the report.
 
     Raises:
         UserError: If there is none.
@@ -122,20 +141,20 @@ def allocatable(report: QuantizationReport) -> list[LayerReport]:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the layers may cost, and what each costs with each number of bits.
+    """Budget of a model, and the cost of each layer with each candidate number of bits.
 
-    Made by :meth:`from_size`, :meth:`from_bit_operations` or :meth:`from_average_bits`.
+    Created by :meth:`from_size`, :meth:`from_bit_operations`, :meth:`from_average_bits` or :meth:`from_config`.
 
     Attributes:
-        name: Of the quantity, for messages.
+        name: Name of the bounded quantity, for messages.
         unit: Its unit, for messages.
         scale: Costs in one unit: bits, or bit operations.
-        limit: Of the quantity, in its unit.
-        fixed: What cannot be changed, in costs.
-        costs: Of each layer with each candidate, (L, C) whole numbers as fp64: bits, or bit operations.
-        candidates: Bits, C numbers.
-        inputs: Whether the bits are those of inputs too; else inputs keep theirs.
-        layers: The layers, L.
+        limit: Upper bound of the quantity, in its unit.
+        fixed: Costs that the allocation cannot change.
+        costs: Cost of each layer with each candidate, (L, C) whole numbers as fp64: bits, or bit operations.
+        candidates: Candidate numbers of bits, C of them.
+        inputs: Whether a candidate also sets the bits of the layer's input. If not, inputs keep their bits.
+        layers: The layers to allocate bits to, L of them.
     """
 
     name: str
@@ -150,7 +169,16 @@ class Budget:
 
     @classmethod
     def from_size(cls, report: QuantizationReport, candidates: Sequence[int], megabytes: float) -> Budget:
-        """Bound the size of the whole model, as ``report.size_after`` counts it, in MB (10^6 bytes)."""
+        """Bound the size of the whole model, as ``report.size_after`` counts it.
+
+        Args:
+            report: Report of the prepared model.
+            candidates: Bits to choose from, for weights; inputs keep their bits.
+            megabytes: Upper bound of the size, in MB (10^6 bytes).
+
+        Raises:
+            UserError: If no layer is free to get bits.
+        """
         layers = allocatable(report)
         kept = round(report.size_after * 8 * MEGABYTE) - sum(layer.weights * layer.w_bits for layer in layers)
         costs = _weight_bits(layers, candidates)
@@ -158,7 +186,16 @@ class Budget:
 
     @classmethod
     def from_average_bits(cls, report: QuantizationReport, candidates: Sequence[int], bits: float) -> Budget:
-        """Bound the size of the weights in question by what it is with this many bits each, 4.5 for example."""
+        """Bound the average number of bits of the weights to allocate bits to.
+
+        Args:
+            report: Report of the prepared model.
+            candidates: Bits to choose from, for weights; inputs keep their bits.
+            bits: Upper bound of the average over all of these weights, 4.5 for example.
+
+        Raises:
+            UserError: If no layer is free to get bits.
+        """
         layers = allocatable(report)
         weights = sum(layer.weights for layer in layers)
         costs = _weight_bits(layers, candidates)
@@ -166,10 +203,15 @@ class Budget:
 
     @classmethod
     def from_bit_operations(cls, report: QuantizationReport, candidates: Sequence[int], giga: float) -> Budget:
-        """Bound the bit operations of the whole model, as ``report.bops_after`` counts them, in 10^9.
+        """Bound the bit operations of the whole model, as ``report.bops_after`` counts them.
+
+        Args:
+            report: Report of the prepared model.
+            candidates: Bits to choose from; a layer's weight and input both get them.
+            giga: Upper bound, in 10^9 bit operations.
 
         Raises:
-            UserError: If the report counts none.
+            UserError: If no layer is free to get bits, or the report counts no operations.
         """
         layers = allocatable(report)
         if report.bops_after is None:
@@ -181,20 +223,31 @@ class Budget:
 
     @classmethod
     def from_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:
-        """What ``config.allocate`` says of the model that ``report`` is of."""
+        """Create the budget that ``config.allocate`` asks for: no more than ``w_bits`` and ``a_bits`` everywhere cost.
+
+        Args:
+            report: Report of a model prepared with ``config``.
+            config: Its ``allocate`` must not be ``None``.
+
+        Raises:
+            UserError: If no layer is free to get bits, or the report lacks the operations to bound.
+        """
         settings = config.allocate
         assert settings is not None
         candidates = sorted(set(settings.candidates))
         if settings.budget == 'size':
             return cls.from_average_bits(report, candidates, config.w_bits)
-        # As many as now, whatever rounding does to them.
+        # Half an operation more than now: the division and multiplication by 1e9 may round.
         return cls.from_bit_operations(report, candidates, ((report.bops_after or 0) + 0.5) / 1e9)
 
     def allocate(self, sensitivity: Any) -> list[Bits]:
-        """Bits of each layer, see :func:`allocate`.
+        """Allocate bits to the layers, see :func:`allocate`.
 
         Args:
-            sensitivity: (L, C).
+            sensitivity: Sensitivity of each layer for each candidate, (L, C).
+
+        Returns:
+            Bits of weight and input of each layer, L of them.
 
         Raises:
             UserError: See :meth:`check`.
@@ -204,16 +257,17 @@ class Budget:
         return [self.bits_of(layer, self.candidates[index]) for layer, index in zip(self.layers, chosen, strict=True)]
 
     def check(self) -> None:
-        """Refuse candidates that are no bits, and a budget that not even the fewest bits keep.
+        """Check that the candidates are valid and that the fewest bits keep the budget.
 
         Raises:
-            UserError: Says the least that is possible.
+            UserError: If a candidate is no number from 2 to 8, or the budget is too small; the message names the least
+                possible one.
         """
         for bits in self.candidates:
             check_bits('a candidate', bits)
         least = self.fixed + self.costs.min(1).sum()
         if least > self.limit * self.scale:
-            # Rounded up, so that what is said is possible.
+            # Rounded up, so that a budget as shown is possible.
             shown = np.ceil(least / self.scale * 1e4 - 1e-9) / 1e4
             raise UserError(
                 f'the budget is {self.limit:g} {self.unit} ({self.name}), but the least possible is {shown:.4f} '
@@ -222,11 +276,11 @@ class Budget:
             )
 
     def bits_of(self, layer: LayerReport, candidate: int) -> Bits:
-        """Bits of weight and input of ``layer`` with a candidate."""
+        """Return the bits of weight and input of ``layer`` with a candidate."""
         return Bits(candidate, candidate if self.inputs else layer.a_bits)
 
     def uniform(self) -> int:
-        """The most bits, of the candidates, that all layers may have alike.
+        """Return the largest candidate that keeps the budget when all layers have it.
 
         Raises:
             UserError: See :meth:`check`.
@@ -240,58 +294,60 @@ def _weight_bits(layers: Sequence[LayerReport], candidates: Sequence[int]) -> np
     return np.outer([float(layer.weights) for layer in layers], candidates)
 
 
-def overrides_of(report: QuantizationReport, bits: Mapping[str, Bits]) -> dict[str, Bits | None]:
-    """The setting ``zsq.quantizer.overrides`` that gives these bits to these layers and changes no other.
+def overrides_for(report: QuantizationReport, bits: Mapping[str, Bits]) -> dict[str, Bits | None]:
+    """Return ``zsq.quantizer.overrides`` that give these bits to these layers and leave all other layers unchanged.
 
-    A pattern also matches what is in a layer, as the convolution of offsets in a deformable one: where that has bits of
-    another reason, it is told again, behind it.
+    A layer's name as a pattern also selects the layers inside it, such as the convolution that computes the offsets of
+    a deformable one. If such a layer is not in ``bits``, a later override restores its present bits.
 
     Args:
-        report: Of the model without these overrides.
-        bits: By the name of the layer.
+        report: Report of the model without these overrides.
+        bits: New bits by layer name.
 
     Returns:
-        Name of a layer to its bits, None for float, in the order in which they have to stand.
+        Layer name to bits, ``None`` for float. The order matters: the last pattern that matches wins.
     """
     overrides: dict[str, Bits | None] = dict(bits)
     for layer in report.layers:
-        inside = any(matches(layer.name, name) for name in bits)
+        inside = any(name in bits for name in enclosing_names(layer.name))
         if inside and layer.name not in bits and layer.type != 'Parameter':
             overrides[layer.name] = Bits(layer.w_bits, layer.a_bits) if layer.quantized else None
     return overrides
 
 
-def as_settings(overrides: Mapping[str, Bits | None]) -> dict[str, dict[str, int] | None]:
-    """``zsq.quantizer.overrides`` as plain data, which a config and a checkpoint hold."""
+def overrides_to_dict(overrides: Mapping[str, Bits | None]) -> dict[str, dict[str, int] | None]:
+    """Return ``zsq.quantizer.overrides`` as plain data, for configs and checkpoints."""
     return {name: None if bits is None else bits._asdict() for name, bits in overrides.items()}
 
 
 def assign_bits(report: QuantizationReport, config: QuantizationConfig, bits: Mapping[str, Bits]) -> None:
-    """Give layers of a prepared model other bits, as if ``config.overrides`` had named them; their steps begin anew.
+    """Replace the quantizers of some layers of a prepared model, as if ``config.overrides`` had set their bits.
+
+    The new quantizers are not initialized. The report is updated.
 
     Args:
-        report: Of the model; it then tells of the new bits.
-        config: What new quantizers are made by.
-        bits: By the name of a quantized layer.
+        report: Report of the prepared model.
+        config: Settings of the new quantizers.
+        bits: New bits by the name of a quantized layer.
     """
     modules = dict(quantized_layers(report.model))
     for index, layer in enumerate(report.layers):
         if layer.name in bits:
-            of = bits[layer.name]
-            set_bits(modules[layer.name], config, of)
+            new = bits[layer.name]
+            set_bits(modules[layer.name], config, new)
             reason = f'overrides {layer.name!r}'
-            report.layers[index] = replace(layer, w_bits=of.w_bits, a_bits=of.a_bits, reason=reason)
+            report.layers[index] = replace(layer, w_bits=new.w_bits, a_bits=new.a_bits, reason=reason)
 
 
-def totals(report: QuantizationReport, bits: Mapping[str, Bits]) -> tuple[float, float]:
-    """Size and bit operations of a model, were the bits of some layers others.
+def size_and_operations(report: QuantizationReport, bits: Mapping[str, Bits]) -> tuple[float, float]:
+    """Compute the size and bit operations of a model with other bits in some layers.
 
     Args:
-        report: Of the model as it is.
-        bits: By the name of the layer.
+        report: Report of the model as it is.
+        bits: Other bits by layer name.
 
     Returns:
-        MB (10^6 bytes), and 10^9 bit operations in the run that the report counts, 0 if it counts none.
+        Size in MB (10^6 bytes), and 10^9 bit operations of the run that the report counts, 0 if it counts none.
     """
     size, operations = report.size_after, float(report.bops_after or 0)
     for layer in report.layers:

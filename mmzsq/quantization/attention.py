@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of two activations, as attention computes them, with both operands quantized.
+"""Quantized attention: matrix products of two activations, with both operands quantized.
 
-Attention multiplies queries by keys and probabilities by values inside its ``forward``, where no
-layer can be swapped. An adapter repeats the ``forward`` of one attention class with a
-:class:`QuantMatmul` in the place of each product; :func:`register_quantized_attention` says which
-class it stands for. Softmax itself and what is added before it stay float.
+Attention multiplies queries by keys and probabilities by values inside its ``forward``, where there is no layer to
+replace. An adapter repeats the ``forward`` of one attention class and computes each product by a :class:`QuantMatmul`.
+:func:`register_quantized_attention` registers it. Softmax and the terms added before it stay float.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -21,12 +20,14 @@ Class = TypeVar('Class', bound='type[QuantizedAttention]')
 
 
 class QuantMatmul(nn.Module):
-    """Product of two activations; a plain product until :meth:`add_quantizers`.
+    """Matrix product of two activations, in float until :meth:`add_quantizers` is called.
 
     Attributes:
-        left_quantizer: Of the left operand.
-        right_quantizer: Of the right operand.
+        left_quantizer: Quantizer of the left operand, or ``None``.
+        right_quantizer: Quantizer of the right operand, or ``None``.
     """
+
+    in_float_model: ClassVar[bool] = False
 
     left_quantizer: LSQ | None
     right_quantizer: LSQ | None
@@ -37,7 +38,7 @@ class QuantMatmul(nn.Module):
         self.right_quantizer = None
 
     def add_quantizers(self, left: LSQ, right: LSQ) -> None:
-        """Quantize both operands from now on."""
+        """Set the quantizers of both operands."""
         self.left_quantizer = left
         self.right_quantizer = right
 
@@ -49,18 +50,18 @@ class QuantMatmul(nn.Module):
 
 
 class QuantizedAttention(nn.Module):
-    """Mixin of all adapters.
+    """Mixin of all attention adapters.
 
     Attributes:
-        query_key: The product of queries, scaled, and transposed keys.
-        probability_value: The product of the softmax output and values.
+        query_key: Product of the scaled queries and the transposed keys.
+        probability_value: Product of the softmax output and the values.
     """
 
     query_key: QuantMatmul
     probability_value: QuantMatmul
 
     def add_quantizers(self, query: LSQ, key: LSQ, probability: LSQ, value: LSQ) -> None:
-        """Quantize all four operands from now on, on the module's device and in its mode."""
+        """Set the quantizers of all four operands, and move them to the module's device and train or eval mode."""
         device = next(self.parameters()).device
         query, key, probability, value = (
             quantizer.to(device).train(self.training) for quantizer in (query, key, probability, value)
@@ -70,10 +71,10 @@ class QuantizedAttention(nn.Module):
 
 
 def register_quantized_attention(*float_classes: type[nn.Module]) -> Callable[[Class], Class]:
-    """Class decorator: let the decorated adapter stand for ``float_classes``.
+    """Class decorator: register the adapter of ``float_classes``.
 
     Args:
-        float_classes: Classes whose ``forward`` the adapter repeats, and bases of it.
+        float_classes: Classes whose ``forward`` the adapter repeats. Each is a base of the adapter.
     """
 
     def register(cls: Class) -> Class:
@@ -84,24 +85,27 @@ def register_quantized_attention(*float_classes: type[nn.Module]) -> Callable[[C
 
 
 def quantized_attention_class(module: nn.Module) -> type[QuantizedAttention] | None:
-    """The adapter of an attention module; only the exact class counts, since a subclass may compute something else."""
+    """Return the adapter of an attention module, or ``None``.
+
+    Only the exact class counts, since a subclass may compute something else.
+    """
     return _QUANTIZED_ATTENTION.get(type(module))
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is known to be attention, with an adapter or without."""
+    """Return whether a module is attention of a known class, with or without an adapter."""
     return isinstance(module, (nn.MultiheadAttention, *_QUANTIZED_ATTENTION))
 
 
 def make_quantized_attention(module: nn.Module, cls: type[QuantizedAttention]) -> QuantizedAttention:
-    """Turn an attention module into its adapter, in place; it still needs ``add_quantizers``.
+    """Turn an attention module into its adapter, in place. Call ``add_quantizers`` on it afterwards.
 
     Args:
         module: The float module.
         cls: Its adapter.
 
     Returns:
-        The same object.
+        ``module`` itself.
     """
     module.__class__ = cls
     adapter = cast(QuantizedAttention, module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving quantizers their first steps, switching them, and finding what they learn."""
+"""Initialize quantizers from data, switch them on and off, and collect their parameters."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mmzsq.quantization.step_search import Grid
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ]]:
-    """Names and quantizers of a model."""
+    """Yield the names and quantizers of a model, in the order of ``named_modules``."""
     for name, module in model.named_modules():
         if isinstance(module, LSQ):
             yield name, module
 
 
 def set_quantization(model: nn.Module, enabled: bool) -> None:
-    """Switch all quantizers of a model on, or off, which leaves the float model.
+    """Switch all quantizers of a model on or off. With all of them off, the model computes in float.
 
     Args:
         model: A prepared model.
@@ -36,10 +36,9 @@ def set_quantization(model: nn.Module, enabled: bool) -> None:
 
 
 def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What quantizers learn: steps, and the zero points of LSQ+.
+    """Yield the learned parameters of all quantizers: steps, and the zero points of LSQ+.
 
-    They want their own learning rate and no weight decay. All of their names hold
-    ``'_quantizer.'``.
+    They need a separate learning rate and no weight decay. All of their names contain ``'_quantizer.'``.
 
     Args:
         model: A prepared model.
@@ -53,18 +52,18 @@ def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Initialize quantizers from the batches that run through the model inside.
+    """Initialize quantizers from the batches that run through the model inside the block.
 
-    While inside, quantizers without steps pass values on in float and remember them; at the end
-    their steps are set: of weights from the weights, of inputs from what was seen, by all processes
-    together if ``torch.distributed`` is initialized. Every rank ends with the same steps.
-    Quantizers that have steps work as always and keep them. If the body raises, nothing is set.
+    Inside the block, uninitialized quantizers pass their input on in float and collect its statistics. At the end of
+    the block their steps are set: those of weights from the weights, those of inputs from the statistics of all
+    processes if ``torch.distributed`` is initialized. All ranks get the same steps. Initialized quantizers quantize as
+    usual and keep their steps. If the block raises, no step is set.
 
     Args:
-        model: A prepared model. Every rank enters and leaves with the same model.
+        model: A prepared model, the same on every rank. All ranks must enter and leave the block.
 
     Raises:
-        UserError: If a layer saw no input on any rank, or one that is not finite.
+        UserError: If a layer received no input on any rank, or an input that is not finite.
 
     Example:
         >>> with torch.no_grad(), calibrating(model):  # doctest: +SKIP
@@ -76,42 +75,42 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     statistics: dict[str, ActivationStatistics] = {}
     with ExitStack() as undo:
         for name, quantizer in pending.items():
-            undo.enter_context(switched_off(quantizer))
+            undo.enter_context(quantizer_disabled(quantizer))
             if quantizer not in layer_of:
-                seen = statistics[name] = ActivationStatistics(quantizer.initialized.device)
-                undo.enter_context(_watching(quantizer, seen))
+                statistics[name] = ActivationStatistics(quantizer.initialized.device)
+                undo.enter_context(_updating(statistics[name], quantizer))
         yield
-    for seen in statistics.values():
-        seen.gather()
-    unseen = _owners(name for name, seen in statistics.items() if not seen.count)
-    if unseen:
+    for collected in statistics.values():
+        collected.gather()
+    without_input = _owners(name for name, collected in statistics.items() if not collected.count)
+    if without_input:
         raise UserError(
-            f'No input reached {", ".join(unseen)} while calibrating. Run batches that use these '
+            f'No input reached {", ".join(without_input)} while calibrating. Run batches that use these '
             'layers inside `with calibrating(model):`, or keep them float with '
             '`zsq.quantizer.skip`.'
         )
-    broken = _owners(name for name, seen in statistics.items() if not seen.is_finite)
-    if broken:
+    not_finite = _owners(name for name, collected in statistics.items() if not collected.is_finite)
+    if not_finite:
         raise UserError(
-            f'The input of {", ".join(broken)} was infinite or NaN while calibrating: check the '
+            f'The input of {", ".join(not_finite)} was infinite or NaN while calibrating: check the '
             'checkpoint and the images, or run without autocast.'
         )
     for name, quantizer in pending.items():
         if quantizer in layer_of:
-            grid = quantizer.grid_of_weight(layer_of[quantizer].filters())
+            grid = quantizer.initial_weight_grid(layer_of[quantizer].filters())
         else:
-            grid = quantizer.grid_of_activations(statistics.pop(name))
-        quantizer.set_grid(_from_first_rank(grid))
+            grid = quantizer.initial_activation_grid(statistics.pop(name))
+        quantizer.set_grid(_broadcast(grid))
 
 
 def _owners(names: Iterable[str]) -> list[str]:
-    """Names of the modules that the named quantizers belong to, each once."""
+    """Return the names of the modules that own the named quantizers, each once."""
     return list(dict.fromkeys(name.rpartition('.')[0] for name in names))
 
 
 @contextmanager
-def switched_off(quantizer: LSQ) -> Iterator[None]:
-    """Inside, a quantizer passes values on."""
+def quantizer_disabled(quantizer: LSQ) -> Iterator[None]:
+    """Inside the block, a quantizer returns its input unchanged."""
     before = quantizer.enabled
     quantizer.enabled = False
     try:
@@ -121,21 +120,21 @@ def switched_off(quantizer: LSQ) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(quantizer: LSQ, seen: ActivationStatistics) -> Iterator[None]:
-    """Let ``seen`` take in what ``quantizer`` is given."""
+def _updating(statistics: ActivationStatistics, quantizer: LSQ) -> Iterator[None]:
+    """Inside the block, update ``statistics`` with every input of ``quantizer``."""
 
-    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.update(args[0])
+    def update(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics.update(args[0])
 
-    handle = quantizer.register_forward_pre_hook(watch)
+    handle = quantizer.register_forward_pre_hook(update)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _from_first_rank(grid: Grid) -> Grid:
-    """Equal inputs give equal grids, but not to the last bit on unlike devices."""
+def _broadcast(grid: Grid) -> Grid:
+    """Return the grid of rank 0: equal statistics may give grids that differ in the last bits on other devices."""
     if not (dist.is_available() and dist.is_initialized()):
         return grid
     both = torch.stack(grid)

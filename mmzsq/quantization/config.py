@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -144,7 +143,8 @@ class QuantizationConfig(TypedSection):
     narrow=False), activation=dict(scheme='signed', init='lsq'), step='linear', first_bits=None, last_bits=None``.
 
     These settings decide the bits of a layer, in this order: ``scope``, ``skip``, ``overrides``, ``first_bits`` and
-    ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern selects modules, and with a module all layers in it.
+    ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern (:mod:`mmzsq.module_patterns`) selects modules, and with a
+    module all layers in it.
     """
 
     type: str = 'mmzsq.LSQ'
@@ -269,18 +269,18 @@ class QuantizationConfig(TypedSection):
             grad_scale=self.grad_scale,
         )
 
-    def bits_of(self, name: str, roles: Sequence[str]) -> tuple[Bits | None, str]:
+    def bits_of(self, patterns: Collection[str], roles: Sequence[str]) -> tuple[Bits | None, str]:
         """Decide the bits of one layer.
 
         Args:
-            name: Of the layer.
+            patterns: Those of :attr:`patterns` that select the layer or a module around it.
             roles: ``'first'``, ``'last'``, both or none.
 
         Returns:
             Its bits, ``None`` for float, and the reason: the setting that decided, or ``''`` for an
             ordinary layer.
         """
-        bits, reason = self._bits_by_pattern(name)
+        bits, reason = self._bits_by_pattern(patterns)
         if reason:
             return bits, reason
         by_role = {'first': self.first_bits, 'last': self.last_bits}
@@ -292,39 +292,29 @@ class QuantizationConfig(TypedSection):
                 return Bits(role_bits, role_bits), f'{role} layer'
         return Bits(self.w_bits, self.a_bits), ''
 
-    def attention_bits_of(self, name: str) -> tuple[AttentionBits | None, str]:
+    def attention_bits_of(self, patterns: Collection[str]) -> tuple[AttentionBits | None, str]:
         """Decide the bits of one attention module, if any is quantized.
 
         Args:
-            name: Of the module.
+            patterns: Those of :attr:`patterns` that select the module or one around it.
 
         Returns:
             Its bits, ``None`` for float, and the reason, as of :meth:`bits_of`; an override's
             ``a_bits`` count.
         """
-        bits, reason = self._bits_by_pattern(name)
+        bits, reason = self._bits_by_pattern(patterns)
         if reason:
             return (AttentionBits(bits.a_bits, bits.a_bits) if bits else None), reason
         return self.attention, ''
 
-    def _bits_by_pattern(self, name: str) -> tuple[Bits | None, str]:
+    def _bits_by_pattern(self, patterns: Collection[str]) -> tuple[Bits | None, str]:
         """Bits and reason where a pattern decides; else the reason is empty."""
-        if self.scope is not None and not any(matches(name, pattern) for pattern in self.scope):
+        if self.scope is not None and not any(pattern in patterns for pattern in self.scope):
             return None, f'outside scope {", ".join(map(repr, self.scope))}'
         for pattern in self.skip:
-            if matches(name, pattern):
+            if pattern in patterns:
                 return None, f'skip {pattern!r}'
         for pattern, bits in reversed(list(self.overrides.items())):
-            if matches(name, pattern):
+            if pattern in patterns:
                 return bits, f'overrides {pattern!r}'
         return None, ''
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` names a layer or a module that holds it.
-
-    Example:
-        >>> matches('bbox_head.convs.0', 'bbox_head'), matches('backbone.stem', '*.stem'),
-        matches('necks', 'neck') (True, True, False)
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')

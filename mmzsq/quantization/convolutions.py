@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers for MMCV's convolutions that compute more than a convolution.
+"""Quantized layers for MMCV's special convolutions: adaptive padding, weight standardization and deformable ones.
 
-Padded as TensorFlow does, with a standardized weight, or deformable: each repeats the ``forward`` of its float class
-with quantized weight and input.
+Each class repeats the ``forward`` of its float class with quantized weight and input.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from mmzsq.quantization.modules import QuantizedLayer, register_quantized
 
 @register_quantized(Conv2dAdaptivePadding)
 class QuantConv2dAdaptivePadding(QuantizedLayer, Conv2dAdaptivePadding, nn.Conv2d):
-    """Convolution padded as TensorFlow's ``'same'``, with quantized weight and input."""
+    """Convolution with TensorFlow's ``'same'`` padding, with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C_in, H, W) into (N, C_out, ceil(H / stride), ceil(W / stride))."""
-        extent: list[int] = []
+        padding: list[int] = []
         for size, kernel, stride, dilation in zip(
             reversed(x.shape[2:]),
             reversed(self.kernel_size),
@@ -43,8 +42,8 @@ class QuantConv2dAdaptivePadding(QuantizedLayer, Conv2dAdaptivePadding, nn.Conv2
             strict=True,
         ):
             missing = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            extent += [missing // 2, missing - missing // 2]
-        padded = F.pad(self.input_quantizer(x), extent)
+            padding += [missing // 2, missing - missing // 2]
+        padded = F.pad(self.input_quantizer(x), padding)
         return self._conv_forward(padded, self.weight_quantizer(self.weight), self.bias)
 
 
@@ -52,13 +51,13 @@ class QuantConv2dAdaptivePadding(QuantizedLayer, Conv2dAdaptivePadding, nn.Conv2
 class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
     """Weight-standardized convolution (Qiao et al., 2019) with quantized weight and input.
 
-    What is quantized is the standardized weight, which is all that integers need to know.
+    The standardized weight is quantized, since an integer deployment stores only that.
     """
 
     eps: float
 
     def filters(self) -> Tensor:
-        """The weight with every filter standardized, (C_out, C_in / groups, kH, kW)."""
+        """Return the weight with every filter standardized, (C_out, C_in / groups, kH, kW)."""
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
         return (self.weight - mean) / (std + self.eps)
 
@@ -70,12 +69,15 @@ class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
 
 @register_quantized(ConvAWS2d)
 class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
-    """Adaptively weight-standardized convolution (Qiao et al., 2020) with quantized weight and input, likewise."""
+    """Adaptively weight-standardized convolution (Qiao et al., 2020) with quantized weight and input.
+
+    The standardized weight is quantized, as in :class:`QuantConvWS2d`.
+    """
 
     _get_weight: Callable[[Tensor], Tensor]
 
     def filters(self) -> Tensor:
-        """The weight with every filter standardized, then scaled and moved, (C_out, C_in / groups, kH, kW)."""
+        """Return the weight with every filter standardized, scaled and shifted, (C_out, C_in / groups, kH, kW)."""
         return self._get_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,10 +87,10 @@ class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
 
 
 class _QuantDeformConv(QuantizedLayer):
-    """What deformable convolutions share: their two operators, with quantized weight and input.
+    """Base of the deformable convolutions: both operators with quantized weight and input.
 
-    Where taps look, and in v2 how much they count, stays float, as does the interpolation between quantized inputs. The
-    convolution that a ``Pack`` makes these numbers with is a layer of its own.
+    Offsets, the masks of v2 and the interpolation between quantized inputs stay float. The convolution with which a
+    ``Pack`` predicts offsets and masks is a separate layer.
     """
 
     def _convolve(self, x: Tensor, offset: Tensor) -> Tensor:
@@ -129,8 +131,8 @@ class QuantDeformConv2d(_QuantDeformConv, DeformConv2d):
     kernel_size: tuple[int, int]
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """Convolve (N, C_in, H, W), at places moved by ``offset`` in pixels, into (N, C_out, H', W')."""
-        # The compiled operator refuses what is smaller than its kernel.
+        """Convolve (N, C_in, H, W), sampled at positions shifted by ``offset`` in pixels, into (N, C_out, H', W')."""
+        # The compiled operator rejects inputs smaller than its kernel.
         height, width = (max(k - size, 0) for k, size in zip(self.kernel_size, x.shape[2:], strict=True))
         if height or width:
             x, offset = F.pad(x, (0, width, 0, height)), F.pad(offset, (0, width, 0, height))
@@ -140,7 +142,7 @@ class QuantDeformConv2d(_QuantDeformConv, DeformConv2d):
 
 @register_quantized(DeformConv2dPack)
 class QuantDeformConv2dPack(_QuantDeformConv, DeformConv2dPack):
-    """Deformable convolution that makes its offsets itself, with quantized weight and input."""
+    """Deformable convolution that predicts its offsets, with quantized weight and input."""
 
     conv_offset: nn.Conv2d
 
@@ -154,13 +156,13 @@ class QuantModulatedDeformConv2d(_QuantDeformConv, ModulatedDeformConv2d):
     """Deformable convolution v2 (Zhu et al., 2019) with quantized weight and input."""
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve (N, C_in, H, W), at places moved by ``offset`` and scaled by ``mask``, into (N, C_out, H', W')."""
+        """Convolve (N, C_in, H, W), sampled with ``offset`` and weighted by ``mask``, into (N, C_out, H', W')."""
         return self._convolve_modulated(x, offset, mask)
 
 
 @register_quantized(ModulatedDeformConv2dPack)
 class QuantModulatedDeformConv2dPack(_QuantDeformConv, ModulatedDeformConv2dPack):
-    """Deformable convolution v2 that makes offsets and mask itself, with quantized weight and input."""
+    """Deformable convolution v2 that predicts its offsets and mask, with quantized weight and input."""
 
     conv_offset: nn.Conv2d
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input channels brought to like ranges before they share one step: what one loses in range another gains in levels.
+"""Per-channel equalization of the inputs of layers (SmoothQuant).
 
-An input has one step for all of its channels, and few bits leave a channel of small values hardly a level. So each
-channel c is divided by a number e_c, and the weights that it meets are multiplied by it, which changes nothing in float
-(Xiao et al., "SmoothQuant", 2022, https://arxiv.org/abs/2211.10438, for the outliers of transformers). Products are
-those of integers as before; the division joins the requantization of what makes the input, one factor a channel.
+All channels of an input share one step. With few bits, a channel of small values gets hardly any levels. Equalization
+divides each channel c by a factor e_c and multiplies the weights of that channel by it, which changes nothing in float
+(Xiao et al., "SmoothQuant", 2022, https://arxiv.org/abs/2211.10438, for the outliers of transformers). The layer still
+multiplies integers. The division is merged into the requantization of the preceding output, as one factor per channel.
 
-The factors are e_c = s_c^a / w_c^b, with s_c the size of what channel c carries and w_c that of its weights. Of a few a
-and b those are taken whose estimated error of the layer's output is least, a = b = 0 among them (Lin et al., "AWQ",
-2023, https://arxiv.org/abs/2306.00978, search alike for weights).
+The factors are e_c = s_c^a / w_c^b, where s_c is the magnitude of channel c and w_c that of its weights. The exponents
+a and b are chosen from a small set, which includes a = b = 0, to minimize the estimated error of the layer's output
+(Lin et al., "AWQ", 2023, https://arxiv.org/abs/2306.00978, use a similar search for weights).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmzsq.quantization.calibrate import quantizers, switched_off
+from mmzsq.quantization.calibrate import quantizer_disabled, quantizers
 from mmzsq.quantization.fake_quantize import fake_quantize
 from mmzsq.quantization.modules import (
     QuantConv1d,
@@ -35,29 +35,29 @@ from mmzsq.quantization.modules import (
 )
 from mmzsq.quantization.quantizers import LSQ
 
-EQUALizED = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
-"""Exact classes: others compute more than a product of their input with their weight."""
+EQUALIZABLE = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
+"""Exact classes of the layers to equalize. Other classes compute more than a product of input and weight."""
 ROWS = 256
-"""Places that are looked at in each run of a layer, every one a value of each channel."""
+"""Positions sampled in each call of a layer; a position has one value of each channel."""
 MAX_ROWS = 2048
-"""Of all runs."""
+"""Positions used of all calls."""
 VALUES = 2**14
-"""By which the step of an input is searched."""
+"""Input values on which the step of an input is searched."""
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the size of a channel's values."""
+"""Candidate exponents a of the magnitude of a channel."""
 WEIGHT_POWERS = (0.0, 0.5)
-"""Of the size of its weights."""
-RANGE = 16.0
-"""Factors lie between this and its inverse: a channel that was silent by chance may speak up later."""
+"""Candidate exponents b of the magnitude of its weights."""
+MAX_SCALE = 16.0
+"""Factors lie between 1 / MAX_SCALE and MAX_SCALE: a channel without values in the sample may have some later."""
 
 
 def add_input_scale(layer: QuantizedLayer) -> None:
-    """Have a layer divide its input channel by channel, by one until :func:`equalize` knows better.
+    """Let a layer divide its input by one factor per channel. The factors are 1 until :func:`equalize` sets them.
 
     Args:
-        layer: A quantized one; nothing is done if it is none of :data:`EQUALizED`.
+        layer: A quantized layer. Layers of other classes than :data:`EQUALIZABLE` are left unchanged.
     """
-    if type(layer) not in EQUALizED:
+    if type(layer) not in EQUALIZABLE:
         return
     channels = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
     layer.register_buffer('input_scale', torch.ones(channels, device=layer.weight.device))  # type: ignore[arg-type]
@@ -66,10 +66,10 @@ def add_input_scale(layer: QuantizedLayer) -> None:
 
 @torch.no_grad()
 def remove_input_scale(layer: QuantizedLayer) -> None:
-    """Have a layer take its input as it comes again, and undo what its weights made up for.
+    """Remove the input factors of a layer, and divide its weights by them.
 
     Args:
-        layer: A quantized one; nothing is done if it does not divide its input.
+        layer: A quantized layer. A layer without factors is left unchanged.
     """
     scale = input_scale(layer)
     if scale is None:
@@ -83,13 +83,13 @@ def remove_input_scale(layer: QuantizedLayer) -> None:
 
 @torch.no_grad()
 def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Choose the factors of all layers that have them and no steps yet, and multiply their weights.
+    """Choose the input factors of all uninitialized layers that have some, and multiply their weights by them.
 
-    Every process ends with the factors of the first.
+    All processes get the factors of rank 0.
 
     Args:
-        model: A prepared model whose weights are those of the float one.
-        run: Runs images through it.
+        model: A prepared model with the weights of the float model.
+        run: Runs images through the model.
     """
     layers = [
         layer
@@ -103,7 +103,7 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
     with ExitStack() as undo:
         for _, quantizer in quantizers(model):
             if not quantizer.ready:
-                undo.enter_context(switched_off(quantizer))
+                undo.enter_context(quantizer_disabled(quantizer))
         for layer in layers:
             undo.enter_context(_sampling(layer, samples[layer], generator))
         run()
@@ -112,21 +112,21 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
         scale = best_scale(layer, torch.cat(rows)[:MAX_ROWS]) if rows else torch.ones_like(_scale_of(layer))
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scale, src=0)
-        # What was sampled has been divided already, where this is not the first time.
+        # Samples are already divided by the present factors, which differ from 1 if this is not the first call.
         _scale_of(layer).mul_(scale)
         layer.weight.copy_(scaled_weight(layer, scale))
 
 
 @torch.no_grad()
 def best_scale(layer: QuantizedLayer, rows: Tensor) -> Tensor:
-    """Factors of the input channels of least estimated error.
+    """Find the input factors with the least estimated error of the output.
 
     Args:
-        layer: Its weight is that of the float layer.
-        rows: Inputs (R, C) at R places.
+        layer: A layer with the weight of the float layer.
+        rows: Inputs at R positions, (R, C).
 
     Returns:
-        Shape (C,), positive, of geometric mean 1 before they are brought into range.
+        Positive factors, (C,), with geometric mean 1 before they are clamped to :data:`MAX_SCALE`.
     """
     rows = rows.float()
     weight = _energy(layer, layer.weight).sqrt()
@@ -136,16 +136,16 @@ def best_scale(layer: QuantizedLayer, rows: Tensor) -> Tensor:
             if power or weight_power:
                 candidates.append(_normalized(size**power / weight.clamp(min=1e-8) ** weight_power))
     errors = torch.stack([_error(layer, rows, candidate) for candidate in candidates])
-    # The first of equals: none at all.
+    # Of equal errors argmin takes the first: factors of 1.
     return candidates[int(errors.argmin())]
 
 
 def scaled_weight(layer: QuantizedLayer, scale: Tensor) -> Tensor:
-    """The weight of a layer with what each input channel meets multiplied by a factor.
+    """Return the weight of a layer with the weights of each input channel multiplied by a factor.
 
     Args:
-        layer: A layer of :data:`EQUALizED`.
-        scale: Shape (C,).
+        layer: A layer of one of the classes :data:`EQUALIZABLE`.
+        scale: Factor of each input channel, (C,).
     """
     weight = layer.weight
     if isinstance(layer, QuantLinear):
@@ -172,9 +172,9 @@ def _scale_of(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def _sampling(layer: QuantizedLayer, rows: list[Tensor], generator: torch.Generator) -> Iterator[None]:
-    """Inside, keep some of what the layer is given."""
+    """Inside the block, append a random sample of the layer's inputs, (positions, C), to ``rows`` at each call."""
 
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def sample(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         features: Tensor = inputs[0].detach()
         if not isinstance(layer, QuantLinear):
             features = features.flatten(2)
@@ -187,7 +187,7 @@ def _sampling(layer: QuantizedLayer, rows: list[Tensor], generator: torch.Genera
                 chosen = torch.randint(len(features), (min(ROWS, len(features)),), generator=generator)
                 rows.append(features[chosen.to(features.device)].float())
 
-    handle = layer.register_forward_pre_hook(look)
+    handle = layer.register_forward_pre_hook(sample)
     try:
         yield
     finally:
@@ -195,14 +195,14 @@ def _sampling(layer: QuantizedLayer, rows: list[Tensor], generator: torch.Genera
 
 
 def _normalized(scale: Tensor) -> Tensor:
-    """Of geometric mean 1, within range; channels that carry nothing do not count."""
+    """Scale factors to geometric mean 1 and clamp them; channels without values do not count in the mean."""
     scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
     alive = scale > 1e-6 * scale.amax()
-    return (scale / scale[alive].log().mean().exp()).clamp(1 / RANGE, RANGE)
+    return (scale / scale[alive].log().mean().exp()).clamp(1 / MAX_SCALE, MAX_SCALE)
 
 
 def _energy(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """Sum of squares of the weights, of the shape of the layer's, that each input channel meets, (C,)."""
+    """Sum of squares of the weights of each input channel, (C,), for a weight shaped as that of the layer."""
     squares = weight.float().square()
     if isinstance(layer, QuantLinear):
         return squares.sum(0)
@@ -213,7 +213,7 @@ def _energy(layer: QuantizedLayer, weight: Tensor) -> Tensor:
 
 
 def _error(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
-    """Squared error of the outputs, as if those of all inputs and weights were independent."""
+    """Estimate the squared error of the output, as if the errors of all inputs and weights were independent."""
     inputs, weight = rows / scale, scaled_weight(layer, scale)
     of_inputs = (_rounded_inputs(layer.input_quantizer, inputs) - inputs).square().mean(0)
     of_weights = _energy(layer, _rounded_weight(layer, weight) - weight)
@@ -221,18 +221,18 @@ def _error(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rounded_inputs(quantizer: LSQ, inputs: Tensor) -> Tensor:
-    """Inputs (R, C) on the grid that calibration would give them."""
+    """Round inputs (R, C) to the grid that calibration would choose for them."""
     values = inputs.flatten()
     sample = values[:: max(values.numel() // VALUES, 1)]
-    # One step for values that are all there, which is how a weight gets its own.
-    grid = quantizer.grid_of_weight(torch.cat((sample, torch.stack(values.aminmax()))))
+    # The rule for weights applies: it takes one step for a tensor that is known in full.
+    grid = quantizer.initial_weight_grid(torch.cat((sample, torch.stack(values.aminmax()))))
     return fake_quantize(values, grid.step, quantizer.qmin, quantizer.qmax, grid.zero_point).view_as(inputs)
 
 
 def _rounded_weight(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """The weight on a grid that reaches its extremes: to search the best one for each candidate would take long."""
+    """Round the weight to a grid that reaches its extremes: to search the best grid per candidate would take long."""
     quantizer = layer.weight_quantizer
-    # Where each output channel has its step, the layer's own first dimension need not be that of its outputs.
+    # The first dimension of a transposed convolution's weight is not that of its output channels.
     if quantizer.num_steps > 1 and not isinstance(layer, QuantConvTranspose2d):
         step = weight.flatten(1).abs().amax(1).view(-1, *(1,) * (weight.dim() - 1))
     else:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of fake quantization, for CUDA: one pass over memory forward and one backward.
+"""Triton kernels for fake quantization on CUDA: one pass over memory in the forward and one in the backward.
 
-They compute what :mod:`mmzsq.quantization.fake_quantize` does in plain PyTorch, which is their reference in the tests;
-equal up to the order of sums. The gradients of step and zero point are partial sums in the same pass as that of the
-input, added up in a fixed order: equal inputs give equal bits. Import this module only where
-:data:`mmzsq.quantization.fake_quantize.HAS_TRITON` is true.
+The results equal those of :mod:`mmzsq.quantization.fake_quantize`, the reference in the tests, up to the order of
+sums. The backward computes partial sums of the gradients of step and zero point in the same pass as the gradient of the
+input, and adds them in a fixed order, so equal inputs give bitwise equal results. Import this module only if
+:data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 1024
-"""Values that one program holds at once."""
+"""Values that one program processes at once."""
 PROGRAMS = 2048
-"""Programs of a backward pass, about: each leaves one partial sum."""
+"""Approximate number of programs of a backward pass; each writes one partial sum."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2^23: adding it leaves no fraction, rounded half to even, and subtracting it gives the integer back."""
+"""1.5 * 2^23. Adding and then subtracting it rounds an fp32 number half to even."""
 
 
 @triton.jit
 def _levels(x, step, low, high):
-    """Real-valued levels, and these clipped; a NaN stays one."""
+    """Return real-valued levels and the clipped levels. A NaN stays a NaN."""
     levels = tl.div_rn(x, step)
     clipped = tl.where(levels < low, low, levels)
     return levels, tl.where(clipped > high, high, clipped)
@@ -37,7 +37,7 @@ def _levels(x, step, low, high):
 
 @triton.jit
 def _round(x):
-    # Levels are clipped to at most 2^8 before, where this is exact.
+    # This is exact for the clipped levels, which are at most 2^8.
     return (x + ROUND) - ROUND
 
 
@@ -95,10 +95,10 @@ def _backward(
 
 
 def can_fuse(x: Tensor, step: Tensor, zero_point: Tensor | None) -> bool:
-    """Whether the kernels take these arguments of ``fake_quantize``.
+    """Return whether the kernels support these arguments of ``fake_quantize``.
 
-    Any type of float that a GPU trains in, in any dense layout; one step, or one for each slice of the first dimension
-    where these lie one after the other. ``step`` and ``zero_point`` in fp32, as quantizers give them.
+    ``x`` may be fp32, bf16 or fp16, in any dense layout. There may be one step, or one for each slice of the first
+    dimension if each slice is contiguous in memory. ``step`` and ``zero_point`` must be fp32.
     """
     rows = step.numel()
     if not x.numel() or x.dtype not in FLOATS or step.dtype != torch.float32:
@@ -112,7 +112,7 @@ def can_fuse(x: Tensor, step: Tensor, zero_point: Tensor | None) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the values of ``x`` fill their memory without gaps, in whatever order of dimensions."""
+    """Return whether the values of ``x`` fill their memory without gaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -124,7 +124,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 class FusedFakeQuantize(torch.autograd.Function):
-    """As the plain function's, for arguments that :func:`can_fuse` accepts."""
+    """Fake quantization by Triton kernels, for arguments that :func:`can_fuse` accepts."""
 
     @staticmethod
     def forward(
@@ -146,11 +146,11 @@ class FusedFakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        """Gradients of ``x``, ``step`` and ``zero_point``."""
+        """Return the gradients of ``x``, ``step`` and ``zero_point``."""
         x, step, zero_point = ctx.saved_tensors
         needs_x, needs_step, needs_zero_point = ctx.needs_input_grad[:3]
         if grad_output.stride() != x.stride():
-            # The kernel walks both in the order of memory.
+            # The kernel reads both in memory order.
             grad_output = torch.empty_like(x, dtype=grad_output.dtype).copy_(grad_output)
         rows = step.numel()
         size = x.numel() // rows

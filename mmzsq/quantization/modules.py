@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized layers: float layers whose weight and input pass through quantizers.
 
-A quantized layer is its float class plus two children, so every parameter keeps its name and a
-float checkpoint loads into it. Add a class with :func:`register_quantized`; :func:`quantized_class`
-says which one stands for a float layer.
+A quantized layer is a subclass of its float class with two more children. All parameters keep their names, and a float
+checkpoint loads into it. :func:`register_quantized` adds a class; :func:`quantized_class` looks it up by the class of
+the float layer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class QuantizedLayer(nn.Module):
     """Mixin of all quantized layers.
 
     Attributes:
-        weight_quantizer: Of :meth:`filters`, which is what it has to be called with.
-        input_quantizer: Of the only input.
+        weight_quantizer: Quantizer of the weight. It is called with :meth:`filters`.
+        input_quantizer: Quantizer of the input.
     """
 
     weight: Tensor
@@ -34,23 +34,27 @@ class QuantizedLayer(nn.Module):
     input_quantizer: LSQ
 
     def filters(self) -> Tensor:
-        """The weight as the layer applies it, with the output channels as its first dimension, (C_out, ...)."""
+        """Return the weight as the layer applies it, with the output channels first, (C_out, ...)."""
         return self.weight
 
     def add_quantizers(self, weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
-        """Give the layer its quantizers, on its device and in its mode."""
+        """Set the quantizers of the layer.
+
+        Args:
+            weight_quantizer: Quantizer of the weight. It is moved to the layer's device and train or eval mode.
+            input_quantizer: Quantizer of the input; likewise.
+        """
         device = self.weight.device
         self.weight_quantizer = weight_quantizer.to(device).train(self.training)
         self.input_quantizer = input_quantizer.to(device).train(self.training)
 
 
 def register_quantized(*float_classes: type[nn.Module]) -> Callable[[Class], Class]:
-    """Class decorator: let the decorated class stand for ``float_classes``.
+    """Class decorator: register the quantized class of ``float_classes``.
 
     Args:
-        float_classes: Classes whose ``forward`` the decorated class repeats with quantized weight
-            and input. Each is the class or a base of the decorated one, or differs from such a base
-            by nothing that matters here.
+        float_classes: Classes whose ``forward`` the decorated class repeats with quantized weight and input. Each is a
+            base of the decorated class, or computes the same as one.
     """
 
     def register(cls: Class) -> Class:
@@ -86,11 +90,11 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     """Transposed convolution with quantized weight and input."""
 
     def filters(self) -> Tensor:
-        """The weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
+        """Return the weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
         return self._swap_channels(self.weight)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H', W'), of ``output_size`` where several sizes are possible."""
+        """Map (N, C_in, H, W) to (N, C_out, H', W'); ``output_size`` selects one of several possible sizes."""
         output_padding = self._output_padding(
             x,
             output_size,
@@ -112,7 +116,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         )
 
     def _swap_channels(self, weight: Tensor) -> Tensor:
-        """Exchange input and output channels within each group; twice is the identity."""
+        """Exchange input and output channels within each group. Applied twice, this is the identity."""
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -126,56 +130,58 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
-    """The quantized class of a float layer.
+    """Return the quantized class of a float layer.
 
-    Only the exact class counts. A subclass may compute something else in its ``forward`` (weight
-    standardization) or be read without it (the output projection of ``nn.MultiheadAttention``), so
-    it has to be registered itself.
+    Only the exact class counts. A subclass must be registered itself: its ``forward`` may compute something else
+    (weight standardization), or other code may read its weight without calling it (the output projection of
+    ``nn.MultiheadAttention``).
 
     Args:
         layer: Any module.
 
     Returns:
-        The class to swap in, or ``None``.
+        The quantized class, or ``None`` if none is registered.
     """
     return _QUANTIZED_CLASSES.get(type(layer))
 
 
 def quantizable_bases(layer: nn.Module) -> list[str]:
-    """Names of the registered classes that ``layer`` derives from without being one of them."""
+    """Return the names of the registered classes that the class of ``layer`` derives from."""
     return [cls.__name__ for cls in type(layer).__mro__[1:] if cls in _QUANTIZED_CLASSES]
 
 
 def make_quantized(layer: nn.Module, cls: type[QuantizedLayer]) -> QuantizedLayer:
-    """Turn a float layer into a quantized one, in place; it still needs ``add_quantizers``.
+    """Turn a float layer into a quantized one, in place. Call ``add_quantizers`` on it afterwards.
 
-    The object stays and its class changes, as ``torch.nn.utils.parametrize`` does it: hooks, and
-    whoever else holds the layer (heads that share one convolution among levels), keep the layer
-    they know.
+    The class of the object changes, as in ``torch.nn.utils.parametrize``. Hooks stay, and so do all references to the
+    layer, such as those of heads that share one convolution among levels.
 
     Args:
         layer: The float layer.
         cls: Its quantized class.
 
     Returns:
-        The same object.
+        ``layer`` itself.
     """
     layer.__class__ = cls
     return cast(QuantizedLayer, layer)
 
 
 def input_scale(layer: nn.Module) -> Tensor | None:
-    """What a layer divides the channels of its input by, (C,), or None; see :mod:`mmzsq.quantization.equalize`."""
+    """Return the factors that a layer divides its input channels by, (C,), or ``None`` if it has none.
+
+    See :mod:`mmzsq.quantization.equalize`.
+    """
     return getattr(layer, 'input_scale', None)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a layer that has one."""
+    """Return the weight of a layer."""
     return cast(Tensor, layer.weight)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Names and quantized layers of a model, in the order of ``named_modules``."""
+    """Yield the names and quantized layers of a model, in the order of ``named_modules``."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizers with learned steps: the state around :mod:`mmzsq.quantization.fake_quantize`.
+"""Quantizers: modules that hold the learned steps and zero points of :mod:`mmzsq.quantization.fake_quantize`.
 
 ``LSQ`` is Esser et al., "Learned Step Size Quantization", 2019, https://arxiv.org/abs/1902.08153.
 ``LSQPlus`` also learns the zero point, after Bhalgat et al., "LSQ+", 2020,
@@ -28,20 +28,29 @@ MIN_STEP = 1e-8
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of a few words.
+    """Check that a value is one of the allowed words.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: Its value.
+        allowed: The allowed values.
 
     Raises:
-        UserError: Names the key, the value and what is allowed.
+        UserError: If it is not; the message names the setting, the value and the allowed values.
     """
     if value not in allowed:
         raise UserError(f'{name} is {value!r}, but must be one of {", ".join(map(repr, allowed))}.')
 
 
 def check_bits(name: str, value: Any) -> None:
-    """Refuse a number of bits outside 2..8.
+    """Check that a value is a number of bits from 2 to 8.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: Its value.
 
     Raises:
-        UserError: Names the key, the value and what is allowed.
+        UserError: If it is not; the message names the setting, the value and the allowed values.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
         raise UserError(f'{name} is {value!r}, but must be an integer from 2 to 8.')
@@ -51,31 +60,29 @@ def check_bits(name: str, value: Any) -> None:
 class LSQ(nn.Module):
     """Learned step size quantization of one tensor.
 
-    The steps exist with their final shape from construction, so that an optimizer can be built
-    before they have values. ``initialized`` is part of the state dict: a resumed model is not
-    calibrated again.
+    The steps have their final shape from construction on, so that an optimizer can be built before they have values.
+    ``initialized`` is part of the state dict, so a resumed model is not calibrated again.
 
     Args:
         bits: 2 to 8.
-        scheme: The integers. ``'signed'``: -2^(b-1) to 2^(b-1) - 1, zero point 0. ``'unsigned'``: 0
-            to 2^b - 1, zero point 0. ``'offset'``: 0 to 2^b - 1 with an integer zero point found at
-            initialization.
-        num_steps: 1, or the number of slices of the first dimension (output channels of a weight),
-            each with its step.
-        init: ``'mse'`` searches the grid of least squared error, ``'lsq'`` takes 2 * mean|x| /
-            sqrt(qmax).
-        step: What is learnt: ``'log'`` of the step, which makes the rate relative to the step, or
-            the step itself, ``'linear'``, kept positive in the forward.
-        grad_scale: Scale the gradients of step and zero point by 1 / sqrt(n * qmax), n the number
-            of values that share one step.
-        narrow: Leave out -2^(b-1) of ``'signed'``. The integers are then symmetric, and a change of
-            sign (folding a BN with negative gamma) keeps them in range.
+        scheme: Range of the integers. ``'signed'``: -2^(b-1) to 2^(b-1) - 1, zero point 0. ``'unsigned'``: 0 to
+            2^b - 1, zero point 0. ``'offset'``: 0 to 2^b - 1 with an integer zero point chosen at initialization.
+        num_steps: 1, or one step for each slice of the first dimension (the output channels of a weight).
+        init: ``'mse'`` searches the grid with the least squared error, ``'lsq'`` takes 2 * mean|x| / sqrt(qmax).
+        step: The learned parameter. ``'log'``: the logarithm of the step, so that the learning rate is relative to the
+            step. ``'linear'``: the step itself, which the forward keeps positive.
+        grad_scale: Whether to scale the gradients of step and zero point by 1 / sqrt(n * qmax). n is the number of
+            elements of the quantized tensor that share one step. For activations it includes the batch dimension; the
+            LSQ paper counts the features of a layer.
+        narrow: Whether ``'signed'`` excludes -2^(b-1). The range is then symmetric, and integers stay in it when their
+            sign changes, as by folding a BatchNorm with negative gamma.
 
     Raises:
         UserError: If an argument has a value that is not allowed.
     """
 
     learns_zero_point: ClassVar[bool] = False
+    in_float_model: ClassVar[bool] = False
 
     zero_point: Tensor | None
     initialized: Tensor
@@ -105,8 +112,6 @@ class LSQ(nn.Module):
         self.qmin = -(2 ** (bits - 1)) + narrow if scheme == 'signed' else 0
         self.qmax = 2 ** (bits - 1) - 1 if scheme == 'signed' else 2**bits - 1
         self.enabled = True
-        self.drop: Tensor | None = None
-        """While training, the part of the values that stay as they are, drawn anew each time: a number from 0 to 1."""
 
         self._step_name = f'{step}_step'
         ones = torch.ones(num_steps)
@@ -121,31 +126,31 @@ class LSQ(nn.Module):
     @property
     def num_steps(self) -> int:
         """Number of steps: 1, or one for each slice of the first dimension."""
-        return self._learnt_step.numel()
+        return self._step_parameter.numel()
 
     @property
-    def _learnt_step(self) -> nn.Parameter:
+    def _step_parameter(self) -> nn.Parameter:
         parameter: nn.Parameter = getattr(self, self._step_name)
         return parameter
 
     @property
     def step(self) -> Tensor:
-        """The steps, positive, fp32 of shape (num_steps,), with gradient to what is learnt."""
-        learnt = self._learnt_step.float()
-        return learnt.exp() if self._step_name == 'log_step' else clamp_ste(learnt, MIN_STEP)
+        """The steps, positive, fp32, (num_steps,), differentiable with respect to the learned parameter."""
+        parameter = self._step_parameter.float()
+        return parameter.exp() if self._step_name == 'log_step' else clamp_ste(parameter, MIN_STEP)
 
     @property
     def integer_zero_point(self) -> Tensor | None:
-        """The integers that stand for zero, fp32 (num_steps,); ``None`` if they are all zero."""
-        # An average of weights may leave the buffer a rounding error beside its integer.
+        """The integers that represent zero, fp32, (num_steps,); ``None`` if they are all zero."""
+        # Averaging weights (EMA) may leave a rounding error in the buffer.
         return None if self.zero_point is None else self.zero_point.round()
 
     @property
     def ready(self) -> bool:
-        """Whether the steps have values.
+        """Whether the steps are initialized.
 
-        A plain bool that mirrors ``initialized``: the buffer is read, which waits for the device,
-        only until it is true.
+        A plain bool caches ``initialized``: to read the buffer waits for the device, so it is read only until it is
+        true.
         """
         if not self._ready:
             self._ready = bool(self.initialized)
@@ -155,19 +160,19 @@ class LSQ(nn.Module):
         """Fake-quantize ``x``.
 
         Args:
-            x: Any floating type and shape; with several steps, ``x.shape[0]`` is their number.
+            x: Tensor of any floating type and shape. With several steps, ``x.shape[0]`` is their number.
 
         Returns:
-            Values on the grid in the type of ``x``, or ``x`` itself while ``enabled`` is false.
+            Values on the grid, in the type of ``x``; ``x`` itself while ``enabled`` is false.
 
         Raises:
-            UserError: If the steps have no values yet.
+            UserError: If the steps are not initialized.
         """
         if not self.enabled:
             return x
         if not self.ready:
             raise UserError(
-                'A quantizer has no step yet. Run some batches through the model inside `with '
+                'A quantizer is not initialized. Run some batches through the model inside `with '
                 'mmzsq.quantization.calibrating(model):`, load a quantized checkpoint, or switch '
                 'quantization off with `set_quantization(model, False)`.'
             )
@@ -175,57 +180,53 @@ class LSQ(nn.Module):
         scale = 1.0
         if self.grad_scale:
             scale = 1.0 / math.sqrt(max(x.numel() // self.num_steps, 1) * self.qmax)
-        quantized = fake_quantize(x, step, self.qmin, self.qmax, zero_point, scale)
-        if self.drop is None or not self.training:
-            return quantized
-        return torch.where(torch.rand_like(x) < self.drop, x, quantized)
+        return fake_quantize(x, step, self.qmin, self.qmax, zero_point, scale)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The integers that :meth:`forward` simulates.
+        """Return the integers that :meth:`forward` simulates.
 
         Args:
-            x: As in :meth:`forward`.
+            x: Tensor, see :meth:`forward`.
 
         Returns:
-            int32 of the shape of ``x``, within ``qmin..qmax``.
+            int32 tensor of the shape of ``x``, from ``qmin`` to ``qmax``.
         """
         step, zero_point = self._grid_for(x)
         return quantize(x, step, self.qmin, self.qmax, zero_point)
 
     def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step and zero point with the dimensions of ``x``."""
+        """Return step and zero point, broadcastable to ``x``."""
         shape = (self.num_steps,) + (1,) * (x.dim() - 1)
         zero_point = self.integer_zero_point
         return self.step.view(shape), None if zero_point is None else zero_point.view(shape)
 
     @torch.no_grad()
-    def grid_of_weight(self, weight: Tensor) -> Grid:
-        """The first grid for a weight.
+    def initial_weight_grid(self, weight: Tensor) -> Grid:
+        """Compute the initial grid of a weight.
 
         Args:
-            weight: Any shape, with ``num_steps`` slices in its first dimension if ``num_steps >
-                1``.
+            weight: Tensor of any shape. If ``num_steps > 1``, it has ``num_steps`` slices in its first dimension.
 
         Returns:
             Step and zero point for :meth:`set_grid`.
         """
         rows = weight.detach().float().reshape(self.num_steps, -1)
-        return self._first_grid(rows, rows.amin(1), rows.amax(1), rows.abs().mean(1))
+        return self._initial_grid(rows, rows.amin(1), rows.amax(1), rows.abs().mean(1))
 
     @torch.no_grad()
-    def grid_of_activations(self, seen: ActivationStatistics) -> Grid:
-        """The first grid for activations.
+    def initial_activation_grid(self, statistics: ActivationStatistics) -> Grid:
+        """Compute the initial grid of activations.
 
         Args:
-            seen: Statistics of all values that the quantizer stands for; not empty.
+            statistics: Statistics of the values to quantize; not empty.
 
         Returns:
             Step and zero point for :meth:`set_grid`.
         """
-        ends = (seen.low.float()[None], seen.high.float()[None], seen.mean_abs.float()[None])
-        return self._first_grid(seen.sample[None], *ends)
+        summary = (statistics.low.float()[None], statistics.high.float()[None], statistics.mean_abs.float()[None])
+        return self._initial_grid(statistics.sample[None], *summary)
 
-    def _first_grid(self, rows: Tensor, low: Tensor, high: Tensor, mean_abs: Tensor) -> Grid:
+    def _initial_grid(self, rows: Tensor, low: Tensor, high: Tensor, mean_abs: Tensor) -> Grid:
         if self.init == 'mse':
             zero_points = range(self.qmin, self.qmax + 1) if self.scheme == 'offset' else [0]
             return search_step(rows, low, high, self.qmin, self.qmax, zero_points)
@@ -236,13 +237,13 @@ class LSQ(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
-        """Give the steps, and the zero points if the scheme has any, their values.
+        """Set the steps, and the zero points if the scheme has any, and mark the quantizer as initialized.
 
         Args:
             grid: Step and zero point, each of shape (num_steps,).
         """
         log = self._step_name == 'log_step'
-        self._learnt_step.copy_(grid.step.log() if log else grid.step)
+        self._step_parameter.copy_(grid.step.log() if log else grid.step)
         if self.zero_point is not None:
             self.zero_point.copy_(grid.zero_point)
         self.initialized.fill_(True)
@@ -253,18 +254,17 @@ class LSQ(nn.Module):
         self._ready = bool(self.initialized)
 
     def extra_repr(self) -> str:
-        """Bits, scheme and number of steps."""
+        """Return bits, scheme and number of steps."""
         return f'bits={self.bits}, scheme={self.scheme!r}, num_steps={self.num_steps}'
 
 
 @QUANTIZERS.register_module()
 class LSQPlus(LSQ):
-    """LSQ with a learnt zero point.
+    """LSQ with a learned zero point.
 
-    The paper learns a real offset. Here the zero point is learnt in units of one level and rounded
-    in the forward with a straight-through gradient, so that zero stays on the grid and what is
-    trained is what integer hardware computes. Only ``scheme='offset'`` has a zero point; with the
-    others this is :class:`LSQ`.
+    The paper learns a real offset. Here the zero point is learned in units of one level, and the forward rounds it with
+    a straight-through gradient. Zero therefore stays on the grid, and training simulates exactly what integer hardware
+    computes. Only ``scheme='offset'`` has a zero point; with the other schemes this class equals :class:`LSQ`.
     """
 
     learns_zero_point = True
@@ -274,7 +274,7 @@ class LSQPlus(LSQ):
 
     @property
     def integer_zero_point(self) -> Tensor | None:
-        """The learnt zero points, rounded and clamped with a straight-through gradient."""
+        """The learned zero points, rounded and clamped with a straight-through gradient."""
         if self.zero_point is None:
             return None
         return clamp_ste(round_ste(self.zero_point.float()), self.qmin, self.qmax)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of every layer and what it saves: the report that ``prepare`` returns."""
+"""Report of a prepared model: bits, steps, size and operations of every layer, and why layers stayed float."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer with a weight, or one product of two activations.
+    """One layer with a weight, or one matrix product of two activations.
 
-    A product is listed as a layer without weights whose input is its left operand and whose weight
-    is its right one.
+    A product is reported as a layer without weights: its left operand as the input, its right operand as the weight.
 
     Attributes:
-        name: In the model.
-        type: Name of its float class.
+        name: Name in the model.
+        type: Name of the float class.
         role: ``'first'``, ``'last'``, ``'first, last'`` or ``''``.
         weights: Number of weights.
-        w_bits: Of the weight, 32 if it stayed float.
-        a_bits: Of the input, 32 if it stayed float.
-        reason: Why it stayed float, or which setting gave it other bits; ``''`` for an ordinary
-            quantized layer.
-        macs: Multiply-accumulate operations in the run, ``None`` if nothing is known.
+        w_bits: Bits of the weight, 32 if the layer stayed float.
+        a_bits: Bits of the input, 32 if the layer stayed float.
+        reason: Why the layer stayed float, or which setting decided its bits; ``''`` for a layer with ``w_bits`` and
+            ``a_bits`` of the config.
+        macs: Multiply-accumulate operations in the run, ``None`` if unknown.
     """
 
     name: str
@@ -46,21 +45,20 @@ class LayerReport:
 
     @property
     def quantized(self) -> bool:
-        """Whether the layer was swapped."""
+        """Whether the layer was quantized."""
         return self.w_bits < FLOAT_BITS
 
 
 class QuantizationReport:
-    """Every layer of a prepared model, its size and its bit operations.
+    """All layers of a prepared model, its size and its bit operations.
 
-    Model size counts parameters and floating point buffers in their own type, quantized weights at
-    their bits, and steps and zero points at 32 bits. Bit operations (BOPs) are multiply-accumulates
-    times weight bits times input bits, with 32 bits for float, of the layers listed, in one call of
-    ``run``.
+    The model size counts quantized weights at their bits, steps and zero points at 32 bits, and all other parameters
+    and floating point buffers in their own type. Bit operations (BOPs) are multiply-accumulates times weight bits times
+    input bits, with 32 bits for float, summed over the listed layers for one call of ``run``.
 
     Args:
-        model: The prepared model; steps are read from it when asked for.
-        layers: In the order of ``named_modules``, attention after all others.
+        model: The prepared model. Its steps are read when needed.
+        layers: Layers in the order of ``named_modules``, then attention, then other parameters.
     """
 
     def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
@@ -101,7 +99,7 @@ class QuantizationReport:
         return sum((layer.macs or 0) * layer.w_bits * layer.a_bits for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types.
+        """Return the report as JSON types.
 
         Returns:
             ``model`` with sizes and BOPs, and ``layers``, a list of dicts: the attributes of
@@ -125,7 +123,7 @@ class QuantizationReport:
         return {'model': model, 'layers': layers}
 
     def to_table(self) -> str:
-        """The report as text: a line for each layer and two for the model."""
+        """Return the report as text: a header, one line per layer, and one or two lines about the model."""
         header = ('layer', 'type', 'weights', 'w', 'a', 'weight step', 'input step', 'zero', 'note')
         rows = [header, *map(_row, self.to_dict()['layers'])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -137,7 +135,7 @@ class QuantizationReport:
 
 
 def _quantizers_of(module: nn.Module) -> tuple[LSQ, LSQ]:
-    """Of weight and input, or of the right and left operand."""
+    """Return the quantizers of weight and input, or of the right and left operand of a product."""
     if isinstance(module, QuantMatmul):
         return cast(LSQ, module.right_quantizer), cast(LSQ, module.left_quantizer)
     layer = cast(QuantizedLayer, module)
@@ -154,14 +152,14 @@ def _row(layer: dict[str, Any]) -> tuple[str, ...]:
         *name,
         f'{weight["bits"]} {weight["scheme"]}' + (' per channel' if weight['per_channel'] else ''),
         f'{source["bits"]} {source["scheme"]}',
-        _span(weight['steps']),
-        _span(source['steps']),
-        _span(source['zero_points']),
+        _format_range(weight['steps']),
+        _format_range(source['steps']),
+        _format_range(source['zero_points']),
         note,
     )
 
 
-def _span(values: list[float] | None) -> str:
+def _format_range(values: list[float] | None) -> str:
     if values is None:
         return '-'
     low, high = min(values), max(values)
@@ -182,12 +180,12 @@ def _describe(quantizer: LSQ) -> dict[str, Any]:
 
 
 def _float_bits(model: nn.Module) -> int:
-    """Bits of parameters and floating point buffers, without those of quantizers."""
+    """Bits of all parameters and floating point buffers of the float model, without quantizers and input scales."""
     tensors: set[Tensor | None] = set()
     for module in model.modules():
         if not isinstance(module, LSQ):
             tensors.update(module.parameters(recurse=False), module.buffers(recurse=False))
-            # The float layer has none.
+            # The float layer has no input scale.
             tensors -= {input_scale(module)}
     return sum(t.numel() * t.element_size() * 8 for t in tensors if t is not None and t.is_floating_point())
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of the activations seen: exact extremes and mean, and a sample of the values.
+"""Running statistics of activations: exact minimum, maximum and mean, and a random sample of the values.
 
-The sample is a set of independent reservoirs of size one (Vitter, "Random Sampling with a
-Reservoir", 1985): after each batch every slot holds a uniform draw from all values so far. Memory
-is bounded whatever the image size or the number of batches, and a fixed seed makes the sample the
-same on every device.
+The sample consists of independent reservoirs of size one (Vitter, "Random Sampling with a Reservoir", 1985). After each
+batch, every slot holds a uniform draw from all values so far. Memory use is independent of the image size and of the
+number of batches. A fixed seed gives the same sample on every device.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SAMPLE_SIZE = 2**17
-# Values summed at once: a sum in fp64 makes copies, which stay in the processor's cache this way.
+# Values summed at once. A sum in fp64 copies its values; chunks of this size stay in the processor's cache.
 CHUNK = 2**18
 
 
@@ -22,15 +21,15 @@ class ActivationStatistics:
     """Running statistics of one activation tensor.
 
     Attributes:
-        sample: Values seen, (SAMPLE_SIZE,) fp32, each slot a uniform draw from all of them.
-        low: Least value seen, fp64 scalar tensor.
-        high: Greatest value seen, fp64 scalar tensor.
+        sample: Random sample, (SAMPLE_SIZE,) fp32; each slot is a uniform draw from all values.
+        low: Minimum, fp64 scalar tensor.
+        high: Maximum, fp64 scalar tensor.
         abs_sum: Sum of absolute values, fp64 scalar tensor.
-        count: Number of values seen.
+        count: Number of values.
 
     Args:
-        device: Where the statistics live.
-        seed: Of the sample.
+        device: Device of the statistics.
+        seed: Seed of the sample.
     """
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
@@ -44,17 +43,17 @@ class ActivationStatistics:
 
     @property
     def mean_abs(self) -> Tensor:
-        """Mean absolute value of all values seen, fp64 scalar tensor."""
+        """Mean absolute value, fp64 scalar tensor."""
         return self.abs_sum / self.count
 
     @property
     def is_finite(self) -> bool:
-        """Whether no infinite value and no NaN was seen."""
+        """Whether all values were finite."""
         return bool(torch.isfinite(self.abs_sum))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in one batch.
+        """Update the statistics with one batch.
 
         Args:
             x: Activations of any shape.
@@ -73,10 +72,10 @@ class ActivationStatistics:
         self.sample = torch.where(replace.to(self.sample.device), drawn, self.sample)
 
     def gather(self) -> None:
-        """Replace the statistics of this process by those of all processes, the same on each.
+        """Replace the statistics of this process by those of all processes.
 
-        A collective call: every rank makes it, in the same order. Without a process group nothing
-        happens.
+        This is a collective operation: all ranks must call it, in the same order. Without a process group it does
+        nothing.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First values of steps and zero points, from the values that a quantizer will see.
+"""Initial steps and zero points, computed from the values to quantize.
 
-``mean_abs_step`` is LSQ's own rule (Esser et al., 2019, section 2.1). ``search_step`` finds the
-step, and where it is free the zero point, of least squared error. The error of one candidate costs
-one pass over the values, which is little for the weights of a channel. Of many values it costs one
-binary search per level instead: values are sorted once, and with prefix sums of ``x`` the error of
-all values that round to level ``v`` is
+:func:`mean_abs_step` is the rule of LSQ (Esser et al., 2019, section 2.1). :func:`search_step` searches the step, and
+the zero point unless it is fixed, with the least squared error. For few values, such as the weights of a channel, the
+error of a candidate takes one pass over the values. For many values it takes one binary search per level: the values
+are sorted once, and prefix sums of ``x`` give the error of all values that round to level ``v`` as
 
     sum (x - v)^2 = sum x^2 - 2 v sum x + v^2 count
 
-which is exact, so thousands of candidates are tried for 10^5 activations.
+This is exact and allows thousands of candidates for 10^5 activations.
 """
 
 from __future__ import annotations
@@ -20,48 +19,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Candidate steps, as fractions of the step that clips nothing: geometric, because an error curve is
-# smooth in log s.
+# Candidate steps, as fractions of the step that clips nothing (first, last, number). They form a geometric sequence
+# because the error is a smooth function of log s.
 COARSE_RATIOS = (0.02, 1.0, 100)
-# Second pass around the best of the first, as factors on its step: a little over the distance of
-# two coarse candidates.
+# Candidates of the second pass, as factors of the best step of the first. They cover slightly more than the distance
+# between two candidates of the first pass.
 FINE_RATIOS = (0.96, 1.042, 13)
-# Zero points of the first pass: all of them up to five bits, evenly spread above.
+# Zero points of the first pass: all of them up to five bits, evenly spaced ones above.
 COARSE_ZERO_POINTS = 33
-# One binary search, of a level, costs about as much as rounding this many values.
+# The binary search of one level takes about as long as rounding this many values.
 LOOKUP_COST = 64
-# Levels looked up at once while candidates are tried, about 100 bytes each.
+# Levels looked up at once, about 100 bytes each.
 CHUNK = 2**20
-# Values rounded at once: they stay in the processor's cache.
+# Values rounded at once, few enough to stay in the processor's cache.
 BLOCK = 2**19
 
 
 class Grid(NamedTuple):
-    """A step for each row and the zero point that belongs to it, both fp32 of shape (C,)."""
+    """Step and zero point of each row, both fp32 of shape (C,)."""
 
     step: Tensor
     zero_point: Tensor
 
 
 def mean_abs_step(mean_abs: Tensor, qmax: int) -> Tensor:
-    """LSQ's first step ``2 * mean|x| / sqrt(qmax)``.
+    """Return the initial step of LSQ, ``2 * mean|x| / sqrt(qmax)``.
 
     Args:
         mean_abs: Mean absolute value of each row, shape (C,).
         qmax: Highest integer.
 
     Returns:
-        Steps of shape (C,), positive: a row of zeros takes the mean step of the others, see
-        :func:`fill_dead`.
+        Positive steps of shape (C,). A row of zeros gets the mean step of the others, see :func:`fill_dead`.
     """
     return fill_dead(2.0 * mean_abs / qmax**0.5)
 
 
 def fill_dead(step: Tensor) -> Tensor:
-    """Give rows that hold only zeros, which have no step of their own, the mean of the others.
+    """Replace the undefined steps of rows of zeros by the mean step of the other rows.
 
     Args:
-        step: Steps, shape (C,), zero or not finite where nothing is known.
+        step: Steps, shape (C,); zero or not finite where undefined.
 
     Returns:
         Positive, finite steps of shape (C,); ones if no row has a step.
@@ -72,15 +70,15 @@ def fill_dead(step: Tensor) -> Tensor:
 
 
 def search_step(values: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, zero_points: Sequence[int]) -> Grid:
-    """Find the grid of least squared error for each row.
+    """Find the grid with the least squared error for each row.
 
     Args:
-        values: (C, N) fp32, a row for each step that is sought.
-        low: Least value of each row, shape (C,), which may lie outside a row that is a sample.
-        high: Greatest value of each row, shape (C,).
+        values: Values, (C, N) fp32, one row per step.
+        low: Minimum of each row, shape (C,). If a row is a sample, this may be less than its values.
+        high: Maximum of each row, shape (C,); likewise.
         qmin: Lowest integer.
         qmax: Highest integer.
-        zero_points: Zero points to choose from, ascending, within ``qmin..qmax``.
+        zero_points: Candidate zero points, ascending, from ``qmin`` to ``qmax``.
 
     Returns:
         The best step and zero point of each row. Rows of zeros are filled by :func:`fill_dead`.
@@ -119,20 +117,20 @@ def _geometric(bounds: tuple[float, float, int], device: torch.device) -> Tensor
 
 
 def _widest_step(low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """The least step that clips nothing on sides that have levels, (C, Z) of (C, 1) and (Z,)."""
+    """Return the least step that clips no value on sides that have levels, (C, Z), from (C, 1) and (Z,)."""
     below = torch.where(lowest < 0, low.clamp(max=0) / lowest, 0.0)
     above = torch.where(highest > 0, high.clamp(min=0) / highest, 0.0)
     return torch.maximum(below, above)
 
 
 class _Rows:
-    """Rows of values whose squared error on any grid can be asked for."""
+    """Rows of values, with methods for their squared error on candidate grids."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values.float()
 
     def best(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Grid:
-        """The candidate of least error of each row.
+        """Return the candidate with the least error for each row.
 
         Args:
             step: (C, K) candidates.
@@ -144,7 +142,7 @@ class _Rows:
         return Grid(step.gather(1, best).squeeze(1), zero_point.gather(1, best).squeeze(1))
 
     def errors(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Squared error of every candidate, (C, K), less what all of a row share."""
+        """Return the squared error of every candidate, (C, K), up to a constant for each row."""
         height = max(1, BLOCK // self.values.shape[1])
         blocks = zip(self.values.split(height), step.split(height), zero_point.split(height), strict=True)
         return torch.cat([_squared_errors(v, s, z, qmin, qmax) for v, s, z in blocks])
@@ -153,14 +151,14 @@ class _Rows:
 def _squared_errors(values: Tensor, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     errors = []
     for s, z in zip(step[..., None].unbind(1), zero_point[..., None].unbind(1), strict=True):
-        # A clamp to scalars costs a third of one to tensors.
+        # A clamp to scalars takes a third of the time of one to tensors.
         levels = (values / s).round_().add_(z).clamp_(qmin, qmax).sub_(z)
         errors.append(levels.mul_(s).sub_(values).square_().sum(dim=1))
     return torch.stack(errors, dim=1)
 
 
 class _SortedRows(_Rows):
-    """Rows of many values, prepared so that an error costs little."""
+    """Rows of many values, sorted and with prefix sums, so that errors are cheap to compute."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(values.float().sort(dim=1).values)
@@ -168,7 +166,7 @@ class _SortedRows(_Rows):
         self.sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], dim=1)
 
     def errors(self, step: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """As of any rows; a row's sum of squares is left out."""
+        """Return the squared errors, (C, K), without the sum of squares of each row."""
         width = max(1, CHUNK // (len(step) * (qmax - qmin + 1)))
         chunks = zip(step.split(width, dim=1), zero_point.split(width, dim=1), strict=True)
         return torch.cat([self._errors(s, z, qmin, qmax) for s, z in chunks], dim=1)

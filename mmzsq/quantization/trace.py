@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers come first and last, and how much they compute, from one run of the model.
+"""Find the first and last layers of a model and count operations, from one run.
 
-No graph is traced ahead: the model runs once with autograd on, and the graph that autograd leaves
-behind is walked. A layer is *last* if the outputs reach it without passing another layer, or if
-no other layer reads what it made: proposals of a two-stage detector are cut off from the graph. It
-is *first* if nothing that led to its input passed another.
+The model runs once with autograd enabled, and the recorded graph is searched backwards. A layer is *last* if a path
+from the outputs reaches it before any other layer, or if no other layer reads its output. The second rule covers the
+proposals of two-stage detectors, which are detached from the graph. A layer is *first* if its inputs depend on no other
+layer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from mmzsq.quantization.modules import weight_of
 
 @dataclass
 class Trace:
-    """What one run showed of each layer.
+    """Result of one run.
 
     Attributes:
         first: Names of layers with no other layer before them.
-        last: Names of layers with no other layer between them and the outputs, or that no other
-            layer reads.
-        macs: Multiply-accumulate operations by layer name, summed over the run; a layer that did
-            not run is missing.
+        last: Names of layers with no other layer between them and the outputs, or whose output no other layer reads.
+        macs: Multiply-accumulate operations by layer name, summed over the run. Layers that did not run are missing.
     """
 
     first: set[str] = field(default_factory=set)
@@ -41,18 +39,17 @@ class Trace:
 
 
 def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> Trace:
-    """Run the model once, in eval mode, and see which layers come first and last.
+    """Run the model once, in eval mode, to find its first and last layers and to count operations.
 
     Args:
-        model: The model; its modes and ``requires_grad`` flags are as before afterwards, and no
-            gradient is kept.
+        model: The model. Its train or eval modes and ``requires_grad`` flags are restored, and no gradient is kept.
         layers: Convolutions, linear layers and products of activations by name.
-        run: Runs the model on some input and returns its raw outputs, tensors in any nest of
-            tuples, lists, dicts and objects with ``__dict__``. Predictions after decoding and NMS
-            do not serve: they may lose the graph.
+        run: Runs the model on some input and returns its raw outputs: tensors, nested in tuples, lists, dicts and
+            objects with ``__dict__``. Decoded predictions after NMS are unsuitable, as they may be detached from the
+            graph.
 
     Returns:
-        The first and last layers, and operations of all.
+        First and last layers, and operations of all layers.
 
     Raises:
         UserError: If no output depends on a layer.
@@ -61,15 +58,15 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     made_by: dict[Node, str] = {}
     causes: list[tuple[str, list[Node | None]]] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             sources = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             result.macs[name] = result.macs.get(name, 0) + _macs(layer, sources[0], output)
             if output.grad_fn is not None:
-                # What changes a view in place goes on from its base, as after a linear layer of several dimensions.
+                # An in-place operation on a view continues from its base, as after a linear layer on 3-D inputs.
                 own = {output.grad_fn, output._base.grad_fn} if output._is_view() else {output.grad_fn}
                 made_by.update(dict.fromkeys(own, name))
-                # Not the inputs: a layer may own others, as a deformable convolution owns that of its offsets.
+                # Not the inputs: a layer may contain another, as a deformable convolution that of its offsets.
                 causes.append((name, [n for node in own for n, _ in node.next_functions if n not in own]))
 
         return hook
@@ -77,7 +74,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
     with ExitStack() as undo:
         undo.enter_context(_differentiable_eval(model, layers.values()))
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(watch(name), with_kwargs=True).remove)
+            undo.callback(layer.register_forward_hook(record(name), with_kwargs=True).remove)
         outputs = run()
 
     roots = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
@@ -99,7 +96,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], A
 
 
 def _macs(layer: nn.Module, source: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates of one call: one filter, or one row of the left operand, for each output value."""
+    """Count the multiply-accumulates of one call: one filter, or one row of the left operand, per output value."""
     if isinstance(layer, QuantMatmul):
         return output.numel() * source.shape[-1]
     values = source if getattr(layer, 'transposed', False) else output
@@ -108,7 +105,7 @@ def _macs(layer: nn.Module, source: Tensor, output: Tensor) -> int:
 
 @contextmanager
 def _differentiable_eval(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode, and gradients for the parameters of ``layers``, for a while."""
+    """Inside the block, the model is in eval mode and the parameters of ``layers`` require gradients."""
     training = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for layer in layers for p in layer.parameters()}
     model.eval()
@@ -125,7 +122,7 @@ def _differentiable_eval(model: nn.Module, layers: Iterable[nn.Module]) -> Itera
 
 
 def _tensors(nest: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
-    """All tensors of a nest; ``within`` holds the ids of what is around it, against cycles."""
+    """Yield all tensors of a nested object; ``within`` holds the ids of the enclosing objects, to stop at cycles."""
     if isinstance(nest, Tensor):
         yield nest
         return
@@ -143,7 +140,7 @@ def _tensors(nest: Any, within: tuple[int, ...] = ()) -> Iterator[Tensor]:
 
 
 def _nearest(roots: Iterable[Node | None], made_by: Mapping[Node, str]) -> Iterator[str]:
-    """Walk the graph backwards from ``roots`` and yield each layer met, not going past it."""
+    """Search the graph backwards from ``roots`` and yield the nearest layer on each path."""
     stack = [node for node in roots if node is not None]
     visited: set[Node] = set()
     while stack:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mmzsq.synthesis.batch_norm import HAS_TRITON
+from mmzsq.fused_kernels import HAS_TRITON
 
 ALIGNMENT = 8
 """Channels that tensor cores want in multiples of, in 16-bit types."""

@@ -7,7 +7,6 @@ BatchNorm in eval mode and the activation behind it (:mod:`mmzsq.synthesis.kerne
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,10 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from mmzsq.fused_kernels import fused_kernels_enabled
-
-HAS_TRITON = importlib.util.find_spec('triton') is not None
-"""Whether the fused kernels can be compiled; torch brings Triton along for CUDA."""
+from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
 
 FUSED_ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.SiLU: 2}
 """Activations of the fused kernel, by exact class, and its numbers for them."""

@@ -7,7 +7,7 @@ are one pass each way over the images. Sums are taken in a fixed order, so that 
 
 Each kernel computes what a plain PyTorch function in :mod:`mmzsq.synthesis.batch_norm` or
 :mod:`mmzsq.synthesis.priors` does, which is its reference in the tests. Import this module only where
-:data:`mmzsq.synthesis.batch_norm.HAS_TRITON` is true.
+:data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
 from __future__ import annotations

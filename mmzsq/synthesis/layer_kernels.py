@@ -4,7 +4,7 @@
 An image's blocks of pixels as aligned channels, in one pass; max pooling of stride 1 and nearest upsampling, channels
 last, many values a program; what the gradient of a concatenation gives is read where it lies. Each kernel computes what
 a PyTorch function does, its reference in the tests. Import this module only where
-:data:`mmzsq.synthesis.batch_norm.HAS_TRITON` is true.
+:data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
 from __future__ import annotations

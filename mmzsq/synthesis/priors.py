@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
-from mmzsq.fused_kernels import fused_kernels_enabled
+from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
 from mmzsq.registry import PRIORS
-from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector, watched_layers
+from mmzsq.synthesis.batch_norm import BatchNormStatisticsCollector, watched_layers
 
 DEAD_CHANNEL_VARIANCE = 1e-12
 """Channels below this running variance never fired while training (some checkpoints hold 1e-27): no information."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as reference_kl
 
-from mmzsq.distillation import PredictionKLLoss, Recorder, match_modules
+from mmzsq.distillation import PredictionKLLoss, Recorder
 from mmzsq.errors import UserError
 
 
@@ -87,12 +87,3 @@ def test_nested_recorders_of_one_module_both_record_every_call() -> None:
     assert [output.equal(head(scale * images)) for scale, output in enumerate(of_outer['bbox_head'], 1)] == [True] * 3
     assert [output.equal(head(2 * images)) for output in of_inner['bbox_head']] == [True]
     assert 'forward' not in vars(head)
-
-
-def test_modules_are_matched_by_pattern_expression_and_type() -> None:
-    detector = Detector()
-    assert match_modules(detector, ['backbone.*']) == ['backbone.0', 'backbone.1', 'backbone.2']
-    assert match_modules(detector, ['re:.*head']) == ['bbox_head']
-    assert match_modules(detector, ['type:_BatchNorm', 'type:Conv2d']) == ['backbone.0', 'backbone.1', 'bbox_head']
-    with pytest.raises(UserError, match='neck'):
-        match_modules(detector, ['neck.*'])

@@ -16,13 +16,16 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.structures import InstanceData
 
-from mmzsq.config.presets import DEFAULT, PAPER
+from mmzsq.config.presets import preset_section
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 from mmzsq.qat import ZeroShotDetector, captured_step
 from mmzsq.qat.captured_step import EAGER_STEPS, CapturedStep
 from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import blank_samples, data_samples
 from mmzsq.tasks.padded_task import PAD_MULTIPLE, TargetCapacity
+
+DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
+PAPER = preset_section('paper', {'quantizer': {'w_bits': 4}})
 
 SIZE = (64, 96)
 Make = Callable[..., ZeroShotDetector]

@@ -15,12 +15,14 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
-from mmzsq.config.presets import DEFAULT
+from mmzsq.config.presets import preset_section
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.sensitivity import mean_loss, measure_sensitivity
 from mmzsq.quantization import calibrating, set_quantization
+
+DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
 
 LAYERS = ['backbone.stage2.0.conv', 'neck.top_down_fine.final_conv.conv', 'backbone.stage4.0.conv']
 SIZE = 64
@@ -32,7 +34,7 @@ QUANTIZER = dict(
     weight=dict(scheme='signed', per_channel=True, init='lsq'),
     activation=dict(scheme='offset', init='lsq'),
 )
-EQUALizED = dict(QUANTIZER, equalize=True)
+EQUALIZED = dict(QUANTIZER, equalize=True)
 Make = Callable[..., ZeroShotDetector]
 
 
@@ -122,14 +124,14 @@ def test_with_equalized_inputs_candidates_are_independent(
     make: Make, batches: list[dict[str, Any]], inputs: bool
 ) -> None:
     """Each is what it is alone, and in a student that starts its training with these bits."""
-    model = make(quantizer=EQUALizED)
+    model = make(quantizer=EQUALIZED)
     measured = measure_sensitivity(model, LAYERS[:1], (8, 2), batches, batches[:1], inputs)
     for column, bits in enumerate((8, 2)):
         assert torch.equal(
             measure_sensitivity(model, LAYERS[:1], (bits,), batches, batches[:1], inputs)[0, 0], measured[0, column]
         )
-        own = dict(w_bits=bits, a_bits=bits if inputs else EQUALizED['a_bits'])
-        student = make(quantizer=dict(EQUALizED, overrides={LAYERS[0]: own})).eval()
+        own = dict(w_bits=bits, a_bits=bits if inputs else EQUALIZED['a_bits'])
+        student = make(quantizer=dict(EQUALIZED, overrides={LAYERS[0]: own})).eval()
         student.initialize_quantizers(batches[:1])
         set_quantization(student, False)
         before = mean_loss(student, batches)
@@ -141,7 +143,7 @@ def test_with_equalized_inputs_candidates_are_independent(
 def test_after_measuring_a_student_with_equalized_inputs_starts_as_it_would_have(
     make: Make, batches: list[dict[str, Any]]
 ) -> None:
-    students = [make(quantizer=EQUALizED), make(quantizer=EQUALizED)]
+    students = [make(quantizer=EQUALIZED), make(quantizer=EQUALIZED)]
     measure_sensitivity(students[0], LAYERS, (2, 8), batches, batches[:1])
     for student in students:
         student.initialize_quantizers(batches[:1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small network with everything that a detector does to a layer."""
+"""Fixtures: a small network that uses layers in all the ways that detectors do."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of attention: off unless asked for, then both operands of both products are quantized."""
+"""Quantized attention: off by default; if on, both operands of both matrix products are quantized."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def _prepare(model: nn.Module, x: Tensor, **config: Any) -> QuantizationReport:
     return prepare(model, QuantizationConfig.from_dict(config), run=lambda: model(x))
 
 
-def test_products_stay_float_unless_asked_for(tokens: Tensor) -> None:
-    """And are no rows of the report."""
+def test_products_stay_float_by_default(tokens: Tensor) -> None:
+    """The report does not list them either."""
     model = Blocks()
     report = _prepare(model, tokens)
     assert type(model.first) is Attention
@@ -82,7 +82,7 @@ def test_products_stay_float_unless_asked_for(tokens: Tensor) -> None:
 
 
 def test_both_operands_of_both_products_are_quantized(tokens: Tensor) -> None:
-    """By the step and zero point of each, against the same sum written out."""
+    """Each by its own step and zero point, compared with the formula written out."""
     model = Blocks()
     _prepare(model, tokens, attention=dict(operand_bits=3, probability_bits=4))
     with torch.no_grad(), calibrating(model):
@@ -122,7 +122,7 @@ def test_probabilities_are_unsigned_whatever_the_inputs_are(tokens: Tensor) -> N
 
 
 def test_the_report_lists_each_product_with_its_operations(tokens: Tensor) -> None:
-    """2 images of 5 x 5 scores of 6 channels; a product is no first and no last layer."""
+    """2 images of 5 x 5 scores of 6 channels; products are never first or last layers."""
     model = Blocks()
     report = _prepare(model, tokens, w_bits=4, a_bits=4, attention=dict(operand_bits=6, probability_bits=8))
     rows = {row.name: row for row in report.layers if row.type == 'matmul'}
@@ -142,7 +142,7 @@ def test_the_report_lists_each_product_with_its_operations(tokens: Tensor) -> No
 
 
 def test_patterns_decide_for_attention_too(tokens: Tensor) -> None:
-    """skip, overrides and scope, by the name of the attention or what holds it."""
+    """skip, overrides and scope, by the name of the attention module or one around it."""
     model = Blocks()
     report = _prepare(model, tokens, attention=8, overrides={'first': 5}, skip=['second'])
     rows = {row.name: row for row in report.layers}
@@ -154,7 +154,7 @@ def test_patterns_decide_for_attention_too(tokens: Tensor) -> None:
 
 
 class BiasedAttention(nn.Module):
-    """Torch's own, with a key of its own beside those that it is given."""
+    """PyTorch's attention with a learned key and value beside the given ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class BiasedAttention(nn.Module):
 
 @pytest.mark.parametrize('other', [GatedAttention, BiasedAttention])
 def test_attention_without_an_adapter_stays_float_with_the_reason(tokens: Tensor, other: Any) -> None:
-    """A subclass, and torch's own where an adapter would leave something out."""
+    """A subclass, and PyTorch's attention with settings that the adapter does not support."""
     model = Blocks(other)
     report = _prepare(model, tokens, attention=8)
     reasons = [row.reason for row in report.layers if row.name.startswith('second') and 'adapter' in row.reason]
@@ -176,9 +176,9 @@ def test_attention_without_an_adapter_stays_float_with_the_reason(tokens: Tensor
     model(tokens)
 
 
-def test_attention_that_is_asked_for_and_not_there_is_an_error(tokens: Tensor) -> None:
+def test_quantizing_attention_that_does_not_exist_is_an_error(tokens: Tensor) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    with pytest.raises(UserError, match='attention is set, but no attention.*it has none that is known'):
+    with pytest.raises(UserError, match='attention is set, but no attention.*no attention module is known in it'):
         _prepare(model, tokens, attention=8)
 
 
@@ -192,7 +192,7 @@ def test_an_attention_that_does_not_run_stays_a_plain_product(tokens: Tensor) ->
     model.spare(torch.randn(1, 5, 6))
 
 
-def test_a_product_that_saw_nothing_is_named(tokens: Tensor) -> None:
+def test_a_product_without_input_is_named(tokens: Tensor) -> None:
     model = Blocks()
     _prepare(model, tokens, attention=8)
     with pytest.raises(UserError, match=r'No input reached.*first\.query_key, .*while calibrating'), calibrating(model):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps are initialized once, from what was seen, on every process alike."""
+"""Calibration: steps are initialized once, from the observed inputs, equally on every process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _small() -> nn.Module:
 
 
 def test_values_pass_in_float_while_calibrating(model: nn.Module, images: Tensor) -> None:
-    """What later layers see is the float model's, and afterwards quantization is on."""
+    """Later layers receive the float model's features, and afterwards quantization is on."""
     expected = model(images)['cls'][0]
     _prepared(model)
     with torch.no_grad(), calibrating(model):
@@ -128,8 +128,8 @@ def test_a_deep_copy_is_independent(images: Tensor) -> None:
     assert not torch.equal(twin(images), model(images))
 
 
-def test_layers_that_saw_nothing_are_listed(images: Tensor) -> None:
-    """And nothing is initialized."""
+def test_layers_without_input_are_listed(images: Tensor) -> None:
+    """No quantizer is initialized then."""
     model = _prepared(_small())
     with pytest.raises(UserError, match='No input reached 2 while calibrating'), calibrating(model):
         model[0](images)
@@ -175,8 +175,8 @@ def test_switch(images: Tensor) -> None:
     assert not torch.equal(model(images), expected)
 
 
-def test_step_parameters_are_all_that_quantizers_learn() -> None:
-    """Two steps a layer, and with LSQ+ one zero point; names say whose they are."""
+def test_step_parameters_are_all_parameters_of_quantizers() -> None:
+    """Two steps a layer, and with LSQ+ one zero point; names tell which is which."""
     model = _prepared(_small())
     names = [name for name, _ in step_parameters(model)]
     assert names == [f'{n}.{kind}_quantizer.log_step' for n in (0, 2) for kind in ('weight', 'input')]
@@ -219,7 +219,7 @@ def _calibrate_on_one_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_end_with_equal_steps_from_all_images(tmp_path: Path) -> None:
-    """And they are close to what one process makes of all images."""
+    """They are close to the steps that one process finds on all images."""
     mp.spawn(_calibrate_on_one_rank, args=(tmp_path,), nprocs=2)
     states, images = zip(*(torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in (0, 1)), strict=True)
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

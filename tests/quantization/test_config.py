@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``zsq.quantizer`` section: what it accepts, and how it names a mistake."""
+"""The ``zsq.quantizer`` section: accepted values, and error messages."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def test_defaults_are_the_measured_recipe() -> None:
     assert (source.scheme, source.num_steps, source.qmin, source.qmax) == ('offset', 1, 0, 15)
     assert weight.init == source.init == 'mse'
     assert [name for name, _ in weight.named_parameters()] == ['log_step']
-    assert config.bits_of('x', ['first'])[0] == (8, 8)
+    assert config.bits_of((), ['first'])[0] == (8, 8)
 
 
-def test_eight_bit_weights_are_narrow_unless_told() -> None:
+def test_eight_bit_weights_are_narrow_by_default() -> None:
     """Then a BN with negative gamma folds in int8."""
     for narrow, qmin in [(None, -127), (True, -127), (False, -128)]:
         config = QuantizationConfig.from_dict(dict(weight=dict(narrow=narrow)))
@@ -49,7 +49,7 @@ def test_the_paper_from_config() -> None:
         assert (quantizer.num_steps, quantizer.scheme) == (1, 'signed')
         assert (quantizer.qmin, quantizer.qmax, quantizer.init) == (-8, 7, 'lsq')
         assert [name for name, _ in quantizer.named_parameters()] == ['linear_step']
-    assert config.bits_of('x', ['last']) == (None, 'last layer')
+    assert config.bits_of((), ['last']) == (None, 'last layer')
 
 
 def test_lsqplus_from_config() -> None:
@@ -63,12 +63,12 @@ def test_lsqplus_from_config() -> None:
 def test_scope_comes_before_all_else() -> None:
     """One pattern or several; inside, the other settings decide."""
     config = QuantizationConfig.from_dict(dict(w_bits=4, scope='backbone', first_bits=8, overrides={'neck': 6}))
-    assert config.bits_of('backbone.conv1', ['first']) == ((8, 8), 'first layer')
-    assert config.bits_of('backbone.conv2', []) == ((4, 8), '')
-    assert config.bits_of('neck.conv', []) == (None, "outside scope 'backbone'")
+    assert config.bits_of({'backbone'}, ['first']) == ((8, 8), 'first layer')
+    assert config.bits_of({'backbone'}, []) == ((4, 8), '')
+    assert config.bits_of({'neck'}, []) == (None, "outside scope 'backbone'")
     several = QuantizationConfig.from_dict(dict(scope=['backbone', '*.fpn_convs']))
-    assert several.bits_of('neck.fpn_convs.0', [])[0] == (8, 8)
-    assert several.bits_of('head', ['last']) == (None, "outside scope 'backbone', '*.fpn_convs'")
+    assert several.bits_of({'*.fpn_convs'}, [])[0] == (8, 8)
+    assert several.bits_of((), ['last']) == (None, "outside scope 'backbone', '*.fpn_convs'")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions of MMCV that compute more than a convolution do so with quantized operands."""
+"""MMCV's special convolutions compute the same as in float, on quantized operands."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def other_convolutions() -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 @pytest.mark.parametrize('name', other_convolutions())
-def test_a_convolution_that_computes_in_its_own_way_keeps_doing_so(name: str) -> None:
+def test_special_convolutions_compute_the_same_on_rounded_operands(name: str) -> None:
     """Switched off it is the float layer, bit by bit; switched on, that layer with the rounded operands."""
     model, x = other_convolutions()[name]
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_convolution_that_computes_in_its_own_way_keeps_doing_so(name: str) ->
 
 
 def test_a_standardized_weight_is_quantized_as_it_is_applied() -> None:
-    """Whatever the scale of the weight that is learnt, the integers are those of the standardized one."""
+    """The integers are those of the standardized weight, whatever the scale of the learned one."""
     x = torch.randn(1, 4, 5, 5)
     layers = []
     for scale in (1.0, 100.0):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained is deployed: what is simulated can be computed with integers, and BN folds exactly."""
+"""Integer deployment: integer arithmetic gives the simulated output, and BatchNorm folds exactly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_output_is_an_integer_convolution(bits: int) -> None:
 @pytest.mark.parametrize('groups', [1, 2])
 @pytest.mark.parametrize('bits', [2, 8])
 def test_output_is_an_integer_transposed_convolution(bits: int, groups: int) -> None:
-    """The same of integers that are stored input channels first, as the float weight is."""
+    """The same for weights that are stored with the input channels first."""
     images = torch.randn(2, 4, 5, 5)
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=groups))
     config = dict(w_bits=bits, a_bits=bits, first_bits='same', last_bits='same')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input channels of unlike ranges are brought together, and the weights behind them make up for it."""
+"""Equalization: input channels of different ranges get similar ones, and the weights compensate for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmzsq.quantization import (
     quantized_layers,
     set_quantization,
 )
-from mmzsq.quantization.equalize import RANGE, best_scale, scaled_weight
+from mmzsq.quantization.equalize import MAX_SCALE, best_scale, scaled_weight
 
 # Made when this is read, before any test is seeded: the same weights each time.
 torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_nothing_changes_in_float(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', [name for name in LAYERS if name != 'depthwise'])
-def test_channels_of_unlike_ranges_lose_less(name: str) -> None:
+def test_channels_of_different_ranges_lose_less(name: str) -> None:
     layer, shape = LAYERS[name]
     linear = name == 'linear'
     # What carries little is not for that of little weight.
@@ -82,7 +82,7 @@ def test_channels_of_unlike_ranges_lose_less(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', LAYERS)
-def test_like_channels_lose_nothing_by_it(name: str) -> None:
+def test_channels_of_equal_ranges_lose_nothing(name: str) -> None:
     layer, shape = LAYERS[name]
     x = inputs(shape, name == 'linear', unlike=False)
     errors = [(initialized(layer, x, equalize=option)(x) - layer(x)).square().mean().item() for option in (False, True)]
@@ -95,7 +95,7 @@ def test_a_silent_channel_gets_a_factor_within_range() -> None:
     x[:, 3] = 0
     scale = initialized(layer, x, equalize=True)[0].input_scale
     assert scale.isfinite().all()
-    assert scale.min() >= 1 / RANGE and scale.max() <= RANGE
+    assert scale.min() >= 1 / MAX_SCALE and scale.max() <= MAX_SCALE
 
 
 def test_no_factor_is_better_than_a_bad_one() -> None:
@@ -116,7 +116,7 @@ def test_a_checkpoint_holds_the_factors() -> None:
     assert torch.equal(loaded(x), model(x))
 
 
-def test_a_layer_that_has_steps_keeps_its_factors() -> None:
+def test_an_initialized_layer_keeps_its_factors() -> None:
     layer, shape = LAYERS['conv2d']
     x = inputs(shape, False)
     model = initialized(layer, x, equalize=True)
@@ -147,7 +147,7 @@ def test_the_weight_learns_and_the_factor_does_not() -> None:
     assert 'input_scale' not in dict(model[0].named_parameters())
 
 
-def test_layers_of_8_bits_and_those_that_compute_more_have_none() -> None:
+def test_layers_of_8_bits_and_of_other_classes_have_no_factors() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), ConvWS2d(4, 4, 1), nn.Conv2d(4, 4, 1))
     config = dict(w_bits=4, a_bits=4, first_bits=8, last_bits='same', equalize=True)
     image = torch.rand(1, 3, 8, 8)
@@ -155,7 +155,7 @@ def test_layers_of_8_bits_and_those_that_compute_more_have_none() -> None:
     assert [name for name, layer in quantized_layers(model) if hasattr(layer, 'input_scale')] == ['2']
 
 
-def test_factors_count_as_a_part_of_the_quantized_model_alone() -> None:
+def test_factors_count_in_the_size_of_the_quantized_model_only() -> None:
     model, plain = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)) for _ in range(2))
     config = dict(w_bits=4, a_bits=4, first_bits='same', last_bits='same')
     report, without = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic against PyTorch's learnable op, a hand-worked example and properties."""
+"""Fake quantization compared with PyTorch's learnable op and a hand-worked example, and its properties."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_agrees_with_pytorch_per_tensor(qmin: int, qmax: int, scale: float) -> N
 
 @pytest.mark.parametrize(('qmin', 'qmax'), RANGES)
 def test_agrees_with_pytorch_away_from_the_ends(qmin: int, qmax: int) -> None:
-    """Without any help, wherever a value is not within half a step of the ends of the range."""
+    """Without clipping first, for values farther than half a step from the ends of the range."""
     step_value = 0.37
     data = torch.randn(2000) * (qmax - qmin) * 0.3
     level = data / step_value

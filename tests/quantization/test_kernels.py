@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused kernels against the plain functions: on CUDA, and in Triton's interpreter where there is none."""
+"""The fused kernels compared with the plain functions, on CUDA and in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmzsq.quantization.fake_quantize import HAS_TRITON, _FakeQuantize, fake_quantize
+from mmzsq.fused_kernels import HAS_TRITON
+from mmzsq.quantization.fake_quantize import _FakeQuantize, fake_quantize
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason='no Triton')
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers compute what their float classes do, on quantized operands."""
+"""Quantized layers compute the same as their float classes, on quantized operands."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_a_transposed_convolution_quantizes_each_output_channel_by_a_step_of_its_own(geometry: dict[str, Any]) -> None:
-    """Each output channel by hand, as a transposed convolution of its own with the least squared error."""
+def test_a_transposed_convolution_has_one_step_per_output_channel(geometry: dict[str, Any]) -> None:
+    """Each output channel computed separately, as a transposed convolution with one output channel."""
     x = torch.randn(2, 4, 5, 5)
     layer = _quantized(nn.ConvTranspose2d(4, 6, **geometry), x, w_bits=3, a_bits=4)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_a_transposed_convolution_quantizes_each_output_channel_by_a_step_of_its
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
 def test_a_transposed_convolution_switched_off_is_torchs(geometry: dict[str, Any]) -> None:
-    """Also where the size of the output is asked for."""
+    """Also with a given output size."""
     x = torch.randn(2, 4, 5, 5)
     layer = nn.ConvTranspose2d(4, 6, **geometry)
     size = [n + layer.stride[0] - 1 for n in nn.ConvTranspose2d(4, 6, **dict(geometry, output_padding=0))(x).shape[2:]]

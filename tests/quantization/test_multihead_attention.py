@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own attention is quantized like any layer, and computes what it computed until then."""
+"""``nn.MultiheadAttention`` is decomposed without a change of its outputs, and quantized like other layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers, set_quantization
-from mmzsq.quantization.multihead_attention import open_attention
+from mmzsq.quantization.multihead_attention import decompose_attention
 
 LAYERS = ('query_projection', 'key_projection', 'value_projection', 'out_proj')
 
@@ -47,10 +47,12 @@ def additive(allowed: Tensor) -> Tensor:
 @pytest.mark.parametrize('batch_first', [False, True])
 @pytest.mark.parametrize('channels', [dict(), dict(kdim=3, vdim=5)], ids=['same', 'other'])
 @pytest.mark.parametrize('bias', [False, True])
-def test_an_opened_module_is_pytorchs(batch_first: bool, channels: dict[str, int], bias: bool) -> None:
+def test_a_decomposed_module_computes_the_same_as_pytorchs(
+    batch_first: bool, channels: dict[str, int], bias: bool
+) -> None:
     attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=batch_first, **channels).eval()
     opened = copy.deepcopy(attention)
-    open_attention(opened)
+    decompose_attention(opened)
     assert type(opened) is not nn.MultiheadAttention
     assert opened.state_dict().keys() == attention.state_dict().keys()
     sizes = ((4, 8), (6, channels.get('kdim', 8)), (6, channels.get('vdim', 8)))
@@ -90,7 +92,7 @@ def test_all_four_layers_are_quantized_and_learn() -> None:
     assert all('_quantizer.' in name for name in set(model.state_dict()) - set(before))
 
 
-def test_what_is_learnt_is_on_the_grid_of_its_own_rows() -> None:
+def test_each_projection_is_quantized_by_the_steps_of_its_rows() -> None:
     model = Block()
     quantize(model)
     seen: dict[str, Tensor] = {}
@@ -108,7 +110,7 @@ def test_what_is_learnt_is_on_the_grid_of_its_own_rows() -> None:
         assert not torch.equal(quantized, float_rows)
 
 
-def test_switched_off_it_is_the_float_module_and_a_copy_has_weights_of_its_own() -> None:
+def test_disabled_it_equals_the_float_module_and_a_copy_is_independent() -> None:
     model = Block()
     expected = model(TOKENS)
     quantize(model)
@@ -139,10 +141,10 @@ def test_frozen_projections_learn_once_they_are_unfrozen() -> None:
 
 
 @pytest.mark.parametrize('options', [dict(add_bias_kv=True), dict(add_zero_attn=True)])
-def test_attention_with_keys_of_its_own_stays_float_and_says_so(options: dict[str, bool]) -> None:
+def test_attention_with_learned_keys_stays_float_with_the_reason(options: dict[str, bool]) -> None:
     model = Block(**options)
     report = quantize(model)
     rows = {layer.name: layer for layer in report.layers}
-    assert rows['attention.in_proj_weight'].reason == 'a parameter that no layer is known to multiply by'
+    assert rows['attention.in_proj_weight'].reason == 'a parameter that is not the weight of a known layer'
     assert not rows['attention.in_proj_weight'].quantized
     assert not rows['attention.out_proj'].quantized and rows['attention.out_proj'].reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers are swapped, with how many bits, and what the report says of them."""
+"""``prepare``: the layers that it replaces, their bits, and the report."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_layer_that_no_other_reads_is_last() -> None:
     }  # fmt: skip
 
 
-def test_what_a_layer_owns_and_reads_is_not_last() -> None:
+def test_a_layer_inside_another_is_not_last() -> None:
     """The convolution inside a deformable one: its offsets are read there, and by no other layer."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), ModulatedDeformConv2dPack(4, 4, 3), nn.Conv2d(4, 2, 1))
     report = prepare(model, QuantizationConfig.from_dict({}), run=lambda: model(torch.rand(1, 3, 9, 9)))
@@ -96,8 +96,8 @@ def test_what_a_layer_owns_and_reads_is_not_last() -> None:
     assert macs['1.conv_offset'] == 5 * 5 * 27 * 4 * 9
 
 
-def test_scope_keeps_what_is_outside_float(model: nn.Module, images: Tensor) -> None:
-    """With the reason; first and last layers are as configured where they are inside."""
+def test_layers_outside_the_scope_stay_float(model: nn.Module, images: Tensor) -> None:
+    """The report gives the reason; first and last layers inside the scope are as configured."""
     report = prepare(model, _config(w_bits=4, scope=['stem', 'block', 'reg']), run=lambda: model(images))
     rows = {layer.name: layer for layer in report.layers}
     assert {name for name, row in rows.items() if row.quantized} == {'stem', 'block.0', 'block.1', 'reg'}
@@ -211,7 +211,7 @@ def test_report_is_json_and_knows_the_steps(model: nn.Module, images: Tensor) ->
 
 
 def test_table_has_a_line_for_each_layer(model: nn.Module, images: Tensor) -> None:
-    """And two for the model."""
+    """Two more lines describe the model."""
     report = prepare(model, _config(w_bits=4, a_bits=4), run=lambda: model(images))
     lines = report.to_table().splitlines()
     assert [line.split()[0] for line in lines[1:-2]] == [layer.name for layer in report.layers]
@@ -231,14 +231,14 @@ def test_no_run_no_operations() -> None:
 
 
 def test_mistakes_are_named(model: nn.Module, images: Tensor) -> None:
-    """Predictions instead of raw outputs, patterns that match nothing, nothing to do, twice."""
+    """Predictions instead of raw outputs, patterns without a match, nothing to quantize, a second call."""
 
     def run() -> Any:
         return model(images)
 
     with pytest.raises(UserError, match='Return the raw outputs'):
         prepare(model, _config(), run=lambda: run()['cls'][0].detach())
-    with pytest.raises(UserError, match="'stemm' matches no layer.*nearest layer is 'stem'"):
+    with pytest.raises(UserError, match="'stemm' matches no layer.*nearest name is 'stem'"):
         prepare(model, _config(skip=['stemm']), run=run)
     with pytest.raises(UserError, match="'backbone' matches no layer"):
         prepare(model, _config(scope='backbone'), run=run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of a quantizer: what it learns, what it saves, and when it refuses to work."""
+"""Quantizers: learned parameters, state dict, initialization and errors."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def test_integer_ranges(kwargs: dict[str, Any], qmin: int, qmax: int) -> None:
 
 
 @pytest.mark.parametrize('step', ['log', 'linear'])
-def test_gradient_of_what_is_learnt(step: str) -> None:
+def test_gradient_of_the_learned_parameter(step: str) -> None:
     """The chain rule to log s is s * ds; linear steps get ds itself; both scaled by LSQ's rule."""
     x, grad = torch.randn(6, 50), torch.randn(6, 50)
     quantizer = _ready(LSQ(bits=4, num_steps=6, step=step), 0.2)
     quantizer(x).backward(grad)
-    (learnt,) = quantizer.parameters()
+    (learned,) = quantizer.parameters()
 
     reference = torch.full((6, 1), 0.2, requires_grad=True)
     fake_quantize(x, reference, -8, 7).backward(grad)
     # 50 values share each step: numel / C.
     expected = reference.grad.flatten() / (50 * 7) ** 0.5 * (0.2 if step == 'log' else 1.0)
-    torch.testing.assert_close(learnt.grad, expected)
+    torch.testing.assert_close(learned.grad, expected)
 
 
 def test_gradient_scale_can_be_left_out() -> None:
@@ -86,18 +86,28 @@ def test_a_linear_step_stays_positive_and_comes_back() -> None:
 def test_first_step_of_the_paper() -> None:
     """2 * mean|x| / sqrt(qmax), of all values for activations and of each channel for weights."""
     weight = torch.randn(3, 4, 2, 2)
-    grid = LSQ(bits=4, num_steps=3, init='lsq').grid_of_weight(weight)
+    grid = LSQ(bits=4, num_steps=3, init='lsq').initial_weight_grid(weight)
     torch.testing.assert_close(grid.step, 2 * weight.abs().mean((1, 2, 3)) / 7**0.5)
     x = torch.randn(1000)
-    grid = LSQ(bits=4, init='lsq').grid_of_activations(_seen(x))
+    grid = LSQ(bits=4, init='lsq').initial_activation_grid(_seen(x))
     torch.testing.assert_close(grid.step, 2 * x.abs().mean()[None] / 7**0.5)
 
 
 def test_first_zero_point_of_the_paper_rule_covers_the_negatives() -> None:
-    """With init='lsq' and an offset, the lowest integer stands for the least value."""
+    """With init='lsq' and an offset, the lowest integer represents the least value."""
     x = torch.rand(1000) - 0.25
-    grid = LSQ(bits=4, scheme='offset', init='lsq').grid_of_activations(_seen(x))
+    grid = LSQ(bits=4, scheme='offset', init='lsq').initial_activation_grid(_seen(x))
     assert float(grid.zero_point) == round(float(-x.min() / grid.step))
+
+
+@pytest.mark.parametrize(('values', 'expected'), [([100.0, 101.0], 0.0), ([-100.0, *[0.1] * 999], 15.0)])
+def test_first_zero_point_of_the_paper_rule_stays_in_the_integer_range(values: list[float], expected: float) -> None:
+    """All values far above zero, or a single one far below it."""
+    quantizer = LSQ(bits=4, scheme='offset', init='lsq')
+    grid = quantizer.initial_activation_grid(_seen(torch.tensor(values)))
+    unclamped = round(float(-min(values) / grid.step))
+    assert not quantizer.qmin <= unclamped <= quantizer.qmax
+    assert grid.zero_point.tolist() == [expected]
 
 
 def test_mse_beats_the_papers_rule_at_eight_bits() -> None:
@@ -107,13 +117,13 @@ def test_mse_beats_the_papers_rule_at_eight_bits() -> None:
         errors: list[float] = []
         for init in ('mse', 'lsq'):
             quantizer = LSQ(bits=8, scheme=scheme, init=init)
-            quantizer.set_grid(quantizer.grid_of_activations(_seen(x)))
+            quantizer.set_grid(quantizer.initial_activation_grid(_seen(x)))
             errors.append(float((quantizer(x) - x).detach().pow(2).mean()))
         assert errors[0] <= errors[1] * 0.5
 
 
-def test_refuses_to_work_without_steps_and_names_the_call() -> None:
-    """Unless it is switched off."""
+def test_an_uninitialized_quantizer_raises_and_names_the_call() -> None:
+    """Unless it is disabled."""
     quantizer, x = LSQ(), torch.randn(3)
     with pytest.raises(UserError, match='calibrating'):
         quantizer(x)
@@ -155,11 +165,11 @@ def test_a_copy_made_before_initialization_follows_its_buffers() -> None:
 
 
 def test_lsqplus_learns_an_integer_zero_point() -> None:
-    """The learnt value is real, the one used is the nearest integer inside the range."""
+    """The learned value is real; the value in use is the nearest integer inside the range."""
     quantizer = _ready(LSQPlus(bits=4, scheme='offset', step='linear'), 0.5)
-    for learnt, used in [(3.4, 3), (3.6, 4), (-2.0, 0), (99.0, 15)]:
+    for learned, used in [(3.4, 3), (3.6, 4), (-2.0, 0), (99.0, 15)]:
         with torch.no_grad():
-            quantizer.zero_point.fill_(learnt)
+            quantizer.zero_point.fill_(learned)
         assert quantizer.integer_zero_point.tolist() == [used]
         assert quantizer(torch.zeros(1)).item() == 0.0
     y = quantizer(torch.tensor([-100.0, -1.0, 100.0]))
@@ -233,7 +243,7 @@ def test_never_waits_for_the_device_and_can_be_captured(step: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
-def test_a_zero_point_blurred_by_an_average_of_weights_is_still_an_integer() -> None:
+def test_a_zero_point_with_the_rounding_error_of_an_ema_is_still_an_integer() -> None:
     quantizer = LSQ(bits=4, scheme='offset')
     quantizer.set_grid(Grid(torch.tensor([0.1]), torch.tensor([3.0])))
     quantizer.zero_point += 1e-5

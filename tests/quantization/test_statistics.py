@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of activations is exact where it says so, and a fair sample elsewhere."""
+"""Activation statistics: exact extremes, mean and count, and a uniform sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _seen(batches: list[torch.Tensor]) -> ActivationStatistics:
 
 
 def test_extremes_mean_and_count_are_exact() -> None:
-    """Over batches of unlike size and type; the last is summed in two parts."""
+    """Over batches of different size and type; the last is summed in two parts."""
     batches = [torch.randn(2, 3, 5), torch.randn(7).bfloat16() * 9, torch.randn(CHUNK + 100)]
     everything = torch.cat([b.double().flatten() for b in batches])
     seen = _seen(batches)

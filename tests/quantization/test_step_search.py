@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First steps against brute force over a fine grid of candidates."""
+"""Initial steps compared with brute force over a fine grid of candidates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_offset_search_is_as_good_as_brute_force(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 def test_signed_search_is_as_good_as_brute_force(bits: int) -> None:
-    """For each of several rows at once, of unlike scale."""
+    """For each of several rows at once, of different scale."""
     rows = torch.randn(6, 300) * torch.logspace(-3, 3, 6)[:, None]
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     grid = search_step(rows, rows.amin(1), rows.amax(1), qmin, qmax, [0])
@@ -60,7 +60,7 @@ def test_signed_search_is_as_good_as_brute_force(bits: int) -> None:
 
 
 @pytest.mark.parametrize(('qmin', 'qmax', 'zero_points'), [(-8, 7, [0]), (0, 15, list(range(16))), (-127, 127, [0])])
-def test_few_and_many_values_are_searched_to_the_same_end(
+def test_few_and_many_values_give_the_same_result(
     qmin: int, qmax: int, zero_points: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By rounding each value and by looking up each level; rows and values past one block."""
@@ -86,7 +86,7 @@ def test_eight_bit_offset_search_spans_the_range() -> None:
 
 
 def test_silu_spends_a_level_on_negatives_only_where_it_pays() -> None:
-    """Four bits: not when positives reach far, yes when they do not."""
+    """At four bits: no level if the positive values reach far, one if they do not."""
     wide = torch.cat([torch.rand(9000) * 30, torch.full((1000,), -0.278)])
     narrow = torch.cat([torch.rand(3000) * 3, torch.full((7000,), -0.278)])
     assert _search(wide, 0, 15, list(range(16)))[1] == 0

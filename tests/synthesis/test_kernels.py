@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmzsq.fused_kernels import HAS_TRITON
 from mmzsq.synthesis import batch_norm as watching
-from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector
+from mmzsq.synthesis.batch_norm import BatchNormStatisticsCollector
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason='no Triton')

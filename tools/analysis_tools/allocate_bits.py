@@ -38,7 +38,7 @@ from torch import Tensor
 from mmzsq import cli
 from mmzsq.engine.bit_allocation import allocate_within_budget
 from mmzsq.errors import UserError
-from mmzsq.quantization.allocation import Budget, as_settings, overrides_of, totals
+from mmzsq.quantization.allocation import Budget, overrides_for, overrides_to_dict, size_and_operations
 from mmzsq.quantization.config import AllocationSettings, Bits
 from mmzsq.quantization.quantizers import check_bits
 
@@ -71,14 +71,14 @@ def main() -> None:
     uniform = budget.uniform()
     same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
     summary = (
-        f'Model size and bit operations {_amounts(totals(detector.report, bits))}. '
-        f'With {uniform} bits in each of these layers {_amounts(totals(detector.report, same))}.'
+        f'Model size and bit operations {_amounts(size_and_operations(detector.report, bits))}. '
+        f'With {uniform} bits in each of these layers {_amounts(size_and_operations(detector.report, same))}.'
     )
     console.print(_table(budget, sensitivity, [*bits.values()]))
     console.print(summary, highlight=False)
     settings = _given(cfg, args.cfg_options or {})
     quantizer = settings.setdefault('zsq', {}).setdefault('quantizer', {})
-    quantizer['overrides'] = as_settings(overrides_of(detector.report, bits))
+    quantizer['overrides'] = overrides_to_dict(overrides_for(detector.report, bits))
     if runner.cfg.zsq.calibration_set.real is None:
         settings['zsq'].setdefault('calibration_set', {})['dir'] = runner.cfg.zsq.calibration_set.dir
     args.out.write_text(leaf(args.config, args.out, settings, _docstring(summary, len(bits))), encoding='utf-8')

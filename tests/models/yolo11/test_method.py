@@ -14,13 +14,15 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmzsq.config.presets import DEFAULT
+from mmzsq.config.presets import preset_section
 from mmzsq.distillation import DensePredictionLoss
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.tasks import detection_task
 from mmzsq.tasks.padded_task import PaddedTargetsTask
+
+DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
 
 SIZE = (64, 64)
 QUANTIZER = dict(
