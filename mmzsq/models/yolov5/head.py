@@ -16,7 +16,7 @@ from mmzsq.errors import UserError, check_keys
 from mmzsq.models.padded_head import PaddedTargetsHead
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolo.layers import scale_width
-from mmzsq.models.yolo.selection import Selection
+from mmzsq.models.yolo.post_processing import PostProcessor
 from mmzsq.models.yolov5.decode import decode_bboxes
 from mmzsq.models.yolov5.loss import yolov5_loss
 from mmzsq.registry import MODELS
@@ -48,7 +48,7 @@ class YOLOv5Head(PaddedTargetsHead):
         max_anchor_ratio: An anchor answers for a box when their sides differ by less than this
             factor.
         train_cfg: Not used; MMDetection passes it.
-        test_cfg: The arguments of :class:`~mmzsq.models.yolo.selection.Selection`.
+        test_cfg: The arguments of :class:`~mmzsq.models.yolo.post_processing.PostProcessor`.
         init_cfg: Initialization besides that of the biases.
 
     Raises:
@@ -92,8 +92,8 @@ class YOLOv5Head(PaddedTargetsHead):
         self.cls_weight = cls_weight * share * num_classes / 80
         self.obj_weight = obj_weight * share
         test_cfg = test_cfg or {}
-        check_keys(test_cfg, (field.name for field in fields(Selection)), 'test_cfg')
-        self.selection = Selection(**test_cfg)
+        check_keys(test_cfg, (field.name for field in fields(PostProcessor)), 'test_cfg')
+        self.post_processor = PostProcessor(**test_cfg)
         self.register_buffer('anchors', torch.tensor(anchors, dtype=torch.float32))
         outputs = self.anchors.shape[1] * (5 + num_classes)
         self.convs = nn.ModuleList(nn.Conv2d(scale_width(width, widen_factor), outputs, 1) for width in in_channels)
@@ -160,6 +160,17 @@ class YOLOv5Head(PaddedTargetsHead):
             cls_logits.append(outputs[..., 5:].flatten(1, 3))
         return torch.cat(bboxes, 1), torch.cat(obj_logits, 1), torch.cat(cls_logits, 1)
 
+    def anchor_sizes(self) -> Tensor:
+        """Return width and height of the anchors of all scales in pixels, (K, 2).
+
+        The anchors are clusters of the training boxes, so they describe the sizes of the training labels.
+        """
+        return self.anchors.reshape(-1, 2)
+
+    def class_biases(self) -> list[Tensor]:
+        """Return the biases of the class logits of each scale, (A, C)."""
+        return [conv.get_parameter('bias').view(self.anchors.shape[1], -1)[:, 5:] for conv in self.convs]
+
     def predict_by_feat(
         self,
         maps: Sequence[Tensor],
@@ -179,4 +190,6 @@ class YOLOv5Head(PaddedTargetsHead):
             first.
         """
         bboxes, obj_logits, cls_logits = self.dense_predictions(maps)
-        return self.selection.select_batch(bboxes, obj_logits.sigmoid(), cls_logits.sigmoid(), batch_img_metas, rescale)
+        return self.post_processor.process_batch(
+            bboxes, obj_logits.sigmoid(), cls_logits.sigmoid(), batch_img_metas, rescale
+        )
