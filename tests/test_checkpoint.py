@@ -89,7 +89,7 @@ def test_shipped_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint, 'ASSETS', tmp_path)
     save_file({'w': torch.ones(1)}, tmp_path / 'tiny.safetensors')
     assert load('mmzsq://tiny.safetensors')['state_dict']['w'] == 1
-    with pytest.raises(UserError, match=r"no weights 'other\.safetensors', only: tiny\.safetensors"):
+    with pytest.raises(UserError, match=r"no weights 'other\.safetensors'\. It ships: tiny\.safetensors"):
         load('mmzsq://other.safetensors')
     with pytest.raises(UserError, match='ships no weights'):
         load(f'mmzsq://../{tmp_path.name}/tiny.safetensors')

@@ -30,14 +30,14 @@ class ConvertedDetector(NamedTuple):
     state_dict: dict[str, Tensor]
 
 
-def shapes_of(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
+def tensor_shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
     """Shape of every tensor of a detector made of ``parts``, by its name in the detector."""
     return {
         f'{part}.{name}': tensor.shape for part, module in parts.items() for name, tensor in module.state_dict().items()
     }
 
 
-def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert floats of any precision; counters stay integers."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 

@@ -95,7 +95,7 @@ def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
         raise UserError(f'checkpoint {path} does not exist')
     try:
         with zipfile.ZipFile(path) as archive:
-            checkpoint = _Unpickler.of(archive).load()
+            checkpoint = _Unpickler.open(archive).load()
     except UserError:
         raise
     except zipfile.BadZipFile as error:
@@ -128,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
         self._shells: dict[tuple[str, str], type[Shell]] = {}
 
     @classmethod
-    def of(cls, archive: zipfile.ZipFile) -> _Unpickler:
+    def open(cls, archive: zipfile.ZipFile) -> _Unpickler:
         """Find the pickle of a checkpoint."""
         records = [name for name in archive.namelist() if name.endswith('/data.pkl')]
         if len(records) != 1:

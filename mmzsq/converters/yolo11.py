@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
+from mmzsq.converters.conversion import ConvertedDetector, check_tensors, tensor_shapes, to_float32
 from mmzsq.errors import UserError
 from mmzsq.models.yolo.layers import scale_depth, scale_width
 from mmzsq.models.yolo11.backbone import YOLO11CSPDarknet
@@ -102,7 +102,7 @@ def convert_yolo11(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     names = {_upstream_name(name): name for name in expected}
     state_dict = {names.get(name, name): tensor for name, tensor in tensors.items() if not _counts(name, tensor)}
     check_tensors(state_dict, expected, f'YOLO11-{size}')
-    return ConvertedDetector('YOLO11', size, num_classes, in_float32(state_dict))
+    return ConvertedDetector('YOLO11', size, num_classes, to_float32(state_dict))
 
 
 def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
@@ -113,7 +113,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        return shapes_of(
+        return tensor_shapes(
             {
                 'backbone': YOLO11CSPDarknet(*size),
                 'neck': YOLO11PAFPN(*size),

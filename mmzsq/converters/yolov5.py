@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
+from mmzsq.converters.conversion import ConvertedDetector, check_tensors, tensor_shapes, to_float32
 from mmzsq.errors import UserError
 from mmzsq.models.yolo.layers import scale_depth, scale_width
 from mmzsq.models.yolov5.backbone import YOLOv5CSPDarknet
@@ -82,7 +82,7 @@ def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     expected = expected_shapes(SIZES[size], num_classes)
     _scale_anchors(state_dict)
     check_tensors(state_dict, expected, f'YOLOv5-{size} of v6.0 or later')
-    return ConvertedDetector('YOLOv5', size, num_classes, in_float32(state_dict))
+    return ConvertedDetector('YOLOv5', size, num_classes, to_float32(state_dict))
 
 
 def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
@@ -93,7 +93,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        return shapes_of(
+        return tensor_shapes(
             {
                 'backbone': YOLOv5CSPDarknet(*size),
                 'neck': YOLOv5PAFPN(*size),

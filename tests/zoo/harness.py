@@ -34,7 +34,7 @@ from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import fit_masks
 from mmzsq.synthesis.synthesizer import seeded
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import blank_samples, pixel_range, sum_losses, whole_image_samples
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -195,7 +195,7 @@ class _Run:
 
     def synthesize(self) -> None:
         zsq = self.cfg.zsq.to_dict()
-        task = detection_task(self.model.load_teacher())
+        task = build_detection_task(self.model.load_teacher())
         batch_size, seed = zsq['calibration_set']['batch_size'], zsq['calibration_set']['seed']
         self.generator = CalibrationSetGenerator(task, zsq['synthesis'], zsq['label_sampler'], batch_size, seed)
         classes = self.classes or [f'class_{index}' for index in range(task.num_classes)]

@@ -18,7 +18,7 @@ from mmzsq.errors import UserError, check_keys
 from mmzsq.models.padded_head import PaddedTargetsHead
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG
-from mmzsq.models.yolo.selection import Selection
+from mmzsq.models.yolo.post_processing import PostProcessor
 from mmzsq.models.yolo11.decode import decode_bboxes, split_maps
 from mmzsq.models.yolo11.layers import scale_widths
 from mmzsq.models.yolo11.loss import yolo11_loss
@@ -45,7 +45,7 @@ class YOLO11Head(PaddedTargetsHead):
         norm_cfg: Normalization of every convolution but the last.
         act_cfg: Activation of every convolution but the last.
         train_cfg: Not used; MMDetection passes it.
-        test_cfg: The arguments of :class:`~mmzsq.models.yolo.selection.Selection`.
+        test_cfg: The arguments of :class:`~mmzsq.models.yolo.post_processing.PostProcessor`.
         init_cfg: Initialization besides that of the last biases.
 
     Raises:
@@ -89,8 +89,8 @@ class YOLO11Head(PaddedTargetsHead):
         self.dfl_weight = dfl_weight
         self.topk, self.alpha, self.beta = topk, alpha, beta
         test_cfg = test_cfg or {}
-        check_keys(test_cfg, (field.name for field in fields(Selection)), 'test_cfg')
-        self.selection = Selection(**test_cfg)
+        check_keys(test_cfg, (field.name for field in fields(PostProcessor)), 'test_cfg')
+        self.post_processor = PostProcessor(**test_cfg)
         self.points = MlvlPointGenerator(strides)
         cfg = dict(padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
         widths = scale_widths(tuple(in_channels), widen_factor, max_channels)
@@ -189,4 +189,4 @@ class YOLO11Head(PaddedTargetsHead):
         """
         bboxes, _, cls_logits = self.dense_predictions(maps)
         certain = cls_logits.new_ones(cls_logits.shape[:2])
-        return self.selection.select_batch(bboxes, certain, cls_logits.sigmoid(), batch_img_metas, rescale)
+        return self.post_processor.process_batch(bboxes, certain, cls_logits.sigmoid(), batch_img_metas, rescale)

@@ -55,7 +55,9 @@ def yolov5_loss(
         (*(size[0] for size in sizes), *(size[1] for size in sizes), *first_cells, *strides), device
     ).unflatten(0, (4, -1))
     x, y, matched = find_candidates(targets, anchors, stride, rows, columns, max_ratio)
-    selected = [_Selection.apply(scale_map, num_anchors, *place) for scale_map, *place in zip(maps, x, y, strict=True)]
+    selected = [
+        _GatherOutputs.apply(scale_map, num_anchors, *place) for scale_map, *place in zip(maps, x, y, strict=True)
+    ]
     chosen = torch.stack([outputs for _, outputs in selected])
 
     of_scale = (-1, 1, 1, 1, 1)
@@ -92,7 +94,7 @@ def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
-class _Selection(torch.autograd.Function):
+class _GatherOutputs(torch.autograd.Function):
     """What the loss reads of one scale's map, and the gradient of the map made in its own layout, in one piece.
 
     By operators the gradient is three maps, nearly all zeros: of the objectness, of what was chosen, and their sum.

@@ -19,7 +19,7 @@ from mmzsq.distillation import DensePredictionLoss
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.synthesis import CalibrationSetGenerator
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.padded_task import PaddedTargetsTask
 
 SIZE = (64, 64)
@@ -63,7 +63,7 @@ def test_synthesis_corrects_labels_and_lowers_the_loss(detector: nn.Module) -> N
         for box_convs, cls_convs in zip(detector.bbox_head.box_convs, detector.bbox_head.cls_convs, strict=True):
             box_convs[2].bias.view(4, -1)[:, 2] += 8.0
             cls_convs[2].bias.fill_(0.0)
-    task = detection_task(detector)
+    task = build_detection_task(detector)
     assert type(task) is PaddedTargetsTask
     options = copy.deepcopy(DEFAULT['synthesis'])
     options.update(

@@ -19,7 +19,7 @@ from mmzsq.errors import UserError
 
 
 @dataclass(frozen=True)
-class Selection:
+class PostProcessor:
     """Selects detections; a place may be a detection of several classes.
 
     Args:
@@ -75,7 +75,7 @@ class Selection:
         kept = kept[: self.max_per_img]
         return InstanceData(bboxes=bboxes[kept], scores=scores[kept], labels=labels[kept])
 
-    def select_batch(
+    def process_batch(
         self,
         bboxes: Tensor,
         obj_scores: Tensor,
