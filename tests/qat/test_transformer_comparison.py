@@ -17,9 +17,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
-from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.comparison import TopkReplay, TransformerComparison, build_comparison
-from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import data_samples, sum_losses
 
 SIZE = (64, 64)
@@ -121,29 +119,6 @@ def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(
     assert any(name.startswith('dn_') for name in expected)
     assert compared.losses.keys() == expected.keys()
     torch.testing.assert_close(sum_losses(compared.losses), sum_losses(expected))
-
-
-def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
-    cfg: Any, pair: tuple[Any, Any], without_inputs: Any
-) -> None:
-    """Those of attention too, which stays in eval mode for what else drops at random."""
-    inputs, samples = batch()
-    quantizer = dict(w_bits=8, a_bits=2, weight=dict(init='lsq'), activation=dict(init='lsq'))
-    model = ZeroShotDetector(cfg, quantizer)
-    model.student.load_state_dict(pair[1].state_dict(), strict=False)
-    compare = build_comparison(model.student, pair[1], ['bbox_head'])
-    with torch.no_grad(), calibrating(model.eval().student):
-        model.student(inputs, samples, mode='tensor')
-    model.train()
-    assert any(isinstance(module, nn.MultiheadAttention) for module in model.student.modules())
-
-    def answers() -> Tensor:
-        with torch.no_grad():
-            return compare(inputs, samples, with_losses=False).student['bbox_head'][DECODER_LAYERS - 1]
-
-    quantized, dropped, floating = without_inputs(model.student, answers)
-    torch.testing.assert_close(dropped, floating)
-    assert not torch.allclose(dropped, quantized)
 
 
 def test_choices_are_made_once_and_taken_again() -> None:

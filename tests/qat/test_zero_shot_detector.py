@@ -340,23 +340,6 @@ def test_an_exact_student_has_no_loss_even_while_it_trains(make_tiny: Make, name
     assert sum(model(*batch(), mode='loss').values()).item() == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize('name', ['cascade-rcnn_r18', 'mask-rcnn_r18'])
-def test_a_student_that_leaves_all_inputs_as_they_are_learns_as_one_with_float_inputs(
-    make_tiny: Make, without_inputs: Any, name: str
-) -> None:
-    """However it is compared with its teacher, and in stages that are frozen too."""
-    model = make_tiny(name, a_bits=2)
-    inputs, samples = batch()
-
-    def losses() -> dict[str, Tensor]:
-        with torch.no_grad():
-            return model(inputs, copy.deepcopy(samples), mode='loss')
-
-    quantized, dropped, floating = without_inputs(model.student, losses)
-    torch.testing.assert_close(dropped, floating)
-    assert all(dropped[key] < 0.9 * quantized[key] for key in dropped)
-
-
 def test_a_frozen_stage_learns_where_it_is_quantized(make_tiny: Make) -> None:
     model = make_tiny('faster-rcnn_r18')
     assert model.student.backbone.frozen_stages == 1
