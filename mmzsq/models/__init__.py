@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors and parts of detectors that MMDetection lacks."""
+"""Detectors, and components of detectors, that MMDetection does not provide."""
 
 from mmzsq.compat import patch_ssd_head
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner

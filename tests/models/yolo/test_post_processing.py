@@ -6,20 +6,20 @@ from mmzsq.models.yolo.post_processing import PostProcessor
 SAME = torch.tensor([[10.0, 10, 50, 50], [11.0, 10, 51, 50]])
 
 
-def test_a_place_may_be_a_detection_of_several_classes() -> None:
+def test_a_location_can_yield_several_classes() -> None:
     result = PostProcessor()(SAME[:1], torch.tensor([0.5]), torch.tensor([[0.8, 0.1, 0.9]]))
     assert result.labels.tolist() == [2, 0, 1]
     torch.testing.assert_close(result.scores, torch.tensor([0.45, 0.4, 0.05]))
 
 
-def test_boxes_suppress_their_own_class_only() -> None:
+def test_boxes_suppress_only_boxes_of_their_class() -> None:
     classes = torch.tensor([[0.9, 0.0], [0.0, 0.8]])
     assert len(PostProcessor()(SAME, torch.ones(2), classes).labels) == 2
     result = PostProcessor()(SAME, torch.ones(2), classes[:, :1] + classes[:, 1:])
     torch.testing.assert_close(result.bboxes, SAME[:1])
 
 
-def test_far_classes_keep_the_precision_of_coordinates() -> None:
+def test_large_class_indices_do_not_round_coordinates() -> None:
     # An IoU just under the threshold; an offset of 79 images in float32 would round it away.
     bboxes = torch.tensor([[600.0, 600.0, 603.0, 601.0], [600.0, 600.0, 601.799, 601.0]])
     scores = torch.zeros(2, 80)

@@ -35,7 +35,7 @@ def random_instances(*counts: int) -> list[InstanceData]:
 def reference_answers(
     bboxes: Tensor, scores: Tensor, places: Sequence[tuple[float, float]], gt: InstanceData
 ) -> dict[int, tuple[int, float]]:
-    """Target and wanted score of each place of one image that answers, one pair at a time."""
+    """Return target and score of each assigned location of one image, in a plain loop over pairs."""
     overlap: dict[tuple[int, int], float] = {}
     alignment: dict[tuple[int, int], float] = {}
     chosen: dict[int, list[int]] = {}
@@ -64,7 +64,7 @@ def reference_answers(
 
 
 def reference_loss(maps: list[Tensor], instances: list[InstanceData], plain: type) -> dict[str, Tensor]:
-    """YOLO11's loss, one image and place at a time."""
+    """Compute YOLO11's loss in loops over images and locations."""
     bboxes, scores = plain.decode(maps)
     places = [
         ((column + 0.5) * stride, (row + 0.5) * stride)
@@ -105,7 +105,7 @@ def head() -> YOLO11Head:
 
 
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (20, 0, 20)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLO11Head, plain, counts) -> None:
+def test_values_and_gradients_equal_a_plain_loop(head: YOLO11Head, plain, counts) -> None:
     maps, instances = random_maps(), random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
     expected = reference_loss(maps, instances, plain)
@@ -164,7 +164,7 @@ def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLO11
     assert losses['loss_dfl'] < worse['loss_dfl'] and losses['loss_bbox'] < worse['loss_bbox']
 
 
-def test_sides_too_far_to_predict_are_to_be_just_below_the_farthest() -> None:
+def test_targets_out_of_range_are_clamped_below_the_largest_distance() -> None:
     head = YOLO11Head(CLASSES, in_channels=(256,), strides=(8,))
     scale_map = torch.zeros(1, 64 + CLASSES, 1, 1)
     scale_map[:, 15:64:16] = 40.0  # surely 15 cells, 120 px

@@ -19,7 +19,7 @@ def one_target(x: float, y: float, width: float, height: float) -> PaddedTargets
 
 
 def matches(targets: PaddedTargets, anchors: Tensor) -> list[tuple[int, int, int]]:
-    """Return (anchor, column, row) of all that answer, on a map of 4 rows and 6 columns."""
+    """Return (anchor, column, row) of all matches on a map of 4 rows and 6 columns."""
     # The second scale is there to be told from the first.
     both = torch.stack((anchors, 100 * anchors))
     found = find_candidates(targets, both, torch.tensor([8, 16]), torch.tensor([4, 2]), torch.tensor([6, 3]), 4.0)
@@ -46,18 +46,18 @@ SQUARE = torch.tensor([[10.0, 10.0]])
         ((6.0, 4.0), [(5, 3), (5, 3), (5, 3)]),  # on the border of the map: the cell inside
     ],
 )
-def test_center_and_nearest_neighbors_answer(center: tuple[float, float], cells: list[tuple[int, int]]) -> None:
+def test_center_and_nearest_neighbors_are_matched(center: tuple[float, float], cells: list[tuple[int, int]]) -> None:
     found = matches(one_target(center[0] * 8, center[1] * 8, 10, 10), SQUARE)
     assert found == sorted((0, *cell) for cell in cells)
 
 
-def test_only_anchors_of_like_size_answer() -> None:
+def test_only_anchors_of_similar_size_are_matched() -> None:
     anchors = torch.tensor([[10.0, 10.0], [39.9, 10.0], [40.0, 10.0], [10.0, 2.6], [10.0, 2.5]])
     found = matches(one_target(20, 12, 10, 10), anchors)
     assert {anchor for anchor, _, _ in found} == {0, 1, 3}
 
 
-def test_padding_and_empty_boxes_answer_for_nothing() -> None:
+def test_padding_and_empty_boxes_are_not_matched() -> None:
     targets = one_target(20, 12, 10, 10)
     assert not matches(targets._replace(valid=torch.zeros(1, 1, dtype=torch.bool)), SQUARE)
     assert not matches(one_target(20, 12, 0, 0), SQUARE)
@@ -75,7 +75,7 @@ def test_targets_are_padded_to_the_longest_image() -> None:
     assert pad_targets([none, none]).bboxes.shape == (2, 0, 4)
 
 
-def test_targets_are_padded_to_a_given_length_or_refused() -> None:
+def test_targets_are_padded_to_a_given_length_or_rejected() -> None:
     image = InstanceData(bboxes=torch.rand(2, 4), labels=torch.tensor([5, 6]))
     targets = pad_targets([image], length=5)
     assert targets.bboxes.shape == (1, 5, 4)

@@ -35,7 +35,7 @@ def random_instances(*counts: int) -> list[InstanceData]:
 def reference_loss(
     maps: list[Tensor], instances: list[InstanceData], anchors: list, strides: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """YOLOv5's loss, one image, target, anchor and cell at a time, in units of cells."""
+    """Compute YOLOv5's loss in loops over images, targets, anchors and cells, in units of cells."""
     box_loss = cls_loss = obj_loss = torch.zeros(())
     for level, level_anchors, stride, balance in zip(maps, anchors, strides, (4, 1, 0.4), strict=True):
         images, _, rows, columns = level.shape
@@ -89,7 +89,7 @@ def head() -> YOLOv5Head:
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (40, 40, 40)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts, layout) -> None:
+def test_values_and_gradients_equal_a_plain_loop(head: YOLOv5Head, plain, counts, layout) -> None:
     maps = [m.detach().contiguous(memory_format=layout).requires_grad_() for m in random_maps()]
     instances = random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
