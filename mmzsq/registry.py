@@ -68,6 +68,8 @@ def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     Raises:
         UserError: If the type is missing or unknown, or if the class does not accept an argument.
     """
+    if not isinstance(cfg, Mapping):
+        raise UserError(f'{where} is {cfg!r}, but must be a dict with a type.')
     arguments = dict(cfg)
     name = arguments.pop('type', None)
     part = resolve_class(registry, name)
