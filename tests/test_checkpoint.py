@@ -22,7 +22,7 @@ from mmzsq.errors import UserError
 
 load = CheckpointLoader.load_checkpoint
 needs_safe_loading = pytest.mark.skipif(
-    not checkpoint.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe'
+    not checkpoint.SAFE_LOADING, reason='torch before 2.6 cannot register safe objects'
 )
 
 

@@ -156,7 +156,7 @@ def test_installing_twice_changes_nothing() -> None:
     assert before == (Config._get_cfg_path, sys.modules['mmcv._ext'])
 
 
-needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe')
+needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot register safe objects')
 
 
 @needs_safe_loading

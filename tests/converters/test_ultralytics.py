@@ -94,7 +94,7 @@ def attacks(mark: Path) -> dict[str, bytes]:
         'exec': pickle.dumps({'model': Attack(exec, code)}, 4),
         'system': b'cposix\nsystem\n(Vtouch ' + str(mark).encode() + b'\ntR.',
         'getattr': b'c__builtin__\ngetattr\n(cos\nsystem\nV__call__\ntR.',
-        # A dotted name that starts from an allowed one.
+        # A dotted name that starts with an allowed one.
         'dotted': b'\x80\x04\x8c\x05torch\x8c\x14hub.load_state_dict_\x93.',
         'instance': b'(Vtouch ' + str(mark).encode() + b'\niposix\nsystem\n.',
     }

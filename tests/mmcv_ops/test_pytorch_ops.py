@@ -88,12 +88,12 @@ def test_deformable_attention_for_gpus_equals_that_for_the_cpu() -> None:
     shapes = torch.tensor([[4, 3], [2, 2]])
     starts = torch.tensor([0, 12])
     value = torch.randn(2, 16, 2, 4, requires_grad=True)
-    places, weights = torch.rand(2, 5, 2, 2, 3, 2, requires_grad=True), torch.rand(2, 5, 2, 2, 3, requires_grad=True)
-    out = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, places, weights, 64)
-    expected = multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
+    locations, weights = torch.rand(2, 5, 2, 2, 3, 2, requires_grad=True), torch.rand(2, 5, 2, 2, 3, requires_grad=True)
+    out = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+    expected = multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
     torch.testing.assert_close(out, expected)
     upstream = torch.rand_like(out)
-    operands = (value, places, weights)
+    operands = (value, locations, weights)
     for grad, wanted in zip(
         torch.autograd.grad(out, operands, upstream),
         torch.autograd.grad(expected, operands, upstream),

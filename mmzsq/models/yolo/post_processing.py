@@ -61,10 +61,10 @@ class PostProcessor:
         """
         likely = obj_scores > self.score_thr
         bboxes, scores = bboxes[likely], obj_scores[likely, None] * cls_scores[likely]
-        places, labels = (scores > self.score_thr).nonzero(as_tuple=True)
-        scores, order = scores[places, labels].sort(descending=True, stable=True)
+        locations, labels = (scores > self.score_thr).nonzero(as_tuple=True)
+        scores, order = scores[locations, labels].sort(descending=True, stable=True)
         order = order[: self.nms_pre]
-        bboxes, scores, labels = bboxes[places[order]], scores[: self.nms_pre], labels[order]
+        bboxes, scores, labels = bboxes[locations[order]], scores[: self.nms_pre], labels[order]
         # torchvision may separate classes by adding offsets to the boxes. In float32 this would round coordinates.
         kept = batched_nms(bboxes.double(), scores.double(), labels, self.nms['iou_threshold'])
         kept = kept[: self.max_per_img]

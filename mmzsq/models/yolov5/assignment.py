@@ -81,6 +81,6 @@ def _is_near_edge(distance: Tensor) -> Tensor:
     return (distance % 1 < 0.5) & (distance > 1)
 
 
-def _inside(place: Tensor, cells: Tensor) -> Tensor:
+def _inside(coordinate: Tensor, cells: Tensor) -> Tensor:
     """Return the index of the cell that contains a coordinate (L, N, M, 5), clamped to the number of ``cells``."""
-    return torch.minimum(place.long().clamp(min=0), cells[..., None].long() - 1)
+    return torch.minimum(coordinate.long().clamp(min=0), cells[..., None].long() - 1)

@@ -56,7 +56,7 @@ def yolov5_loss(
     ).unflatten(0, (4, -1))
     x, y, matched = find_candidates(targets, anchors, stride, rows, columns, max_ratio)
     selected = [
-        _GatherOutputs.apply(scale_map, num_anchors, *place) for scale_map, *place in zip(maps, x, y, strict=True)
+        _GatherOutputs.apply(scale_map, num_anchors, *cell) for scale_map, *cell in zip(maps, x, y, strict=True)
     ]
     chosen = torch.stack([outputs for _, outputs in selected])
 

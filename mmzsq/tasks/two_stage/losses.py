@@ -48,9 +48,9 @@ def bbox_loss(
         A scalar.
     """
     image = torch.arange(len(rois.label), device=rois.label.device)[:, None]
-    positive, learnt = rois.positive.flatten(), (rois.positive | rois.negative).flatten()
+    positive, counted = rois.positive.flatten(), (rois.positive | rois.negative).flatten()
     labels = targets.labels[image, rois.label].flatten()
-    count = learnt.sum().clamp(min=1)
+    count = counted.sum().clamp(min=1)
     weights = positive * (pos_weight if pos_weight > 0 else 1.0) + rois.negative.flatten()
     classes = labels.masked_fill(~positive, head.num_classes)
     errors = F.cross_entropy(logits.float(), classes, reduction='none')

@@ -166,6 +166,6 @@ def _sample(bboxes: Tensor, assigned: Tensor, count: int, pos_fraction: float, f
     chosen = (2 * positive + negative + 0.5 * keys).topk(min(count, bboxes.shape[1])).indices
     image = torch.arange(len(bboxes), device=bboxes.device)[:, None]
     positive, negative = positive[image, chosen], negative[image, chosen]
-    learnt = (positive | negative)[..., None]
+    used = (positive | negative)[..., None]
     label = (assigned[image, chosen] - 1).clamp(min=0)
-    return RoIs(torch.where(learnt, bboxes[image, chosen], filler), label, positive, negative)
+    return RoIs(torch.where(used, bboxes[image, chosen], filler), label, positive, negative)

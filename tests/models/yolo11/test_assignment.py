@@ -7,7 +7,7 @@ from mmzsq.boxes import complete_iou
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolo11.assignment import Assignment, assign_targets
 
-# A row of six places, 8 px apart.
+# Six locations in a row, 8 pixels apart.
 POINTS = torch.tensor([[4.0 + 8 * index, 4.0] for index in range(6)])
 
 
@@ -28,7 +28,7 @@ def assign(wanted: PaddedTargets, bboxes: Tensor, scores: Tensor, topk: int = 10
 def test_only_locations_strictly_inside_are_assigned() -> None:
     wanted = targets((4.0, 0.0, 29.0, 8.0))
     bboxes = wanted.bboxes[0].expand(6, 4)
-    # The first place lies on the edge.
+    # The first location lies on the edge.
     found = assign(wanted, bboxes, torch.full((6, 2), 0.5))
     assert (found.score[0] > 0).tolist() == [False, True, True, True, False, False]
     torch.testing.assert_close(found.score[0, 1:4], torch.ones(3))
@@ -44,7 +44,7 @@ def test_the_topk_locations_by_alignment_are_assigned() -> None:
     alignment = scores[:, 0].sqrt() * iou**6
     best = alignment.topk(3).indices
     assert sorted(found.score[0].nonzero().flatten().tolist()) == sorted(best.tolist()) == [1, 3, 4]
-    # The best is to score the best overlap among the three.
+    # The target score of the best-aligned location is the best IoU among the three.
     torch.testing.assert_close(found.score[0, best], alignment[best] / alignment[best[0]] * iou[best].max())
 
 
@@ -60,7 +60,7 @@ def test_a_contested_location_gets_the_target_it_overlaps_most() -> None:
     bboxes = torch.tensor([[0.0, 0.0, 24.0, 8.0]]).repeat(6, 1)
     bboxes[2:] = torch.tensor([8.0, 0.0, 46.0, 8.0])
     found = assign(wanted, bboxes, torch.full((6, 1), 0.5))
-    # Places 1 and 2 lie in both.
+    # Locations 1 and 2 lie inside both targets.
     assert found.target[0].tolist() == [0, 0, 1, 1, 1, 1]
     assert (found.score > 0).all()
 

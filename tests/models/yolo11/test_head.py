@@ -79,7 +79,7 @@ def test_detections_equal_a_plain_loop(head: YOLO11Head, plain) -> None:
 
 def test_rescaling_undoes_the_letterbox(head: YOLO11Head) -> None:
     maps = random_maps(1)
-    # A place is nearly sure of short distances: boxes that lie inside the image.
+    # Large logits for short distances give boxes inside the image.
     for scale_map in maps:
         scale_map[:, [1, 17, 33, 49]] += 8.0
     meta = dict(img_shape=(64, 96), ori_shape=(64, 300), scale_factor=(0.5, 1.5), pad_param=(16, 16, 21, 21))

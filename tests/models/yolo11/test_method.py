@@ -14,7 +14,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmzsq.config.presets import DEFAULT
+from mmzsq.config.presets import preset_section
 from mmzsq.distillation import DensePredictionLoss
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
@@ -23,6 +23,7 @@ from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.padded_task import PaddedTargetsTask
 
 SIZE = (64, 64)
+DEFAULT = preset_section('default', {})
 QUANTIZER = dict(
     DEFAULT['quantizer'],
     w_bits=4,
@@ -58,7 +59,7 @@ def student(detector: nn.Module, tiny_model: Callable[[], dict[str, Any]], tmp_p
 
 
 def test_synthesis_corrects_labels_and_lowers_the_loss(detector: nn.Module) -> None:
-    # It sees much: something about four cells wide nearly everywhere.
+    # Biases that make it predict an object about four cells wide nearly everywhere.
     with torch.no_grad():
         for box_convs, cls_convs in zip(detector.bbox_head.box_convs, detector.bbox_head.cls_convs, strict=True):
             box_convs[2].bias.view(4, -1)[:, 2] += 8.0

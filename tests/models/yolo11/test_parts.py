@@ -13,7 +13,7 @@ from mmzsq.converters.yolo11 import SIZES
 from mmzsq.models.yolo11 import YOLO11Head
 from mmzsq.models.yolo11.layers import C3k, C3k2, SpatialAttention
 
-# As Ultralytics prints their gradients for 80 classes, batch norms not folded.
+# Numbers of parameters that Ultralytics prints as trainable for 80 classes, with separate batch norms.
 PARAMETERS = {'n': 2624064, 's': 9458736, 'm': 20114672, 'l': 25372144, 'x': 56966160}
 
 

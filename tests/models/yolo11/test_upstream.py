@@ -132,7 +132,7 @@ def check_loss(pair: Pair, wanted: list[InstanceData]) -> None:
 
     images = pair.images.clone().requires_grad_()
     total, items = v8DetectionLoss(pair.upstream)(pair.upstream(images), upstream_batch(wanted))
-    # Upstream multiplies by the batch size.
+    # Ultralytics multiplies the loss by the batch size.
     (expected_grad,) = torch.autograd.grad(total.sum() / len(images), images)
     (maps,) = pair.ours(images, mode='tensor')
     losses = pair.ours.bbox_head.loss_by_targets(maps, pad_targets(wanted))
@@ -145,7 +145,7 @@ def check_loss(pair: Pair, wanted: list[InstanceData]) -> None:
 
 
 def test_the_number_of_parameters_is_the_same(pair: Pair) -> None:
-    # Upstream counts the sixteen distances 0, 1, ... among them.
+    # Ultralytics also counts the constants 0, 1, ..., 15 of the distances.
     expected = sum(parameter.numel() for parameter in pair.upstream.parameters()) - 16
     assert sum(parameter.numel() for parameter in pair.ours.parameters()) == expected
 
@@ -169,7 +169,7 @@ def test_boxes_and_scores_are_the_same(pair: Pair) -> None:
         (own_maps,) = pair.ours(pair.images, mode='tensor')
     for outputs in (maps, own_maps):
         bboxes, _, cls_logits = pair.ours.bbox_head.dense_predictions(outputs)
-        # In cells, as both decode: 400 px have no closer float32 than 3e-5 px.
+        # Compared in cells, as both decode them: the spacing of float32 at 400 px is 3e-5 px.
         assert ((bboxes - expected) / strides).abs().max() < TOLERANCE
         assert (cls_logits.sigmoid() - scores).abs().max() < TOLERANCE
 

@@ -20,7 +20,7 @@ def one_target(x: float, y: float, width: float, height: float) -> PaddedTargets
 
 def matches(targets: PaddedTargets, anchors: Tensor) -> list[tuple[int, int, int]]:
     """Return (anchor, column, row) of all matches on a map of 4 rows and 6 columns."""
-    # The second scale is there to be told from the first.
+    # A second scale checks that scales are not mixed up.
     both = torch.stack((anchors, 100 * anchors))
     found = find_candidates(targets, both, torch.tensor([8, 16]), torch.tensor([4, 2]), torch.tensor([6, 3]), 4.0)
     x, y, matched = (of_scale[0] for of_scale in found)
@@ -40,8 +40,8 @@ SQUARE = torch.tensor([[10.0, 10.0]])
         ((0.2, 0.3), [(0, 0)]),  # nothing lies outside the map
         ((5.8, 3.9), [(5, 3)]),
         ((2.5, 1.5), [(2, 1)]),  # in the middle, no side is nearer
-        # On a border both neighbors are near, and the one on the right is the cell itself:
-        # upstream counts it twice.
+        # On a border, both neighbors are near, and the right one is the cell itself. The original implementation
+        # also counts it twice.
         ((2.0, 1.5), [(2, 1), (1, 1), (2, 1)]),
         ((6.0, 4.0), [(5, 3), (5, 3), (5, 3)]),  # on the border of the map: the cell inside
     ],

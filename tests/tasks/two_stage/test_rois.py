@@ -79,7 +79,7 @@ def test_positive_boxes_overlap_their_label_and_are_limited_in_number() -> None:
     assert (rois.positive.sum(1) + rois.negative.sum(1) == 24).all()
     assert (overlaps[image, torch.arange(24), rois.label][rois.positive] >= 0.5).all()
     assert (overlaps.amax(2)[rois.negative] < 0.5).all()
-    assert rois.positive[:, :-1].long().diff().le(0).all(), 'boxes that answer for a label come first'
+    assert rois.positive[:, :-1].long().diff().le(0).all(), 'positive boxes come first'
 
 
 def test_suppressed_proposals_and_padding_are_ignored() -> None:

@@ -158,7 +158,7 @@ def test_a_seed_fixes_the_loss_and_its_gradient(task: TwoStageTask, labels: list
 def test_in_16_bits_the_loss_is_the_same_up_to_rounding(task: TwoStageTask, labels: list[InstanceData]) -> None:
     images = torch.rand(4, 3, *SIZE, requires_grad=True)
     samples = task.data_samples(labels, SIZE)
-    # Proposals that change places by rounding would be other boxes: only labels and their copies.
+    # Rounding can change the order of proposals and thus the boxes, so only labels and their copies are used.
     task.proposals, proposals = 1, task.proposals
     losses = []
     for enabled in (False, True):
