@@ -38,7 +38,7 @@ from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import LabelSampler, MultiBoxSampler, RelabelCounts, fit_masks
 from mmzsq.synthesis.synthesizer import EAGER_STEPS
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import data_samples, needs_masks, num_classes, pixel_range
 
 SYNTHESIS_WARMUP = 1 + EAGER_STEPS + 2
@@ -262,7 +262,7 @@ class SynthesisStage:
         self.settings = settings
         self.memory = PeakMemory(settings.device)
         self.seed = section['calibration_set']['seed']
-        self.task: Any = detection_task(build_detector(cfg, settings.checkpoint).to(settings.device))
+        self.task: Any = build_detection_task(build_detector(cfg, settings.checkpoint).to(settings.device))
         default_batch = section['calibration_set']['batch_size']
         self.generator = CalibrationSetGenerator(
             self.task, section['synthesis'], section['label_sampler'], default_batch, self.seed

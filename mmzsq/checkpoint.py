@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and write checkpoints, MMEngine's ``.pth`` and ``.safetensors``, without running code from the file.
+"""Read and write checkpoints (``.pth`` and ``.safetensors``) without executing code from the file.
 
-:func:`register_checkpoint_loaders` puts these loaders in the place of MMEngine's own, so that
-``load_from``, ``--resume`` and ``init_cfg`` go through them. Beside files and URLs they take
-``mmzsq://NAME`` for the weights that the package ships in ``mmzsq/assets``.
+:func:`register_checkpoint_loaders` replaces MMEngine's loaders with those of this module, so that ``load_from``,
+``--resume`` and ``init_cfg`` use them. In addition to files and URLs, they accept ``mmzsq://NAME`` for weights in
+``mmzsq/assets``.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from mmzsq.errors import UserError
 ASSETS = Path(__file__).parent / 'assets'
 SCHEME = 'mmzsq://'
 
-#: Seconds that a server may be silent; behind a firewall that drops packets the system would wait for minutes.
+#: Timeout in seconds for a server that does not respond. Without it, a firewall that drops packets blocks for minutes.
 TIMEOUT = 20.0
 
-#: Since torch 2.6 a checkpoint of MMEngine can be loaded with ``weights_only=True``.
+#: Whether torch can load MMEngine's checkpoints with ``weights_only=True``; true since torch 2.6.
 SAFE_LOADING: bool = digit_version(torch.__version__) >= digit_version('2.6')
 
 _mmengine_load_from_local = mmengine_checkpoint.load_from_local
 
 
 def register_checkpoint_loaders() -> None:
-    """Make MMEngine read local files, URLs and ``mmzsq://NAME`` by the loaders of this module."""
-    # MMEngine names the loader in its log by what follows 'load_from_'.
+    """Make MMEngine read local files, URLs and ``mmzsq://NAME`` with the loaders of this module."""
+    # MMEngine's log names a loader by the part of its function name after 'load_from_'.
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
     CheckpointLoader.register_scheme(SCHEME, load_from_mmzsq, force=True)
@@ -57,20 +57,20 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint file.
 
     Args:
-        filename: Path of a ``.safetensors`` file or of what ``torch.save`` wrote.
-        map_location: Where tensors go, as in ``torch.load``.
+        filename: Path of a ``.safetensors`` file or of a file written by ``torch.save``.
+        map_location: Target device of the tensors, as in ``torch.load``.
 
     Returns:
-        The checkpoint; of a ``.safetensors`` file ``{'state_dict': ..., 'meta': ...}``.
+        The checkpoint. A ``.safetensors`` file is returned as ``{'state_dict': ..., 'meta': ...}``.
 
     Raises:
-        UserError: If the file is missing, damaged, or holds objects that are not plain data.
+        UserError: If the file is missing or damaged, or contains objects other than plain data.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
         raise UserError(
-            f'checkpoint {filename} does not exist: give the file with --cfg-options load_from=PATH, or check the path '
-            'on the command line'
+            f'checkpoint {filename} does not exist. Set the path with --cfg-options load_from=PATH, or check the path '
+            'on the command line.'
         )
     if path.suffix == '.safetensors':
         return load_safetensors(path, map_location)
@@ -90,8 +90,8 @@ def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:
     """Read a ``.safetensors`` file in the form of an MMEngine checkpoint.
 
     Args:
-        path: The file. Values of its metadata are JSON; ``dataset_meta`` holds the class names.
-        map_location: A device or its name; anything else reads to the CPU.
+        path: The file. Its metadata values are JSON; ``dataset_meta`` contains the class names.
+        map_location: Device or name of a device. Any other value loads to the CPU.
 
     Returns:
         ``{'state_dict': {name: tensor}, 'meta': {key: value}}``.
@@ -110,10 +110,10 @@ def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:
 
 
 def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Download a checkpoint into torch's cache, once per node, and read it.
+    """Download a checkpoint to torch's cache, once per node, and read it.
 
     Args:
-        filename: A http or https URL.
+        filename: An http or https URL.
         map_location: As in :func:`load_from_local`.
 
     Returns:
@@ -130,8 +130,8 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
                 torch.hub.download_url_to_file(filename, str(path))
         except (OSError, HTTPException) as error:
             raise UserError(
-                f'cannot download {filename} ({error}). Download it by other means and give the file with '
-                f'--cfg-options load_from=PATH, or put it at {path}.'
+                f'cannot download {filename} ({error}). Download it by other means and set its path with '
+                f'--cfg-options load_from=PATH, or copy it to {path}.'
             ) from error
     barrier()
     return load_from_local(str(path), map_location)
@@ -148,18 +148,18 @@ def load_from_mmzsq(filename: str, map_location: Any = None) -> dict[str, Any]:
         The checkpoint.
 
     Raises:
-        UserError: If there is no such file; the message lists those there are.
+        UserError: If the package ships no such file. The message lists the files that it ships.
     """
     path = ASSETS / filename.removeprefix(SCHEME)
     if path.parent != ASSETS or not path.is_file():
         shipped = sorted(file.name for file in ASSETS.glob('*.safetensors'))
-        raise UserError(f'mmzsq ships no weights {path.name!r}, only: {", ".join(shipped)}')
+        raise UserError(f'mmzsq ships no weights {path.name!r}. It ships: {", ".join(shipped)}')
     return load_from_local(str(path), map_location)
 
 
 @contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """Inside the block a new socket gives up after :data:`TIMEOUT`; torch.hub has no such option."""
+    """Set the timeout of new sockets to :data:`TIMEOUT` inside the block, because torch.hub has no such option."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
@@ -176,15 +176,15 @@ def _json_or_text(value: str) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f'checkpoint {path} cannot be read, it may be cut off or not a checkpoint: {error}'
+    return f'checkpoint {path} cannot be read. It may be truncated or not a checkpoint: {error}'
 
 
 def _foreign_objects(path: Path) -> str:
     found = ', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     return (
-        f'checkpoint {path} holds objects that could run code when loaded: {found}. Only tensors '
-        'and plain data are loaded. Convert a YOLOv5 file by tools/model_converters/'
-        "ultralytics_to_mmzsq.py; from any other, save its 'state_dict' alone."
+        f'checkpoint {path} contains objects that could run code when loaded: {found}. Only tensors '
+        'and plain data are loaded. Convert an Ultralytics file with tools/model_converters/'
+        "ultralytics_to_mmzsq.py. For any other file, save only its 'state_dict'."
     )
 
 
@@ -192,25 +192,25 @@ SUFFIXES = ('.safetensors', '.pth', '.pt')
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file name whose ending names no format that :func:`save_weights` writes.
+    """Reject a file name whose suffix is not a format of :func:`save_weights`.
 
     Raises:
-        UserError: With the endings that are allowed.
+        UserError: If the suffix is not allowed. The message lists the allowed suffixes.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f'{path} must end in one of {", ".join(SUFFIXES)}')
 
 
 def save_weights(state_dict: Mapping[str, Tensor], classes: Sequence[str], path: Path) -> None:
-    """Write weights and class names; the file appears whole or not at all.
+    """Write weights and class names atomically.
 
     Args:
         state_dict: Tensors by name.
-        classes: Name of each class, in the order of the detector's labels.
-        path: Ends in ``.safetensors``, or in ``.pth`` or ``.pt`` for what ``torch.save`` writes.
+        classes: Class names in the order of the detector's labels.
+        path: Target file. The suffix selects the format: ``.safetensors``, or ``.pth`` and ``.pt`` for ``torch.save``.
 
     Raises:
-        UserError: If ``path`` ends otherwise, or cannot be written.
+        UserError: If the suffix is not allowed or the file cannot be written.
     """
     check_suffix(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What released OpenMMLab packages need on today's PyTorch, each with its reason.
+"""Adapt released OpenMMLab packages to current PyTorch and Python.
 
-MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 are used as released; nothing of them is forked.
-:func:`install` runs when ``mmzsq`` is imported, may run any number of times, and leaves alone
-whatever works without it:
+The package uses MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 as released, without forks. :func:`install` runs when
+``mmzsq`` is imported. It may run more than once and changes nothing that already works:
 
-* ``mmcv.ops`` without a compiler: :func:`provide_mmcv_ops`;
-* checkpoints that load with ``weights_only=True``: :func:`allow_mmengine_checkpoints` and
-  :mod:`mmzsq.checkpoint`;
-* bases of installed packages, ``mmzsq::...`` among them: :func:`resolve_package_bases`.
+* :func:`provide_mmcv_ops` makes ``mmcv.ops`` work without compiled operators.
+* :func:`allow_mmengine_checkpoints` and :mod:`mmzsq.checkpoint` make checkpoints load with ``weights_only=True``.
+* :func:`resolve_package_bases` finds the base configs of installed packages, including ``mmzsq::...``.
 
-:func:`patch_ssd_head` needs MMDetection's models, and runs when :mod:`mmzsq.models` is imported.
+:func:`patch_ssd_head` needs MMDetection's models and therefore runs when :mod:`mmzsq.models` is imported.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def install() -> None:
-    """Apply everything in this module.
+    """Apply all patches of this module except :func:`patch_ssd_head`.
 
     Raises:
-        UserError: If no MMCV is installed at all.
+        UserError: If MMCV is not installed.
     """
     provide_mmcv_ops()
     allow_mmengine_checkpoints()
@@ -51,12 +49,12 @@ def install() -> None:
 def provide_mmcv_ops() -> None:
     """Serve ``mmcv._ext`` from torchvision when MMCV has no compiled operators.
 
-    ``import mmdet.models`` imports ``mmcv.ops``, each file of which looks its operators up in the
-    compiled module ``mmcv._ext``. ``mmcv-lite`` has none, and compiling the full package takes over
-    half an hour. A compiled module, even one that fails to load, is left as it is.
+    ``import mmdet.models`` imports ``mmcv.ops``, whose files look up their operators in the compiled module
+    ``mmcv._ext``. ``mmcv-lite`` does not contain this module, and compiling the full package takes over half an hour.
+    An existing compiled module is never replaced, even if it fails to load.
 
     Raises:
-        UserError: If no MMCV is installed at all.
+        UserError: If MMCV is not installed.
     """
     if EXTENSION in sys.modules:
         return
@@ -67,32 +65,32 @@ def provide_mmcv_ops() -> None:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Declare safe what MMEngine's checkpoints hold besides tensors.
+    """Register the objects in MMEngine's checkpoints as safe to load.
 
-    MMEngine 0.10.7 saves its message hub in every checkpoint: ``HistoryBuffer`` objects around
-    numpy arrays. torch 2.6 made ``weights_only=True`` the default of ``torch.load`` and refuses
-    what is not declared safe. All that is declared here only builds arrays and numbers. Older torch
-    cannot declare it, and nothing is done.
+    MMEngine 0.10.7 saves its message hub in every checkpoint. The hub contains ``HistoryBuffer`` objects that wrap
+    numpy arrays. Since torch 2.6, ``torch.load`` uses ``weights_only=True`` by default and rejects objects that are not
+    registered as safe. The functions registered here only build arrays and numbers. Earlier versions of torch have no
+    such register, and this function does nothing there.
     """
     if not SAFE_LOADING:
         return
     reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(code)) for code in np.typecodes['AllInteger'] + 'efd?']
     allowed = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
-    # numpy 2 renamed numpy.core to numpy._core: a checkpoint names the one of its writer.
+    # numpy 2 renamed numpy.core to numpy._core. A checkpoint uses the name in the version that wrote it.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
-    # A pickle refers to a method by getattr, which nobody should allow as it is.
+    # Pickles refer to methods through getattr, which is unsafe in general: allow a restricted version only.
     allowed += [(_history_statistic, 'builtins.getattr')]
     torch.serialization.add_safe_globals(allowed)
 
 
 def resolve_package_bases() -> None:
-    """Find bases such as ``'mmzsq::_base_/zsq_w4a8.py'`` where Python finds the package.
+    """Resolve base configs such as ``'mmzsq::_base_/zsq_w4a8.py'`` through Python's import system.
 
-    MMEngine resolves ``package::path`` for the packages of a fixed table, asks ``pkg_resources``
-    (gone from setuptools 82) where they are, and looks in the wrong place for an editable install.
-    What is not found as Python would import it is left to MMEngine.
+    MMEngine resolves ``package::path`` only for packages in a fixed table, locates them through ``pkg_resources``
+    (removed in setuptools 82), and looks in the wrong place for editable installs. Paths that are not found through
+    the import system are left to MMEngine.
     """
     config_utils.MODULE2PACKAGE.setdefault('mmzsq', 'mmzsq')
     original = Config._get_cfg_path
@@ -105,7 +103,7 @@ def resolve_package_bases() -> None:
             return original(cfg_path, filename)
         root = package_configs(package)
         if root is not None and (root / name).is_file():
-            # Our own types carry their scope, and a `_scope_` key would be unknown in `zsq`.
+            # Types of this package name their scope, and the `zsq` section would reject a `_scope_` key.
             return str(root / name), None if package == 'mmzsq' else package
         if package == 'mmzsq':
             raise UserError(_no_such_config(name, root))
@@ -115,10 +113,10 @@ def resolve_package_bases() -> None:
 
 
 def patch_ssd_head() -> None:
-    """Give MMDetection's ``SSDHead`` the attribute ``loss_cls`` that 3.3.0 reads to predict.
+    """Add the attribute ``loss_cls`` to MMDetection's ``SSDHead``, which MMDetection 3.3.0 reads during prediction.
 
-    Since 3.2.0 ``BaseDenseHead`` asks this loss what class scores mean. SSD's head, which computes its loss itself, has
-    none, and every prediction ends in an AttributeError (MMDetection's issue 11780).
+    Since MMDetection 3.2.0, ``BaseDenseHead`` asks ``loss_cls`` how to interpret class scores. ``SSDHead`` computes its
+    loss without such a module, so that every prediction raises an AttributeError (MMDetection issue 11780).
     """
     from mmdet.models.dense_heads import SSDHead
 
@@ -127,13 +125,13 @@ def patch_ssd_head() -> None:
 
 
 def package_configs(package: str) -> Path | None:
-    """Folder with the configs that an OpenMMLab package ships.
+    """Return the folder of the configs that an OpenMMLab package ships.
 
     Args:
-        package: Name as in ``import``, for example ``'mmdet'``.
+        package: Import name, for example ``'mmdet'``.
 
     Returns:
-        ``<package>/.mim/configs``, or None when the package is not installed or ships none.
+        ``<package>/.mim/configs``, or None if the package is not installed or ships no configs.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -144,11 +142,11 @@ def package_configs(package: str) -> Path | None:
 
 def _no_such_config(name: str, root: Path | None) -> str:
     if root is None:
-        return 'mmzsq was installed without its configs: install it again, pip install mmzsq'
+        return 'mmzsq was installed without its configs. Install it again: pip install mmzsq'
     known = [path.relative_to(root).as_posix() for path in sorted(root.rglob('*.py'))]
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f' Did you mean one of {", ".join(nearest)}?' if nearest else ''
-    return f'mmzsq ships no config {name!r}.{hint} All of them are under {root}.'
+    return f'mmzsq has no config {name!r}.{hint} All configs are in {root}.'
 
 
 def _history_statistic(owner: type, name: str) -> Callable[..., Any]:

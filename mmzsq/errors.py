@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can act on.
+"""Errors that a user can fix.
 
-Whatever a user can get wrong raises :class:`UserError` with one message that says what is wrong and what to do. The
-command line tools print that message alone, without a traceback.
+Mistakes that a user can correct raise :class:`UserError`. Its message says what is wrong and what to do. The command
+line tools print only this message, without a traceback.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or a call that the user can correct."""
+    """Error in a config, a file or a call that the user can correct."""
 
 
 def check_keys(cfg: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
-    """Refuse keys that nothing reads.
+    """Reject unknown keys.
 
     Args:
-        cfg: The section to check.
-        allowed: The keys that are known.
+        cfg: Config section to check.
+        allowed: Known keys.
         where: Name of the section in the message, for example ``'zsq.quantizer'``.
 
     Raises:
-        UserError: If ``cfg`` has an unknown key; the message names the nearest known one.
+        UserError: If ``cfg`` has an unknown key. The message names the most similar known key.
+
+    Example:
+        >>> check_keys({'w_bit': 4}, ['w_bits', 'a_bits'], 'zsq.quantizer')
+        Traceback (most recent call last):
+        mmzsq.errors.UserError: unknown key 'w_bit' in zsq.quantizer. Did you mean 'w_bits'? Known keys: a_bits, w_bits.
     """
     allowed = sorted(allowed)
     for key in cfg:

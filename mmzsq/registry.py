@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registries of scope ``mmzsq``: children of MMEngine's roots, and the kinds of parts that only this project has."""
+"""Registries of scope ``mmzsq``: children of MMEngine's root registries, and roots for this project's own parts."""
 
 from __future__ import annotations
 
@@ -45,24 +45,28 @@ LABEL_SAMPLERS = Registry('label sampler', scope=SCOPE, locations=['mmzsq.synthe
 
 
 def resolve_class(registry: Registry, kind: Any) -> Any:
-    """What ``type`` in a config stands for: its name in the registry, or, in a config in Python, the class itself.
+    """Return the class that ``type`` refers to in a config.
+
+    Args:
+        registry: Registry to look names up in.
+        kind: Registered name, or the class itself, as Python-style configs allow.
 
     Returns:
-        The class; None if it is a name that the registry does not know.
+        The class, or None if the name is not registered.
     """
     return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
-    """Build a registered part from its section of a config.
+    """Build a registered part from its config section.
 
     Args:
-        registry: Where its class is registered.
+        registry: Registry that contains the class.
         cfg: ``type`` and the arguments of the class.
         where: Name of the section in messages, for example ``'zsq.label_sampler'``.
 
     Raises:
-        UserError: If the type is missing or unknown, or the class does not take an argument.
+        UserError: If the type is missing or unknown, or if the class does not accept an argument.
     """
     if not isinstance(cfg, Mapping):
         raise UserError(f'{where} is {cfg!r}, but must be a dict with a type.')
@@ -71,6 +75,6 @@ def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     part = resolve_class(registry, name)
     if part is None:
         known = ', '.join(f'{SCOPE}.{key}' for key in sorted(registry.module_dict))
-        raise UserError(f'{where}.type is {name!r}, which is no {registry.name}. Known are: {known}.')
+        raise UserError(f'{where}.type is {name!r}, which is not a registered {registry.name}. Registered: {known}.')
     check_keys(arguments, inspect.signature(part).parameters, where)
     return part(**arguments)

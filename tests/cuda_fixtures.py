@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches of what a CUDA graph cannot hold, on the CPU or on a GPU that need not exist, and students with drop."""
+"""Detect operations that a CUDA graph cannot contain, on the CPU or with fake CUDA tensors."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-T = TypeVar('T')
-
 WAITING = ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal', 'is_nonzero')
 
 
 class NoCopies(TorchDispatchMode):
-    """Notes operators that read host memory on behalf of the device. A number that fills a tensor is an argument."""
+    """Record operators that copy between host and device. Filling a tensor with a number does not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,10 +29,10 @@ class NoCopies(TorchDispatchMode):
 
 
 class NoValues(TorchDispatchMode):
-    """Refuses operators whose result, or its shape, the host has to wait for; notes all others.
+    """Raise an error for operators that make the host wait for a value or a shape, and record all others.
 
     Attributes:
-        calls: Operator and shapes of its results, in order.
+        calls: Each operator and the shapes of its results, in order.
     """
 
     def __init__(self) -> None:
@@ -55,9 +53,11 @@ class NoValues(TorchDispatchMode):
 
 @pytest.fixture
 def no_copies() -> NoCopies:
+    """Mode that records copies between host and device."""
     return NoCopies()
 
 
 @pytest.fixture
 def no_values() -> type[NoValues]:
+    """Mode that raises an error if the host waits for the device."""
     return NoValues

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain YOLO11, written apart from the package: functions over tensors by Ultralytics' names."""
+"""A reference YOLO11 that is independent of the package and uses tensors under Ultralytics' names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = 16
 
 
 class PlainYOLO11:
-    """Forward pass and decoding of YOLO11, from its published layer table."""
+    """Forward pass and decoding of YOLO11, written from its published layer table."""
 
     strides = STRIDES
 
@@ -33,7 +33,7 @@ class PlainYOLO11:
         return math.ceil(min(number, self.limit) * self.width / 8) * 8
 
     def layer(self, x: Tensor, name: str, outputs: int, kernel: int = 1) -> Tensor:
-        """A convolution with a bias."""
+        """Apply a convolution with a bias."""
         if f'{name}.weight' not in self.found:
             shape = (outputs, x.shape[1], kernel, kernel)
             self.found[f'{name}.weight'] = torch.randn(shape, device=x.device) * 0.1
@@ -43,7 +43,7 @@ class PlainYOLO11:
     def conv(
         self, x: Tensor, name: str, outputs: int, kernel: int = 1, stride: int = 1, each: bool = False, act: bool = True
     ) -> Tensor:
-        """A convolution, by channel if ``each``, with batch norm and perhaps SiLU."""
+        """Apply a convolution, depthwise if ``each``, with batch norm and optionally SiLU."""
         groups = outputs if each else 1
         parts = ('weight', 'bias', 'running_mean', 'running_var')
         if f'{name}.conv.weight' not in self.found:
@@ -78,7 +78,7 @@ class PlainYOLO11:
         return self.conv(torch.cat(parts, 1), f'{name}.cv2', outputs)
 
     def attention(self, x: Tensor, name: str) -> Tensor:
-        """Head by head."""
+        """Apply attention in a loop over heads."""
         channels, cells = x.shape[1], x.shape[2] * x.shape[3]
         heads = channels // 64
         size = channels // heads
@@ -137,7 +137,7 @@ class PlainYOLO11:
 
     @staticmethod
     def decode(maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return boxes (N, P, 4) xyxy and class scores (N, P, C), place by place."""
+        """Return boxes (N, P, 4) in xyxy format and class scores (N, P, C), in a loop over locations."""
         bboxes, scores = [], []
         for level, stride in zip(maps, STRIDES, strict=True):
             rows, columns = level.shape[2:]

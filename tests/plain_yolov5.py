@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain YOLOv5, written apart from the package: functions over tensors by Ultralytics' names."""
+"""A reference YOLOv5 that is independent of the package and uses tensors under Ultralytics' names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANCHORS = (
 
 
 class PlainYOLOv5:
-    """Forward pass and decoding of YOLOv5 v6.0, from its published layer table."""
+    """Forward pass and decoding of YOLOv5 v6.0, written from its published layer table."""
 
     anchors = ANCHORS
     strides = STRIDES
@@ -121,7 +121,7 @@ class PlainYOLOv5:
 
     @staticmethod
     def decode(maps: list[Tensor], classes: int) -> tuple[Tensor, Tensor]:
-        """Return boxes (N, P, 4) xyxy and scores (N, P, C), place by place."""
+        """Return boxes (N, P, 4) in xyxy format and scores (N, P, C), in a loop over locations."""
         bboxes, scores = [], []
         for level, anchors, stride in zip(maps, ANCHORS, STRIDES, strict=True):
             rows, columns = level.shape[2:]

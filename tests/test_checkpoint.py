@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints load through MMEngine's loader without running code, and failures say what to do."""
+"""Checkpoints load through MMEngine's loader without running code, and errors say what to do."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mmzsq.errors import UserError
 
 load = CheckpointLoader.load_checkpoint
 needs_safe_loading = pytest.mark.skipif(
-    not checkpoint.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe'
+    not checkpoint.SAFE_LOADING, reason='torch before 2.6 cannot register safe objects'
 )
 
 
-def test_safetensors_come_in_the_form_of_a_checkpoint(tmp_path: Path) -> None:
+def test_safetensors_load_in_the_format_of_a_checkpoint(tmp_path: Path) -> None:
     weight = torch.rand(3, 2)
     meta = {'dataset_meta': json.dumps({'classes': ['a', 'b']}), 'note': 'not json'}
     save_file({'conv.weight': weight}, tmp_path / 'w.safetensors', metadata=meta)
@@ -35,7 +35,7 @@ def test_safetensors_come_in_the_form_of_a_checkpoint(tmp_path: Path) -> None:
     assert loaded['meta'] == {'dataset_meta': {'classes': ['a', 'b']}, 'note': 'not json'}
 
 
-def test_a_pth_comes_back_as_saved(tmp_path: Path) -> None:
+def test_a_pth_loads_as_saved(tmp_path: Path) -> None:
     torch.save({'state_dict': {'w': torch.ones(2)}, 'meta': {'epoch': 3}}, tmp_path / 'c.pth')
     loaded = load(str(tmp_path / 'c.pth'), map_location='cpu')
     assert loaded['meta'] == {'epoch': 3}
@@ -43,7 +43,7 @@ def test_a_pth_comes_back_as_saved(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Unpickling it would make a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, legacy: bool) -> None:
 
 
 @needs_safe_loading
-def test_the_message_names_the_objects_that_are_refused(tmp_path: Path) -> None:
+def test_the_message_names_the_rejected_objects(tmp_path: Path) -> None:
     torch.save({'w': Hostile(tmp_path / 'ran')}, tmp_path / 'bad.pth')
     with pytest.raises(UserError, match=r"mkdir.*Convert.*'state_dict'"):
         load(str(tmp_path / 'bad.pth'))
@@ -71,7 +71,7 @@ def test_the_message_names_the_objects_that_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('share', [0.0, 0.5, 0.95])
-def test_a_file_that_is_cut_off_is_told(tmp_path: Path, suffix: str, share: float) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path, suffix: str, share: float) -> None:
     path = tmp_path / f'cut{suffix}'
     save = torch.save if suffix == '.pth' else save_file
     save({'w': torch.rand(100)}, path)
@@ -80,7 +80,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path: Path, suffix: str, share: floa
         load(str(path))
 
 
-def test_a_missing_file_is_told() -> None:
+def test_a_missing_file_is_reported() -> None:
     with pytest.raises(UserError, match=r'nowhere\.pth does not exist'):
         load('nowhere.pth')
 
@@ -89,7 +89,7 @@ def test_shipped_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint, 'ASSETS', tmp_path)
     save_file({'w': torch.ones(1)}, tmp_path / 'tiny.safetensors')
     assert load('mmzsq://tiny.safetensors')['state_dict']['w'] == 1
-    with pytest.raises(UserError, match=r"no weights 'other\.safetensors', only: tiny\.safetensors"):
+    with pytest.raises(UserError, match=r"no weights 'other\.safetensors'\. It ships: tiny\.safetensors"):
         load('mmzsq://other.safetensors')
     with pytest.raises(UserError, match='ships no weights'):
         load(f'mmzsq://../{tmp_path.name}/tiny.safetensors')
@@ -97,7 +97,7 @@ def test_shipped_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a server of ``tmp_path/served``; torch caches downloads in ``tmp_path/cache``."""
+    """URL of a server for ``tmp_path/served``; torch caches downloads in ``tmp_path/cache``."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     (tmp_path / 'served').mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'served'))
@@ -119,13 +119,13 @@ def test_a_download_is_kept_and_does_not_run_code(server: str, tmp_path: Path) -
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_download_that_fails_says_where_to_put_the_file(server: str, tmp_path: Path) -> None:
+def test_a_failed_download_says_where_to_put_the_file(server: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'404.*load_from=PATH.*hub/checkpoints/missing\.pth'):
         load(f'{server}/missing.pth')
     assert not list((tmp_path / 'cache').rglob('missing*'))
 
 
-def test_a_server_that_is_silent_does_not_hold_up_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_respond_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
     with socket.create_server(('127.0.0.1', 0)) as silent:

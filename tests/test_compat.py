@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released OpenMMLab packages work on this PyTorch: no compiler, no unsafe loading."""
+"""Released OpenMMLab packages work with current PyTorch, without a compiler and without unsafe loading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ served_by_torchvision = pytest.mark.skipif(
 
 
 def plain_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, offset: int) -> list[int]:
-    """Greedy NMS written out, one pair of boxes at a time."""
+    """Compute greedy NMS in a loop over pairs of boxes."""
     kept: list[int] = []
     for i in np.argsort(-scores, kind='stable'):
         for j in kept:
@@ -44,11 +44,11 @@ def plain_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, offset: i
 @served_by_torchvision
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_nms_keeps_what_the_plain_algorithm_keeps(dtype: torch.dtype, offset: int) -> None:
+def test_nms_equals_the_plain_algorithm(dtype: torch.dtype, offset: int) -> None:
     corner = torch.randint(0, 24, (60, 2))
     boxes = torch.cat((corner, corner + torch.randint(1, 12, (60, 2))), 1).to(dtype)
     scores = torch.linspace(0.1, 0.9, 60)[torch.randperm(60)].to(dtype)
-    # A threshold that no ratio of small areas equals, so rounding cannot decide.
+    # No ratio of small areas equals this threshold, so rounding cannot change the result.
     _, kept = mmcv.ops.nms(boxes, scores, iou_threshold=0.3701, offset=offset)
     expected = plain_nms(boxes.double().numpy(), scores.double().numpy(), 0.3701, offset)
     assert kept.tolist() == expected
@@ -100,7 +100,7 @@ def test_roi_align_gradient_in_16_bits_is_the_rounded_fp32_one(dtype: torch.dtyp
 
 
 @served_by_torchvision
-def test_an_operator_that_is_not_served_says_what_to_install() -> None:
+def test_an_unsupported_operator_says_what_to_install() -> None:
     with pytest.raises(UserError, match=r"'carafe_forward'.*mim install mmcv==2\.1"):
         torchvision_ops.TorchvisionOps().carafe_forward(torch.zeros(1))
     with pytest.raises(UserError, match="pool_mode='max'"):
@@ -108,7 +108,7 @@ def test_an_operator_that_is_not_served_says_what_to_install() -> None:
 
 
 def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter with folders put before all others on its path."""
+    """Run code in a new interpreter with the given folders first on its path."""
     inserts = ''.join(f'sys.path.insert(0, {str(folder)!r})\n' for folder in path)
     return subprocess.run(
         [sys.executable, '-c', f'import sys\n{inserts}{code}'],
@@ -119,7 +119,7 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_compiled_mmcv_is_left_as_it_is(tmp_path: Path, repo: Path) -> None:
+def test_a_compiled_mmcv_is_not_replaced(tmp_path: Path, repo: Path) -> None:
     package = tmp_path / 'mmcv'
     package.mkdir()
     (package / '__init__.py').write_text("__version__ = '2.1.0'\n")
@@ -137,7 +137,7 @@ def test_a_compiled_mmcv_that_does_not_load_is_not_hidden(tmp_path: Path, repo: 
     assert 'undefined symbol' in result.stderr
 
 
-def test_no_mmcv_at_all_is_told_with_the_command_to_run(repo: Path) -> None:
+def test_a_missing_mmcv_is_reported_with_the_command_to_run(repo: Path) -> None:
     result = python("sys.modules['mmcv'] = None\nimport mmzsq", repo)
     assert 'UserError: mmcv is not installed' in result.stderr
     assert 'pip install mmcv-lite==2.1.0' in result.stderr
@@ -156,7 +156,7 @@ def test_installing_twice_changes_nothing() -> None:
     assert before == (Config._get_cfg_path, sys.modules['mmcv._ext'])
 
 
-needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot declare what is safe')
+needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot register safe objects')
 
 
 @needs_safe_loading
@@ -181,7 +181,7 @@ def test_a_file_of_numpy_1_loads(tmp_path: Path) -> None:
     torch.save(np.arange(3.0), tmp_path / 'new.pth')
     with ZipFile(tmp_path / 'new.pth') as new, ZipFile(tmp_path / 'old.pth', 'w') as old:
         for entry in new.infolist():
-            # The pickle names modules by lines of text, so a shorter name may replace a longer.
+            # The pickle stores module names as lines of text, so a shorter name can replace a longer one.
             data = new.read(entry).replace(b'numpy._core', b'numpy.core')
             old.writestr(entry.filename, data)
     loaded = torch.load(tmp_path / 'old.pth', weights_only=True)
@@ -201,7 +201,7 @@ def test_a_file_cannot_reach_other_attributes(tmp_path: Path, target: tuple[type
 
 
 def config(folder: Path, text: str) -> Config:
-    """Write a config and read it."""
+    """Write a config file and load it."""
     path = folder / 'leaf.py'
     path.write_text(text)
     return Config.fromfile(path)
@@ -220,7 +220,7 @@ def test_a_base_of_this_package_resolves_anywhere(tmp_path: Path, repo: Path) ->
     assert scope is None
 
 
-def test_a_misspelt_base_names_the_nearest(tmp_path: Path, repo: Path) -> None:
+def test_a_misspelled_base_suggests_the_nearest(tmp_path: Path, repo: Path) -> None:
     name = min((repo / 'configs').rglob('*.py')).relative_to(repo / 'configs').as_posix()
     with pytest.raises(UserError, match=name):
         config(tmp_path, f"_base_ = 'mmzsq::{name[:-3]}_x.py'")
@@ -232,7 +232,7 @@ def test_a_base_of_a_package_that_is_missing_fails_as_in_mmengine(tmp_path: Path
 
 
 def test_ssd_predicts(zero_weights: None) -> None:
-    """MMDetection 3.3.0 alone ends in an AttributeError."""
+    """Unpatched, MMDetection 3.3.0 raises an AttributeError."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converters of foreign checkpoints into the detectors of this project."""
+"""Convert checkpoints of other projects to the detectors of this package."""

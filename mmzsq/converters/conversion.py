@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What converters of foreign weights share: the shapes that a detector wants, and the check that it gets them."""
+"""Helpers shared by the converters: expected tensor shapes and their validation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.models.yolo.layers import scale_depth, scale_width
 
 SHOWN_FAULTS = 5
 
 
 class ConvertedDetector(NamedTuple):
-    """Weights under the names of this project's parts.
+    """Weights of a detector under the names of this package.
 
     Attributes:
         family: ``'YOLOv5'`` or ``'YOLO11'``.
         size: Letter of the size.
         num_classes: Number of classes.
-        state_dict: All tensors of the detector, floats in float32.
+        state_dict: All tensors of the detector, with floating-point tensors in float32.
     """
 
     family: str
@@ -30,31 +31,65 @@ class ConvertedDetector(NamedTuple):
     state_dict: dict[str, Tensor]
 
 
-def shapes_of(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
-    """Shape of every tensor of a detector made of ``parts``, by its name in the detector."""
+def tensor_shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of a detector by name.
+
+    Args:
+        parts: The detector's modules by attribute name.
+    """
     return {
         f'{part}.{name}': tensor.shape for part, module in parts.items() for name, tensor in module.state_dict().items()
     }
 
 
-def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert floats of any precision; counters stay integers."""
+def to_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert floating-point tensors to float32; integer tensors are unchanged."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], model: str) -> None:
-    """Compare names and shapes with those of a model.
+def find_size(
+    sizes: Mapping[str, Any], base_width: int, base_depth: int, width: int, depth: int, model: str, block: str
+) -> str:
+    """Identify the size of a YOLO model by the width of its stem and the depth of its first stage.
 
     Args:
-        tensors: What is there.
-        expected: What the model wants.
-        model: Its name, for the message.
+        sizes: Sizes by letter, with ``widen_factor`` and ``deepen_factor``.
+        base_width: Channels of the stem in size l, before scaling.
+        base_depth: Number of blocks in the first stage in size l, before scaling.
+        width: Channels of the stem in the checkpoint.
+        depth: Number of blocks in the first stage of the checkpoint.
+        model: Name of the model in the message.
+        block: Name of the blocks in the message.
+
+    Returns:
+        The letter of the size.
 
     Raises:
-        UserError: If a tensor is missing, left over, or of another shape; the message names some.
+        UserError: If no size matches.
+    """
+    for letter, size in sizes.items():
+        scaled = scale_width(base_width, size.widen_factor), scale_depth(base_depth, size.deepen_factor)
+        if scaled == (width, depth):
+            return letter
+    raise UserError(
+        f'{model} has no size with {width} channels in the stem and {depth} {block} in the first stage. '
+        f'Its sizes are {", ".join(sizes)}'
+    )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], model: str) -> None:
+    """Check that names and shapes of tensors match a model.
+
+    Args:
+        tensors: Tensors by name.
+        expected: Shapes of the model's tensors by name.
+        model: Name of the model in the message.
+
+    Raises:
+        UserError: If a tensor is missing, unexpected or has the wrong shape. The message lists some of them.
     """
     faults = [f'missing {name}' for name in expected.keys() - tensors.keys()]
-    faults += [f'left over {name}' for name in tensors.keys() - expected.keys()]
+    faults += [f'unexpected {name}' for name in tensors.keys() - expected.keys()]
     faults += [
         f'{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name])}'
         for name, tensor in tensors.items()
@@ -64,5 +99,5 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         shown = '; '.join(sorted(faults)[:SHOWN_FAULTS])
         raise UserError(
             f'these are not the weights of a {model} with batch norms (fused models cannot be converted). '
-            f'{len(faults)} tensors differ: {shown}'
+            f'{len(faults)} mismatched tensors: {shown}'
         )

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors out of an Ultralytics checkpoint, without importing or running anything that it names.
+"""Read the tensors of an Ultralytics checkpoint without importing or executing anything that it names.
 
-Such a file is a zip with one record for each storage and a pickle of the whole model object, so it
-names classes of packages that are not installed here, and unpickling it freely would run any code
-in it. :func:`read_ultralytics` unpickles it with every name that it brings replaced: storages,
-tensors and plain containers are made here, classes of known packages become empty shells that only
-hold what the pickle puts into them, and any other name is refused.
+Such a file is a zip archive with one record per storage and a pickle of the whole model object. The pickle names
+classes of packages that are not installed here, and unpickling it without restrictions could run any code.
+:func:`read_ultralytics` resolves every name itself: storages, tensors and plain containers are built here, classes of
+known packages become empty shells that only hold their state, and all other names are rejected.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ DTYPES = {
     'ByteStorage': torch.uint8,
     'BoolStorage': torch.bool,
 }
-# Packages whose classes a model of Ultralytics consists of, what its loss names, and what numpy's scalars are made by.
+# Packages of the classes in an Ultralytics model, and the functions that its loss and numpy scalars need.
 SHELL_PACKAGES = ('models.', 'ultralytics.', 'torch.nn.modules.')
 SHELL_NAMES = {
     ('torch', 'device'),
@@ -49,16 +48,16 @@ SHELL_NAMES = {
 
 
 class Shell:
-    """Stands for an object of a class that is not installed: holds its state, does nothing.
+    """Placeholder for an object whose class is not installed. It holds the state and has no behavior.
 
     Attributes:
-        state: What the pickle set, or None.
+        state: State from the pickle, or None.
     """
 
     state: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Shell:
-        """Ignore what the class would have been called with."""
+        """Ignore the arguments for the original class."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,11 +69,11 @@ class Shell:
 
 @dataclass(frozen=True)
 class UltralyticsCheckpoint:
-    """What an Ultralytics checkpoint holds of a model.
+    """Tensors and class names of a model in an Ultralytics checkpoint.
 
     Attributes:
-        tensors: Parameters and buffers by Ultralytics' own names, such as ``model.0.conv.weight``.
-        classes: Name of each class.
+        tensors: Parameters and buffers under Ultralytics' names, such as ``model.0.conv.weight``.
+        classes: Class names.
     """
 
     tensors: dict[str, Tensor]
@@ -82,43 +81,43 @@ class UltralyticsCheckpoint:
 
 
 def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
-    """Read the model of a checkpoint, its EMA where there is one.
+    """Read the model of a checkpoint, or its EMA if there is one.
 
     Args:
-        path: A ``.pt`` file as YOLOv5's and Ultralytics' training writes it.
+        path: A ``.pt`` file written by the training of YOLOv5 or Ultralytics.
 
     Raises:
-        UserError: If the file is missing, damaged, of another kind, or names anything but tensors,
-            plain containers and classes of Ultralytics and torch.nn.
+        UserError: If the file is missing, damaged or of another kind, or if it names anything except tensors, plain
+            containers and classes of Ultralytics and torch.nn.
     """
     if not path.is_file():
         raise UserError(f'checkpoint {path} does not exist')
     try:
         with zipfile.ZipFile(path) as archive:
-            checkpoint = _Unpickler.of(archive).load()
+            checkpoint = _Unpickler.open(archive).load()
     except UserError:
         raise
     except zipfile.BadZipFile as error:
         raise UserError(
-            f'checkpoint {path} is not the zip file that torch >= 1.6 writes: it is cut off, or '
-            'older (load it where it was trained and save it again)'
+            f'checkpoint {path} is not a zip file as written by torch >= 1.6. It is truncated or older. Load an older '
+            'file in its original environment and save it again'
         ) from error
     except _DAMAGE as error:
         raise UserError(f'checkpoint {path} is damaged: {error!r}') from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f'checkpoint {path} is no Ultralytics checkpoint: it holds no dict')
+        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a dict')
     model = checkpoint.get('ema') or checkpoint.get('model')
     if not isinstance(model, Shell) or not isinstance(model.state, dict):
-        raise UserError(f'checkpoint {path} is no Ultralytics checkpoint: it has no model object')
+        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a model object')
     return UltralyticsCheckpoint(dict(_named_tensors(model)), _class_names(model.state))
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors from the zip's records and shells from everything else.
+    """Unpickler that builds tensors from the records of a zip archive and shells for all other objects.
 
     Args:
         archive: The open checkpoint.
-        record: Name of the pickle in it.
+        record: Name of the pickle in the archive.
     """
 
     def __init__(self, archive: zipfile.ZipFile, record: str) -> None:
@@ -128,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
         self._shells: dict[tuple[str, str], type[Shell]] = {}
 
     @classmethod
-    def of(cls, archive: zipfile.ZipFile) -> _Unpickler:
+    def open(cls, archive: zipfile.ZipFile) -> _Unpickler:
         """Find the pickle of a checkpoint."""
         records = [name for name in archive.namelist() if name.endswith('/data.pkl')]
         if len(records) != 1:
@@ -136,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
         return cls(archive, records[0])
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give what stands for a name; import nothing."""
+        """Return the replacement of a name without importing anything."""
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ('collections', 'OrderedDict'): OrderedDict,
             ('builtins', 'set'): set,
@@ -181,23 +180,23 @@ _DAMAGE = (
 
 def _refuse(archive: zipfile.ZipFile, name: str) -> NoReturn:
     raise UserError(
-        f'checkpoint {archive.filename} names {name}, for which the weights of a detector have no '
-        'use: it could run code, and is refused'
+        f'checkpoint {archive.filename} refers to {name}, which the weights of a detector do not need. It could run '
+        'code, so the file is rejected'
     )
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Make what ``torch._utils._rebuild_tensor_v2`` makes; torch checks the bounds."""
+    """Build a tensor like ``torch._utils._rebuild_tensor_v2``; torch checks the bounds."""
     return storage.as_strided(size, stride, offset)
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    """Make a plain tensor of what ``torch._utils._rebuild_parameter`` makes a parameter of."""
+    """Return a plain tensor where ``torch._utils._rebuild_parameter`` returns a parameter."""
     return data
 
 
 def _named_tensors(module: Shell, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
-    """Name parameters and buffers as ``nn.Module.state_dict`` does."""
+    """Yield parameters and buffers under the names of ``nn.Module.state_dict``."""
     state = module.state if isinstance(module.state, Mapping) else {}
     for kind in ('_parameters', '_buffers'):
         for name, tensor in state.get(kind, {}).items():
@@ -209,7 +208,7 @@ def _named_tensors(module: Shell, prefix: str = '') -> Iterator[tuple[str, Tenso
 
 
 def _class_names(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Read the class names, a list or a dict by index."""
+    """Read the class names, which are a list or a dict by index."""
     names = state.get('names', ())
     if isinstance(names, Mapping):
         names = [names[index] for index in sorted(names)]

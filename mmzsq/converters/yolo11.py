@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ultralytics' weights of YOLO11 under the names of this project's parts.
+"""Convert Ultralytics' weights of YOLO11 to the names of this package.
 
-The size (n, s, m, l or x) and the number of classes are read off the shapes; every tensor's name and shape is then
-compared with the model of that size, and none may be missing or left over.
+The size (n, s, m, l or x) and the number of classes follow from tensor shapes. Then the name and shape of every tensor
+are checked against the model of that size. Missing and unexpected tensors are errors.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
+from mmzsq.converters.conversion import ConvertedDetector, check_tensors, find_size, tensor_shapes, to_float32
 from mmzsq.errors import UserError
-from mmzsq.models.yolo.layers import scale_depth, scale_width
 from mmzsq.models.yolo11.backbone import YOLO11CSPDarknet
 from mmzsq.models.yolo11.head import YOLO11Head
 from mmzsq.models.yolo11.neck import YOLO11PAFPN
 
 
 class Size(NamedTuple):
-    """What makes a size of YOLO11."""
+    """Settings of a YOLO11 size."""
 
     deepen_factor: float
     widen_factor: float
@@ -72,7 +71,7 @@ INSIDE = (
     (r'\.blocks\.', '.m.'),
     (r'\.position\.', '.pe.'),
 )
-"""How names inside a layer differ, to be replaced in this order."""
+"""Patterns and replacements for names inside a layer, applied in this order."""
 
 ATTENTION = 'model.10.m.0.attn.qkv.conv.weight'
 CLASSES = 'model.23.cv3.0.2.weight'
@@ -80,7 +79,7 @@ DISTANCES = 'model.23.dfl.conv.weight'
 
 
 def is_yolo11(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors by Ultralytics' names have attention and a head where YOLO11 has them."""
+    """Return whether tensors under Ultralytics' names have the attention and the head of a YOLO11."""
     return ATTENTION in tensors and CLASSES in tensors
 
 
@@ -88,32 +87,34 @@ def convert_yolo11(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     """Rename Ultralytics' tensors and check them.
 
     Args:
-        tensors: Parameters and buffers by Ultralytics' names, with batch norms not yet folded.
+        tensors: Parameters and buffers under Ultralytics' names, with separate batch norms.
 
     Returns:
-        Weights for :class:`~mmzsq.models.yolo11.YOLO11`; ``size`` is a key of :data:`SIZES`.
+        Weights of a :class:`~mmzsq.models.yolo11.YOLO11`; ``size`` is a key of :data:`SIZES`.
 
     Raises:
-        UserError: If they are not those of a YOLO11; the message names tensors that are missing, left over, or of
-            another shape.
+        UserError: If they are not the weights of a YOLO11. The message lists tensors that are missing, unexpected or of
+            the wrong shape.
     """
     size, num_classes = _detect(tensors)
     expected = expected_shapes(SIZES[size], num_classes)
     names = {_upstream_name(name): name for name in expected}
-    state_dict = {names.get(name, name): tensor for name, tensor in tensors.items() if not _counts(name, tensor)}
+    state_dict = {
+        names.get(name, name): tensor for name, tensor in tensors.items() if not _is_distance_constant(name, tensor)
+    }
     check_tensors(state_dict, expected, f'YOLO11-{size}')
-    return ConvertedDetector('YOLO11', size, num_classes, in_float32(state_dict))
+    return ConvertedDetector('YOLO11', size, num_classes, to_float32(state_dict))
 
 
 def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
-    """Return the shape of every tensor of a YOLO11, without allocating one.
+    """Return the shape of every tensor of a YOLO11, without allocating memory.
 
     Args:
         size: The size.
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        return shapes_of(
+        return tensor_shapes(
             {
                 'backbone': YOLO11CSPDarknet(*size),
                 'neck': YOLO11PAFPN(*size),
@@ -123,7 +124,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
 
 
 def _upstream_name(name: str) -> str:
-    """Translate the name of a tensor of this project's YOLO11."""
+    """Convert the name of a tensor in this package to Ultralytics' name."""
     layer = next(layer for layer in LAYERS if name.startswith(f'{layer}.'))
     inside = name.removeprefix(layer)
     for pattern, replacement in INSIDE:
@@ -131,23 +132,18 @@ def _upstream_name(name: str) -> str:
     return LAYERS[layer] + inside
 
 
-def _counts(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is the distances 0, 1, ..., which are no weights here."""
+def _is_distance_constant(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is the constant 0, 1, ... of the distances, which is not a weight in this package."""
     return name == DISTANCES and torch.equal(tensor.flatten().float(), torch.arange(float(tensor.numel())))
 
 
 def _detect(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Read size and number of classes off the shapes."""
+    """Derive the size and the number of classes from tensor shapes."""
     try:
         width = tensors['model.0.conv.weight'].shape[0]
         num_classes = tensors[CLASSES].shape[0]
     except (KeyError, IndexError) as error:
-        raise UserError('this is no YOLO11 detector (no stem or head found where that model has them)') from error
+        raise UserError('this is not a YOLO11 detector: it lacks the stem or the head of that model') from error
     depth = sum(re.fullmatch(r'model\.2\.m\.\d+\.cv1\.conv\.weight', name) is not None for name in tensors)
-    for key, size in SIZES.items():
-        stem = YOLO11CSPDarknet.stem_width, YOLO11CSPDarknet.depth
-        if (width, depth) == (scale_width(stem[0], size.widen_factor), scale_depth(stem[1], size.deepen_factor)):
-            return key, num_classes
-    raise UserError(
-        f'a stem of {width} channels and {depth} blocks in the first C3k2 are of none of the sizes {", ".join(SIZES)}'
-    )
+    stem_width, stage_depth = YOLO11CSPDarknet.stem_width, YOLO11CSPDarknet.depth
+    return find_size(SIZES, stem_width, stage_depth, width, depth, 'YOLO11', 'blocks'), num_classes

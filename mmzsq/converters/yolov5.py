@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ultralytics' weights of YOLOv5 v6.0 and later under the names of this project's parts.
+"""Convert Ultralytics' weights of YOLOv5 v6.0 and later to the names of this package.
 
-The size (n, s, m, l or x) and the number of classes are read off the shapes; every tensor's name
-and shape is then compared with the model of that size, and none may be missing or left over.
+The size (n, s, m, l or x) and the number of classes follow from tensor shapes. Then the name and shape of every tensor
+are checked against the model of that size. Missing and unexpected tensors are errors.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, in_float32, shapes_of
+from mmzsq.converters.conversion import ConvertedDetector, check_tensors, find_size, tensor_shapes, to_float32
 from mmzsq.errors import UserError
-from mmzsq.models.yolo.layers import scale_depth, scale_width
 from mmzsq.models.yolov5.backbone import YOLOv5CSPDarknet
 from mmzsq.models.yolov5.head import YOLOv5Head
 from mmzsq.models.yolov5.neck import YOLOv5PAFPN
 
 
 class Size(NamedTuple):
-    """The two numbers that make a size of YOLOv5."""
+    """Scale factors of a YOLOv5 size."""
 
     deepen_factor: float
     widen_factor: float
@@ -68,32 +67,32 @@ def convert_yolov5(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     """Rename Ultralytics' tensors and check them.
 
     Args:
-        tensors: Parameters and buffers by Ultralytics' names, with batch norms not yet folded.
+        tensors: Parameters and buffers under Ultralytics' names, with separate batch norms.
 
     Returns:
-        Weights for :class:`~mmzsq.models.yolov5.YOLOv5`; ``size`` is a key of :data:`SIZES`.
+        Weights of a :class:`~mmzsq.models.yolov5.YOLOv5`; ``size`` is a key of :data:`SIZES`.
 
     Raises:
-        UserError: If they are not those of a YOLOv5 of v6.0 or later; the message names tensors
-            that are missing, left over, or of another shape.
+        UserError: If they are not the weights of a YOLOv5 v6.0 or later. The message lists tensors that are missing,
+            unexpected or of the wrong shape.
     """
     state_dict = {_rename(name): tensor for name, tensor in tensors.items()}
     size, num_classes = _detect(state_dict)
     expected = expected_shapes(SIZES[size], num_classes)
     _scale_anchors(state_dict)
     check_tensors(state_dict, expected, f'YOLOv5-{size} of v6.0 or later')
-    return ConvertedDetector('YOLOv5', size, num_classes, in_float32(state_dict))
+    return ConvertedDetector('YOLOv5', size, num_classes, to_float32(state_dict))
 
 
 def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
-    """Return the shape of every tensor of a YOLOv5, without allocating one.
+    """Return the shape of every tensor of a YOLOv5, without allocating memory.
 
     Args:
         size: The size.
         num_classes: Number of classes.
     """
     with torch.device('meta'):
-        return shapes_of(
+        return tensor_shapes(
             {
                 'backbone': YOLOv5CSPDarknet(*size),
                 'neck': YOLOv5PAFPN(*size),
@@ -103,7 +102,7 @@ def expected_shapes(size: Size, num_classes: int) -> dict[str, torch.Size]:
 
 
 def _rename(name: str) -> str:
-    """Translate one name; a name of no YOLOv5 layer stays as it is, and is later left over."""
+    """Convert one name. Unknown names are unchanged, so that :func:`check_tensors` reports them as unexpected."""
     match = re.fullmatch(r'(model\.\d+)\.(.+)', name)
     if match is None or match[1] not in LAYERS:
         return name
@@ -119,32 +118,24 @@ def _rename(name: str) -> str:
 
 
 def _detect(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Read size and number of classes off the shapes."""
+    """Derive the size and the number of classes from tensor shapes."""
     try:
         width = state_dict['backbone.stem.conv.weight'].shape[0]
         outputs = state_dict['bbox_head.convs.0.weight'].shape[0]
         anchors = state_dict['bbox_head.anchors'].shape[1]
     except (KeyError, IndexError) as error:
         raise UserError(
-            'this is no YOLOv5 detector of v6.0 or later (no stem, head or anchors found where that model has them)'
+            'this is not a YOLOv5 detector of v6.0 or later: it lacks the stem, the head or the anchors of that model'
         ) from error
     depth = sum(
         re.fullmatch(r'backbone\.stage1\.1\.blocks\.\d+\.conv1\.conv\.weight', name) is not None for name in state_dict
     )
-    for key, size in SIZES.items():
-        if (scale_width(64, size.widen_factor), scale_depth(3, size.deepen_factor)) == (
-            width,
-            depth,
-        ):
-            return key, outputs // anchors - 5
-    raise UserError(
-        f'a stem of {width} channels and {depth} bottlenecks in the first C3 block are of none of '
-        f'the sizes {", ".join(SIZES)}'
-    )
+    stem_width, stage_depth = YOLOv5CSPDarknet.widths[0], YOLOv5CSPDarknet.depths[0]
+    return find_size(SIZES, stem_width, stage_depth, width, depth, 'YOLOv5', 'bottlenecks'), outputs // anchors - 5
 
 
 def _scale_anchors(state_dict: dict[str, Tensor]) -> None:
-    """Turn anchors from cells into pixels, and drop the copy in pixels that v6.0 has."""
+    """Convert anchors from cells to pixels and drop the copy in pixels that v6.0 stores."""
     anchors = state_dict['bbox_head.anchors']
     if len(anchors) != len(STRIDES):
         return

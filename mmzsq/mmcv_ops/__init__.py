@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of MMCV without a compiler, served by torchvision and PyTorch."""
+"""MMCV operators that need no compiler, implemented with torchvision and PyTorch."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolutions of ``mmcv._ext``, v1 (Dai et al., 2017) and v2 (Zhu et al., 2019), served by torchvision.
+"""Deformable convolutions of ``mmcv._ext``, v1 (Dai et al., 2017) and v2 (Zhu et al., 2019), based on torchvision.
 
-Both libraries lay offsets and masks out alike; torchvision has one operator for the two versions.
+Both libraries use the same layout of offsets and masks. torchvision has one operator for both versions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def deform_conv_forward(
     Args:
         input: Feature map, (N, C, H, W).
         weight: Shape (C_out, C / group, kH, kW).
-        offset: How far each tap of each output pixel moves, y before x, in pixels of ``input``,
+        offset: Offset of each kernel position for each output pixel, y before x, in pixels of ``input``,
             (N, deformable_group * kH * kW * 2, H_out, W_out).
-        output: Written: (N, C_out, H_out, W_out).
-        columns: Unused, room for intermediate values.
-        ones: Unused, likewise.
-        geometry: ``dH``, ``dW`` (strides), ``padH``, ``padW``, ``dilationH``, ``dilationW``, ``group``,
-            ``deformable_group``; ``kH``, ``kW`` and ``im2col_step`` are not needed.
+        output: Receives the result, (N, C_out, H_out, W_out).
+        columns: Unused buffer.
+        ones: Unused buffer.
+        geometry: ``dH``, ``dW`` (strides), ``padH``, ``padW``, ``dilationH``, ``dilationW``, ``group`` and
+            ``deformable_group``; ``kH``, ``kW`` and ``im2col_step`` are ignored.
     """
     output.copy_(_deform_conv(input, weight, offset, None, None, _geometry_v1(geometry)))
 
@@ -48,8 +48,8 @@ def deform_conv_backward_input(
         input: As in the forward pass.
         offset: As in the forward pass.
         grad_output: Gradient of ``output``.
-        grad_input: Written: gradient of ``input``.
-        grad_offset: Written: gradient of ``offset``.
+        grad_input: Receives the gradient of ``input``.
+        grad_offset: Receives the gradient of ``offset``.
         weight: As in the forward pass.
         columns: Unused.
         geometry: As in the forward pass.
@@ -75,10 +75,10 @@ def deform_conv_backward_parameters(
         input: As in the forward pass.
         offset: As in the forward pass.
         grad_output: Gradient of ``output``.
-        grad_weight: Written: gradient of ``weight``, which it does not depend on.
+        grad_weight: Receives the gradient of ``weight``, which does not depend on the values of ``weight``.
         columns: Unused.
         ones: Unused.
-        scale: Factor of the gradient.
+        scale: Factor applied to the gradient.
         geometry: As in the forward pass.
     """
     grads = _deform_conv_backward(grad_output, input, grad_weight, offset, None, None, _geometry_v1(geometry))
@@ -98,20 +98,20 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Modulated deformable convolution (v2) into ``output``, with the signature of MMCV's operator.
 
-    Offsets and masks of a larger map than the output's, as DyHead takes them for the level above, are read as the
-    compiled operator reads them: their memory, image by image, as if it were of the output's height and width.
+    DyHead passes offsets and masks of the level above, whose maps are larger than the output. They are read like the
+    compiled operator reads them: the memory of each image is interpreted with the output's height and width.
 
     Args:
         input: Feature map, (N, C, H, W).
         weight: Shape (C_out, C / group, kH, kW).
         bias: Shape (C_out,); empty without ``with_bias``.
-        ones: Unused, room for intermediate values.
-        offset: As of :func:`deform_conv_forward`.
-        mask: Factor of each tap of each output pixel, (N, deformable_group * kH * kW, H_out, W_out).
-        output: Written: (N, C_out, H_out, W_out).
+        ones: Unused buffer.
+        offset: As in :func:`deform_conv_forward`.
+        mask: Factor of each kernel position for each output pixel, (N, deformable_group * kH * kW, H_out, W_out).
+        output: Receives the result, (N, C_out, H_out, W_out).
         columns: Unused.
         geometry: ``stride_h``, ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h``, ``dilation_w``, ``group``,
-            ``deformable_group``, ``with_bias``; ``kernel_h`` and ``kernel_w`` are not needed.
+            ``deformable_group`` and ``with_bias``; ``kernel_h`` and ``kernel_w`` are ignored.
     """
     offset, mask = (_read_as(tensor, output) for tensor in (offset, mask))
     output.copy_(
@@ -135,7 +135,7 @@ def modulated_deform_conv_backward(
     grad_output: Tensor,
     **geometry: int,
 ) -> None:
-    """Gradient of :func:`modulated_deform_conv_forward`, whose arguments these are.
+    """Gradients of :func:`modulated_deform_conv_forward` with respect to all of its tensors.
 
     Args:
         input: As in the forward pass.
@@ -145,11 +145,11 @@ def modulated_deform_conv_backward(
         offset: As in the forward pass.
         mask: As in the forward pass.
         columns: Unused.
-        grad_input: Written: gradient of ``input``.
-        grad_weight: Written: gradient of ``weight``.
-        grad_bias: Written with ``with_bias``: gradient of ``bias``.
-        grad_offset: Written: gradient of ``offset``.
-        grad_mask: Written: gradient of ``mask``.
+        grad_input: Receives the gradient of ``input``.
+        grad_weight: Receives the gradient of ``weight``.
+        grad_bias: Receives the gradient of ``bias`` if ``with_bias`` is set.
+        grad_offset: Receives the gradient of ``offset``.
+        grad_mask: Receives the gradient of ``mask``.
         grad_output: Gradient of ``output``.
         geometry: As in the forward pass.
     """
@@ -159,7 +159,7 @@ def modulated_deform_conv_backward(
     grad_input.copy_(grads[0])
     grad_weight.copy_(grads[1])
     for written, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
-        # What was not read has no gradient.
+        # Values that were not read get a gradient of 0.
         written.zero_()
         _read_as(written, grad_output).copy_(grad)
     if bias_used is not None:
@@ -167,7 +167,7 @@ def modulated_deform_conv_backward(
 
 
 def _read_as(tensor: Tensor, output: Tensor) -> Tensor:
-    """The memory of each image of ``tensor``, (N, C, H, W), as (N, C, H_out, W_out) from its start; a view."""
+    """View the start of each image's memory in ``tensor`` (N, C, H, W) as (C, H_out, W_out)."""
     size = output.shape[2:]
     if tensor.shape[2:] == size or tensor[0, 0].numel() < size.numel():
         return tensor
@@ -188,7 +188,7 @@ def _geometry_v2(geometry: dict[str, int]) -> list[int]:
 def _deform_conv(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None, geometry: list[int]
 ) -> Tensor:
-    """The operator; 16-bit types are computed in fp32, since its kernels know no bf16."""
+    """Call torchvision's operator. It has no bf16 kernel, so 16-bit types are computed in fp32."""
     operands = _deform_operands(input, weight, offset, mask, bias)
     return torch.ops.torchvision.deform_conv2d(*operands, *geometry, mask is not None)
 
@@ -202,7 +202,7 @@ def _deform_conv_backward(
     bias: Tensor | None,
     geometry: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, offset, mask and bias."""
+    """Compute the gradients of input, weight, offset, mask and bias."""
     operands = _deform_operands(input, weight, offset, mask, bias)
     grad = grad_output.to(operands[0].dtype).contiguous()
     return torch.ops.torchvision._deform_conv2d_backward(grad, *operands, *geometry, mask is not None)
@@ -211,7 +211,7 @@ def _deform_conv_backward(
 def _deform_operands(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> list[Tensor]:
-    """All five, in one type; what is absent as torchvision's own wrapper passes it."""
+    """Convert all five operands to one dtype; missing ones are replaced as in torchvision's Python wrapper."""
     input = at_least_fp32(input)
     absent_mask = input.new_zeros(len(input), 1)
     absent_bias = input.new_zeros(len(weight))

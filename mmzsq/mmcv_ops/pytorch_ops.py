@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of ``mmcv._ext`` that torchvision lacks, written in PyTorch, with the signatures of MMCV 2.1.0's.
+"""Operators of ``mmcv._ext`` that torchvision lacks, written in PyTorch with the signatures of MMCV 2.1.0.
 
-Detectors reach them where no layer says so: soft suppression by ``test_cfg``, the sampler of PISA, and on a GPU the
-focal loss and multi-scale deformable attention, for which there are paths of PyTorch on the CPU alone.
+Detectors call them in places that do not look like layers: soft NMS is selected by ``test_cfg``, and PISA's sampler
+uses NMS groups. Focal loss and multi-scale deformable attention have a PyTorch implementation in MMCV and MMDetection,
+but only for the CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torchvision.ops import box_iou
 from torchvision.ops import sigmoid_focal_loss as elementwise_focal_loss
 
 NAIVE, LINEAR, GAUSSIAN = range(3)
-"""Ways in which :func:`softnms` lowers scores, as MMCV numbers them."""
+"""Methods of :func:`softnms`, with MMCV's numbers."""
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in fp32, or in fp64 if it is so already; a 16-bit type would round pixels of boxes."""
+    """Convert ``tensor`` to fp32 unless it is fp64; 16-bit types would round box coordinates."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -32,20 +33,20 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Suppression that lowers the scores of boxes that overlap a better one (Bodla et al., 2017).
+    """Soft NMS: lower the scores of boxes that overlap a better one (Bodla et al., 2017).
 
     Args:
-        boxes: Boxes as xyxy pixels, (N, 4), on the CPU.
+        boxes: Boxes in xyxy pixels, (N, 4), on the CPU.
         scores: Scores, (N,).
-        dets: Written: the boxes kept and their new scores, best first, in the first K rows of (N, 5).
-        iou_threshold: Overlap from which the naive and the linear method act.
+        dets: Receives the kept boxes and their new scores in its first K rows, sorted by descending score, (N, 5).
+        iou_threshold: Minimum IoU at which the naive and linear methods act.
         sigma: Width of the Gaussian method.
-        min_score: A box whose score falls below this is dropped.
-        method: ``NAIVE`` makes scores 0, ``LINEAR`` multiplies them by 1 - IoU, ``GAUSSIAN`` by exp(-IoU^2 / sigma).
-        offset: 0, or 1 when a box from x1 to x2 is ``x2 - x1 + 1`` pixels wide.
+        min_score: A box is dropped when its score falls below this.
+        method: ``NAIVE`` sets scores to 0, ``LINEAR`` multiplies them by 1 - IoU, ``GAUSSIAN`` by exp(-IoU^2 / sigma).
+        offset: 0, or 1 if the width of a box from x1 to x2 is ``x2 - x1 + 1`` pixels.
 
     Returns:
-        Indices of the boxes kept, best first, (K,), int64.
+        Indices of the kept boxes, sorted by descending score, (K,), int64.
     """
     reach = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), dim=1)
     scores = scores.clone()
@@ -69,14 +70,14 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Suppression that remembers which box suppressed which.
+    """NMS that returns, for each kept box, the boxes that it suppresses.
 
     Args:
-        dets: Boxes as xyxy pixels and scores, (N, 5), on the CPU.
-        iou_threshold: A box that overlaps a better one by at least this belongs to its group.
+        dets: Boxes in xyxy pixels and scores, (N, 5), on the CPU.
+        iou_threshold: Minimum IoU at which a box joins the group of a better one.
 
     Returns:
-        Groups of indices; of each the box that is kept first, then those it suppressed, best first.
+        Groups of indices. Each starts with the kept box, followed by those that it suppresses, by descending score.
     """
     overlaps = box_iou(dets[:, :4], dets[:, :4])
     remaining = dets[:, 4].argsort(descending=True, stable=True)
@@ -92,15 +93,15 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss (Lin et al., 2017) of every logit into ``output``.
+    """Compute the sigmoid focal loss (Lin et al., 2017) of every logit.
 
     Args:
         input: Logits, (N, C).
-        target: Category, (N,), int64; C for background.
-        weight: Factor of the rows of each category, (C,), the background's is 1; empty for none.
-        output: Written: (N, C).
-        gamma: How much less well classified logits count.
-        alpha: Factor of the positive logits; that of the others is 1 - alpha.
+        target: Category of each row, (N,), int64; C for background.
+        weight: Weight of each category's rows, (C,); background has weight 1. Empty for no weights.
+        output: Receives the loss, (N, C).
+        gamma: Focusing exponent.
+        alpha: Weight of positive logits; negative logits have weight 1 - alpha.
     """
     output.copy_(_focal_loss(input, target, weight, gamma, alpha))
 
@@ -114,7 +115,7 @@ def sigmoid_focal_loss_backward(
         input: As in the forward pass.
         target: As in the forward pass.
         weight: As in the forward pass.
-        grad_input: Written: (N, C).
+        grad_input: Receives the gradient, (N, C).
         gamma: As in the forward pass.
         alpha: As in the forward pass.
     """
@@ -132,18 +133,19 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention, by what MMCV computes on the CPU.
+    """Multi-scale deformable attention, computed by MMCV's implementation for the CPU.
 
     Args:
-        value: Shape (N, keys, heads, channels of a head).
+        value: Shape (N, keys, heads, channels per head).
         spatial_shapes: Height and width of each level, (levels, 2), int64.
-        level_start_index: Unused, follows from ``spatial_shapes``.
-        sampling_locations: Where queries look, x before y in [0, 1], (N, queries, heads, levels, points, 2).
+        level_start_index: Unused, because it follows from ``spatial_shapes``.
+        sampling_locations: Sampling points of the queries, x before y, in [0, 1],
+            (N, queries, heads, levels, points, 2).
         attention_weights: Shape (N, queries, heads, levels, points).
         im2col_step: Unused.
 
     Returns:
-        Shape (N, queries, heads * channels of a head).
+        Shape (N, queries, heads * channels per head).
     """
     return _attend(value, spatial_shapes, sampling_locations, attention_weights)
 
@@ -160,7 +162,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Gradient of :func:`ms_deform_attn_forward`, which is computed again.
+    """Gradients of :func:`ms_deform_attn_forward`, which is recomputed.
 
     Args:
         value: As in the forward pass.
@@ -169,9 +171,9 @@ def ms_deform_attn_backward(
         sampling_locations: As in the forward pass.
         attention_weights: As in the forward pass.
         grad_output: Gradient of the output.
-        grad_value: Written: gradient of ``value``.
-        grad_sampling_loc: Written: gradient of ``sampling_locations``.
-        grad_attn_weight: Written: gradient of ``attention_weights``.
+        grad_value: Receives the gradient of ``value``.
+        grad_sampling_loc: Receives the gradient of ``sampling_locations``.
+        grad_attn_weight: Receives the gradient of ``attention_weights``.
         im2col_step: Unused.
     """
     with torch.enable_grad():
@@ -190,7 +192,7 @@ def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, al
 
 
 def _attend(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    # Imported here, since importing mmcv.ops looks up the operators of this module.
+    # Imported here, because importing mmcv.ops looks up the operators of this module.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     return multi_scale_deformable_attn_pytorch(value, spatial_shapes, sampling_locations, attention_weights)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of ``mmcv._ext`` that detectors call, computed by torchvision.
+"""The module ``mmcv._ext`` for mmcv-lite, with operators based on torchvision.
 
-``import mmcv.ops`` looks up all of MMCV's compiled operators, but a detector calls few of them. The functions here, in
-:mod:`mmzsq.mmcv_ops.deform_conv_ops` and in :mod:`mmzsq.mmcv_ops.pytorch_ops` have the signatures of MMCV 2.1.0.
-:func:`mmzsq.compat.provide_mmcv_ops` installs the module object that holds them.
+``import mmcv.ops`` looks up all of MMCV's compiled operators, but detectors call only a few of them. The functions in
+this module, in :mod:`mmzsq.mmcv_ops.deform_conv_ops` and in :mod:`mmzsq.mmcv_ops.pytorch_ops` have the signatures of
+MMCV 2.1.0.
+:func:`mmzsq.compat.provide_mmcv_ops` installs the module object that contains them.
 """
 
 from __future__ import annotations
@@ -23,33 +24,33 @@ from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 
 EXTENSION = 'mmcv._ext'
 INSTALL_FULL = (
-    'Install the full package in its place: '
-    'pip uninstall mmcv-lite && pip install -U openmim && mim install mmcv==2.1.0'
+    'Install the full package instead: pip uninstall mmcv-lite && pip install -U openmim && mim install mmcv==2.1.0'
 )
 
 
 class MissingOperatorError(UserError):
-    """An operator was called that only the full MMCV has.
+    """Raised when a detector calls an operator that only the full MMCV provides.
 
     Args:
-        operator: Its name in ``mmcv._ext``.
-        part: Which part of the detector called it, for the message.
+        operator: Name of the operator in ``mmcv._ext``.
+        part: Name of the calling component in the message.
     """
 
     def __init__(self, operator: str, part: str = 'this detector') -> None:
         super().__init__(
-            f'{part} needs full mmcv: it calls the compiled operator {operator!r}, not in mmcv-lite. {INSTALL_FULL}'
+            f'{part} needs full mmcv: it calls the compiled operator {operator!r}, which mmcv-lite does not have. '
+            f'{INSTALL_FULL}'
         )
         self.operator = operator
 
 
 class TorchvisionOps(ModuleType):
-    """The module ``mmcv._ext``: any name can be looked up; calling one not served raises."""
+    """The module ``mmcv._ext``. Any operator can be looked up; calling an unsupported one raises an error."""
 
     def __init__(self) -> None:
-        super().__init__(EXTENSION, 'MMCV operators served by torchvision (see mmzsq.compat).')
-        # find_spec raises for a module without a spec; by the missing loader MMEngine sees that
-        # this one is not compiled.
+        super().__init__(EXTENSION, 'MMCV operators based on torchvision (see mmzsq.compat).')
+        # find_spec raises an error for a module without a spec. The missing loader tells MMEngine that this module is
+        # not compiled.
         self.__spec__ = ModuleSpec(EXTENSION, loader=None)
         self.nms = nms
         self.roi_align_forward = roi_align_forward
@@ -67,7 +68,7 @@ class TorchvisionOps(ModuleType):
         self.ms_deform_attn_backward = pytorch_ops.ms_deform_attn_backward
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Return a function that raises when called; private names are absent, as in any module."""
+        """Return a function that raises an error when called; private names do not exist."""
         if name.startswith('_'):
             raise AttributeError(name)
 
@@ -81,13 +82,13 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     """Greedy non-maximum suppression with the signature of MMCV's ``nms``.
 
     Args:
-        boxes: Boxes as xyxy pixels, (N, 4), any floating type.
+        boxes: Boxes in xyxy pixels, (N, 4), any floating-point dtype.
         scores: Scores, (N,).
-        iou_threshold: A box that overlaps a better one by more than this is dropped.
-        offset: 0, or 1 when a box from x1 to x2 is ``x2 - x1 + 1`` pixels wide.
+        iou_threshold: A box is dropped if its IoU with a better box exceeds this.
+        offset: 0, or 1 if the width of a box from x1 to x2 is ``x2 - x1 + 1`` pixels.
 
     Returns:
-        Indices of the boxes kept, best first, (K,), int64.
+        Indices of the kept boxes, sorted by descending score, (K,), int64.
     """
     boxes = at_least_fp32(boxes)
     if offset:
@@ -110,26 +111,28 @@ def roi_align_forward(
 ) -> None:
     """RoIAlign into ``output``, with the signature of MMCV's operator.
 
-    torchvision has no bf16 kernel and sums fp16 in fp16, so both are computed in fp32.
+    torchvision has no bf16 kernel and accumulates fp16 in fp16, so both are computed in fp32.
 
     Args:
         input: Feature map, (N, C, H, W).
-        rois: Image index and box as xyxy in pixels of the network input, (R, 5).
-        output: Written: (R, C, aligned_height, aligned_width).
-        argmax_y: Unused, of max pooling.
-        argmax_x: Unused, of max pooling.
-        aligned_height: Bins in y.
-        aligned_width: Bins in x.
+        rois: Image index and box in xyxy pixels of the network input, (R, 5).
+        output: Receives the result, (R, C, aligned_height, aligned_width).
+        argmax_y: Unused; for max pooling.
+        argmax_x: Unused; for max pooling.
+        aligned_height: Number of bins in y.
+        aligned_width: Number of bins in x.
         spatial_scale: Feature map pixels per pixel of the network input.
-        sampling_ratio: Samples per bin and axis; 0 takes as many as the bin has pixels.
-        pool_mode: 1 for average.
+        sampling_ratio: Sampling points per bin and axis; 0 uses one per pixel of the bin.
+        pool_mode: 1 for average pooling.
         aligned: Whether pixel centers are at half-integer coordinates.
 
     Raises:
-        UserError: If ``pool_mode`` asks for maximum, which torchvision does not have.
+        UserError: If ``pool_mode`` selects max pooling, which torchvision does not provide.
     """
     if pool_mode != 1:
-        raise UserError(f"roi_align with pool_mode='max' is not in mmcv-lite: set it to 'avg'. {INSTALL_FULL}")
+        raise UserError(
+            f"mmcv-lite does not have roi_align with pool_mode='max'. Set pool_mode='avg', or: {INSTALL_FULL}"
+        )
     features = at_least_fp32(input)
     size = (aligned_height, aligned_width)
     output.copy_(
@@ -150,7 +153,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Gradient of :func:`roi_align_forward`, whose arguments these are, with respect to ``input``.
+    """Gradient of :func:`roi_align_forward` with respect to ``input``.
 
     torchvision's backward has no bf16 kernel, so 16-bit types are computed in fp32.
 
@@ -159,13 +162,13 @@ def roi_align_backward(
         rois: As in the forward pass.
         argmax_y: Unused.
         argmax_x: Unused.
-        grad_input: Written: gradient of ``input``, (N, C, H, W).
-        aligned_height: As in the forward pass, like all that follow.
-        aligned_width: Bins in x.
-        spatial_scale: Feature map pixels per pixel of the network input.
-        sampling_ratio: Samples per bin and axis.
-        pool_mode: 1 for average.
-        aligned: Whether pixel centers are at half-integer coordinates.
+        grad_input: Receives the gradient of ``input``, (N, C, H, W).
+        aligned_height: As in the forward pass.
+        aligned_width: As in the forward pass.
+        spatial_scale: As in the forward pass.
+        sampling_ratio: As in the forward pass.
+        pool_mode: As in the forward pass.
+        aligned: As in the forward pass.
     """
     grad = at_least_fp32(grad_output)
     grad_input.copy_(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors and parts of detectors that MMDetection lacks."""
+"""Detectors, and components of detectors, that MMDetection does not provide."""
 
 from mmzsq.compat import patch_ssd_head
-from mmzsq.models.max_iou_assigner import MaxIoUAssigner
+from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
 from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.models.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
@@ -11,7 +11,7 @@ patch_ssd_head()
 
 __all__ = [
     'YOLO11',
-    'MaxIoUAssigner',
+    'SyncFreeMaxIoUAssigner',
     'QuantSpatialAttention',
     'QuantWindowMSA',
     'YOLO11CSPDarknet',

@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMDetection's assignment by IoU, without a loop over objects that waits for the device at each.
+"""MMDetection's assignment by IoU without a loop over objects.
 
-The original matches every object with its nearest anchors, one object after the other, and asks the device each time
-whether there are any: two thirds of the waits of a training step of a two-stage detector, and a sixth of its operators.
+MMDetection's assigner loops over the objects to match each with its nearest anchors. In every iteration, the host waits
+for the device. This accounts for two thirds of the synchronizations and a sixth of the operators in a training step of
+a two-stage detector.
 """
 
 from __future__ import annotations
 
 import torch
-from mmdet.models.task_modules.assigners import AssignResult
-from mmdet.models.task_modules.assigners import MaxIoUAssigner as _MaxIoUAssigner
+from mmdet.models.task_modules.assigners import AssignResult, MaxIoUAssigner
 from torch import Tensor, nn
 
 from mmzsq.registry import TASK_UTILS
 
 
-@TASK_UTILS.register_module()
-class MaxIoUAssigner(_MaxIoUAssigner):
-    """As MMDetection's class of this name, with the same arguments and results."""
+@TASK_UTILS.register_module(name='MaxIoUAssigner')
+class SyncFreeMaxIoUAssigner(MaxIoUAssigner):
+    """MMDetection's ``MaxIoUAssigner`` without synchronization, with the same arguments and results.
+
+    Configs name it ``mmzsq.MaxIoUAssigner``.
+    """
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
-        """Assign each of N boxes to one of K objects, or none.
+        """Assign each of N boxes to one of K objects, or to none.
 
         Args:
-            overlaps: IoU of shape (K, N).
-            gt_labels: Category indices of the objects, shape (K,).
+            overlaps: IoU, (K, N).
+            gt_labels: Category index of each object, (K,).
         """
         num_gts, num_bboxes = overlaps.shape
         if num_gts == 0 or num_bboxes == 0:
@@ -41,7 +44,7 @@ class MaxIoUAssigner(_MaxIoUAssigner):
             else:
                 matches = torch.zeros_like(overlaps, dtype=torch.bool).scatter_(1, nearest, True)
             matches &= nearest_overlaps >= self.min_pos_iou
-            # A box near to several objects goes to the last of them.
+            # A box that is nearest to several objects is assigned to the last of them.
             number = torch.arange(1, num_gts + 1, device=overlaps.device)[:, None]
             last = torch.where(matches, number, 0).amax(0)
             assigned = torch.where(last > 0, last, assigned)
@@ -49,10 +52,10 @@ class MaxIoUAssigner(_MaxIoUAssigner):
         return AssignResult(num_gts=num_gts, gt_inds=assigned, max_overlaps=max_overlaps, labels=labels)
 
 
-def speed_up_assigners(model: nn.Module) -> None:
-    """Turn each of MMDetection's ``MaxIoUAssigner`` that a head of ``model`` holds into the one here."""
+def replace_max_iou_assigners(model: nn.Module) -> None:
+    """Replace every MMDetection ``MaxIoUAssigner`` in the heads of ``model`` by :class:`SyncFreeMaxIoUAssigner`."""
     for module in model.modules():
         for held in vars(module).values():
             for assigner in held if isinstance(held, (list, tuple)) else (held,):
-                if type(assigner) is _MaxIoUAssigner:
-                    assigner.__class__ = MaxIoUAssigner
+                if type(assigner) is MaxIoUAssigner:
+                    assigner.__class__ = SyncFreeMaxIoUAssigner

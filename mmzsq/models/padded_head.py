@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What heads share whose loss runs over padded targets."""
+"""Base class of heads whose loss takes padded targets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 
 
 class PaddedTargetsHead(BaseDenseHead):
-    """A head with :meth:`loss_by_targets`, which takes the labels of a batch as tensors of one shape."""
+    """A dense head whose loss :meth:`loss_by_targets` takes the labels of a batch as padded tensors."""
 
     def loss(self, x: Sequence[Tensor], batch_data_samples: Any) -> dict[str, Tensor]:
         """Compute the loss of features.
 
         Args:
             x: Features of each scale, (N, C, H, W).
-            batch_data_samples: One ``DetDataSample`` an image, or the :class:`PaddedTargets` of all, whose shape does
-                not depend on how many objects there are.
+            batch_data_samples: One ``DetDataSample`` per image, or :class:`PaddedTargets`, whose shape does not depend
+                on the number of objects.
 
         Returns:
             See :meth:`loss_by_targets`.
@@ -40,13 +40,13 @@ class PaddedTargetsHead(BaseDenseHead):
         batch_img_metas: Sequence[dict[str, Any]],
         batch_gt_instances_ignore: Sequence[InstanceData] | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the loss of raw outputs. Ignored instances are background, as upstream has it.
+        """Compute the loss of raw outputs. As in the original implementation, ignored instances count as background.
 
         Args:
-            maps: Raw outputs as ``forward`` lists them.
-            batch_gt_instances: The targets of each image.
-            batch_img_metas: Not used.
-            batch_gt_instances_ignore: Not used.
+            maps: Raw outputs in the order of ``forward``.
+            batch_gt_instances: Targets of each image.
+            batch_img_metas: Unused.
+            batch_gt_instances_ignore: Unused.
 
         Returns:
             See :meth:`loss_by_targets`.
@@ -54,13 +54,13 @@ class PaddedTargetsHead(BaseDenseHead):
         return self.loss_by_targets(maps, pad_targets(batch_gt_instances))
 
     def loss_by_targets(self, maps: Sequence[Tensor], targets: PaddedTargets) -> dict[str, Tensor]:
-        """Compute the loss of raw outputs for padded targets: fixed shapes, no wait for the device.
+        """Compute the loss of raw outputs for padded targets, with fixed shapes and without synchronization.
 
         Args:
-            maps: Raw outputs as ``forward`` lists them.
-            targets: The targets of the batch.
+            maps: Raw outputs in the order of ``forward``.
+            targets: Targets of the batch.
 
         Returns:
-            Weighted terms, scalars, means over the batch.
+            Weighted loss terms: scalars, averaged over the batch.
         """
         raise NotImplementedError

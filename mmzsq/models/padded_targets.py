@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets of a batch as tensors of one shape, for losses that run over all images at once."""
+"""Targets of a batch, padded to one shape, for losses that run over all images at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class PaddedTargets(NamedTuple):
-    """The targets of N images, padded to M an image.
+    """Targets of N images, padded to M targets per image.
 
     Attributes:
-        bboxes: Shape (N, M, 4), xyxy in pixels of the network's input.
-        labels: Shape (N, M), long.
-        valid: Shape (N, M), bool; False where padded.
+        bboxes: Boxes in xyxy pixels of the network's input, (N, M, 4).
+        labels: Class indices, (N, M), long.
+        valid: False for padding, (N, M), bool.
     """
 
     bboxes: Tensor
@@ -29,16 +29,20 @@ class PaddedTargets(NamedTuple):
 
 
 def pad_targets(instances: Sequence[InstanceData], length: int | None = None) -> PaddedTargets:
-    """Stack the targets of a batch, without a copy between devices.
+    """Pad and stack the targets of a batch, without copies between devices.
 
     Args:
-        instances: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the network's input,
-            ``labels`` (n,).
-        length: Targets an image to pad to; by default, the most that an image has. A captured graph
-            needs it fixed.
+        instances: One entry per image with ``bboxes`` (n, 4) in xyxy pixels of the network's input and ``labels`` (n,).
+        length: Number of targets per image to pad to; by default, the largest number in the batch. A captured CUDA
+            graph needs a fixed length.
 
     Raises:
         ValueError: If an image has more than ``length`` targets.
+
+    Example:
+        >>> image = InstanceData(bboxes=torch.zeros(2, 4), labels=torch.tensor([3, 5]))
+        >>> pad_targets([image], length=4).labels
+        tensor([[3, 5, 0, 0]])
     """
     bboxes = pad_sequence([get_box_tensor(image.bboxes) for image in instances], batch_first=True)
     labels = pad_sequence([image.labels for image in instances], batch_first=True)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a trained detector acts while a loss of its own is asked for.
+"""Context managers that switch a detector between train and eval mode without changing its function.
 
-Heads of MMDetection return other numbers in train mode, or more of them: FCOS offsets in strides, VFNet the boxes
-before refinement, SOLO logits, DINO what it makes of denoising queries. Their losses take these and no others.
-Normalization with batch statistics and random drops, which go by the same flag, would change the detector.
+In train mode, heads of MMDetection return other values, or more of them, than in eval mode. FCOS returns distances in
+units of the stride, VFNet also the boxes before refinement, SOLO logits, and DINO the outputs of denoising queries.
+Their losses accept only these. But the same flag also switches normalization to batch statistics and turns on random
+dropping, both of which would change the detector.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,26 +20,32 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from mmzsq.patching import patched
+
 RANDOM_MODULES = (_DropoutNd, DropPath, DropBlock, nn.MultiheadAttention)
-"""Modules that in train mode, and for nothing else, drop at random."""
+"""Modules whose train mode differs from eval mode only by random dropping."""
 
 LAST_EPOCH = 10**6
-"""Of a detector that is trained: losses with a warm-up, as TOOD's, are past it."""
+"""Epoch number of a fully trained detector. Losses with a warm-up, such as that of TOOD, are past it."""
 
 
 @contextmanager
 def frozen_train_mode(detector: nn.Module) -> Iterator[None]:
-    """Inside the block ``detector`` acts as in the last epoch of its training, but for BatchNorm and what drops.
+    """Switch a detector to train mode inside the block, except for BatchNorm and modules that drop at random.
 
-    These keep their mode; what requires a gradient stays so too.
+    The excepted modules keep their mode. MMEngine's message hub reports :data:`LAST_EPOCH`. ``requires_grad`` is not
+    changed.
+
+    Args:
+        detector: Any detector.
     """
-    steady = (*RANDOM_MODULES, _BatchNorm)
-    switched = [module for module in detector.modules() if not module.training and not isinstance(module, steady)]
+    excepted = (*RANDOM_MODULES, _BatchNorm)
+    switched = [module for module in detector.modules() if not module.training and not isinstance(module, excepted)]
     hub = MessageHub.get_current_instance()
     epoch = hub.get_info('epoch')
     hub.update_info('epoch', LAST_EPOCH)
     try:
-        # Not `train()`, which detectors and backbones redefine.
+        # Detectors and backbones override `train()`, so the flag is set directly.
         for module in switched:
             module.training = True
         yield
@@ -52,7 +60,12 @@ def frozen_train_mode(detector: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNorm,)) -> Iterator[None]:
-    """Inside the block ``detector`` acts as when it predicts, but for modules of the classes ``keep``."""
+    """Switch a detector to eval mode inside the block.
+
+    Args:
+        detector: Any detector.
+        keep: Classes of the modules that keep their mode.
+    """
     switched = [module for module in detector.modules() if module.training and not isinstance(module, keep)]
     try:
         for module in switched:
@@ -65,15 +78,20 @@ def eval_mode(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNo
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside the block nothing is exchanged with other processes.
+    """Disable communication between processes inside the block.
 
-    Many heads of MMDetection divide their losses by a number of objects averaged over all processes. In training that
-    is right. In synthesis each process has images of its own, and not as many as the others: images would depend on
-    how many processes there are, and one would wait for another that has none left.
+    Many heads of MMDetection divide their loss by the number of objects averaged over all processes. This is right in
+    training. In synthesis, each process has its own images, and their number can differ. With communication, images
+    would depend on the number of processes, and a process would wait for others that have already finished.
+
+    ``torch.distributed.is_initialized`` returns False inside the block, because heads and their helpers all ask it
+    before they communicate. Only the calling thread is affected. Other threads get the true answer.
     """
     is_initialized = distributed.is_initialized
-    distributed.is_initialized = lambda: False
-    try:
+    caller = threading.get_ident()
+
+    def outside_caller() -> bool:
+        return threading.get_ident() != caller and is_initialized()
+
+    with patched(distributed, 'is_initialized', outside_caller):
         yield
-    finally:
-        distributed.is_initialized = is_initialized

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin's window attention with quantized products: the adapter of MMDetection's ``WindowMSA``.
+"""Window attention of Swin with quantized matrix products, used by ``zsq.quantizer.attention``.
 
-Its layers are quantized like any others; this is for ``zsq.quantizer.attention``. Softmax and the relative position
-bias stay float.
+This adapts MMDetection's ``WindowMSA``. Its linear layers are quantized like any others. The softmax and the relative
+position bias stay in floating point.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class QuantWindowMSA(QuantizedAttention, WindowMSA):
 
         Args:
             x: (num_windows * N, L, C), L the patches of one window.
-            mask: (num_windows, L, L), added to the logits of shifted windows: 0, or -100 where two patches do not see
-                each other; None where windows are not shifted.
+            mask: (num_windows, L, L), added to the logits of shifted windows: 0, or -100 for two patches that must not
+                attend to each other. None if windows are not shifted.
 
         Returns:
             (num_windows * N, L, C).

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.distillation import BatchAugmentation
 from mmzsq.errors import UserError
-from mmzsq.models.max_iou_assigner import speed_up_assigners
+from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.dry_run import dry_run, dry_run_size
@@ -29,7 +29,7 @@ from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepar
 from mmzsq.quantization.allocation import assign_bits, overrides_for, overrides_to_dict
 from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
-from mmzsq.tasks.detection_task import leave_semantics_out, pixel_range, sum_losses
+from mmzsq.tasks.detection_task import add_ignored_semantic_labels, pixel_range, sum_losses
 from mmzsq.tasks.padded_task import TargetCapacity, takes_padded_targets
 
 STUDENT_PREFIX = 'student.'
@@ -106,7 +106,7 @@ class ZeroShotDetector(BaseModel):
         self.report = prepare(student, self.quantization_config, run=lambda: dry_run(student, size))
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
-        speed_up_assigners(student)
+        replace_max_iou_assigners(student)
         self._unfreeze_quantized_layers()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
@@ -333,7 +333,7 @@ class ZeroShotDetector(BaseModel):
         """
         inputs = inputs.contiguous(memory_format=self.memory_format)
         if self.detection_weight and data_samples is not None:
-            leave_semantics_out(self.student, data_samples)
+            add_ignored_semantic_labels(self.student, data_samples)
         if not self.distillation_losses:
             # No loss reads the teacher's outputs.
             with frozen_train_mode(self.student):

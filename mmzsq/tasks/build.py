@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which view of a detector synthesis takes: a batched loss where one stands for the detector's own."""
+"""Build the detection task of a detector, with a batched loss if one supports it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mmzsq.tasks.detection_task import DetectionTask, semantic_criterion
 from mmzsq.tasks.padded_task import PaddedTargetsTask, takes_padded_targets
 
 
-def detection_task(detector: nn.Module) -> DetectionTask:
-    """Wrap a trained detector for synthesis; decided by what its parts are.
+def build_detection_task(detector: nn.Module) -> DetectionTask:
+    """Wrap a trained detector for synthesis, using the fastest task that supports its components.
 
     Args:
-        detector: Set to eval mode and frozen.
+        detector: A trained detector. It is set to eval mode and frozen.
 
     Returns:
-        A :class:`~mmzsq.tasks.two_stage.TwoStageTask`, :class:`~mmzsq.tasks.one_stage.OneStageTask` or
-        :class:`~mmzsq.tasks.padded_task.PaddedTargetsTask` for what they fit, else a :class:`DetectionTask`, whose
-        ``note`` says why.
+        A :class:`~mmzsq.tasks.padded_task.PaddedTargetsTask`, :class:`~mmzsq.tasks.one_stage.OneStageTask` or
+        :class:`~mmzsq.tasks.two_stage.TwoStageTask` if it supports the detector. Otherwise a :class:`DetectionTask`
+        whose ``note`` gives the reason.
     """
     if takes_padded_targets(detector):
         return PaddedTargetsTask(detector)
@@ -33,9 +33,9 @@ def detection_task(detector: nn.Module) -> DetectionTask:
             return two_stage.TwoStageTask(detector)
     task = DetectionTask(detector)
     task.note = (
-        f'no batched detection loss for this {type(detector).__name__}, since {reason}: MMDetection computes it image '
-        'by image, and synthesis takes several times longer'
+        f'no batched detection loss for this {type(detector).__name__}, since {reason}. MMDetection computes its loss '
+        'image by image, and synthesis takes several times longer'
     )
     if semantic_criterion(detector) is not None:
-        task.note += '. Its semantic branch adds nothing to the loss: no pixel has a label for it'
+        task.note += '. Its semantic branch adds nothing to the loss, because no pixel has a semantic label'
     return task

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector as synthesis sees it: a loss for labels, predictions for images, both on images in [0, 1].
+"""The general detection task, which works with any MMDetection detector.
 
-Nothing here knows an architecture: the loss is ``detector.loss``, the labels are ``detector.predict``.
+It is independent of the architecture: the loss is ``detector.loss`` and the labels come from ``detector.predict``. Both
+take images in [0, 1].
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmzsq.tasks.label_prior import label_prior
 
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
-    """Sum what MMEngine's ``parse_losses`` would: every value whose key contains ``loss``, lists included."""
+    """Sum the loss terms as MMEngine's ``parse_losses`` does: all values and lists whose key contains ``loss``."""
     terms: list[Tensor] = []
     for name, value in losses.items():
         if 'loss' in name:
@@ -32,7 +33,7 @@ def sum_losses(losses: Mapping[str, Any]) -> Tensor:
 
 
 def num_classes(detector: nn.Module) -> int:
-    """Number of categories that a detector tells apart.
+    """Return the number of categories of a detector.
 
     Raises:
         UserError: If no head has an attribute ``num_classes``.
@@ -45,13 +46,13 @@ def num_classes(detector: nn.Module) -> int:
             head = head[0]
         if head is not None and hasattr(head, 'num_classes'):
             return int(head.num_classes)
-    raise UserError(f'{type(detector).__name__} has no head with `num_classes`: set it on its bbox_head or roi_head')
+    raise UserError(f'{type(detector).__name__} has no head with `num_classes`. Set it on its bbox_head or roi_head.')
 
 
 def needs_masks(detector: nn.Module) -> bool:
-    """Whether a detector learns instance masks, and therefore has to be shown some.
+    """Return whether the loss of a detector needs instance masks.
 
-    It does if it has a mask head: of its own or in its RoI head, or, as RTMDet-Ins, inside its box head.
+    It does if the detector has a mask head, either its own, in its RoI head, or (RTMDet-Ins) inside its box head.
     """
     return bool(getattr(detector, 'with_mask', False)) or hasattr(getattr(detector, 'bbox_head', None), 'mask_head')
 
@@ -59,15 +60,15 @@ def needs_masks(detector: nn.Module) -> bool:
 def data_samples(
     labels: Sequence[InstanceData], image_size: tuple[int, int], device: torch.device
 ) -> list[DetDataSample]:
-    """Wrap labels as MMDetection's detectors take them.
+    """Convert labels to the data samples that MMDetection's detectors take.
 
     Args:
-        labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,), and perhaps
-            ``masks`` (n, H, W) bool, which become ``BitmapMasks`` and stay on the CPU, as in training.
+        labels: One entry per image with ``bboxes`` (n, 4) in xyxy pixels of the image, ``labels`` (n,), and optionally
+            ``masks`` (n, H, W), bool. Masks become ``BitmapMasks`` and stay on the CPU, as in training.
         image_size: Height and width in pixels.
-        device: Where the boxes go.
+        device: Target device of the boxes and labels.
     """
-    nothing = no_instances().to(device)
+    nothing = empty_instances().to(device)
     samples = []
     for instances in labels:
         sample = DetDataSample(
@@ -78,7 +79,7 @@ def data_samples(
                 batch_input_shape=image_size,
                 scale_factor=(1.0, 1.0),
                 flip=False,
-                # Where the image lies in its canvas, top, bottom, left and right: CenterNet's takes it off.
+                # Position of the image in its padded canvas (top, bottom, left, right), which CenterNet subtracts.
                 border=(0, image_size[0], 0, image_size[1]),
             )
         )
@@ -90,18 +91,25 @@ def data_samples(
     return samples
 
 
-def no_instances() -> InstanceData:
-    """Labels of an image without objects."""
+def empty_instances() -> InstanceData:
+    """Return the labels of an image without objects."""
     return InstanceData(bboxes=torch.zeros((0, 4)), labels=torch.zeros((0,), dtype=torch.long))
 
 
 def blank_samples(count: int, image_size: tuple[int, int], device: torch.device) -> list[DetDataSample]:
-    """Data samples of ``count`` images of ``image_size`` (height, width) without labels."""
-    return data_samples([no_instances()] * count, image_size, device)
+    """Return data samples without labels for ``count`` images of ``image_size`` (height, width)."""
+    return data_samples([empty_instances()] * count, image_size, device)
 
 
 def normalization(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and deviation by which a detector normalizes pixels in [0, 255], each (3, 1, 1); (1, 1, 1) without any."""
+    """Return the mean and standard deviation with which a detector normalizes pixels in [0, 255].
+
+    Args:
+        data_preprocessor: The detector's data preprocessor.
+
+    Returns:
+        Mean and standard deviation, each (3, 1, 1). Without normalization: 0 and 1, each (1, 1, 1).
+    """
     mean, std = (
         torch.as_tensor(getattr(data_preprocessor, name, neutral)).float().view(-1, 1, 1)
         for name, neutral in (('mean', 0.0), ('std', 1.0))
@@ -110,13 +118,19 @@ def normalization(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def pixel_range(data_preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """What black and white become under a detector's normalization, each (3, 1, 1); 0 and 255 without any."""
+    """Return the normalized values of black and white, each (3, 1, 1); 0 and 255 without normalization."""
     mean, std = normalization(data_preprocessor)
     return (0 - mean) / std, (255 - mean) / std
 
 
 def whole_image_samples(count: int, image_size: tuple[int, int], device: torch.device) -> list[DetDataSample]:
-    """Data samples of ``count`` images of ``image_size`` (height, width), each one object of the first category."""
+    """Return data samples whose only object is the whole image, in the first category.
+
+    Args:
+        count: Number of images.
+        image_size: Height and width in pixels.
+        device: Target device of the boxes and labels.
+    """
     height, width = image_size
     whole_image = InstanceData(
         bboxes=torch.tensor([[0.0, 0.0, width, height]]), labels=torch.zeros(1, dtype=torch.long)
@@ -125,7 +139,10 @@ def whole_image_samples(count: int, image_size: tuple[int, int], device: torch.d
 
 
 def semantic_criterion(detector: nn.Module) -> nn.Module | None:
-    """The loss of a detector's semantic branch, which wants a category for every pixel; None without such a branch."""
+    """Return the loss module of a detector's semantic branch, or None if it has no such branch.
+
+    This loss needs a category for every pixel.
+    """
     for owner in (detector, getattr(detector, 'roi_head', None)):
         head = getattr(owner, 'semantic_head', None)
         for name in ('criterion', 'loss_seg'):
@@ -134,15 +151,15 @@ def semantic_criterion(detector: nn.Module) -> nn.Module | None:
     return None
 
 
-def leave_semantics_out(detector: nn.Module, samples: Sequence[DetDataSample]) -> None:
-    """Give ``samples`` the semantic labels that the loss of ``detector`` wants: ignore every pixel.
+def add_ignored_semantic_labels(detector: nn.Module, samples: Sequence[DetDataSample]) -> None:
+    """Add semantic labels that ignore every pixel, so that a semantic branch contributes nothing to the loss.
 
-    What a pixel beside the objects shows, nobody knows, and the categories of a semantic branch, "stuff" among them,
-    are not those of the objects. So the branch adds nothing to the loss.
+    The categories of pixels outside the objects are unknown. Moreover, the categories of a semantic branch include
+    "stuff" and differ from those of the objects.
 
     Args:
-        detector: Any detector; nothing is done if it has no semantic branch.
-        samples: Changed in place; those that have semantic labels keep them.
+        detector: Any detector. Without a semantic branch, nothing happens.
+        samples: Changed in place. Samples that already have semantic labels keep them.
     """
     criterion = semantic_criterion(detector)
     if criterion is None:
@@ -155,16 +172,16 @@ def leave_semantics_out(detector: nn.Module, samples: Sequence[DetDataSample]) -
 
 
 class DetectionTask:
-    """The full-precision detector and its view of images in [0, 1].
+    """The full-precision detector with a loss and predictions for images in [0, 1].
 
     Args:
-        detector: A trained detector; set to eval mode and frozen.
+        detector: A trained detector. It is set to eval mode and frozen.
 
     Attributes:
         num_classes: Number of categories.
-        needs_masks: Whether labels need instance masks, and predictions have them.
+        needs_masks: Whether labels need instance masks and predictions contain them.
         channel_order: ``'rgb'`` or ``'bgr'``.
-        note: What a user should know about this choice of task, for the log; None if nothing.
+        note: Message for the log about the choice of this task, or None.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -173,7 +190,7 @@ class DetectionTask:
         self.num_classes = num_classes(detector)
         self.needs_masks = needs_masks(detector)
         preprocessor: Any = detector.data_preprocessor
-        # Files hold BGR once OpenCV has read them; the images here are in the order that the network takes.
+        # OpenCV reads files as BGR. The images here have the channel order of the network's input.
         self.channel_order = 'rgb' if getattr(preprocessor, '_channel_conversion', False) else 'bgr'
         mean, std = normalization(preprocessor)
         self._is_normalized = bool((mean == 0).all() and (std == 255).all())
@@ -182,7 +199,7 @@ class DetectionTask:
 
     @property
     def device(self) -> torch.device:
-        """Where the detector is."""
+        """Device of the detector."""
         return next(self.detector.parameters()).device
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -192,44 +209,51 @@ class DetectionTask:
             images: Shape (N, 3, H, W), in [0, 1], channels in :attr:`channel_order`.
 
         Returns:
-            What the network takes, the same shape.
+            The network's input, of the same shape.
         """
-        # On a GPU what counts is how often all pixels are read.
+        # One fused operation: on a GPU the cost is the number of passes over all pixels.
         return images if self._is_normalized else torch.addcmul(self._shift, images, self._scale)
 
     def denormalize(self, inputs: Tensor) -> Tensor:
-        """Undo :meth:`normalize`: images in [0, 1], (N, 3, H, W), of what the network takes."""
+        """Invert :meth:`normalize`: convert network inputs (N, 3, H, W) to images in [0, 1]."""
         return (inputs * self._std + self._mean) / 255
 
     def label_prior(self) -> LabelPrior:
-        """What the detector's weights tell of the labels that it was trained on."""
+        """Estimate statistics of the training labels from the detector's weights."""
         return label_prior(self.detector, self.num_classes)
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> list[DetDataSample]:
-        """Wrap labels as MMDetection's losses take them, on the detector's device; see :func:`data_samples`."""
+        """Convert labels to MMDetection's data samples on the detector's device; see :func:`data_samples`."""
         return data_samples(labels, image_size, self.device)
 
     def update_samples(self, samples: Any, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> bool:
-        """Put other labels into what :meth:`data_samples` returned, in place, so that a captured step sees them.
+        """Replace labels in place, so that a captured CUDA graph reads the new ones.
 
         Args:
-            samples: Of the labels before; left as they are if this returns False.
-            labels: The new ones, as for :meth:`data_samples`.
+            samples: Return value of :meth:`data_samples`. It stays unchanged if this method returns False.
+            labels: The new labels, as for :meth:`data_samples`.
             image_size: Height and width in pixels.
 
         Returns:
-            Whether that is possible.
+            Whether the new labels were written.
         """
         return False
 
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
-        """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar.
+        """Compute the detector's own training loss.
+
+        Args:
+            images: Shape (N, 3, H, W), in [0, 1].
+            samples: Return value of :meth:`data_samples`.
+
+        Returns:
+            The sum of all loss terms, a scalar.
 
         Raises:
-            UserError: If that takes a package which is not installed.
+            UserError: If the loss needs a package that is not installed.
         """
         copies = [_shallow_copy(sample) for sample in samples]
-        leave_semantics_out(self.detector, copies)
+        add_ignored_semantic_labels(self.detector, copies)
         try:
             with frozen_train_mode(self.detector), single_process():
                 return sum_losses(self.detector.loss(self.normalize(images), copies))
@@ -238,14 +262,15 @@ class DetectionTask:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:
-        """Return what the detector finds.
+        """Detect objects.
 
         Args:
             images: Shape (N, 3, H, W), in [0, 1].
 
         Returns:
-            One entry an image, on the CPU: ``bboxes`` (n, 4) xyxy pixels, ``scores``, ``labels`` (n,), and ``masks``
-            (n, H, W) bool where the detector predicts masks. A detector without a box head bounds its masks.
+            One entry per image, on the CPU, with ``bboxes`` (n, 4) in xyxy pixels, ``scores`` (n,), ``labels`` (n,),
+            and ``masks`` (n, H, W), bool, if the detector predicts masks. For a detector without a box head, the boxes
+            are the bounding boxes of the masks.
         """
         size = (images.shape[2], images.shape[3])
         samples = blank_samples(len(images), size, self.device)
@@ -255,7 +280,7 @@ class DetectionTask:
             found = result.pred_instances
             kept = InstanceData(bboxes=found.bboxes, scores=found.scores, labels=found.labels)
             if self.needs_masks:
-                # RTMDet-Ins predicts as far as its feature maps reach, past the edges of the image.
+                # RTMDet-Ins predicts masks of the size of its feature maps, which can exceed the image.
                 kept.masks = found.masks[:, : size[0], : size[1]].bool()
                 if not self.detector.with_bbox:
                     kept.bboxes = mask_boxes(kept.masks)
@@ -264,7 +289,7 @@ class DetectionTask:
 
 
 def _shallow_copy(sample: DetDataSample) -> DetDataSample:
-    """Let a loss replace fields of the labels, as RTMDet-Ins does with the masks, without the next step seeing it."""
+    """Copy a sample, so that a loss that replaces fields (RTMDet-Ins replaces masks) does not affect the next step."""
     copy = sample.new()
     copy.gt_instances = sample.gt_instances.new()
     return copy

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MMDetection's heads before they are weighed and averaged, over all places at once.
+"""Losses of MMDetection's heads without reduction, for all locations at once.
 
-Heads pick the places that answer for a label first, so that shapes depend on values. Here a loss runs over all places,
-and those that do not count weigh 0. Where a module computes that, it is called. Some read small constants from the
-host's memory or pick places once more; of these the same function is computed from the module's settings.
+MMDetection's heads first select the locations that are matched to a label, so that shapes depend on values. Here every
+loss is computed for all locations, and locations that do not count get a weight of 0. If MMDetection's loss module can
+compute this, it is called. Some modules copy small constants from the host or select locations themselves; for these,
+the same function is computed from the module's settings.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from torch.nn import functional as F
 from mmzsq.boxes import overlap_and_union, paired_iou
 
 SCORE_LOSSES = (CrossEntropyLoss, QualityFocalLoss)
-"""Losses of logits that :func:`elementwise` computes, if they take the sigmoid of each."""
-BOX_LOSSES = (IoULoss, GIoULoss, DIoULoss, CIoULoss)
-"""Losses of decoded boxes that :func:`elementwise` computes."""
-OFFSET_LOSSES = (L1Loss, SmoothL1Loss)
-"""Losses of encoded boxes that :func:`elementwise` computes."""
+"""Losses of logits that :func:`elementwise_loss` supports, provided that they use a sigmoid."""
+IOU_LOSSES = (IoULoss, GIoULoss, DIoULoss, CIoULoss)
+"""Losses of decoded boxes that :func:`elementwise_loss` supports."""
+L1_LOSSES = (L1Loss, SmoothL1Loss)
+"""Losses of encoded boxes (offsets) that :func:`elementwise_loss` supports."""
 
 
-def elementwise(loss: nn.Module, predictions: Tensor, targets: Tensor) -> Tensor:
-    """What ``loss`` computes before it weighs and averages, times its own weight.
+def elementwise_loss(loss: nn.Module, predictions: Tensor, targets: Tensor) -> Tensor:
+    """Compute a loss without reduction, scaled by its ``loss_weight``.
 
     Args:
-        loss: Of a class in :data:`SCORE_LOSSES`, :data:`BOX_LOSSES` or :data:`OFFSET_LOSSES`.
-        predictions: Logits, (..., C); boxes, xyxy, or offsets, (..., 4).
-        targets: As much; those of logits in [0, 1].
+        loss: A loss of a class in :data:`SCORE_LOSSES`, :data:`IOU_LOSSES` or :data:`L1_LOSSES`.
+        predictions: Logits (..., C), boxes in xyxy format (..., 4), or offsets (..., 4).
+        targets: Targets of the same shape; in [0, 1] for logits.
 
     Returns:
-        (..., C) for logits, (...) for boxes, (..., 4) for offsets.
+        Shape (..., C) for logits, (...) for boxes, (..., 4) for offsets.
     """
     if isinstance(loss, IoULoss):
         return loss.loss_weight * iou_loss(predictions, targets, 'linear' if loss.linear else loss.mode, loss.eps)
@@ -53,31 +54,50 @@ def elementwise(loss: nn.Module, predictions: Tensor, targets: Tensor) -> Tensor
     return loss(*flat, reduction_override='none').unflatten(0, predictions.shape[:-1])
 
 
-def box_errors(loss: nn.Module, bboxes: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
-    """:func:`elementwise` where a place answers for a label, else 0; nothing of the others reaches the gradient.
+def unweighted_l1_loss(loss: nn.Module, predictions: Tensor, targets: Tensor) -> Tensor:
+    """Compute ``L1Loss`` or ``SmoothL1Loss`` with PyTorch's kernel, without reduction and without ``loss_weight``.
+
+    It is separate from :func:`elementwise_loss`, which calls MMDetection's module: their gradients of SmoothL1 differ
+    in the last bit, and two-stage losses apply ``loss_weight`` after the sum.
 
     Args:
-        loss: Of a class in :data:`BOX_LOSSES`.
-        bboxes: Predicted boxes, xyxy, (N, P, 4).
-        targets: In the same unit, (N, P, 4); anything where ``positive`` is False.
-        positive: Places that answer for a label, (N, P), bool.
+        loss: A loss of a class in :data:`L1_LOSSES`.
+        predictions: Any shape.
+        targets: The same shape.
+
+    Returns:
+        The same shape.
+    """
+    if isinstance(loss, SmoothL1Loss):
+        return F.smooth_l1_loss(predictions, targets, reduction='none', beta=loss.beta)
+    return F.l1_loss(predictions, targets, reduction='none')
+
+
+def positive_box_loss(loss: nn.Module, bboxes: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
+    """Box loss of the positive locations without reduction; 0 for all others, which also get no gradient.
+
+    Args:
+        loss: A loss of a class in :data:`IOU_LOSSES`.
+        bboxes: Predicted boxes in xyxy format, (N, P, 4).
+        targets: Target boxes in the same unit, (N, P, 4); arbitrary where ``positive`` is False.
+        positive: Locations matched to a label, (N, P), bool.
 
     Returns:
         Shape (N, P).
     """
-    # Twice: the loss of equal boxes may be no number (CIoU), as may that of boxes without bounds.
-    errors = elementwise(loss, torch.where(positive[..., None], bboxes, targets), targets)
+    # Masked before and after: the loss can be NaN for equal boxes (CIoU) and for non-finite predictions.
+    errors = elementwise_loss(loss, torch.where(positive[..., None], bboxes, targets), targets)
     return torch.where(positive, errors, 0)
 
 
 def iou_loss(bboxes: Tensor, targets: Tensor, mode: str, eps: float) -> Tensor:
-    """One less the IoU of paired boxes, or less its square, or minus its logarithm.
+    """IoU loss of paired boxes.
 
     Args:
-        bboxes: xyxy, (..., 4).
-        targets: In the same unit, (..., 4).
-        mode: ``'linear'``, ``'square'`` or ``'log'``.
-        eps: Least IoU.
+        bboxes: Boxes in xyxy format, (..., 4).
+        targets: Boxes in the same unit, (..., 4).
+        mode: ``'linear'`` (1 - IoU), ``'square'`` (1 - IoU^2) or ``'log'`` (-log IoU).
+        eps: Lower bound of the IoU.
 
     Returns:
         Shape (...).
@@ -89,12 +109,12 @@ def iou_loss(bboxes: Tensor, targets: Tensor, mode: str, eps: float) -> Tensor:
 
 
 def giou_loss(bboxes: Tensor, targets: Tensor, eps: float) -> Tensor:
-    """One less the generalized IoU of paired boxes (Rezatofighi et al. 2019, arXiv:1902.09630).
+    """GIoU loss of paired boxes: 1 - generalized IoU (Rezatofighi et al. 2019, arXiv:1902.09630).
 
     Args:
-        bboxes: xyxy, (..., 4).
-        targets: In the same unit, (..., 4).
-        eps: Least area.
+        bboxes: Boxes in xyxy format, (..., 4).
+        targets: Boxes in the same unit, (..., 4).
+        eps: Lower bound of areas in denominators.
 
     Returns:
         Shape (...), in [0, 2].
@@ -109,17 +129,28 @@ def giou_loss(bboxes: Tensor, targets: Tensor, eps: float) -> Tensor:
 
 
 def quality_focal_loss(logits: Tensor, scores: Tensor, beta: float) -> Tensor:
-    """Binary cross-entropy, scaled by how far a score is off (Li et al. 2020, arXiv:2006.04388, equation 5).
+    """Binary cross-entropy scaled by the error of the score (Li et al. 2020, arXiv:2006.04388, equation 5).
 
     Args:
         logits: Any shape.
-        scores: What their sigmoid should be, in [0, 1], the same shape; 0 for all classes but the label's.
-        beta: Exponent of the distance.
+        scores: Target scores in [0, 1], the same shape; 0 for all classes but that of the label.
+        beta: Exponent of the absolute error of the score.
+
+    Returns:
+        The same shape.
     """
     errors = F.binary_cross_entropy_with_logits(logits, scores, reduction='none')
     return errors * (scores - logits.sigmoid()).abs().pow(beta)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """1 for the class of each of ``labels`` (...), else 0: (..., num_classes), float32."""
+    """One-hot encode ``labels`` (...) as float32 (..., num_classes); labels out of range give all zeros.
+
+    Unlike ``torch.nn.functional.one_hot``, this never checks values on the host.
+
+    Example:
+        >>> one_hot(torch.tensor([1, 2]), 2)
+        tensor([[0., 1.],
+                [0., 0.]])
+    """
     return (labels[..., None] == torch.arange(num_classes, device=labels.device)).float()

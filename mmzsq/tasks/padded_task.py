@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detection loss of heads that take padded targets: new labels go into the tensors of the old ones.
+"""Detection task for heads that take padded targets, so that new labels can replace old ones in place.
 
-A captured CUDA graph reads its targets at fixed addresses in fixed shapes. With room to spare, corrected labels are
-written there and the graph goes on; capturing anew takes as long as many steps.
+A captured CUDA graph reads its targets at fixed addresses and in fixed shapes. If the padding leaves room, corrected
+labels are written into the same tensors and the graph stays valid. Capturing a graph again takes as long as many steps.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 from mmzsq.tasks.detection_task import DetectionTask, sum_losses
 
 PAD_MULTIPLE = 16
-"""Targets an image are padded to a multiple of this."""
+"""The number of targets per image is padded to a multiple of this."""
 
 
 def takes_padded_targets(detector: nn.Module) -> bool:
-    """Whether the loss of ``detector`` is that of its head's ``loss_by_targets``."""
+    """Return whether the head of ``detector`` computes its loss with ``loss_by_targets``."""
     return hasattr(getattr(detector, 'bbox_head', None), 'loss_by_targets')
 
 
 def _padded_length(instances: Sequence[InstanceData]) -> int:
-    """The least multiple of :data:`PAD_MULTIPLE` that has room for the targets of each image."""
+    """Return the smallest multiple of :data:`PAD_MULTIPLE` that fits the targets of every image."""
     return -(-max(len(image) for image in instances) // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 class TargetCapacity:
-    """How many targets an image are padded to: more are made room for until what reads them is fixed.
+    """Number of targets per image to pad to, which grows with the batches until a graph is captured.
 
     Attributes:
-        targets: That number, a multiple of :data:`PAD_MULTIPLE`.
+        targets: Current number of targets per image, a multiple of :data:`PAD_MULTIPLE`.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class TargetCapacity:
         """Pad the targets of a batch, as :func:`~mmzsq.models.padded_targets.pad_targets` does.
 
         Args:
-            instances: One entry an image; ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,).
-            fixed: Whether the number stays, and a batch that wants more gets a shape of its own.
+            instances: One entry per image with ``bboxes`` (n, 4) in xyxy pixels and ``labels`` (n,).
+            fixed: Whether the capacity must not grow. A batch that needs more is then padded to its own length.
         """
         wanted = max(self.targets, _padded_length(instances))
         if not fixed:
@@ -53,21 +53,21 @@ class TargetCapacity:
 
 
 class PaddedTargetsTask(DetectionTask):
-    """A detector whose ``bbox_head`` has ``loss_by_targets(maps, PaddedTargets)``; see :class:`DetectionTask`."""
+    """Task of a detector whose ``bbox_head`` has ``loss_by_targets(maps, PaddedTargets)``."""
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> PaddedTargets:  # type: ignore[override]
         """Pad labels to a common length, on the detector's device.
 
         Args:
-            labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
-            image_size: Not used.
+            labels: One entry per image with ``bboxes`` (n, 4) in xyxy pixels of the image and ``labels`` (n,).
+            image_size: Unused.
         """
         return pad_targets([instances.to(self.device) for instances in labels], _padded_length(labels))
 
     def update_samples(
         self, samples: PaddedTargets, labels: Sequence[InstanceData], image_size: tuple[int, int]
     ) -> bool:
-        """Write ``labels`` into ``samples`` if they have room; see :meth:`DetectionTask.update_samples`."""
+        """Write ``labels`` into ``samples`` if they fit; see :meth:`DetectionTask.update_samples`."""
         new = self.data_samples(labels, image_size)
         if new.labels.shape != samples.labels.shape:
             return False
@@ -76,6 +76,6 @@ class PaddedTargetsTask(DetectionTask):
         return True
 
     def loss(self, images: Tensor, samples: PaddedTargets) -> Tensor:  # type: ignore[override]
-        """Return the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
+        """Compute the detector's own training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar."""
         (maps,) = self.detector.bbox_head(self.detector.extract_feat(self.normalize(images)))
         return sum_losses(self.detector.bbox_head.loss_by_targets(maps, samples))

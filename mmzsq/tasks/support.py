@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a detector is made of exactly the parts, with the settings, that a batched loss computes."""
+"""Check whether a batched loss supports the components and settings of a detector."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 from torch import nn
 
 
-def unsupported_components(detector: nn.Module, parts: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
-    """Say, part by part, what keeps ``detector`` from being made of ``parts``.
+def unsupported_components(detector: nn.Module, components: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
+    """Yield one message per component whose class is not supported.
 
     Args:
         detector: Any module.
-        parts: The classes that the part of a dotted name may be of; a subclass may compute something else.
+        components: Allowed classes by dotted name. Subclasses are not allowed, because they may compute something else.
     """
-    for name, allowed in parts.items():
-        part = attribute(detector, name)
-        if type(part) not in allowed:
-            yield f'its {name} is {type(part).__name__}, not {" or ".join(cls.__name__ for cls in allowed)}'
+    for name, allowed in components.items():
+        component = nested_attribute(detector, name)
+        if type(component) not in allowed:
+            yield f'its {name} is {type(component).__name__}, not {" or ".join(cls.__name__ for cls in allowed)}'
 
 
 def unsupported_settings(detector: nn.Module, settings: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    """Say, setting by setting, what of ``detector`` has another value.
+    """Yield one message per setting whose value is not supported.
 
     Args:
         detector: Any module.
-        settings: The values that the setting of a dotted name may have.
+        settings: Allowed values by dotted name.
     """
     for name, allowed in settings.items():
-        value = attribute(detector, name)
+        value = nested_attribute(detector, name)
         if value not in allowed:
             yield f'its {name} is {value!r}, not {" or ".join(map(repr, allowed))}'
 
 
-def attribute(detector: nn.Module, name: str) -> Any:
-    """What a dotted ``name`` leads to; None where it leads nowhere."""
-    part: Any = detector
+def nested_attribute(detector: nn.Module, name: str) -> Any:
+    """Return the attribute with a dotted ``name``, or None if it does not exist."""
+    value: Any = detector
     for step in name.split('.'):
-        part = getattr(part, step, None)
-    return part
+        value = getattr(value, step, None)
+    return value

@@ -16,7 +16,7 @@ from mmzsq.errors import UserError
 
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[nn.Module]]:
-    """A model class of a package that is there only while a checkpoint is written."""
+    """A model class of a package that exists only while a checkpoint is written."""
     module = types.ModuleType('models.yolo')
 
     class Model(nn.Module):
@@ -38,7 +38,7 @@ def forget_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_pickle(path: Path, data: bytes) -> Path:
-    """Write ``data`` as the pickle of what looks like a checkpoint of torch."""
+    """Write a zip file in torch's checkpoint format with ``data`` as its pickle."""
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('archive/data.pkl', data)
         archive.writestr('archive/version', '3')
@@ -94,25 +94,25 @@ def attacks(mark: Path) -> dict[str, bytes]:
         'exec': pickle.dumps({'model': Attack(exec, code)}, 4),
         'system': b'cposix\nsystem\n(Vtouch ' + str(mark).encode() + b'\ntR.',
         'getattr': b'c__builtin__\ngetattr\n(cos\nsystem\nV__call__\ntR.',
-        # A dotted name that starts from an allowed one.
+        # A dotted name that starts with an allowed one.
         'dotted': b'\x80\x04\x8c\x05torch\x8c\x14hub.load_state_dict_\x93.',
         'instance': b'(Vtouch ' + str(mark).encode() + b'\niposix\nsystem\n.',
     }
 
 
 @pytest.mark.parametrize('kind', ['eval', 'exec', 'system', 'getattr', 'dotted', 'instance'])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(kind: str, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_rejected_and_runs_nothing(kind: str, tmp_path: Path) -> None:
     mark = tmp_path / 'mark'
     path = write_pickle(tmp_path / 'evil.pt', attacks(mark)[kind])
-    with pytest.raises(UserError, match='could run code, and is refused'):
+    with pytest.raises(UserError, match='could run code, so the file is rejected'):
         read_ultralytics(path)
     assert not mark.exists()
 
 
-def test_shells_run_nothing_of_the_classes_that_they_stand_for(tmp_path: Path) -> None:
-    # torch.nn is installed, but its modules are not made: Linear would refuse these arguments.
+def test_shells_run_no_code_of_the_original_class(tmp_path: Path) -> None:
+    # torch.nn is installed, but its modules are not built: Linear would reject these arguments.
     data = b'ctorch.nn.modules.linear\nLinear\n(Vno number\ntR.'
-    with pytest.raises(UserError, match='holds no dict'):
+    with pytest.raises(UserError, match='does not contain a dict'):
         read_ultralytics(write_pickle(tmp_path / 'a.pt', data))
 
 
@@ -120,11 +120,11 @@ def test_damaged_and_foreign_files_are_named(upstream: type[nn.Module], tmp_path
     torch.save({'model': upstream(), 'ema': None}, tmp_path / 'a.pt')
     content = (tmp_path / 'a.pt').read_bytes()
     (tmp_path / 'cut.pt').write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match='not the zip file'):
+    with pytest.raises(UserError, match='not a zip file'):
         read_ultralytics(tmp_path / 'cut.pt')
     with pytest.raises(UserError, match='is damaged'):
         read_ultralytics(write_pickle(tmp_path / 'half.pt', pickle.dumps({'a': [1, 2]})[:-4]))
-    with pytest.raises(UserError, match='no model object'):
+    with pytest.raises(UserError, match='does not contain a model object'):
         read_ultralytics(write_pickle(tmp_path / 'plain.pt', pickle.dumps({'a': 1})))
     with pytest.raises(UserError, match='does not exist'):
         read_ultralytics(tmp_path / 'missing.pt')

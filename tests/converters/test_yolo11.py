@@ -47,7 +47,7 @@ def test_converted_weights_compute_what_they_did(plain: Any, repo: Path) -> None
 
 
 @pytest.mark.parametrize('size', list(SIZES))
-def test_each_size_is_told_by_its_shapes(plain: Any, size: str) -> None:
+def test_each_size_is_identified_by_its_shapes(plain: Any, size: str) -> None:
     with torch.device('meta'):
         tensors = plain(*SIZES[size], classes=1).tensors()
     tensors = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in tensors.items()}
@@ -62,22 +62,22 @@ def test_every_name_and_shape_is_checked(plain: Any) -> None:
     ours = r'backbone.stage3.1.blocks.0.final_conv.conv.weight'
     with pytest.raises(UserError, match=f'missing {ours}'):
         convert_yolo11({key: tensor for key, tensor in tensors.items() if key != name})
-    with pytest.raises(UserError, match=r'left over model.24.weight'):
+    with pytest.raises(UserError, match=r'unexpected model.24.weight'):
         convert_yolo11({**tensors, 'model.24.weight': torch.zeros(1)})
     with pytest.raises(UserError, match=rf'{ours} has shape \(1,\)'):
         convert_yolo11({**tensors, name: torch.zeros(1)})
     with pytest.raises(UserError, match='YOLO11-n with batch norms .fused models cannot be converted'):
         convert_yolo11({key: tensor for key, tensor in tensors.items() if '.bn.' not in key})
-    with pytest.raises(UserError, match='no YOLO11 detector'):
+    with pytest.raises(UserError, match='not a YOLO11 detector'):
         convert_yolo11({'model.0.weight': torch.zeros(1)})
-    with pytest.raises(UserError, match='stem of 1 channels and 1 blocks'):
+    with pytest.raises(UserError, match='1 channels in the stem and 1 blocks in the first stage'):
         convert_yolo11({**tensors, 'model.0.conv.weight': torch.zeros(1, 3, 3, 3)})
 
 
-def test_other_distances_than_whole_cells_are_refused(plain: Any) -> None:
+def test_distances_other_than_whole_cells_are_rejected(plain: Any) -> None:
     tensors = plain(*SIZES['n'], classes=3).tensors()
     tensors['model.23.dfl.conv.weight'] = torch.arange(1, 17.0).view(1, 16, 1, 1)
-    with pytest.raises(UserError, match=r'left over model.23.dfl.conv.weight'):
+    with pytest.raises(UserError, match=r'unexpected model.23.dfl.conv.weight'):
         convert_yolo11(tensors)
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_is_converted_without_the_package(
 
 
 def upstream_model(tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A tree of modules that hold ``tensors``, of a package that is there only while a checkpoint is written."""
+    """A tree of modules that hold ``tensors``, of a package that exists only while a checkpoint is written."""
     module = types.ModuleType('ultralytics.nn.tasks')
 
     class DetectionModel(nn.Module):

@@ -43,7 +43,7 @@ def test_converted_weights_compute_what_they_did(plain, repo: Path) -> None:
 
 
 @pytest.mark.parametrize('size', list(SIZES))
-def test_each_size_is_told_by_its_shapes(plain, size: str) -> None:
+def test_each_size_is_identified_by_its_shapes(plain, size: str) -> None:
     depth, width = SIZES[size]
     with torch.device('meta'):
         tensors = plain.tensors(width, depth, classes=1)
@@ -62,7 +62,7 @@ def test_the_second_copy_of_the_anchors_is_dropped_only_if_it_agrees(plain) -> N
     tensors = plain.tensors()
     pixels = torch.tensor(plain.anchors, dtype=torch.float32).view(3, 1, 3, 1, 1, 2)
     convert_yolov5({**tensors, 'model.24.anchor_grid': pixels})
-    with pytest.raises(UserError, match='left over bbox_head.anchor_grid'):
+    with pytest.raises(UserError, match='unexpected bbox_head.anchor_grid'):
         convert_yolov5({**tensors, 'model.24.anchor_grid': pixels + 1})
 
 
@@ -72,15 +72,15 @@ def test_every_name_and_shape_is_checked(plain) -> None:
     missing = {key: tensor for key, tensor in tensors.items() if key != name}
     with pytest.raises(UserError, match=r'missing neck.top_down_middle.blocks.0.conv2.conv.weight'):
         convert_yolov5(missing)
-    with pytest.raises(UserError, match=r'left over model.25.weight'):
+    with pytest.raises(UserError, match=r'unexpected model.25.weight'):
         convert_yolov5({**tensors, 'model.25.weight': torch.zeros(1)})
     with pytest.raises(UserError, match=r'blocks.0.conv2.conv.weight has shape \(1,\)'):
         convert_yolov5({**tensors, name: torch.zeros(1)})
     with pytest.raises(UserError, match='fused models cannot be converted'):
         convert_yolov5({key: tensor for key, tensor in tensors.items() if '.bn.' not in key})
-    with pytest.raises(UserError, match=r'no YOLOv5 detector of v6\.0'):
+    with pytest.raises(UserError, match=r'not a YOLOv5 detector of v6\.0'):
         convert_yolov5({'model.0.weight': torch.zeros(1)})
-    with pytest.raises(UserError, match='stem of 1 channels'):
+    with pytest.raises(UserError, match='1 channels in the stem and 1 bottlenecks in the first stage'):
         convert_yolov5({**tensors, 'model.0.conv.weight': torch.zeros(1, 3, 6, 6)})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolutions of MMCV without its compiled operators compute what their papers define."""
+"""Deformable convolutions without MMCV's compiled operators follow the equations of their papers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GEOMETRIES = [
 
 
 def bilinear(plane: np.ndarray, y: float, x: float) -> float:
-    """The value between pixels of ``plane``, which is zero all around."""
+    """Interpolate ``plane``, which is zero outside its borders."""
     total = 0.0
     for row, column in product((floor(y), floor(y) + 1), (floor(x), floor(x) + 1)):
         if 0 <= row < plane.shape[0] and 0 <= column < plane.shape[1]:
@@ -41,7 +41,7 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def plain_deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, geometry: dict[str, Any]) -> np.ndarray:
-    """Equation 2 of Dai et al. and equation 1 of Zhu et al., one product at a time."""
+    """Compute equation 2 of Dai et al. and equation 1 of Zhu et al. in plain loops."""
     images, offsets, masks, filters = (value.numpy() for value in (x, offset, mask, weight))
     stride, padding, dilation = (pair(geometry[key]) for key in ('stride', 'padding', 'dilation'))
     groups, deform_groups = geometry['groups'], geometry['deform_groups']
@@ -59,7 +59,7 @@ def plain_deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, g
 
 
 def operands(geometry: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, offset, mask and weight, with offsets of up to some pixels."""
+    """Draw input, offset, mask and weight, with offsets of up to a few pixels."""
     x, weight = torch.randn(2, 4, 5, 6), torch.randn(2, 4 // geometry['groups'], 3, 2)
     size = [
         (x.shape[2 + axis] + 2 * pair(geometry['padding'])[axis] - pair(geometry['dilation'])[axis] * (kernel - 1) - 1)
@@ -73,7 +73,7 @@ def operands(geometry: dict[str, Any], dtype: torch.dtype = torch.float64) -> tu
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_both_versions_compute_the_sum_over_moved_taps(geometry: dict[str, Any]) -> None:
+def test_both_versions_equal_the_sum_over_offset_positions(geometry: dict[str, Any]) -> None:
     x, offset, mask, weight = operands(geometry)
     bias = torch.randn(2).double()
     arguments = geometry.values()
@@ -96,7 +96,7 @@ def test_gradients_of_all_operands_are_those_of_the_output(geometry: dict[str, A
 
 
 def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_shape() -> None:
-    """As the compiled operator indexes them: tap by tap, rows of the output's width behind one another."""
+    """The compiled operator indexes each kernel position with rows of the output's width."""
     geometry = GEOMETRIES[0]
     x, offset, mask, weight = operands(geometry)
     wide_offset, wide_mask = torch.randn(2, 12, 10, 11).double(), torch.rand(2, 6, 10, 11).double()
@@ -128,14 +128,14 @@ def test_16_bit_types_are_the_rounded_fp32_ones(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(('cls', 'factor'), [(DeformConv2dPack, 1.0), (ModulatedDeformConv2dPack, 0.5)])
-def test_layers_that_move_nothing_yet_are_convolutions(cls: type, factor: float) -> None:
-    """As they start: offsets are zero, and every mask is the sigmoid of zero."""
+def test_newly_initialized_layers_are_plain_convolutions(cls: type, factor: float) -> None:
+    """Initially, offsets are zero and every mask value is the sigmoid of zero."""
     layer, x = cls(3, 4, 3, padding=1, bias=False), torch.randn(2, 3, 6, 6)
     expected = factor * torch.nn.functional.conv2d(x, layer.weight, padding=1)
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_a_map_smaller_than_the_kernel_is_read_as_if_zeros_were_around_it() -> None:
+def test_a_map_smaller_than_the_kernel_is_zero_padded() -> None:
     layer, x = DeformConv2d(2, 2, 3, padding=1), torch.randn(1, 2, 1, 2)
     expected = torch.nn.functional.conv2d(x, layer.weight, padding=1)
     torch.testing.assert_close(layer(x, torch.zeros(1, 18, 1, 2)), expected)

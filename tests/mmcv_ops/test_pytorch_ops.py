@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of MMCV that are written in PyTorch here agree with plain algorithms and with MMCV's paths for the CPU."""
+"""MMCV operators written in PyTorch equal plain algorithms and MMCV's implementations for the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def overlap(first: np.ndarray, second: np.ndarray, offset: int = 0) -> float:
-    """IoU of two boxes."""
+    """Compute the IoU of two boxes."""
     low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:4], second[2:4])
     inside = np.prod(np.clip(high - low + offset, 0, None))
     areas = [np.prod(box[2:4] - box[:2] + offset) for box in (first, second)]
@@ -35,7 +35,7 @@ def random_boxes(count: int) -> Tensor:
 
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('method', ['naive', 'linear', 'gaussian'])
-def test_soft_nms_lowers_scores_as_its_paper_says(method: str, offset: int) -> None:
+def test_soft_nms_follows_its_paper(method: str, offset: int) -> None:
     boxes, scores = random_boxes(25), torch.rand(25)
     dets, kept = mmcv.ops.soft_nms(boxes, scores, 0.3, sigma=0.4, min_score=0.02, method=method, offset=offset)
     left = {i: float(score) for i, score in enumerate(scores)}
@@ -56,7 +56,7 @@ def test_soft_nms_lowers_scores_as_its_paper_says(method: str, offset: int) -> N
     assert len(expected) < 25 if method == 'naive' else not torch.equal(dets[:, 4], scores[kept])
 
 
-def test_nms_match_puts_each_box_to_the_best_that_suppresses_it() -> None:
+def test_nms_match_groups_boxes_by_the_best_box_that_suppresses_them() -> None:
     boxes, scores = random_boxes(30), torch.rand(30)
     groups = mmcv.ops.nms_match(torch.cat((boxes, scores[:, None]), 1), 0.3)
     order, expected = scores.argsort(descending=True).tolist(), []
@@ -71,7 +71,7 @@ def test_nms_match_puts_each_box_to_the_best_that_suppresses_it() -> None:
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-def test_the_focal_loss_of_a_gpu_is_that_of_mmdetection(weighted: bool) -> None:
+def test_the_focal_loss_for_gpus_equals_mmdetections(weighted: bool) -> None:
     logits, target = torch.randn(7, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 3, 3, 1, 0])
     weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) if weighted else None
     loss = mmcv.ops.sigmoid_focal_loss(logits, target, 1.5, 0.3, weight, 'none')
@@ -84,16 +84,16 @@ def test_the_focal_loss_of_a_gpu_is_that_of_mmdetection(weighted: bool) -> None:
     torch.testing.assert_close(grad, expected_grad)
 
 
-def test_deformable_attention_of_a_gpu_is_that_of_the_cpu() -> None:
+def test_deformable_attention_for_gpus_equals_that_for_the_cpu() -> None:
     shapes = torch.tensor([[4, 3], [2, 2]])
     starts = torch.tensor([0, 12])
     value = torch.randn(2, 16, 2, 4, requires_grad=True)
-    places, weights = torch.rand(2, 5, 2, 2, 3, 2, requires_grad=True), torch.rand(2, 5, 2, 2, 3, requires_grad=True)
-    out = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, places, weights, 64)
-    expected = multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
+    locations, weights = torch.rand(2, 5, 2, 2, 3, 2, requires_grad=True), torch.rand(2, 5, 2, 2, 3, requires_grad=True)
+    out = MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+    expected = multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
     torch.testing.assert_close(out, expected)
     upstream = torch.rand_like(out)
-    operands = (value, places, weights)
+    operands = (value, locations, weights)
     for grad, wanted in zip(
         torch.autograd.grad(out, operands, upstream),
         torch.autograd.grad(expected, operands, upstream),

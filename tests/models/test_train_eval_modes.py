@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector acts as in training for a loss of its own, and as in use to predict; what it knows stays."""
+"""Switching between train and eval mode changes the outputs of heads, but not BatchNorm and random dropping."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmzsq.errors import UserError
-from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
+from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode, single_process
 from mmzsq.tasks import DetectionTask
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -31,7 +32,7 @@ SIZE = (128, 128)
 
 @pytest.fixture
 def build(tiny_cfg: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A tiny detector of one of MMDetection's configs."""
+    """Function that builds a tiny detector from one of MMDetection's configs."""
 
     def build(path: str) -> Any:
         cfg = Config.fromfile(CONFIGS / path)
@@ -42,7 +43,7 @@ def build(tiny_cfg: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class Net(nn.Module):
-    """One of each kind, all in train mode but a frozen stage."""
+    """One module of each kind, all in train mode except a frozen stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ def modes(net: nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in net.named_modules()}
 
 
-def test_only_what_gathers_statistics_or_drops_keeps_its_mode() -> None:
+def test_batch_norm_and_random_modules_keep_their_mode() -> None:
     net = Net()
     before = modes(net)
     with eval_mode(net):
@@ -68,12 +69,20 @@ def test_only_what_gathers_statistics_or_drops_keeps_its_mode() -> None:
     assert modes(net) == before
     net.eval()
     with frozen_train_mode(net):
-        steady = {'stage.1', 'bn', 'drop', 'attention'}
-        assert {name for name, training in modes(net).items() if not training} == steady
+        excepted = {'stage.1', 'bn', 'drop', 'attention'}
+        assert {name for name, training in modes(net).items() if not training} == excepted
     assert not any(modes(net).values())
 
 
-def test_the_epoch_is_the_last_for_the_time_of_the_loss() -> None:
+def test_single_process_affects_only_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    with ThreadPoolExecutor(1) as other, single_process():
+        assert not torch.distributed.is_initialized()
+        assert other.submit(torch.distributed.is_initialized).result()
+    assert torch.distributed.is_initialized()
+
+
+def test_the_message_hub_reports_the_last_epoch_inside_the_block() -> None:
     hub = MessageHub.get_current_instance()
     hub.pop_info('epoch')
     seen: list[int] = []
@@ -103,7 +112,7 @@ LABELS = [
     ['fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py', 'vfnet/vfnet_r50_fpn_1x_coco.py'],
 )
 def test_the_loss_of_a_task_is_that_of_training(build: Callable[[str], Any], path: str) -> None:
-    """FCOS codes boxes otherwise in use, and VFNet returns fewer maps."""
+    """In eval mode, FCOS encodes boxes differently and VFNet returns fewer maps."""
     detector = build(path)
     task = DetectionTask(detector)
     images = torch.rand(2, 3, *SIZE)
@@ -120,7 +129,7 @@ def test_the_loss_of_a_task_is_that_of_training(build: Callable[[str], Any], pat
 
 
 def test_tood_is_past_its_first_epochs(build: Callable[[str], Any]) -> None:
-    """Its assigner and loss of classes are those of a trained detector, whatever epoch the student is in."""
+    """Its assigner and class loss are those of a fully trained detector, whatever the student's epoch."""
     detector = build('tood/tood_r50_fpn_1x_coco.py')
     task = DetectionTask(detector)
     assigned: list[Any] = []
@@ -130,7 +139,7 @@ def test_tood_is_past_its_first_epochs(build: Callable[[str], Any]) -> None:
     assert assigned
 
 
-def test_a_loss_that_wants_another_package_says_which(build: Callable[[str], Any]) -> None:
+def test_a_loss_that_needs_another_package_names_it(build: Callable[[str], Any]) -> None:
     detector = build('retinanet/retinanet_r50_fpn_1x_coco.py')
 
     def loss(*_: Any) -> None:

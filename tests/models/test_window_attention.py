@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of Swin's window attention is MMDetection's own attention with quantized products."""
+"""The quantized window attention of Swin equals MMDetection's attention, except for the quantized products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmzsq.quantization import QuantizationConfig, calibrating, prepare, set_qua
 
 @pytest.fixture
 def swin() -> nn.Module:
-    """Two stages with shifted windows; the relative position bias is not zero."""
+    """Two stages with shifted windows and a nonzero relative position bias."""
     model = SwinTransformer(
         embed_dims=8, depths=(2, 2), num_heads=(2, 4), window_size=4, strides=(4, 2), out_indices=(0, 1)
     )
@@ -28,7 +28,7 @@ def swin() -> nn.Module:
 
 @pytest.fixture
 def images() -> Tensor:
-    """Not a multiple of the window: padded and shifted."""
+    """Images whose size is not a multiple of the window, so that padding is needed."""
     return torch.randn(2, 3, 56, 40)
 
 
@@ -38,7 +38,7 @@ def _prepare(model: nn.Module, images: Tensor) -> None:
 
 
 def test_the_adapter_repeats_the_float_attention(swin: nn.Module, images: Tensor) -> None:
-    """Shifted windows with their mask, and gradients of bias and weights."""
+    """Includes shifted windows with their mask and the gradients of bias and weights."""
     expected = swin(images)
     sum(level.square().sum() for level in expected).backward()
     attention = swin.stages[0].blocks[1].attn.w_msa

@@ -19,7 +19,7 @@ from mmzsq.qat import paired_forward as module
 from mmzsq.qat.paired_forward import RegionPairedForward, build_paired_forward
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
 from mmzsq.synthesis.label_samplers import ellipse_masks
-from mmzsq.tasks.detection_task import data_samples, leave_semantics_out, sum_losses
+from mmzsq.tasks.detection_task import add_ignored_semantic_labels, data_samples, sum_losses
 
 SIZE = (64, 96)
 
@@ -127,7 +127,7 @@ def test_the_students_own_loss_matches_and_runs_the_trunk_once(pair: Any) -> Non
     """Of a detector with a semantic branch, for which no pixel has a label: that term is zero."""
     student, teacher = pair('htc_r18')
     inputs, samples = batch()
-    leave_semantics_out(student, samples)
+    add_ignored_semantic_labels(student, samples)
     calls: list[str] = []
     student.backbone.register_forward_hook(lambda *_: calls.append('backbone'))
     torch.manual_seed(1)

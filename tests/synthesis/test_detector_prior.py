@@ -22,7 +22,7 @@ from mmzsq.converters.yolov5 import convert_yolov5
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import AdaptiveLabelSampler, DetectorPriorSampler, LabelPrior
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.label_prior import label_prior
 
 SIZE = (320, 640)
@@ -152,7 +152,7 @@ def test_a_set_starts_from_what_the_weights_of_its_detector_tell(repo: Path) -> 
         outputs[:, 5:] = -9.0
         outputs[:, 5 + 41] = 2.0
     generator = CalibrationSetGenerator(
-        detection_task(detector),
+        build_detection_task(detector),
         dict(
             relabel=None, synthesize=dict(image_size=640, iterations=1), priors=[dict(type='mmzsq.BNStatisticsPrior')]
         ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors that learn instance masks, as synthesis sees them: MMDetection's own, made tiny."""
+"""The general task with tiny versions of MMDetection's detectors, most of them with instance masks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mmzsq.config.compose import has_masks
 from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import ellipse_masks, mask_boxes
-from mmzsq.tasks import DetectionTask, detection_task
-from mmzsq.tasks.detection_task import leave_semantics_out, needs_masks, sum_losses
+from mmzsq.tasks import DetectionTask, build_detection_task
+from mmzsq.tasks.detection_task import add_ignored_semantic_labels, needs_masks, sum_losses
 
 SIZE = (64, 96)
 CLASSES = 3
@@ -43,12 +43,12 @@ ONE_STAGE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     'rtmdet-ins': ('rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py', {'model.backbone.init_cfg': None}),
 }
-"""One-stage detectors of masks by name: MMDetection's config, and what makes it small."""
+"""MMDetection's config and the overrides that make it small, for one-stage detectors with masks, by name."""
 
 
 @pytest.fixture(scope='module')
 def tiny(tiny_cfg: Callable[[str], Any]) -> Callable[..., Any]:
-    """Config of a tiny detector of three classes by name; predictions above ``score_thr`` count, at most 20."""
+    """Function that returns the config of a tiny detector with three classes and at most 20 predictions."""
     configs = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
     def tiny(name: str, score_thr: float = 0.0) -> Any:
@@ -78,12 +78,12 @@ def _replace(cfg: Any, values: dict[str, Any]) -> None:
 
 @pytest.fixture
 def build(tiny: Callable[..., Any]) -> Callable[..., nn.Module]:
-    """A tiny detector with random weights, by name."""
+    """Function that builds a tiny detector with random weights by name."""
     return lambda name, **options: MODELS.build(tiny(name, **options))
 
 
 def labels() -> list[InstanceData]:
-    """Labels of two images, of two objects and one."""
+    """Return the labels of two images, with two objects and one object."""
     bboxes = torch.tensor([[5.0, 6.0, 40.0, 50.0], [30.0, 20.0, 90.0, 60.0]])
     both = InstanceData(bboxes=bboxes, labels=torch.tensor([0, 2]), masks=ellipse_masks(bboxes, SIZE))
     return [both, both[:1]]
@@ -93,14 +93,14 @@ def labels() -> list[InstanceData]:
     ('name', 'needed'),
     [('mask-rcnn_r18', True), ('condinst', True), ('solov2', True), ('rtmdet-ins', True), ('faster-rcnn_r18', False)],
 )
-def test_what_needs_masks_predicts_them_at_the_size_of_its_images(
+def test_a_detector_that_needs_masks_predicts_them_at_image_size(
     build: Any, tiny: Any, name: str, needed: bool
 ) -> None:
     detector = build(name)
-    # The config tells as much as the detector.
+    # Config and detector agree.
     assert needs_masks(detector) == has_masks(tiny(name)) == needed
     task = DetectionTask(detector)
-    # 60 x 90 is no multiple of most strides.
+    # 60 x 90 is not a multiple of most strides.
     for size in [SIZE] if name == 'solov2' else [SIZE, (60, 90)]:
         for found in task.predict(torch.rand(2, 3, *size)):
             assert set(found.keys()) == {'bboxes', 'scores', 'labels', *(['masks'] if needed else [])}
@@ -110,7 +110,7 @@ def test_what_needs_masks_predicts_them_at_the_size_of_its_images(
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'rtmdet-ins', 'solov2'])
-def test_an_image_without_detections_has_masks_of_its_size_too(build: Any, name: str) -> None:
+def test_an_image_without_detections_has_zero_masks_of_image_size(build: Any, name: str) -> None:
     task = DetectionTask(build(name, score_thr=0.999))
     for found in task.predict(torch.rand(2, 3, *SIZE)):
         assert len(found) == 0
@@ -119,14 +119,14 @@ def test_an_image_without_detections_has_masks_of_its_size_too(build: Any, name:
         assert found.bboxes.shape == (0, 4)
 
 
-def test_a_detector_without_boxes_gets_those_of_its_masks(build: Any) -> None:
+def test_boxes_of_a_detector_without_a_box_head_bound_its_masks(build: Any) -> None:
     [found] = DetectionTask(build('solov2')).predict(torch.rand(1, 3, *SIZE))
     assert len(found) > 0
     assert found.masks.any()
     torch.testing.assert_close(found.bboxes, mask_boxes(found.masks))
 
 
-def test_label_masks_become_what_mmdetection_loads_from_files(build: Any) -> None:
+def test_label_masks_become_bitmap_masks(build: Any) -> None:
     samples = DetectionTask(build('mask-rcnn_r18')).data_samples(labels(), SIZE)
     for sample, instances in zip(samples, labels(), strict=True):
         masks = sample.gt_instances.masks
@@ -136,7 +136,7 @@ def test_label_masks_become_what_mmdetection_loads_from_files(build: Any) -> Non
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'rtmdet-ins'])
-def test_the_loss_looks_at_masks_and_leaves_the_samples_for_the_next_step(build: Any, name: str) -> None:
+def test_the_loss_depends_on_masks_and_leaves_the_samples_unchanged(build: Any, name: str) -> None:
     detector = build(name)
     task = DetectionTask(detector)
     images = torch.rand(2, 3, *SIZE)
@@ -159,8 +159,8 @@ def test_the_loss_looks_at_masks_and_leaves_the_samples_for_the_next_step(build:
     assert mask_loss(task.data_samples(others, SIZE)) != pytest.approx(first, rel=1e-4)
 
 
-def test_the_loss_of_one_process_is_its_own(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This head averages the number of objects over processes, of which the other here has none."""
+def test_the_loss_does_not_depend_on_other_processes(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, this head averages the number of objects over all processes."""
     task = DetectionTask(build('condinst'))
     images, samples = torch.rand(2, 3, *SIZE), task.data_samples(labels(), SIZE)
     torch.manual_seed(1)
@@ -171,7 +171,7 @@ def test_the_loss_of_one_process_is_its_own(build: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.distributed, 'all_reduce', lambda *_, **__: exchanged.append(1))
     torch.manual_seed(1)
     assert torch.equal(task.loss(images, samples), alone) and not exchanged
-    # In training it is as MMDetection has it.
+    # Training still communicates.
     assert torch.distributed.is_initialized()
     with frozen_train_mode(task.detector):
         task.detector.loss(task.normalize(images), samples)
@@ -179,7 +179,7 @@ def test_the_loss_of_one_process_is_its_own(build: Any, monkeypatch: pytest.Monk
 
 
 class Sees(nn.Module):
-    """A mask detector that is sure of one object in each image, whatever its pixels."""
+    """A mask detector that predicts the same confident object in every image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Sees(nn.Module):
     def predict(self, inputs: torch.Tensor, samples: list[Any], rescale: bool) -> list[Any]:
         height, width = inputs.shape[2:]
         masks = torch.zeros(1, height, width, dtype=torch.bool)
-        # Half of its box: no ellipse.
+        # The left half of its box, which differs from an ellipse.
         masks[0, : height // 4, : width // 8] = True
         for sample in samples:
             sample.pred_instances = InstanceData(
@@ -213,7 +213,7 @@ SYNTHESIS = dict(
 )
 
 
-def test_start_boxes_get_ellipses_and_what_is_seen_comes_with_its_own_mask() -> None:
+def test_initial_boxes_get_ellipses_and_predictions_keep_their_masks() -> None:
     detector = Sees()
     sampler = dict(
         type='mmzsq.AdaptiveLabelSampler',
@@ -226,17 +226,17 @@ def test_start_boxes_get_ellipses_and_what_is_seen_comes_with_its_own_mask() -> 
     assert info['relabel']['added'] == 2
     for instances, seen in zip(found, detector.masks_seen, strict=True):
         assert instances.masks.shape == (2, 64, 128)
-        # The loss is shown the masks of the set.
+        # The loss gets the masks of the calibration set.
         assert torch.equal(seen, instances.masks)
         ellipse = ellipse_masks(instances.bboxes[:1], (64, 128))
         assert (ellipse ^ instances.masks[:1]).sum() < 0.05 * ellipse.sum()
         predicted = torch.zeros(64, 128, dtype=torch.bool)
         predicted[:16, :16] = True
-        # Interpolation rounds the corner.
+        # Interpolation changes pixels at the corner.
         assert (predicted ^ instances.masks[1]).sum() <= 3
 
 
-def test_masks_of_a_sampler_are_not_carried_along_for_a_detector_of_boxes(
+def test_masks_of_a_sampler_are_dropped_for_a_detector_without_masks(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = Sees()
@@ -259,8 +259,8 @@ def test_masks_of_a_sampler_are_not_carried_along_for_a_detector_of_boxes(
 
 
 def test_a_semantic_branch_without_labels_adds_nothing_to_the_loss(build: Any) -> None:
-    """Its other losses are as with the labels that MMDetection wants, all of them "ignore"."""
-    task = detection_task(build('htc_r18'))
+    """The other terms equal those with semantic labels that ignore every pixel."""
+    task = build_detection_task(build('htc_r18'))
     assert type(task) is DetectionTask
     assert 'semantic branch adds nothing' in str(task.note)
     samples = task.data_samples(labels(), SIZE)
@@ -277,10 +277,10 @@ def test_a_semantic_branch_without_labels_adds_nothing_to_the_loss(build: Any) -
     assert torch.autograd.grad(loss, images)[0].abs().sum() > 0
 
 
-def test_semantic_labels_that_are_there_stay(build: Any) -> None:
+def test_existing_semantic_labels_are_kept(build: Any) -> None:
     samples = DetectionTask(build('htc_r18')).data_samples(labels(), SIZE)
     known = torch.ones(1, *SIZE, dtype=torch.long)
     samples[0].gt_sem_seg = PixelData(sem_seg=known)
-    leave_semantics_out(build('htc_r18'), samples)
+    add_ignored_semantic_labels(build('htc_r18'), samples)
     assert samples[0].gt_sem_seg.sem_seg is known
     assert samples[1].gt_sem_seg.sem_seg.unique().tolist() == [255]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Padded targets are the detector's own loss, and new labels go where a captured step reads them."""
+"""The loss for padded targets is the detector's own, and new labels are written in place."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmzsq.synthesis.label_samplers import MultiBoxSampler
-from mmzsq.tasks import DetectionTask, detection_task
+from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.padded_task import PAD_MULTIPLE, PaddedTargetsTask
 
 SIZE = (64, 96)
@@ -23,7 +23,7 @@ def task(repo: Path) -> PaddedTargetsTask:
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model)
     detector.init_weights()
-    task = detection_task(detector)
+    task = build_detection_task(detector)
     assert type(task) is PaddedTargetsTask
     return task
 
@@ -39,7 +39,7 @@ def test_the_loss_is_the_detectors_own(task: PaddedTargetsTask) -> None:
     torch.testing.assert_close(task.loss(images, task.data_samples(wanted, SIZE)), expected)
 
 
-def test_new_labels_go_into_the_tensors_of_the_old(task: PaddedTargetsTask) -> None:
+def test_new_labels_are_written_in_place(task: PaddedTargetsTask) -> None:
     samples = task.data_samples(labels((4, 6), 0), SIZE)
     places = [tensor.data_ptr() for tensor in samples]
     new = labels((1, 3), 1)
@@ -49,7 +49,7 @@ def test_new_labels_go_into_the_tensors_of_the_old(task: PaddedTargetsTask) -> N
     torch.testing.assert_close(task.loss(images, samples), task.loss(images, task.data_samples(new, SIZE)))
 
 
-def test_labels_without_room_leave_the_old_as_they_are(task: PaddedTargetsTask) -> None:
+def test_labels_that_do_not_fit_leave_the_samples_unchanged(task: PaddedTargetsTask) -> None:
     samples = task.data_samples(labels((1, 3), 0), SIZE)
     before = [tensor.clone() for tensor in samples]
     assert not task.update_samples(samples, labels((PAD_MULTIPLE + 1, PAD_MULTIPLE + 1), 1), SIZE)
@@ -58,5 +58,5 @@ def test_labels_without_room_leave_the_old_as_they_are(task: PaddedTargetsTask) 
 
 def test_a_detector_without_such_a_head_takes_no_padded_targets(tiny_cfg: Callable[[str], Config]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
-    assert not isinstance(detection_task(detector), PaddedTargetsTask)
+    assert not isinstance(build_detection_task(detector), PaddedTargetsTask)
     assert not DetectionTask(detector).update_samples([], [], SIZE)

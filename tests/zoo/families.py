@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detectors that the zoo is checked on: MMDetection's own configs, and what makes each small enough for a test."""
+"""Detectors of the zoo test: MMDetection's configs and the overrides that make each small enough for a test."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of detector.
+    """A family of detectors.
 
     Attributes:
-        name: As its paper calls it.
-        config: One of its configs, below MMDetection's ``configs``.
+        name: Name in its paper.
+        config: Path of one of its configs below MMDetection's ``configs``.
         size: Side of the images in pixels.
-        shrink: What the channels are divided by; 1 where the config leaves some of them to defaults.
-        changes: More overrides.
-        needs: What a user has to set or install for it, for the table.
-        in_ci: Whether it is checked with every change, as one of a few that stand for the rest.
+        shrink: Divisor of the channels; 1 if the config does not set all of them.
+        changes: Further overrides.
+        needs: Settings or packages that a user needs for it, for the table.
+        in_ci: Whether it is one of the few families that are checked with every change.
     """
 
     name: str
@@ -86,8 +86,8 @@ TRANSFORMERS = (
     Family('DINO', 'dino/dino-4scale_r50_8xb2-12e_coco.py', shrink=1, changes=FEW_LAYERS),
     Family('DDQ', 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py', shrink=1, changes=FEW_LAYERS),
 )
-LEARNT_PROPOSALS = {'model.rpn_head.proposal_feature_channel': 64, 'model.rpn_head.num_proposals': 20}
-# As of a trained detector: MMDetection cannot paste masks on the CPU if every box lies outside of the image.
+LEARNED_PROPOSALS = {'model.rpn_head.proposal_feature_channel': 64, 'model.rpn_head.num_proposals': 20}
+# Small offsets, as a trained detector predicts: MMDetection cannot paste masks on the CPU if no box is in the image.
 SMALL_MOVES = {f'model.roi_head.bbox_head.{stage}.bbox_coder.target_stds': [0.02] * 4 for stage in range(6)}
 
 MULTI_STAGE = (
@@ -106,12 +106,12 @@ MULTI_STAGE = (
     Family(
         'PISA',
         'pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py',
-        # Its loss needs a negative in every image.
+        # Its loss needs a negative box in every image.
         changes={'model.train_cfg.rpn_proposal.max_per_img': 300},
     ),
     Family('Cascade RPN', 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py'),
-    Family('Sparse R-CNN', 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', changes=LEARNT_PROPOSALS),
-    Family('QueryInst', 'queryinst/queryinst_r50_fpn_1x_coco.py', changes=LEARNT_PROPOSALS | SMALL_MOVES),
+    Family('Sparse R-CNN', 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py', changes=LEARNED_PROPOSALS),
+    Family('QueryInst', 'queryinst/queryinst_r50_fpn_1x_coco.py', changes=LEARNED_PROPOSALS | SMALL_MOVES),
 )
 NO_WEIGHTS = {'model.backbone.init_cfg': None}
 BACKBONES = (
@@ -125,7 +125,7 @@ BACKBONES = (
         'efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py',
         size=128,
         shrink=1,
-        # Untrained, its features are so large that they would move every box out of the image.
+        # Without training, its features are so large that all boxes would leave the image.
         changes={
             'model.backbone.arch': 'b0',
             'model.neck.in_channels': [40, 112, 320],

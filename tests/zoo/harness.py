@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What "works" means for a detector: every stage of a zero-shot run on it, with tiny numbers, each checked.
+"""Run every stage of a zero-shot run on a detector, with tiny settings, and check each stage.
 
-:func:`check` takes any detector's config beside a zsq base and goes all the way: compose, quantize, synthesize,
-relabel, one training step, evaluation, a checkpoint. The stage that fails is named with its reason, and what would
-follow is left out. :func:`zoo_config` makes such a config of one of MMDetection's own, small enough for one CPU core.
+:func:`check` takes the config of any detector combined with a zsq base and runs all stages: compose, quantize,
+synthesize, relabel, one training step, evaluation and a checkpoint. If a stage fails, it is reported with the reason
+and the following stages are skipped. :func:`zoo_config` makes such a config from one of MMDetection's, small enough for
+one CPU core.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import fit_masks
 from mmzsq.synthesis.synthesizer import seeded
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import blank_samples, pixel_range, sum_losses, whole_image_samples
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 ZSQ_BASE = Path(__file__).resolve().parents[2] / 'configs/_base_/zsq_w4a8.py'
 
 CHANNEL_KEYS = ('channels', 'embed_dims', 'num_feats', 'num_ins')
-"""Endings of the names of settings that count channels; of what counts a part of them, as a width of groups, none."""
+"""Suffixes of settings that count channels. Settings that count a part of the channels (group widths) do not match."""
 
 MAX_PREDICTIONS = 20
 
 
 @dataclass
 class Result:
-    """What became of a detector.
+    """Result of a check.
 
     Attributes:
-        failed: Name of the stage that failed; None if all went well.
-        reason: Why, one line.
+        failed: Name of the stage that failed; None if all stages passed.
+        reason: Reason of the failure in one line.
         error: The exception.
         seconds: Wall time of all stages.
-        quantized: How many layers are.
-        floats: Name of each that is not, to its class and the reason.
-        silent: Names of quantized layers that learn nothing, since they see zeros alone.
+        quantized: Number of quantized layers.
+        floats: Class and reason of each layer that stays in floating point, by name.
+        silent: Names of quantized layers that get no gradient because their inputs are all zeros.
     """
 
     failed: str | None = None
@@ -70,16 +71,16 @@ class Result:
 
     @property
     def works(self) -> bool:
-        """Whether every stage went well."""
+        """Whether all stages passed."""
         return self.failed is None
 
 
 def check(cfg: Config, work_dir: Path | str) -> Result:
-    """Take a detector through all stages.
+    """Run all stages on a detector.
 
     Args:
-        cfg: Of the detector with a zsq section, such as :func:`zoo_config` makes; best with tiny numbers.
-        work_dir: An empty folder for teacher, calibration set and checkpoint.
+        cfg: Config of the detector with a zsq section, preferably with tiny settings as in :func:`zoo_config`.
+        work_dir: An empty folder for the teacher, the calibration set and the checkpoint.
     """
     result = Result()
     run = _Run(cfg, Path(work_dir), result)
@@ -98,13 +99,13 @@ def check(cfg: Config, work_dir: Path | str) -> Result:
 
 
 def zoo_config(path: str, size: int = 64, shrink: int = 4, changes: Mapping[str, Any] | None = None) -> Config:
-    """One of MMDetection's configs beside a zsq base, as small as it gets.
+    """Combine one of MMDetection's configs with a zsq base and make it as small as possible.
 
     Args:
-        path: Of the config, below MMDetection's ``configs``.
+        path: Path of the config below MMDetection's ``configs``.
         size: Side of the images in pixels.
-        shrink: What all channels of the detector are divided by.
-        changes: More overrides of the config, as ``--cfg-options`` takes them.
+        shrink: Divisor of all channels of the detector.
+        changes: Further overrides, as for ``--cfg-options``.
     """
     cfg = Config.fromfile(CONFIGS / path)
     base = Config.fromfile(ZSQ_BASE)
@@ -119,26 +120,26 @@ def zoo_config(path: str, size: int = 64, shrink: int = 4, changes: Mapping[str,
 
 
 def tiny_run(size: int) -> dict[str, Any]:
-    """Overrides for two images of ``size`` pixels in three iterations, without the search for the best first steps."""
+    """Return overrides for two images of ``size`` pixels in three iterations, without the search for initial steps."""
     return {
         'zsq.quantizer.weight': dict(init='lsq'),
         'zsq.quantizer.activation': dict(init='lsq'),
         'zsq.calibration_set': dict(num_images=2, batch_size=2),
-        # Whatever an untrained detector takes for an object.
+        # Low thresholds, so that an untrained detector finds objects.
         'zsq.label_sampler': dict(warmup=1, interval=1, score_thr=1e-6, area=(0.0, 1.0), add_iou=0.9),
         'zsq.synthesis.relabel': dict(image_size=size, iterations=2, batch_size=2),
         'zsq.synthesis.refine': None,
         'zsq.synthesis.synthesize': dict(image_size=size, iterations=3, batch_size=2, lr=0.002),
         'zsq.synthesis.cutout': None,
         'zsq.synthesis.precision': 'fp32',
-        # With the labels' masks, where there are any.
+        # The detection loss includes the masks of the labels, if there are any.
         'zsq.distillation.detection_weight': 1.0,
         'zsq.train': dict(batch_size=2, num_workers=0),
     }
 
 
 def small(model: dict[str, Any], shrink: int) -> dict[str, Any]:
-    """A detector's config with fewer channels, without pretrained weights, and with thresholds that let all through."""
+    """Return a detector's config with fewer channels, without pretrained weights, and with thresholds of 0."""
     backbone = model.get('backbone', {})
     if shrink > 1 and isinstance(backbone.get('depth'), int) and 'base_channels' not in backbone:
         backbone['base_channels'] = 64
@@ -164,7 +165,7 @@ def _small(value: Any, shrink: int, key: str = '') -> Any:
 
 
 class _Run:
-    """The stages, in order; each raises if it does not work."""
+    """The stages in order. Each raises an error if it fails."""
 
     def __init__(self, cfg: Config, work_dir: Path, result: Result) -> None:
         self.cfg = copy.deepcopy(cfg)
@@ -185,17 +186,17 @@ class _Run:
         self.model: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
         self.model.init_weights()
         listed = [layer.name for layer in self.model.report.layers if layer.quantized or layer.reason]
-        # The rows of a packed parameter's parts are named after the module that owns it.
+        # The report lists the parts of a packed parameter under the module that owns it.
         listed += [name.rpartition('.')[0] for name in listed if name.endswith('_projection')]
         left_out = [name for name in weights(teacher) if not _within(name, listed)]
-        expect(not left_out, f'weights that the report does not tell of: {enumerate_names(left_out)}')
+        expect(not left_out, f'weights that the report does not list: {enumerate_names(left_out)}')
         layers = self.model.report.layers
         self.result.quantized = sum(layer.quantized for layer in layers)
         self.result.floats = {layer.name: f'{layer.type}: {layer.reason}' for layer in layers if not layer.quantized}
 
     def synthesize(self) -> None:
         zsq = self.cfg.zsq.to_dict()
-        task = detection_task(self.model.load_teacher())
+        task = build_detection_task(self.model.load_teacher())
         batch_size, seed = zsq['calibration_set']['batch_size'], zsq['calibration_set']['seed']
         self.generator = CalibrationSetGenerator(task, zsq['synthesis'], zsq['label_sampler'], batch_size, seed)
         classes = self.classes or [f'class_{index}' for index in range(task.num_classes)]
@@ -241,7 +242,7 @@ class _Run:
         with torch.no_grad(), calibrating(self.model.student):
             self.model.student(inputs, samples, mode='tensor')
         self.model.train()
-        # The distillation alone has to reach every layer.
+        # The distillation losses alone must reach every layer.
         self.model.detection_weight = 0.0
         with seeing_zeros(self.model.student) as self.result.silent:
             losses = self.model(inputs, samples, mode='loss')
@@ -273,18 +274,20 @@ class _Run:
         path = self.work_dir / 'student.pth'
         torch.save({'state_dict': self.model.state_dict()}, path)
         loaded: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
-        # Not strict, as in a run: some detectors come to hold a module under two names while they learn.
+        # Not strict, as in a run: some detectors register a module under a second name during training.
         result = loaded.load_state_dict(torch.load(path, weights_only=True)['state_dict'], strict=False)
         expect(not result.missing_keys, f'the checkpoint lacks {enumerate_names(result.missing_keys)}')
         with torch.no_grad():
             expected, found = (
                 tensors(model.eval()(**copy.deepcopy(self.batch), mode='tensor')) for model in (self.model, loaded)
             )
-        expect(len(expected) > 0 and len(expected) == len(found), 'another number of outputs')
-        expect(all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), 'the loaded student says else')
+        expect(len(expected) > 0 and len(expected) == len(found), 'the number of outputs differs')
+        expect(
+            all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), 'the loaded student has other outputs'
+        )
 
     def objective(self, images: Tensor, labels: list[InstanceData]) -> tuple[float, Tensor]:
-        """What synthesis minimizes, by the same random numbers each time, and its gradient."""
+        """Return the objective of synthesis and its gradient, with the same random numbers in every call."""
         task, synthesizer = self.generator.task, self.generator.synthesizer
         images = images.clone().requires_grad_()
         samples = task.data_samples(labels, (images.shape[2], images.shape[3]))
@@ -305,7 +308,7 @@ class _Run:
 
 
 def as_if_trained(detector: nn.Module, size: int) -> None:
-    """Give an untrained detector weights without the zeros of a new one, and statistics of real activations."""
+    """Make an untrained detector similar to a trained one: nonzero weights and real activation statistics."""
     detector.init_weights()
     detector.eval()
     handles = []
@@ -325,26 +328,26 @@ def as_if_trained(detector: nn.Module, size: int) -> None:
 
 
 def noise_of_all_scales(size: int) -> Tensor:
-    """Images in [0, 1], (8, 3, size, size), two each of noise with so many grains a side."""
+    """Draw noise images in [0, 1], (8, 3, size, size): two for each of four grain sizes."""
     grains = (size, 16, 8, 4)
     images = [F.interpolate(torch.rand(2, 3, side, side), (size, size), mode='bilinear') for side in grains]
     return torch.cat(images)
 
 
 def remember_statistics(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-    """Let a BatchNorm layer take what it sees for all that there is."""
+    """Set the statistics of a BatchNorm layer to those of its current input."""
     layer.running_mean.copy_(args[0].mean((0, 2, 3)))
     layer.running_var.copy_(args[0].var((0, 2, 3), correction=0) + 1e-3)
 
 
 def weights(detector: nn.Module) -> list[str]:
-    """Names of the parameters of two dimensions or more."""
+    """Return the names of the parameters with two or more dimensions."""
     return [name for name, parameter in detector.named_parameters() if parameter.dim() >= 2]
 
 
 @contextmanager
 def seeing_zeros(student: nn.Module) -> Iterator[list[str]]:
-    """Inside the block, note the quantized layers whose input is all zeros, as the first queries of a decoder."""
+    """Record the quantized layers whose input is all zeros inside the block, such as the first queries of a decoder."""
     inputs: dict[str, bool] = {}
     handles = []
     for name, layer in quantized_layers(student):
@@ -363,11 +366,11 @@ def seeing_zeros(student: nn.Module) -> Iterator[list[str]]:
 
 
 def expect_gradients(model: ZeroShotDetector, silent: Iterable[str]) -> None:
-    """Raise unless every quantized weight and every step has a finite gradient that is not zero.
+    """Check that every quantized weight and every step has a finite, nonzero gradient.
 
     Args:
-        model: After a backward.
-        silent: Names of layers that need none.
+        model: The model after a backward pass.
+        silent: Names of layers that need no gradient.
     """
     floats = [layer.name for layer in model.report.layers if not layer.quantized] + list(silent)
     faults: dict[str, list[str]] = {}
@@ -384,7 +387,7 @@ def _within(name: str, listed: Iterable[str]) -> bool:
 
 
 def gradient_fault(parameter: Tensor) -> str | None:
-    """What is wrong with the gradient of a parameter; None if nothing is."""
+    """Describe the fault in the gradient of a parameter; None if there is none."""
     if parameter.grad is None:
         return 'no gradient'
     if not torch.isfinite(parameter.grad).all():
@@ -393,7 +396,7 @@ def gradient_fault(parameter: Tensor) -> str | None:
 
 
 def tensors(nest: Any) -> list[Tensor]:
-    """All tensors of a nest of mappings, sequences and objects."""
+    """Return all tensors in nested mappings, sequences and instance data."""
     if isinstance(nest, Tensor):
         return [nest]
     if isinstance(nest, Mapping):
@@ -406,13 +409,13 @@ def tensors(nest: Any) -> list[Tensor]:
 
 
 def enumerate_names(names: Iterable[str]) -> str:
-    """The first few names and how many there are."""
+    """List the first four names and the number of the remaining ones."""
     names = list(names)
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     return ', '.join(names[:4]) + more
 
 
 def expect(condition: bool, fault: str) -> None:
-    """Raise, saying the ``fault``, unless the ``condition`` holds."""
+    """Raise an AssertionError with the message ``fault`` unless ``condition`` holds."""
     if not condition:
         raise AssertionError(fault)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors of MMDetection's zoo go all the way, by their configs alone; ``make test-zoo`` checks all of them."""
+"""Detectors of MMDetection's zoo pass all stages with only their configs. ``make test-zoo`` checks all of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_a_detector_of_the_zoo_works(family: Family, tmp_path: Path) -> None:
         raise AssertionError(f'{result.failed}: {result.reason}') from result.error
 
 
-def test_a_stage_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
-    """RetinaNet without BatchNorm has nothing to tell synthesis of images; the stages before it went well."""
+def test_a_failing_stage_is_named_with_its_reason(tmp_path: Path) -> None:
+    """RetinaNet without BatchNorm has no feature prior for synthesis, but passes the stages before it."""
     changes = {
         'model.backbone.depth': 18,
         'model.neck.in_channels': [16, 32, 64, 128],

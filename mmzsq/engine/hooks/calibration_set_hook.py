@@ -22,7 +22,7 @@ from mmzsq.errors import UserError
 from mmzsq.qat.teacher import digest
 from mmzsq.registry import HOOKS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
-from mmzsq.tasks import DetectionTask, detection_task
+from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 
@@ -79,7 +79,7 @@ class CalibrationSetHook(Hook):
                 image size does not suit it.
         """
         detector = runner.detector
-        task = detection_task(detector.load_teacher())
+        task = build_detection_task(detector.load_teacher())
         generator = CalibrationSetGenerator(task, self.synthesis, self.label_sampler, self.batch_size, self.seed)
         calibration_set = CalibrationSet.open(
             self.root,

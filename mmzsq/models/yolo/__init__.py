@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and post-processing that the YOLO families share."""
+"""Layers and post-processing shared by YOLOv5 and YOLO11."""

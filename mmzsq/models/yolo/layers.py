@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of YOLOv5 share: layer settings, the rules that scale them, and SPPF.
+"""Layer settings, scaling rules and the SPPF block of YOLOv5 and YOLO11.
 
-A YOLOv5 size is two numbers: ``widen_factor`` scales every width given here for size l,
-``deepen_factor`` every count of bottlenecks. The C3 block is MMDetection's
+The size of a YOLOv5 model is given by two numbers: ``widen_factor`` scales all widths and ``deepen_factor`` all numbers
+of bottlenecks. The values in the code are those of size l. The C3 block is MMDetection's
 :class:`~mmdet.models.layers.CSPLayer`.
 """
 
@@ -16,22 +16,32 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 NORM_CFG: dict[str, Any] = dict(type='BN', eps=1e-3, momentum=0.03)
-# Not in place: whoever taps the batch norm's output must find it as it was.
+# Not in place, because distillation and priors read the output of the batch norm before the activation.
 ACT_CFG: dict[str, Any] = dict(type='SiLU', inplace=False)
 
 
 def scale_width(channels: int, widen_factor: float) -> int:
-    """Return ``channels`` of size l scaled, rounded up to a multiple of 8."""
+    """Scale the ``channels`` of size l and round up to a multiple of 8.
+
+    Example:
+        >>> scale_width(64, 0.25), scale_width(100, 0.5)
+        (16, 56)
+    """
     return math.ceil(channels * widen_factor / 8) * 8
 
 
 def scale_depth(blocks: int, deepen_factor: float) -> int:
-    """Return the number of ``blocks`` of size l scaled, at least 1."""
+    """Scale the number of ``blocks`` of size l and round it, to at least 1.
+
+    Example:
+        >>> scale_depth(9, 0.33), scale_depth(1, 0.33)
+        (3, 1)
+    """
     return max(round(blocks * deepen_factor), 1)
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling by three chained poolings of 5x5, which see 5, 9 and 13 cells.
+    """Spatial pyramid pooling with three chained 5x5 max poolings, whose receptive fields are 5, 9 and 13 cells.
 
     Args:
         in_channels: Channels of the input.

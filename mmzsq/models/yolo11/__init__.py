@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO11: backbone, neck, head, task-aligned assignment, loss and weights."""
+"""YOLO11: backbone, neck, head, task-aligned label assignment and loss."""
 
 from mmzsq.models.yolo11.attention import QuantSpatialAttention
 from mmzsq.models.yolo11.backbone import YOLO11CSPDarknet

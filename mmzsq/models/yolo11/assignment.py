@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which places of YOLO11 answer for which target: task-aligned assignment, for a whole batch at once.
+"""Task-aligned label assignment of YOLO11 for a whole batch (TOOD, Feng et al. 2021, arXiv:2108.07755).
 
-Feng et al. 2021, arXiv:2108.07755, with the exponents and the rule for contested places that the released weights were
-trained by. A place whose center lies inside a target is judged by its score for the target's class and by its box, and
-the best answer for the target. All pairs of targets and places are kept, with masks, so that shapes depend on nothing
-but the padded length and no step waits for the device.
+The exponents and the rule for contested locations are those with which the released weights were trained. Each location
+whose center lies inside a target gets an alignment: a combination of its score for the target's class and the IoU of
+its box. The best-aligned locations are assigned to the target. All pairs of targets and locations are kept, with masks,
+so that shapes depend only on the padded length and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ EPS = 1e-9
 
 
 class Assignment(NamedTuple):
-    """What each of P places answers for.
+    """Assignment of P locations in each of N images.
 
     Attributes:
-        target: Index of the target, shape (N, P), long; 0 for background.
-        score: What the score for the class of the target should be, in [0, 1], shape (N, P); 0 for background.
+        target: Index of the assigned target, shape (N, P), long; 0 for background.
+        score: Target score for the class of the assigned target, in [0, 1], shape (N, P); 0 for background.
     """
 
     target: Tensor
@@ -42,18 +42,18 @@ def assign_targets(
     alpha: float,
     beta: float,
 ) -> Assignment:
-    """Assign targets to places.
+    """Assign targets to locations.
 
-    A target is answered for by the ``topk`` places inside it of the greatest alignment, score^alpha * CIoU^beta. A
-    place that would answer for several answers for the one that its box overlaps most. Its score is to be its
-    alignment, scaled so that the greatest of a target is the greatest CIoU of that target.
+    Each target is assigned to the ``topk`` locations inside it with the highest alignment, score^alpha * CIoU^beta. A
+    location that qualifies for several targets gets the one that its box overlaps most. The target score is the
+    alignment, rescaled such that its maximum over the locations of a target equals their maximum CIoU.
 
     Args:
-        bboxes: Predicted boxes, xyxy in pixels of the network's input, shape (N, P, 4).
-        scores: Predicted scores of each class, in [0, 1], shape (N, P, C).
-        points: Center of each place, x and y in the same pixels, shape (P, 2).
-        targets: The targets of the batch, M an image, at least 1.
-        topk: Most places of a target; of equal alignment, all.
+        bboxes: Predicted boxes in xyxy pixels of the network's input, shape (N, P, 4).
+        scores: Predicted class scores in [0, 1], shape (N, P, C).
+        points: Center x and y of each location in the same pixels, shape (P, 2).
+        targets: Targets of the batch, padded to M >= 1 per image.
+        topk: Maximum number of locations per target; ties in alignment are all included.
         alpha: Exponent of the score.
         beta: Exponent of the CIoU.
     """
@@ -65,11 +65,11 @@ def assign_targets(
     alignment = scores[image, :, targets.labels] ** alpha * overlap**beta
 
     least = alignment.topk(min(topk, len(points))).values[..., -1:]
-    answers = (alignment >= least) & (alignment > 0)
-    contested = answers.sum(1, keepdim=True) > 1
+    assigned = (alignment >= least) & (alignment > 0)
+    contested = assigned.sum(1, keepdim=True) > 1
     index = torch.arange(length, device=points.device)[:, None]
-    answers = torch.where(contested, overlap.argmax(1, keepdim=True) == index, answers)
+    assigned = torch.where(contested, overlap.argmax(1, keepdim=True) == index, assigned)
 
-    alignment, overlap = alignment * answers, overlap * answers
+    alignment, overlap = alignment * assigned, overlap * assigned
     scale = overlap.amax(2, keepdim=True) / (alignment.amax(2, keepdim=True) + EPS)
-    return Assignment(answers.int().argmax(1), (alignment * scale).amax(1))
+    return Assignment(assigned.int().argmax(1), (alignment * scale).amax(1))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO11's attention with quantized products: the adapter of :class:`~mmzsq.models.yolo11.layers.SpatialAttention`.
+"""Attention of YOLO11 with quantized matrix products, used by ``zsq.quantizer.attention``.
 
-Its convolutions are quantized like any others; this is for ``zsq.quantizer.attention``. Softmax stays float.
+This adapts :class:`~mmzsq.models.yolo11.layers.SpatialAttention`. Its convolutions are quantized like any others. The
+softmax stays in floating point.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mmzsq.quantization import QuantizedAttention, register_quantized_attention
 
 @register_quantized_attention(SpatialAttention)
 class QuantSpatialAttention(QuantizedAttention, SpatialAttention):
-    """Attention over a map whose queries, keys, values and probabilities are quantized."""
+    """Spatial attention whose queries, keys, values and probabilities are quantized."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone of YOLO11: a stem, four stages of a strided convolution and a C3k2 block each, then SPPF and C2PSA."""
+"""Backbone of YOLO11: a stem, four stages with a strided convolution and a C3k2 block, then SPPF and C2PSA."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class YOLO11CSPDarknet(BaseModule):
     Args:
         deepen_factor: Scales the number of blocks of each stage.
         widen_factor: Scales the channels of each stage.
-        max_channels: Limit of the channels before they are scaled.
-        c3k_everywhere: Whether the blocks of the first two stages, too, are C3k instead of bottlenecks.
+        max_channels: Upper limit of the channels before scaling.
+        c3k_everywhere: Whether the first two stages also use C3k blocks instead of bottlenecks.
         norm_cfg: Normalization of every convolution.
-        act_cfg: Activation of every convolution that has one.
+        act_cfg: Activation of every convolution that is followed by one.
         init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
     """
 

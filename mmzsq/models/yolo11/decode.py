@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How YOLO11's raw outputs describe a box: four distributions of distances (Li et al. 2020, arXiv:2006.04388).
+"""Box decoding of YOLO11 from four distance distributions (Li et al. 2020, arXiv:2006.04388).
 
-A place predicts how far the sides of the box are from its center, each as a distribution over 0, 1, ... cells.
+Each location predicts the distances from its center to the four sides of the box. Each distance is a distribution over
+0, 1, ... cells.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor
 
 
 class RawOutputs(NamedTuple):
-    """The raw outputs of P places (scale, row, column; the last is fastest), in float32, and where the places are.
+    """Raw outputs of P locations in float32, and the positions of these locations.
+
+    Locations are ordered by scale, row and column; the last varies fastest.
 
     Attributes:
-        distances: Logits of the distances left, top, right and bottom, shape (N, P, 4, R).
-        classes: Logits of the classes, shape (N, P, C).
-        points: Center of each place, x and y in pixels of the network's input, shape (P, 2).
-        strides: Pixels between places of the same scale, shape (P, 1).
+        distances: Logits of the left, top, right and bottom distances, shape (N, P, 4, R).
+        classes: Class logits, shape (N, P, C).
+        points: Center x and y of each location in pixels of the network's input, shape (P, 2).
+        strides: Stride of each location's scale in pixels, shape (P, 1).
     """
 
     distances: Tensor
@@ -32,12 +35,12 @@ class RawOutputs(NamedTuple):
 
 
 def split_maps(maps: Sequence[Tensor], generator: MlvlPointGenerator, reg_max: int) -> RawOutputs:
-    """Line up the maps of all scales.
+    """Concatenate the maps of all scales and split them into distances and classes.
 
     Args:
         maps: Raw outputs of each scale, shape (N, 4*R+C, H, W).
-        generator: Makes the places of each scale.
-        reg_max: R, the number of distances.
+        generator: Generates the locations of each scale.
+        reg_max: Number of distance bins R.
     """
     sizes = [scale_map.shape[-2:] for scale_map in maps]
     priors = torch.cat(generator.grid_priors(sizes, device=maps[0].device, with_stride=True))
@@ -47,12 +50,15 @@ def split_maps(maps: Sequence[Tensor], generator: MlvlPointGenerator, reg_max: i
 
 
 def decode_bboxes(outputs: RawOutputs) -> Tensor:
-    """Turn distributions into boxes by their means.
+    """Decode the means of the distance distributions to boxes.
+
+    Args:
+        outputs: Raw outputs of all locations.
 
     Returns:
-        Boxes, xyxy in pixels of the network's input, shape (N, P, 4), not clipped.
+        Boxes in xyxy pixels of the network's input, shape (N, P, 4), not clipped.
     """
     cells = torch.arange(outputs.distances.shape[-1], device=outputs.distances.device)
-    # No matrix product: under autocast it would round pixels to 16 bits.
+    # A sum instead of a matrix product, which autocast would compute in 16 bits.
     means = (outputs.distances.softmax(-1) * cells).sum(-1)
     return distance2bbox(outputs.points, means * outputs.strides)

@@ -10,8 +10,8 @@ from mmzsq.registry import MODELS
 
 @MODELS.register_module()
 class YOLO11(SingleStageDetector):
-    """YOLO11CSPDarknet, YOLO11PAFPN and YOLO11Head.
+    """YOLO11 with ``YOLO11CSPDarknet``, ``YOLO11PAFPN`` and ``YOLO11Head``.
 
-    Takes RGB images in [0, 1], letterboxed. Arguments are those of
+    It takes letterboxed RGB images in [0, 1]. The arguments are those of
     :class:`~mmdet.models.detectors.SingleStageDetector`.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of YOLO11: convolutions of their own for boxes and for classes, its loss and its detections."""
+"""Head of YOLO11: separate convolutions for boxes and classes, the loss and the detections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmzsq.errors import UserError, check_keys
 from mmzsq.models.padded_head import PaddedTargetsHead
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG
-from mmzsq.models.yolo.selection import Selection
+from mmzsq.models.yolo.post_processing import PostProcessor
 from mmzsq.models.yolo11.decode import decode_bboxes, split_maps
 from mmzsq.models.yolo11.layers import scale_widths
 from mmzsq.models.yolo11.loss import yolo11_loss
@@ -27,29 +27,29 @@ from mmzsq.registry import MODELS
 
 @MODELS.register_module()
 class YOLO11Head(PaddedTargetsHead):
-    """Predicts, for each cell, the distances of four sides as distributions, and a logit for each class.
+    """Predict distance distributions of the four box sides and class logits for each cell.
 
     Args:
         num_classes: Number of classes C.
         widen_factor: Scales ``in_channels``.
-        max_channels: Limit of ``in_channels`` before they are scaled.
-        in_channels: Channels of each scale at size l without its limit.
-        strides: Pixels between cells, for each scale.
-        reg_max: R, the number of distances, in cells from 0.
+        max_channels: Upper limit of ``in_channels`` before scaling.
+        in_channels: Channels of each scale in size l without the limit.
+        strides: Stride of each scale in pixels.
+        reg_max: Number of distance bins R: 0, 1, ..., R - 1 cells.
         bbox_weight: Weight of the box term.
         cls_weight: Weight of the class term.
         dfl_weight: Weight of the distance term.
-        topk: Most cells that answer for a target.
-        alpha: Exponent of the score in the alignment of a cell with a target.
-        beta: Exponent of the CIoU in it.
-        norm_cfg: Normalization of every convolution but the last.
-        act_cfg: Activation of every convolution but the last.
-        train_cfg: Not used; MMDetection passes it.
-        test_cfg: The arguments of :class:`~mmzsq.models.yolo.selection.Selection`.
-        init_cfg: Initialization besides that of the last biases.
+        topk: Maximum number of cells that a target is assigned to.
+        alpha: Exponent of the score in the alignment.
+        beta: Exponent of the CIoU in the alignment.
+        norm_cfg: Normalization of every convolution except the last ones.
+        act_cfg: Activation of every convolution except the last ones.
+        train_cfg: Unused; passed by MMDetection.
+        test_cfg: Arguments of :class:`~mmzsq.models.yolo.post_processing.PostProcessor`.
+        init_cfg: Initialization of everything except the last biases.
 
     Raises:
-        UserError: If ``strides`` and ``in_channels`` are not of one length, or ``reg_max`` or ``topk`` is too small.
+        UserError: If ``strides`` and ``in_channels`` differ in length, or ``reg_max`` or ``topk`` is too small.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class YOLO11Head(PaddedTargetsHead):
         super().__init__(init_cfg=init_cfg)
         if len(strides) != len(in_channels):
             raise UserError(
-                f'YOLO11Head needs one entry a scale in strides and in_channels, but got {len(strides)} and '
-                f'{len(in_channels)}'
+                f'YOLO11Head needs one entry per scale in strides and in_channels, but got {len(strides)} and '
+                f'{len(in_channels)} entries'
             )
         for name, value, least in (('reg_max', reg_max, 2), ('topk', topk, 1)):
             if value < least:
@@ -89,8 +89,8 @@ class YOLO11Head(PaddedTargetsHead):
         self.dfl_weight = dfl_weight
         self.topk, self.alpha, self.beta = topk, alpha, beta
         test_cfg = test_cfg or {}
-        check_keys(test_cfg, (field.name for field in fields(Selection)), 'test_cfg')
-        self.selection = Selection(**test_cfg)
+        check_keys(test_cfg, (field.name for field in fields(PostProcessor)), 'test_cfg')
+        self.post_processor = PostProcessor(**test_cfg)
         self.points = MlvlPointGenerator(strides)
         cfg = dict(padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
         widths = scale_widths(tuple(in_channels), widen_factor, max_channels)
@@ -114,7 +114,7 @@ class YOLO11Head(PaddedTargetsHead):
         )
 
     def init_weights(self) -> None:
-        """Start from equal logits of the distances, and from about 5 objects in 640x640 pixels."""
+        """Initialize the last biases to equal distance logits and to about 5 objects in 640x640 pixels."""
         super().init_weights()
         for box_convs, cls_convs, stride in zip(self.box_convs, self.cls_convs, self.strides, strict=True):
             box_convs.get_parameter('2.bias').data.fill_(1.0)
@@ -127,8 +127,8 @@ class YOLO11Head(PaddedTargetsHead):
             feats: Features of each scale, shape (N, C_in, H, W).
 
         Returns:
-            A tuple of one list: per scale (N, 4*R+C, H, W), the distances left, top, right and bottom with R logits
-            each, then the classes.
+            A tuple with one list: one map (N, 4*R+C, H, W) per scale. Its channels are R logits each for the left, top,
+            right and bottom distance, then the classes.
         """
         return (
             [
@@ -138,14 +138,14 @@ class YOLO11Head(PaddedTargetsHead):
         )
 
     def loss_by_targets(self, maps: Sequence[Tensor], targets: PaddedTargets) -> dict[str, Tensor]:
-        """Compute the loss of raw outputs for padded targets: fixed shapes, no wait for the device.
+        """Compute the loss of raw outputs for padded targets, with fixed shapes and without synchronization.
 
         Args:
-            maps: Raw outputs as :meth:`forward` lists them.
-            targets: The targets of the batch.
+            maps: Raw outputs in the order of :meth:`forward`.
+            targets: Targets of the batch.
 
         Returns:
-            ``loss_cls``, ``loss_bbox`` and ``loss_dfl``, weighted scalars; the same for a batch repeated.
+            ``loss_cls``, ``loss_bbox`` and ``loss_dfl``: weighted scalars that do not grow with the batch size.
         """
         outputs = split_maps(maps, self.points, self.reg_max)
         bbox, cls, dfl = yolo11_loss(outputs, targets, self.topk, self.alpha, self.beta)
@@ -156,16 +156,16 @@ class YOLO11Head(PaddedTargetsHead):
         )
 
     def dense_predictions(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode every cell. Differentiable; in float32 whatever the maps are.
+        """Decode every cell. Differentiable; computed in float32 for any dtype of the maps.
 
-        YOLO11 has no objectness. That there is an object is as sure as the likeliest class: its logit stands for it.
+        YOLO11 has no objectness. The largest class logit of each cell is returned in its place.
 
         Args:
-            maps: Raw outputs as :meth:`forward` lists them.
+            maps: Raw outputs in the order of :meth:`forward`.
 
         Returns:
-            Over P places (scale, row, column; the last is fastest): boxes (N, P, 4) xyxy in pixels of the network's
-            input, not clipped; objectness logits (N, P); class logits (N, P, C).
+            Boxes (N, P, 4) in xyxy pixels of the network's input, not clipped, objectness logits (N, P) and class
+            logits (N, P, C). The P locations are ordered by scale, row and column; the last varies fastest.
         """
         outputs = split_maps(maps, self.points, self.reg_max)
         return decode_bboxes(outputs), outputs.classes.amax(-1), outputs.classes
@@ -176,17 +176,18 @@ class YOLO11Head(PaddedTargetsHead):
         batch_img_metas: Sequence[dict[str, Any]],
         rescale: bool = False,
     ) -> list[InstanceData]:
-        """Turn raw outputs into detections; a score is the probability of a class.
+        """Compute detections from raw outputs. The score is the class probability.
 
         Args:
-            maps: Raw outputs as :meth:`forward` lists them.
-            batch_img_metas: Of each image ``img_shape``; to rescale also ``ori_shape``, ``scale_factor`` and, when it
-                was letterboxed, ``pad_param``.
-            rescale: Whether boxes refer to the original image instead of the network's input.
+            maps: Raw outputs in the order of :meth:`forward`.
+            batch_img_metas: Metadata of each image: ``img_shape``, and for ``rescale`` also ``ori_shape``,
+                ``scale_factor`` and, for letterboxed images, ``pad_param``.
+            rescale: Whether to return boxes in pixels of the original image instead of the network's input.
 
         Returns:
-            Per image ``bboxes`` (n, 4) xyxy in pixels, ``scores`` (n,) and ``labels`` (n,), best first.
+            Per image, ``bboxes`` (n, 4) in xyxy pixels, ``scores`` (n,) and ``labels`` (n,), sorted by descending
+            score.
         """
         bboxes, _, cls_logits = self.dense_predictions(maps)
         certain = cls_logits.new_ones(cls_logits.shape[:2])
-        return self.selection.select_batch(bboxes, certain, cls_logits.sigmoid(), batch_img_metas, rescale)
+        return self.post_processor.process_batch(bboxes, certain, cls_logits.sigmoid(), batch_img_metas, rescale)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of YOLO11: C3k2, which joins the outputs of all its parts, and C2PSA, which attends.
+"""Blocks of YOLO11: C3k2, which concatenates the outputs of all its blocks, and C2PSA, which uses attention.
 
-A YOLO11 size is ``deepen_factor`` and ``widen_factor`` as in YOLOv5, the most channels that a width has before it is
-scaled, and whether every C3k2 is made of C3k blocks.
+The size of a YOLO11 model is given by ``deepen_factor`` and ``widen_factor`` as in YOLOv5, an upper limit of the
+channels before scaling, and whether all C3k2 consist of C3k blocks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ from torch import Tensor, nn
 from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_width
 
 HEAD_CHANNELS = 64
-"""Channels of one head of attention."""
+"""Channels per attention head."""
 
 
 def scale_widths(widths: tuple[int, ...], widen_factor: float, max_channels: int) -> list[int]:
-    """Return ``widths`` of size l without its limit, limited to ``max_channels`` and then scaled."""
+    """Limit ``widths`` to ``max_channels`` and scale them.
+
+    Args:
+        widths: Channels in size l without the limit.
+        widen_factor: Scale factor.
+        max_channels: Upper limit before scaling.
+
+    Example:
+        >>> scale_widths((256, 1024), 0.5, 512)
+        [128, 256]
+    """
     return [scale_width(min(width, max_channels), widen_factor) for width in widths]
 
 
 class Bottleneck(nn.Module):
-    """Two convolutions of 3x3, added to their input.
+    """Two 3x3 convolutions with a residual connection.
 
     Args:
         channels: Channels of input and output.
@@ -46,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class C3k(CSPLayer):
-    """YOLOv5's C3 with two bottlenecks of 3x3 convolutions.
+    """The C3 block of YOLOv5 with two bottlenecks of 3x3 convolutions.
 
     Args:
         channels: Channels of input and output.
@@ -61,14 +71,14 @@ class C3k(CSPLayer):
 
 
 class C3k2(nn.Module):
-    """Cross stage partial block whose last convolution sees both halves of the first and every block's output.
+    """Cross stage partial block that concatenates both halves of its first convolution and the output of each block.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        num_blocks: Number of blocks, chained.
-        c3k: Whether a block is a :class:`C3k` instead of a :class:`Bottleneck`.
-        expand_ratio: Channels of a half, as a share of ``out_channels``.
+        num_blocks: Number of chained blocks.
+        c3k: Whether the blocks are :class:`C3k` instead of :class:`Bottleneck`.
+        expand_ratio: Channels of one half as a fraction of ``out_channels``.
         norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
     """
@@ -101,16 +111,17 @@ class C3k2(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention over all cells of a map; a depthwise 3x3 convolution of the values tells where they are.
+    """Self-attention over all cells of a map.
 
-    Queries and keys have half the channels of the values.
+    A depthwise 3x3 convolution of the values encodes their positions. Queries and keys have half as many channels as
+    the values.
 
     Args:
         channels: Channels of input and output.
         norm_cfg: Normalization of every convolution.
 
     Attributes:
-        num_heads: One for each 64 channels, at least one.
+        num_heads: Number of heads: one per 64 channels, at least one.
     """
 
     def __init__(self, channels: int, norm_cfg: dict[str, Any] = NORM_CFG) -> None:
@@ -131,32 +142,32 @@ class SpatialAttention(nn.Module):
         return self.merge(probability @ value, value, x)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the operands of attention over the L = H * W cells.
+        """Compute the operands of attention over the L = H * W cells.
 
         Args:
-            x: (N, C, H, W).
+            x: Input of the module, (N, C, H, W).
 
         Returns:
-            Queries, scaled, (N, heads, L, C_key); keys (N, heads, C_key, L); values (N, heads, L, C_value).
+            Scaled queries (N, heads, L, C_key), keys (N, heads, C_key, L) and values (N, heads, L, C_value).
         """
         qkv = self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1))
         query, key, value = qkv.split((self.key_channels, self.key_channels, self.value_channels), dim=2)
         return query.transpose(2, 3) * self.scale, key, value.transpose(2, 3)
 
     def merge(self, attended: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        """Put heads together, and add the position.
+        """Concatenate the heads and add the positional encoding.
 
         Args:
-            attended: (N, heads, L, C_value).
+            attended: Output of the attention, (N, heads, L, C_value).
             value: The values, of the same shape.
-            x: The input of the module, for its shape (N, C, H, W).
+            x: Input of the module; only its shape (N, C, H, W) is used.
         """
         attended, value = (heads.transpose(2, 3).reshape(x.shape) for heads in (attended, value))
         return self.proj(attended + self.position(value))
 
 
 class PSABlock(nn.Module):
-    """Attention and a feed-forward network, each added to its input.
+    """Attention and a feed-forward network, each with a residual connection.
 
     Args:
         channels: Channels of input and output.
@@ -179,13 +190,13 @@ class PSABlock(nn.Module):
 
 
 class C2PSA(nn.Module):
-    """Cross stage partial block of :class:`PSABlock`.
+    """Cross stage partial block with :class:`PSABlock` on one half of the channels.
 
     Args:
         channels: Channels of input and output.
-        num_blocks: Number of blocks, chained.
+        num_blocks: Number of chained blocks.
         norm_cfg: Normalization of every convolution.
-        act_cfg: Activation of every convolution that has one.
+        act_cfg: Activation of every convolution that is followed by one.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO11's loss as a function of raw outputs and padded targets.
+"""Loss of YOLO11 as a function of raw outputs and padded targets.
 
-Every term is a sum over places, divided by the sum of the scores to be learnt (upstream multiplies by the batch size;
-here that is the caller's weight). Nothing waits for the device, and every shape is known from the arguments' shapes.
+Every term is a sum over locations divided by the sum of the target scores. The original implementation multiplies by
+the batch size; here the caller's weight does this. The host never waits for the device, and all shapes follow from the
+argument shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mmzsq.models.yolo11.assignment import assign_targets
 from mmzsq.models.yolo11.decode import RawOutputs, decode_bboxes
 
 MARGIN = 0.01
-"""Cells by which a distance to learn stays below the greatest that can be predicted."""
+"""Minimum difference in cells between a target distance and the largest distance that can be predicted."""
 
 
 def yolo11_loss(
@@ -28,14 +29,15 @@ def yolo11_loss(
     """Compute the terms of the loss.
 
     Args:
-        outputs: Raw outputs of all places.
-        targets: The targets of the batch.
+        outputs: Raw outputs of all locations.
+        targets: Targets of the batch.
         topk: See :func:`~mmzsq.models.yolo11.assignment.assign_targets`.
-        alpha: Likewise.
-        beta: Likewise.
+        alpha: See :func:`~mmzsq.models.yolo11.assignment.assign_targets`.
+        beta: See :func:`~mmzsq.models.yolo11.assignment.assign_targets`.
 
     Returns:
-        Box (1 - CIoU), class (binary cross-entropy) and distance (distribution focal loss) terms, scalars in float32.
+        The box (1 - CIoU), class (binary cross-entropy) and distance (distribution focal loss) terms: scalars in
+        float32.
     """
     if targets.labels.shape[1] == 0:
         targets = _padding_alone(targets)
@@ -59,5 +61,5 @@ def yolo11_loss(
 
 
 def _padding_alone(targets: PaddedTargets) -> PaddedTargets:
-    """Give each image one target that is none: there is no maximum over nothing."""
+    """Give each image one target of padding, because a maximum over no targets is undefined."""
     return PaddedTargets(*(tensor.new_zeros((len(tensor), 1, *tensor.shape[2:])) for tensor in targets))

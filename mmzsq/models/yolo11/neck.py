@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The neck of YOLO11: path aggregation (Liu et al. 2018, arXiv:1803.01534) by C3k2 blocks."""
+"""Neck of YOLO11: path aggregation (Liu et al. 2018, arXiv:1803.01534) with C3k2 blocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmzsq.registry import MODELS
 
 @MODELS.register_module()
 class YOLO11PAFPN(BaseModule):
-    """Path aggregation: coarse to fine, then fine to coarse, three scales in and out.
+    """Path aggregation network for three scales, first top-down, then bottom-up.
 
     Args:
         deepen_factor: Scales the number of blocks of each C3k2.
         widen_factor: Scales the channels of each scale.
-        max_channels: Limit of the channels before they are scaled.
-        c3k_everywhere: Whether all blocks are C3k instead of those of the coarsest output alone.
+        max_channels: Upper limit of the channels before scaling.
+        c3k_everywhere: Whether all blocks are C3k, instead of only those of the coarsest output.
         norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
         init_cfg: Initialization; by default that of each :class:`~mmcv.cnn.ConvModule`.
@@ -57,7 +57,7 @@ class YOLO11PAFPN(BaseModule):
         self.upsample = nn.Upsample(scale_factor=2, mode='nearest')
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix the scales.
+        """Fuse the scales.
 
         Args:
             inputs: Features of strides 8, 16 and 32.

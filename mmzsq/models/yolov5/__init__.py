@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLOv5 v6.0 and later: backbone, neck, head, loss and weights."""
+"""YOLOv5 v6.0 and later: backbone, neck, head and loss."""
 
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
 from mmzsq.models.yolov5.backbone import YOLOv5CSPDarknet

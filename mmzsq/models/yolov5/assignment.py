@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cells and anchors of YOLOv5 answer for which target, for a whole batch at once.
+"""Label assignment of YOLOv5 for a whole batch.
 
-A target fits an anchor whose sides differ from its own by a factor below a threshold. It is
-answered for by the cell that holds its center and by the nearest neighbors along x and along y.
-Every target therefore has at most A * 5 candidates on a scale; all are kept, with a mask, so that
-shapes depend on nothing but the padded length and no step waits for the device.
+A target is matched to an anchor if the ratio of their sides is below a threshold. It is assigned to the cell that
+contains its center and to the nearest neighbors of this cell along x and along y. So each target has at most A * 5
+candidates per scale. All candidates are kept, with a mask, so that shapes depend only on the padded length and the host
+never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmzsq.models.padded_targets import PaddedTargets
 
 
 class Candidates(NamedTuple):
-    """The cells that may answer for each target, on L scales.
+    """Candidate cells of each target on L scales.
 
-    The last dimension is the cell of the center, then its neighbor left, up, right and down.
+    The last dimension is the cell of the center and its left, upper, right and lower neighbors.
 
     Attributes:
-        x: Column of the cell, shape (L, N, M, 1, 5), long, inside the map.
-        y: Row of the cell, shape (L, N, M, 1, 5), long, inside the map.
-        matched: Whether cell and anchor answer for the target, shape (L, N, M, A, 5), bool.
+        x: Column of the cell, clamped to the map, shape (L, N, M, 1, 5), long.
+        y: Row of the cell, clamped to the map, shape (L, N, M, 1, 5), long.
+        matched: Whether the target is assigned to this cell and anchor, shape (L, N, M, A, 5), bool.
     """
 
     x: Tensor
@@ -41,16 +41,15 @@ def find_candidates(
     columns: Tensor,
     max_ratio: float,
 ) -> Candidates:
-    """Find the cells and anchors that answer for each target, on all scales at once.
+    """Find the cells and anchors that each target is assigned to, on all scales at once.
 
     Args:
-        targets: The targets of the batch.
+        targets: Targets of the batch.
         anchors: Width and height of the anchors of each scale in pixels, shape (L, A, 2).
-        strides: Pixels between the cells of each scale, shape (L,).
-        rows: Of the map of each scale, shape (L,).
-        columns: Likewise.
-        max_ratio: An anchor fits when neither side is this many times the target's, nor the
-            target's its own.
+        strides: Stride of each scale in pixels, shape (L,).
+        rows: Number of rows of each scale's map, shape (L,).
+        columns: Number of columns of each scale's map, shape (L,).
+        max_ratio: Upper bound of the ratio of target and anchor sides, in both directions.
     """
     strides, rows, columns = (of_scale.view(-1, 1, 1) for of_scale in (strides, rows, columns))
     low, high = targets.bboxes.float().chunk(2, dim=-1)
@@ -74,10 +73,14 @@ def find_candidates(
 
 
 def _is_near_edge(distance: Tensor) -> Tensor:
-    """Whether a center is nearest to the neighbor on the side it is ``distance`` cells from."""
+    """Return whether a center is nearest to the neighbor on one side.
+
+    Args:
+        distance: Distance in cells from the map's border on that side.
+    """
     return (distance % 1 < 0.5) & (distance > 1)
 
 
-def _inside(place: Tensor, cells: Tensor) -> Tensor:
-    """The index of the cell, of so many, that a place (L, N, M, 5) lies in or is nearest to."""
-    return torch.minimum(place.long().clamp(min=0), cells[..., None].long() - 1)
+def _inside(coordinate: Tensor, cells: Tensor) -> Tensor:
+    """Return the index of the cell that contains a coordinate (L, N, M, 5), clamped to the number of ``cells``."""
+    return torch.minimum(coordinate.long().clamp(min=0), cells[..., None].long() - 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone of YOLOv5 v6.0 and later.
+"""Backbone of YOLOv5 v6.0 and later.
 
-A 6x6 stem, four stages of a strided convolution and a C3 block each, then SPPF.
+It has a 6x6 stem, four stages with a strided convolution and a C3 block, and SPPF.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How YOLOv5's raw outputs describe a box."""
+"""Box decoding of YOLOv5."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def decode_bboxes(deltas: Tensor, x: Tensor, y: Tensor, anchors: Tensor, stride: int | Tensor) -> Tensor:
-    """Turn raw outputs into boxes.
+    """Decode raw outputs to boxes.
 
-    A center lies up to one cell from its cell's own, sides reach four times the anchor's.
+    A center can be up to one cell away from the center of its cell. Sides can be up to four times those of the anchor.
 
     Args:
         deltas: Raw outputs for center x, center y, width and height, shape (..., 4).
         x: Column of the cell, broadcastable to (...).
         y: Row of the cell, broadcastable to (...).
         anchors: Width and height of the anchor in pixels, broadcastable to (..., 2).
-        stride: Pixels between cells, broadcastable to (...).
+        stride: Stride in pixels, broadcastable to (...).
 
     Returns:
-        Boxes, xyxy in pixels of the network's input, shape (..., 4), not clipped.
+        Boxes in xyxy pixels of the network's input, shape (..., 4), not clipped.
     """
     shift_x, shift_y, scale_x, scale_y = (2 * deltas.sigmoid()).unbind(-1)
     center_x = (shift_x - 0.5 + x) * stride

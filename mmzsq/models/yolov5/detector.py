@@ -10,8 +10,8 @@ from mmzsq.registry import MODELS
 
 @MODELS.register_module()
 class YOLOv5(SingleStageDetector):
-    """YOLOv5CSPDarknet, YOLOv5PAFPN and YOLOv5Head.
+    """YOLOv5 with ``YOLOv5CSPDarknet``, ``YOLOv5PAFPN`` and ``YOLOv5Head``.
 
-    Takes RGB images in [0, 1], letterboxed. Arguments are those of
+    It takes letterboxed RGB images in [0, 1]. The arguments are those of
     :class:`~mmdet.models.detectors.SingleStageDetector`.
     """

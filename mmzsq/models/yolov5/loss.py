@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLOv5's loss as a function of raw maps and padded targets.
+"""Loss of YOLOv5 as a function of raw maps and padded targets.
 
-Every term is a mean over the batch (upstream multiplies the sum by the batch size; here that is the
-caller's weight). Nothing waits for the device, every shape is known from the arguments' shapes, and
-the result does not depend on the order of the targets: where two share a cell, the higher IoU is
-the objectness to learn.
+All terms are averaged over the batch. The original implementation multiplies their sum by the batch size; here the
+caller's weight does this. The host never waits for the device, and all shapes follow from the argument shapes. The
+result does not depend on the order of the targets: if two targets share a cell and anchor, the objectness target is the
+higher IoU.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def yolov5_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the terms of the loss, each summed over the scales.
 
-    All scales go through one sequence of operators: on a GPU the loss of a small batch is bound by their number.
+    All scales share one sequence of operators, because for small batches the time on a GPU depends on their number.
 
     Args:
         maps: Raw outputs of each of L scales, shape (N, A*(5+C), H, W).
-        targets: The targets of the batch.
-        anchors: Width and height in pixels, shape (L, A, 2).
-        strides: Pixels between cells, for each scale.
-        balance: Weight of the objectness term of each scale.
+        targets: Targets of the batch.
+        anchors: Width and height of the anchors in pixels, shape (L, A, 2).
+        strides: Stride of each scale in pixels.
+        balance: Weight of each scale in the objectness term.
         max_ratio: See :func:`~mmzsq.models.yolov5.assignment.find_candidates`.
 
     Returns:
-        Box (1 - CIoU), objectness and class terms, scalars in float32.
+        The box (1 - CIoU), objectness and class terms: scalars in float32.
     """
     images, device = len(maps[0]), maps[0].device
     num_anchors = anchors.shape[1]
@@ -55,7 +55,9 @@ def yolov5_loss(
         (*(size[0] for size in sizes), *(size[1] for size in sizes), *first_cells, *strides), device
     ).unflatten(0, (4, -1))
     x, y, matched = find_candidates(targets, anchors, stride, rows, columns, max_ratio)
-    selected = [_Selection.apply(scale_map, num_anchors, *place) for scale_map, *place in zip(maps, x, y, strict=True)]
+    selected = [
+        _GatherOutputs.apply(scale_map, num_anchors, *cell) for scale_map, *cell in zip(maps, x, y, strict=True)
+    ]
     chosen = torch.stack([outputs for _, outputs in selected])
 
     of_scale = (-1, 1, 1, 1, 1)
@@ -74,7 +76,7 @@ def yolov5_loss(
     objectness = iou.new_zeros((images, sum(cells))).scatter_reduce(
         1, cell.movedim(0, 1).flatten(1), (iou.detach().clamp(min=0) * matched).movedim(0, 1).flatten(1), 'amax'
     )
-    # The mean over the cells of a scale, times its weight.
+    # Weights that give the mean over the cells of each scale, times the weight of the scale.
     of_cell = torch.cat(
         [
             torch.full((count,), share / (images * count), device=device)
@@ -88,23 +90,25 @@ def yolov5_loss(
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers as a tensor (n,), long, without the wait of a copy from the host."""
+    """Create a tensor (n,), long, on the device without a copy from the host, which would synchronize."""
     return torch.stack([torch.full((), value, device=device) for value in values])
 
 
-class _Selection(torch.autograd.Function):
-    """What the loss reads of one scale's map, and the gradient of the map made in its own layout, in one piece.
+class _GatherOutputs(torch.autograd.Function):
+    """Gather the values that the loss reads from one scale's map, with a backward that writes a single gradient map.
 
-    By operators the gradient is three maps, nearly all zeros: of the objectness, of what was chosen, and their sum.
+    With PyTorch's operators, the backward would create three maps that are almost all zeros: one for the objectness,
+    one for the gathered outputs, and their sum. Here the gradient also keeps the memory layout of the map.
 
-    Inputs: the map (N, A*(5+C), H, W); A; column and row of the cells of each target, long (N, M, 1, S).
+    Inputs: the map (N, A*(5+C), H, W), the number of anchors A, and the column and row of the candidate cells of each
+    target, both long (N, M, 1, S).
 
-    Outputs, float32: objectness logits (N, A*H*W); all outputs of the cells (N, M, A, S, 5+C).
+    Outputs in float32: objectness logits (N, A*H*W), and all outputs of the candidate cells (N, M, A, S, 5+C).
     """
 
     @staticmethod
     def forward(ctx: Any, scale_map: Tensor, num_anchors: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Gather the values."""
         image = torch.arange(len(scale_map), device=x.device).view(-1, 1, 1, 1)
         anchor = torch.arange(num_anchors, device=x.device).view(1, 1, -1, 1)
         outputs = scale_map.unflatten(1, (num_anchors, -1))
@@ -116,11 +120,11 @@ class _Selection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_objectness: Tensor, grad_chosen: Tensor) -> tuple[Tensor, None, None, None]:
-        """Gradient of the map."""
+        """Compute the gradient of the map."""
         image, anchor, x, y = ctx.saved_tensors
         images, anchors, outputs, rows, columns = ctx.shape
         grad_objectness = grad_objectness.view(images, anchors, rows, columns)
-        # Advanced indexing adds up in a fixed order, where scatter_add does not.
+        # index_put_ with accumulation sums in a fixed order; scatter_add does not.
         if ctx.channels_last:
             grad = grad_chosen.new_zeros((images, rows, columns, anchors, outputs), dtype=ctx.dtype)
             grad.index_put_((image, y, x, anchor), grad_chosen.to(ctx.dtype), accumulate=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The neck of YOLOv5: path aggregation (Liu et al. 2018, arXiv:1803.01534) by C3 blocks."""
+"""Neck of YOLOv5: path aggregation (Liu et al. 2018, arXiv:1803.01534) with C3 blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmzsq.registry import MODELS
 
 @MODELS.register_module()
 class YOLOv5PAFPN(BaseModule):
-    """Path aggregation: coarse to fine, then fine to coarse, three scales in and out.
+    """Path aggregation network for three scales, first top-down, then bottom-up.
 
     Args:
         deepen_factor: Scales the number of bottlenecks of each block.
@@ -53,7 +53,7 @@ class YOLOv5PAFPN(BaseModule):
         self.upsample = nn.Upsample(scale_factor=2, mode='nearest')
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix the scales.
+        """Fuse the scales.
 
         Args:
             inputs: Features of strides 8, 16 and 32.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One-stage detectors of MMDetection as synthesis sees them, with losses that a CUDA graph can hold."""
+"""Detection task for MMDetection's one-stage detectors, with losses that can be captured in a CUDA graph."""
 
 from mmzsq.tasks.one_stage.support import unsupported_reason
 from mmzsq.tasks.one_stage.task import OneStageSamples, OneStageTask

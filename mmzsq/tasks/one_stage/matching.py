@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which places answer for which label where that depends on what they predict: dynamic-k matching of a whole batch.
+"""Dynamic-k matching of predictions to labels, for a whole batch.
 
 SimOTA (Ge et al. 2021, arXiv:2107.08430, section 2.1) and the assignment of RTMDet (Lyu et al. 2022, arXiv:2212.07784,
-section 3.3) are one procedure with two costs: a label is answered for by as many of the cheapest places as the best
-IoUs with it sum up to, and a place that several labels want answers for the one it costs least. MMDetection runs it
-image by image and label by label. Here all pairs of labels and places are kept, with masks, so that shapes depend on
-nothing but the padded length and no step waits for the device.
+section 3.3) follow the same procedure with two different costs. Each label is matched to its k cheapest locations,
+where k is the sum of its best IoUs. A location matched to several labels keeps the one with the lowest cost.
+MMDetection loops over images and labels. Here, all pairs of labels and locations are kept, with masks, so that shapes
+depend only on the padded length and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mmzsq.models.padded_targets import PaddedTargets
 
 
 class Match(NamedTuple):
-    """What each of P places answers for in each of N images.
+    """Matches of P locations in each of N images.
 
     Attributes:
-        target: Index of the label, (N, P), long; 0 for background.
-        positive: Answers for one, (N, P), bool.
-        overlap: IoU of its box with that label, (N, P); 0 for background.
+        target: Index of the matched label, (N, P), long; 0 for background.
+        positive: Whether the location is matched to a label, (N, P), bool.
+        overlap: IoU of the predicted box with the matched label, (N, P); 0 for background.
     """
 
     target: Tensor
@@ -39,14 +39,14 @@ class Match(NamedTuple):
 
 @torch.no_grad()
 def match_sim_ota(assigner: Any, bboxes: Tensor, scores: Tensor, priors: Tensor, targets: PaddedTargets) -> Match:
-    """Match as MMDetection's ``SimOTAAssigner`` does.
+    """Match with the rules of MMDetection's ``SimOTAAssigner``.
 
     Args:
-        assigner: Tells the radius, weights and number of candidates.
-        bboxes: Predicted boxes, xyxy in pixels, (N, P, 4), float32.
-        scores: Predicted score of each class, in [0, 1], (N, P, C), float32.
-        priors: Center of each place, x and y in pixels, and its strides, likewise; (P, 4).
-        targets: The labels, M an image, at least 1.
+        assigner: The assigner, which defines radius, weights and number of candidates.
+        bboxes: Predicted boxes in xyxy pixels, (N, P, 4), float32.
+        scores: Predicted class scores in [0, 1], (N, P, C), float32.
+        priors: Center x, center y, stride in x and stride in y of each location, in pixels, (P, 4).
+        targets: Labels, padded to M >= 1 per image.
     """
     points, strides = priors[:, :2], priors[:, 2:]
     in_box = _inside(points, targets.bboxes[:, :, None, :2], targets.bboxes[:, :, None, 2:])
@@ -55,7 +55,7 @@ def match_sim_ota(assigner: Any, bboxes: Tensor, scores: Tensor, priors: Tensor,
     candidate = ((in_box | in_center) & targets.valid[..., None]).any(1)
 
     overlap = pairwise_iou(targets.bboxes, bboxes)
-    # Binary cross-entropy summed over classes: every class is a negative, but the label's, whose term is replaced.
+    # Binary cross-entropy summed over classes: all classes as negatives, then the term of the label's class replaced.
     absent = -torch.log1p(-scores).clamp(min=-100)
     image = torch.arange(len(scores), device=scores.device)[:, None]
     present = -scores[image, :, targets.labels].log().clamp(min=-100)
@@ -67,14 +67,14 @@ def match_sim_ota(assigner: Any, bboxes: Tensor, scores: Tensor, priors: Tensor,
 
 @torch.no_grad()
 def match_soft_label(assigner: Any, bboxes: Tensor, logits: Tensor, priors: Tensor, targets: PaddedTargets) -> Match:
-    """Match as MMDetection's ``DynamicSoftLabelAssigner`` does.
+    """Match with the rules of MMDetection's ``DynamicSoftLabelAssigner``.
 
     Args:
-        assigner: Tells the radius, weight and number of candidates.
-        bboxes: Predicted boxes, xyxy in pixels, (N, P, 4), float32.
-        logits: Predicted logit of each class, (N, P, C), float32.
-        priors: Center of each place, x and y in pixels, and its strides, likewise; (P, 4).
-        targets: The labels, M an image, at least 1.
+        assigner: The assigner, which defines radius, weight and number of candidates.
+        bboxes: Predicted boxes in xyxy pixels, (N, P, 4), float32.
+        logits: Predicted class logits, (N, P, C), float32.
+        priors: Center x, center y, stride in x and stride in y of each location, in pixels, (P, 4).
+        targets: Labels, padded to M >= 1 per image.
     """
     points, strides = priors[:, :2], priors[:, 2]
     in_box = _inside(points, targets.bboxes[:, :, None, :2], targets.bboxes[:, :, None, 2:])
@@ -82,7 +82,7 @@ def match_soft_label(assigner: Any, bboxes: Tensor, logits: Tensor, priors: Tens
 
     overlap = pairwise_iou(targets.bboxes, bboxes)
     distance = (points - _centers(targets)).pow(2).sum(-1).sqrt() / strides
-    # The soft label is the IoU for the label's class and 0 for all others, which are summed once for all labels.
+    # The soft label is the IoU for the label's class and 0 for all other classes. Their sum is shared by all labels.
     absent = F.softplus(logits) * logits.sigmoid().pow(2)
     image = torch.arange(len(logits), device=logits.device)[:, None]
     logit = logits[image, :, targets.labels]
@@ -94,29 +94,32 @@ def match_soft_label(assigner: Any, bboxes: Tensor, logits: Tensor, priors: Tens
 
 
 def match_dynamic_k(cost: Tensor, overlap: Tensor, candidate: Tensor, valid: Tensor, topk: int) -> Match:
-    """Give each label its cheapest places: as many as its ``topk`` best IoUs sum up to, rounded down, at least one.
+    """Match each label to its k cheapest locations.
+
+    k is the sum of the label's ``topk`` best IoUs, rounded down, but at least 1. A location matched to several labels
+    keeps the one with the lowest cost.
 
     Args:
-        cost: Of each place for each label, (N, M, P).
-        overlap: IoU of what the place predicts with the label, in [0, 1], (N, M, P).
-        candidate: Places that may answer for a label, (N, P), bool.
-        valid: Labels that are no padding, (N, M), bool.
-        topk: Most places of a label.
+        cost: Cost of each location for each label, (N, M, P).
+        overlap: IoU of each predicted box with each label, in [0, 1], (N, M, P).
+        candidate: Locations that may be matched, (N, P), bool.
+        valid: Labels that are not padding, (N, M), bool.
+        topk: Maximum number of locations per label.
 
     Example:
         >>> cost = torch.tensor([[[1.0, 2.0, 3.0], [2.0, 4.0, 9.0]]])
         >>> overlap = torch.tensor([[[0.9, 0.8, 0.5], [0.6, 0.0, 0.0]]])
-        >>> all_places = torch.ones(1, 3, dtype=torch.bool)
-        >>> match_dynamic_k(cost, overlap, all_places, torch.ones(1, 2, dtype=torch.bool), 3).positive
+        >>> all_locations = torch.ones(1, 3, dtype=torch.bool)
+        >>> match_dynamic_k(cost, overlap, all_locations, torch.ones(1, 2, dtype=torch.bool), 3).positive
         tensor([[ True,  True, False]])
     """
     eligible = candidate[:, None] & valid[..., None]
     topk = min(topk, cost.shape[-1])
     count = torch.where(eligible, overlap, 0).topk(topk).values.sum(-1).int().clamp(min=1)
-    # A cost that overflows is the greatest, and still less than that of a place that may not answer.
+    # An overflowing cost is clamped to the largest finite value, below the infinite cost of ineligible locations.
     cost = torch.where(eligible, cost.clamp(max=torch.finfo(cost.dtype).max), torch.inf)
     cheapest = cost.topk(topk, largest=False)
-    # By rank, not by threshold: of equal costs no more are taken than there are to be.
+    # Selected by rank, not by a threshold, so that ties in cost never add locations beyond k.
     taken = (torch.arange(topk, device=cost.device) < count[..., None]) & cheapest.values.isfinite()
     matched = torch.zeros_like(eligible).scatter(2, cheapest.indices, taken)
     contested = matched.sum(1, keepdim=True) > 1
@@ -126,10 +129,10 @@ def match_dynamic_k(cost: Tensor, overlap: Tensor, candidate: Tensor, valid: Ten
 
 
 def _inside(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Which points (P, 2) lie between corners (N, M, P or 1, 2): (N, M, P), bool."""
+    """Return a mask (N, M, P) of the points (P, 2) that lie between two corners (N, M, P or 1, 2)."""
     return ((points > low) & (points < high)).all(-1)
 
 
 def _centers(targets: PaddedTargets) -> Tensor:
-    """Centers of the labels, (N, M, 1, 2)."""
+    """Return the centers of the labels, (N, M, 1, 2)."""
     return ((targets.bboxes[..., :2] + targets.bboxes[..., 2:]) / 2)[:, :, None]

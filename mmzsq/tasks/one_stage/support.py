@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which one-stage heads have a batched loss, and what they must be made of for it to be theirs."""
+"""Batched losses of one-stage heads, and the components and settings that each of them supports."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mmdet.models.task_modules import (
 )
 from torch import Tensor, nn
 
-from mmzsq.tasks.elementwise_losses import BOX_LOSSES, OFFSET_LOSSES
-from mmzsq.tasks.one_stage.dynamic import pad_labels, rtmdet_loss, yolox_loss
-from mmzsq.tasks.one_stage.fixed import (
+from mmzsq.tasks.elementwise_losses import IOU_LOSSES, L1_LOSSES
+from mmzsq.tasks.one_stage.dynamic_assignment import pad_labels, rtmdet_loss, yolox_loss
+from mmzsq.tasks.one_stage.static_assignment import (
     anchor_targets,
     atss_loss,
     atss_targets,
@@ -37,20 +37,22 @@ from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
 
 @dataclass(frozen=True)
-class Family:
-    """The batched loss of a kind of head, and the heads of that kind for which it is theirs.
+class BatchedLoss:
+    """The batched loss of a class of heads and the requirements for using it.
 
     Attributes:
-        assign: Makes all that depends on labels and map sizes: of a head, the labels of each image on the device, the
-            sizes of the head's maps and that of the images, a (nested) named tuple of tensors of fixed shapes.
-        loss: The loss of a head for its maps and what ``assign`` made, a scalar.
-        parts: The classes that each part of the head may be of; a subclass may compute something else.
-        settings: The values that each setting may have.
+        assign: Computes everything that depends only on labels and map sizes. Takes the head, the labels of each image
+            on the device, the sizes of the head's maps and the image size. Returns a (nested) named tuple of tensors
+            with fixed shapes.
+        loss: Computes the loss, a scalar. Takes the head, its maps and the result of ``assign``.
+        components: Allowed classes of each component of the head. Subclasses may compute something else and are not
+            allowed.
+        settings: Allowed values of each setting.
     """
 
     assign: Callable[..., Any]
     loss: Callable[..., Tensor]
-    parts: Mapping[str, tuple[type, ...]]
+    components: Mapping[str, tuple[type, ...]]
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -64,15 +66,15 @@ CENTERNESS = {
 ANCHORS = {'prior_generator.use_box_type': (False,)}
 CODER = {'bbox_coder.add_ctr_clamp': (False,), 'bbox_coder.use_box_type': (False,), 'reg_decoded_bbox': (False,)}
 
-YOLOX = Family(
+YOLOX = BatchedLoss(
     pad_labels,
     yolox_loss,
-    parts={
+    components={
         'prior_generator': (MlvlPointGenerator,),
         'assigner': (SimOTAAssigner,),
         'assigner.iou_calculator': (BboxOverlaps2D,),
         'loss_cls': (CrossEntropyLoss,),
-        'loss_bbox': BOX_LOSSES,
+        'loss_bbox': IOU_LOSSES,
         'loss_obj': (CrossEntropyLoss,),
     },
     settings={
@@ -86,16 +88,16 @@ YOLOX = Family(
         },
     },
 )
-RTMDET = Family(
+RTMDET = BatchedLoss(
     pad_labels,
     rtmdet_loss,
-    parts={
+    components={
         'prior_generator': (MlvlPointGenerator,),
         'assigner': (DynamicSoftLabelAssigner,),
         'assigner.iou_calculator': (BboxOverlaps2D,),
         'sampler': (PseudoSampler,),
         'loss_cls': (QualityFocalLoss,),
-        'loss_bbox': BOX_LOSSES,
+        'loss_bbox': IOU_LOSSES,
     },
     settings={
         'num_base_priors': (1,),
@@ -105,54 +107,54 @@ RTMDET = Family(
         **MEAN,
     },
 )
-RETINA = Family(
+RETINA = BatchedLoss(
     coded_anchor_targets,
     retina_loss,
-    parts={
+    components={
         'bbox_coder': (DeltaXYWHBBoxCoder,),
         'sampler': (PseudoSampler,),
         'loss_cls': (FocalLoss,),
-        'loss_bbox': OFFSET_LOSSES,
+        'loss_bbox': L1_LOSSES,
     },
     settings={**ANCHORS, **CODER, **SIGMOID, **MEAN},
 )
-ATSS = Family(
+ATSS = BatchedLoss(
     atss_targets,
     atss_loss,
-    parts={
+    components={
         'bbox_coder': (DeltaXYWHBBoxCoder,),
         'sampler': (PseudoSampler,),
         'loss_cls': (FocalLoss,),
-        'loss_bbox': BOX_LOSSES,
+        'loss_bbox': IOU_LOSSES,
         'loss_centerness': (CrossEntropyLoss,),
     },
     settings={**ANCHORS, **CODER, 'reg_decoded_bbox': (True,), **SIGMOID, **MEAN, **CENTERNESS},
 )
-GFL = Family(
+GFL = BatchedLoss(
     anchor_targets,
     gfl_loss,
-    parts={
+    components={
         'bbox_coder': (DistancePointBBoxCoder,),
         'sampler': (PseudoSampler,),
         'loss_cls': (QualityFocalLoss,),
-        'loss_bbox': BOX_LOSSES,
+        'loss_bbox': IOU_LOSSES,
         'loss_dfl': (DistributionFocalLoss,),
     },
     settings={**ANCHORS, **SIGMOID, **MEAN, 'loss_dfl.reduction': ('mean',)},
 )
-FCOS = Family(
+FCOS = BatchedLoss(
     point_targets,
     fcos_loss,
-    parts={
+    components={
         'bbox_coder': (DistancePointBBoxCoder,),
         'loss_cls': (FocalLoss,),
-        'loss_bbox': BOX_LOSSES,
+        'loss_bbox': IOU_LOSSES,
         'loss_centerness': (CrossEntropyLoss,),
     },
     settings={**SIGMOID, **MEAN, **CENTERNESS},
 )
 
-FAMILIES: dict[type, Family] = {
+BATCHED_LOSSES: dict[type, BatchedLoss] = {
     ATSSHead: ATSS,
     FCOSHead: FCOS,
     GFLHead: GFL,
@@ -161,11 +163,11 @@ FAMILIES: dict[type, Family] = {
     RTMDetSepBNHead: RTMDET,
     YOLOXHead: YOLOX,
 }
-"""By exact class of the head: a subclass may compute something else."""
+"""Batched losses by exact class of the head, because subclasses may compute something else."""
 
 
 def unsupported_reason(detector: nn.Module) -> str | None:
-    """Why no batched loss stands for ``detector.loss``; None if one does."""
+    """Return why no batched loss can replace ``detector.loss``, or None if one can."""
     return next(_reasons(detector), None)
 
 
@@ -174,15 +176,15 @@ def _reasons(detector: Any) -> Iterator[str]:
     if head is None:
         yield 'it has no bbox_head'
         return
-    family = FAMILIES.get(type(head))
-    if family is None:
-        yield f'there is none for its {type(head).__name__}'
+    batched_loss = BATCHED_LOSSES.get(type(head))
+    if batched_loss is None:
+        yield f'{type(head).__name__} is not supported'
         return
     if getattr(type(detector), 'loss', None) is not SingleStageDetector.loss:
-        yield 'it redefines its loss'
+        yield 'it overrides `loss`'
     yield from unsupported_components(
-        detector, {f'bbox_head.{name}': allowed for name, allowed in family.parts.items()}
+        detector, {f'bbox_head.{name}': allowed for name, allowed in batched_loss.components.items()}
     )
     yield from unsupported_settings(
-        detector, {f'bbox_head.{name}': allowed for name, allowed in family.settings.items()}
+        detector, {f'bbox_head.{name}': allowed for name, allowed in batched_loss.settings.items()}
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss of a one-stage detector as one computation over a batch, which never waits for the device."""
+"""Batched training loss of one-stage detectors, in which the host never waits for the device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_leaves
 
 from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.tasks.detection_task import DetectionTask
-from mmzsq.tasks.one_stage.support import FAMILIES
+from mmzsq.tasks.one_stage.support import BATCHED_LOSSES
 
 
 @dataclass
 class OneStageSamples:
-    """The labels of N images, on the device.
+    """Labels of N images, on the device.
 
     Attributes:
-        labels: One entry an image: ``bboxes`` (n, 4), xyxy in pixels, ``labels`` (n,).
+        labels: One entry per image with ``bboxes`` (n, 4) in xyxy pixels and ``labels`` (n,).
         image_size: Height and width in pixels.
-        map_sizes: Rows and columns of the head's maps; known from the first loss on.
-        targets: What the head is to learn; made by the first loss.
+        map_sizes: Rows and columns of the head's maps; None before the first call of the loss.
+        targets: Targets of the head; None before the first call of the loss.
     """
 
     labels: list[InstanceData]
@@ -35,33 +35,35 @@ class OneStageSamples:
 
 
 class OneStageTask(DetectionTask):
-    """A one-stage detector as synthesis sees it, with a loss of fixed shapes.
+    """Task of a one-stage detector, with a loss of fixed shapes.
 
-    It stands for ``SingleStageDetector.loss``: the sum of the same terms for the same places. With several processes,
-    each divides by the places of its own images, where MMDetection takes the mean over the processes.
+    The loss equals ``SingleStageDetector.loss``: the sum of the same terms over the same locations. With several
+    processes, each process divides by the number of positive locations in its own images, whereas MMDetection averages
+    this number over the processes.
 
     Args:
-        detector: A detector that :func:`~mmzsq.tasks.one_stage.unsupported_reason` accepts; set to eval mode, frozen.
+        detector: A detector that :func:`~mmzsq.tasks.one_stage.unsupported_reason` accepts. It is set to eval mode and
+            frozen.
     """
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__(detector)
-        self._family = FAMILIES[type(self.detector.bbox_head)]
+        self._batched_loss = BATCHED_LOSSES[type(self.detector.bbox_head)]
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> Any:
-        """Put labels on the detector's device as :meth:`loss` takes them.
+        """Move labels to the detector's device, in the form that :meth:`loss` takes.
 
         Args:
-            labels: One entry an image; ``bboxes`` (n, 4) xyxy in pixels of the image, ``labels`` (n,).
+            labels: One entry per image with ``bboxes`` (n, 4) in xyxy pixels of the image and ``labels`` (n,).
             image_size: Height and width in pixels.
 
         Returns:
-            The :class:`OneStageSamples`.
+            A :class:`OneStageSamples`.
         """
         return OneStageSamples(self._on_device(labels), image_size)
 
     def update_samples(self, samples: Any, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> bool:
-        """Write ``labels`` into ``samples`` if they have room; see :meth:`DetectionTask.update_samples`."""
+        """Write ``labels`` into ``samples`` if they fit; see :meth:`DetectionTask.update_samples`."""
         if samples.targets is None or samples.image_size != image_size:
             return False
         on_device = self._on_device(labels)
@@ -76,11 +78,14 @@ class OneStageTask(DetectionTask):
         return True
 
     def loss(self, images: Tensor, samples: Any) -> Tensor:
-        """Return the training loss for ``images`` (N, 3, H, W) in [0, 1], a scalar.
+        """Compute the training loss.
 
         Args:
-            images: As in the base class.
-            samples: From :meth:`data_samples`.
+            images: Shape (N, 3, H, W), in [0, 1].
+            samples: Return value of :meth:`data_samples`.
+
+        Returns:
+            A scalar.
         """
         head = self.detector.bbox_head
         with frozen_train_mode(self.detector):
@@ -88,7 +93,7 @@ class OneStageTask(DetectionTask):
         if samples.targets is None:
             samples.map_sizes = [(level.shape[2], level.shape[3]) for level in maps[0]]
             samples.targets = self._assign(samples.labels, samples.map_sizes, samples.image_size)
-        return self._family.loss(head, maps, samples.targets)
+        return self._batched_loss.loss(head, maps, samples.targets)
 
     def _on_device(self, labels: Sequence[InstanceData]) -> list[InstanceData]:
         return [
@@ -97,4 +102,4 @@ class OneStageTask(DetectionTask):
 
     @torch.no_grad()
     def _assign(self, labels: list[InstanceData], map_sizes: Any, image_size: tuple[int, int]) -> Any:
-        return self._family.assign(self.detector.bbox_head, labels, map_sizes, image_size)
+        return self._batched_loss.assign(self.detector.bbox_head, labels, map_sizes, image_size)

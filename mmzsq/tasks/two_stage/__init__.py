@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-stage detectors (Faster and Mask R-CNN) as synthesis sees them, with a loss that a CUDA graph can hold."""
+"""Detection task for Faster and Mask R-CNN, with a loss that can be captured in a CUDA graph."""
 
 from mmzsq.tasks.two_stage.support import unsupported_reason
 from mmzsq.tasks.two_stage.task import TwoStageSamples, TwoStageTask

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first stage: what each anchor is to learn, and the loss of an ``RPNHead`` for it.
+"""Targets and loss of the first stage (``RPNHead``).
 
-Targets depend on anchors and labels alone, so MMDetection's own assigner makes them, image by image, once for a set of
-labels. A step only draws which anchors count, as ``RandomSampler`` does, and the loss runs over all anchors with those
-left out weighing 0: nothing but elementwise operations, with shapes that never change.
+Targets depend only on anchors and labels. MMDetection's own assigner computes them, image by image, once per set of
+labels. Each step only samples anchors as ``RandomSampler`` does. The loss then runs over all anchors, with weight 0 for
+those that were not sampled, so that it consists of elementwise operations on fixed shapes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmzsq.boxes import DeltaCoder
-from mmzsq.tasks.two_stage.sampling import draw, elementwise_loss
+from mmzsq.tasks.elementwise_losses import unweighted_l1_loss
+from mmzsq.tasks.two_stage.sampling import random_subset
 
 
 class AnchorTargets(NamedTuple):
-    """What the A anchors of all levels are to learn in each of N images.
+    """Targets of the A anchors of all levels in each of N images.
 
     Attributes:
-        anchors: xyxy in pixels, (A, 4).
-        level: Which level an anchor is of, (A,), long.
-        positive: Answers for a label, (N, A), bool.
-        negative: Is background, (N, A), bool; an anchor that is neither is not learnt.
-        deltas: Encoded label of positive anchors, else 0, (N, A, 4).
+        anchors: Anchors in xyxy pixels, (A, 4).
+        level: Index of the level of each anchor, (A,), long.
+        positive: Whether an anchor is matched to a label, (N, A), bool.
+        negative: Whether an anchor is background, (N, A), bool. Anchors that are neither are ignored.
+        deltas: Encoded label of positive anchors, 0 for all others, (N, A, 4).
     """
 
     anchors: Tensor
@@ -47,14 +48,14 @@ def assign_anchors(
     image_size: tuple[int, int],
     coder: DeltaCoder,
 ) -> AnchorTargets:
-    """Assign labels to anchors as ``rpn_head`` does.
+    """Assign labels to anchors with the assigner of ``rpn_head``.
 
     Args:
         rpn_head: An ``RPNHead`` with its training configuration.
         map_sizes: Rows and columns of its maps.
-        labels: One entry an image, on the device: ``bboxes`` (n, 4) xyxy in pixels.
+        labels: One entry per image, on the device, with ``bboxes`` (n, 4) in xyxy pixels and ``labels`` (n,).
         image_size: Height and width in pixels.
-        coder: That of ``rpn_head``, on the device.
+        coder: Box coder of ``rpn_head``, on the device.
     """
     device = coder.means.device
     by_level = rpn_head.prior_generator.grid_priors(map_sizes, device=device)
@@ -65,7 +66,7 @@ def assign_anchors(
     assigned = torch.full((len(labels), len(anchors)), -1, device=device)
     deltas = torch.zeros(len(labels), len(anchors), 4, device=device)
     for image, instances in enumerate(labels):
-        # For the first stage every label is of one class.
+        # The first stage has a single object class.
         objects = InstanceData(bboxes=instances.bboxes, labels=torch.zeros_like(instances.labels))
         assigned[image, used] = rpn_head.assigner.assign(InstanceData(priors=anchors[used]), objects).gt_inds
         positive = assigned[image] > 0
@@ -74,23 +75,26 @@ def assign_anchors(
 
 
 def rpn_loss(rpn_head: Any, logits: Tensor, deltas: Tensor, targets: AnchorTargets) -> Tensor:
-    """``RPNHead.loss_by_feat`` for anchors drawn anew: the sum of its class and box terms, a scalar.
+    """Sample anchors and compute ``RPNHead.loss_by_feat`` for them.
 
     Args:
         rpn_head: An ``RPNHead`` with its training configuration.
-        logits: Objectness of every anchor, (N, A).
+        logits: Objectness logit of every anchor, (N, A).
         deltas: Box offsets of every anchor, (N, A, 4).
-        targets: What they are to be.
+        targets: Targets of the anchors.
+
+    Returns:
+        The sum of the class and box terms, a scalar.
     """
     sampler, pos_weight = rpn_head.sampler, rpn_head.train_cfg['pos_weight']
     keys = torch.rand(logits.shape, device=logits.device)
-    positive = draw(targets.positive, keys, int(sampler.num * sampler.pos_fraction))
-    negative = draw(targets.negative, keys, sampler.num, sampler.num - positive.sum(1))
-    # MMDetection counts at least one positive and one negative anchor an image.
+    positive = random_subset(targets.positive, keys, int(sampler.num * sampler.pos_fraction))
+    negative = random_subset(targets.negative, keys, sampler.num, sampler.num - positive.sum(1))
+    # MMDetection counts at least one positive and one negative anchor per image.
     count = (positive.sum(1).clamp(min=1) + negative.sum(1).clamp(min=1)).sum()
     weights = positive * (pos_weight if pos_weight > 0 else 1.0) + negative
     errors = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction='none')
     loss_cls = rpn_head.loss_cls.loss_weight * (errors * weights).sum() / count
-    errors = elementwise_loss(rpn_head.loss_bbox, deltas, targets.deltas)
+    errors = unweighted_l1_loss(rpn_head.loss_bbox, deltas, targets.deltas)
     loss_bbox = rpn_head.loss_bbox.loss_weight * (errors * positive[..., None]).sum() / count
     return loss_cls + loss_bbox

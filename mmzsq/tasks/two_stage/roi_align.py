@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoIAlign (He et al. 2017, arXiv:1703.06870) over all levels of a pyramid at once, with fixed shapes.
+"""RoIAlign (He et al. 2017, arXiv:1703.06870) over all levels of a feature pyramid at once, with fixed shapes.
 
-Sampling is separable: of every box, the rows and columns that its points touch are read as one block, by advanced
-indexing into the maps of all levels laid one after the other, and two small matrix products average it. What the
-usual operator lacks and synthesis needs: a backward that adds up in a fixed order (advanced indexing's; the usual one's
-atomic additions do not), no split of the boxes by level, which waits for the device, and bf16.
+Sampling is separable. For each box, the rows and columns that its sampling points touch are gathered as one block, by
+advanced indexing into the concatenated maps of all levels. Two small matrix products then average the block.
+
+Compared to torchvision's operator, the backward sums in a fixed order (advanced indexing does, atomic additions do
+not), boxes are not split by level (which would make the host wait for the device), and bf16 is supported.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 
-class Levels(NamedTuple):
-    """Where the maps of a pyramid's levels lie in the matrix that :func:`stack_rows` makes of them.
+class PyramidLayout(NamedTuple):
+    """Positions of the L levels' maps in the matrix that :func:`flatten_pyramid` returns.
 
     Attributes:
-        scales: Cells per pixel of the image, (L,).
-        heights: Rows of a map, (L,), long.
-        widths: Columns of a map, (L,), long.
-        starts: Row of the matrix where a level begins, (L,), long.
+        scales: Cells per image pixel, (L,).
+        heights: Number of rows of each map, (L,), long.
+        widths: Number of columns of each map, (L,), long.
+        starts: First row of each level in the matrix, (L,), long.
     """
 
     scales: Tensor
@@ -32,23 +33,35 @@ class Levels(NamedTuple):
     starts: Tensor
 
     @classmethod
-    def of(
+    def build(
         cls, map_sizes: Sequence[tuple[int, int]], scales: Sequence[float], num_images: int, device: torch.device
-    ) -> Levels:
-        """Lay out maps of ``map_sizes`` (rows, columns), of ``num_images`` images each."""
+    ) -> PyramidLayout:
+        """Compute the layout.
+
+        Args:
+            map_sizes: Rows and columns of the map of each level.
+            scales: Cells per image pixel of each level.
+            num_images: Number of images N.
+            device: Device of the tensors.
+        """
         heights, widths = torch.tensor(map_sizes, device=device).unbind(1)
         cells = num_images * heights * widths
         return cls(torch.tensor(scales, device=device), heights, widths, cells.cumsum(0) - cells)
 
 
-def stack_rows(maps: Sequence[Tensor]) -> Tensor:
-    """Lay maps (N, C, H, W) of several sizes one after the other: (sum of N*H*W, C), a cell a row."""
+def flatten_pyramid(maps: Sequence[Tensor]) -> Tensor:
+    """Concatenate maps (N, C, H, W) of several sizes to a matrix (sum of N*H*W, C) with one row per cell.
+
+    Example:
+        >>> flatten_pyramid([torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 2)]).shape
+        torch.Size([40, 8])
+    """
     return torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in maps])
 
 
 def roi_align(
     rows: Tensor,
-    levels: Levels,
+    levels: PyramidLayout,
     images: Tensor,
     level: Tensor,
     bboxes: Tensor,
@@ -56,19 +69,20 @@ def roi_align(
     samples: int,
     aligned: bool = True,
 ) -> Tensor:
-    """Average the features in each bin of each box, by bilinear interpolation at ``samples`` x ``samples`` points.
+    """Average the features in each bin of each box over bilinearly interpolated sampling points.
 
-    Differentiable in ``rows``.
+    Differentiable with respect to ``rows``.
 
     Args:
-        rows: Features of all levels as :func:`stack_rows` lays them, (rows, C); if not floating, read as float32.
-        levels: Where they lie.
-        images: Which image a box is of, (R,), long.
-        level: Which level it reads, (R,), long.
-        bboxes: xyxy in pixels of the image, (R, 4), float32.
-        output_size: Bins in y and in x.
-        samples: Points a bin and axis.
-        aligned: Whether a cell's value stands at its center; False for its corner, as before Detectron2.
+        rows: Features of all levels as :func:`flatten_pyramid` returns them, (rows, C). Integers are read as float32.
+        levels: Layout of the levels in ``rows``.
+        images: Image index of each box, (R,), long.
+        level: Level index of each box, (R,), long.
+        bboxes: Boxes in xyxy image pixels, (R, 4), float32.
+        output_size: Number of bins in y and in x.
+        samples: Sampling points per bin and axis.
+        aligned: Whether pixel centers are at half-integer coordinates; False uses integer coordinates, as detectors
+            before Detectron2 did.
 
     Returns:
         Shape (R, C, *output_size).
@@ -89,18 +103,18 @@ def roi_align(
 def _read_axis(
     low: Tensor, high: Tensor, length: Tensor, bins: int, samples: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which cells of one axis boxes read, and how much of each goes into which bin.
+    """Return the cells that boxes read along one axis, and their weights in each bin.
 
     Args:
-        low: Where boxes begin, in cells, (R,).
-        high: Where they end, (R,).
-        length: Cells of the axis, (R,), long.
+        low: Start of each box in cells, (R,).
+        high: End of each box in cells, (R,).
+        length: Number of cells of the axis, (R,), long.
         bins: Number of bins B.
-        samples: Points a bin S.
+        samples: Sampling points per bin S.
         aligned: See :func:`roi_align`.
 
     Returns:
-        Indices (R, B*S*2), each point's two neighbors side by side; weights (R, B, B*S*2).
+        Cell indices (R, B*S*2), with the two neighbors of each point side by side, and weights (R, B, B*S*2).
     """
     extent = high - low if aligned else (high - low).clamp(min=1)
     start = low - 0.5 if aligned else low
@@ -111,7 +125,7 @@ def _read_axis(
     point = point.clamp(min=0)
     last = length - 1
     cell = torch.minimum(point.long(), last)
-    # Beyond the last cell's center both neighbors are that cell, and the shares need only add up to 1.
+    # Beyond the center of the last cell, both neighbors are that cell and any shares that sum to 1 are correct.
     share = point - cell
     neighbors = torch.stack((cell, torch.minimum(cell + 1, last)), dim=-1)
     shares = torch.stack((1 - share, share), dim=-1) * (inside / samples)[..., None]

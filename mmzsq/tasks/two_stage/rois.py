@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boxes that the second stage learns from, chosen for a whole batch at once.
+"""Assign and sample the boxes that the second stage is trained on, for a whole batch at once.
 
-The same procedure as MMDetection's ``StandardRoIHead``: proposals of the moment and the labels themselves, assigned by
-overlap as ``MaxIoUAssigner`` does, of which some are drawn as ``RandomSampler`` does. Every shape is known from those
-of the arguments: where there is too little to draw from, boxes fill the places that are marked as not learnt.
+The procedure is that of MMDetection's ``StandardRoIHead``. The candidates are the current proposals and the labels.
+They are assigned by IoU as in ``MaxIoUAssigner`` and sampled as in ``RandomSampler``. All output shapes follow from the
+argument shapes: if there are too few candidates, filler boxes that are neither positive nor negative take their place.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from mmzsq.boxes import DeltaCoder, area, pairwise_iou, suppress
+from mmzsq.boxes import DeltaCoder, box_area, cluster_nms, pairwise_iou
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.tasks.two_stage.anchors import AnchorTargets
-from mmzsq.tasks.two_stage.sampling import draw
+from mmzsq.tasks.two_stage.sampling import random_subset
 
 
 class RoIs(NamedTuple):
-    """R boxes of each of N images, in random order, those that answer for a label first.
+    """R boxes in each of N images, in random order, positive boxes first.
 
     Attributes:
-        bboxes: xyxy in pixels, (N, R, 4).
-        label: Index of the label that a box answers for, (N, R), long; 0 where it does not.
-        positive: Answers for a label, (N, R), bool.
-        negative: Is background, (N, R), bool; a box that is neither is not learnt.
+        bboxes: Boxes in xyxy pixels, (N, R, 4).
+        label: Index of the matched label, (N, R), long; 0 for boxes that are not positive.
+        positive: Whether a box is matched to a label, (N, R), bool.
+        negative: Whether a box is background, (N, R), bool. Boxes that are neither are ignored.
     """
 
     bboxes: Tensor
@@ -35,24 +35,24 @@ class RoIs(NamedTuple):
     positive: Tensor
     negative: Tensor
 
-    def first(self, count: int) -> RoIs:
-        """The first ``count`` boxes of each image."""
+    def truncate(self, count: int) -> RoIs:
+        """Return the first ``count`` boxes of each image."""
         return RoIs(*(field[:, :count] for field in self))
 
 
 class Proposals(NamedTuple):
-    """K proposals of each of N images, best first.
+    """K proposals in each of N images, in order of descending objectness.
 
     Attributes:
-        bboxes: xyxy in pixels, (N, K, 4).
-        kept: Whether it survived suppression, (N, K), bool.
+        bboxes: Boxes in xyxy pixels, (N, K, 4).
+        kept: Whether a proposal survived NMS, (N, K), bool.
     """
 
     bboxes: Tensor
     kept: Tensor
 
 
-def propose(
+def generate_proposals(
     logits: Tensor,
     deltas: Tensor,
     anchors: AnchorTargets,
@@ -61,32 +61,32 @@ def propose(
     count: int,
     iou_thr: float,
 ) -> Proposals:
-    """What the first stage proposes: its ``count`` most confident boxes, suppressed within each level.
+    """Decode the ``count`` most confident boxes of the first stage and apply NMS within each level.
 
     Args:
-        logits: Objectness of every anchor, (N, A).
+        logits: Objectness logit of every anchor, (N, A).
         deltas: Box offsets of every anchor, (N, A, 4).
         anchors: Anchors and their levels.
-        coder: That of the first stage.
+        coder: Box coder of the first stage.
         image_size: Height and width in pixels.
-        count: Boxes before suppression.
-        iou_thr: Overlap above which the less confident box is dropped.
+        count: Number of boxes before NMS.
+        iou_thr: IoU above which the less confident box is dropped.
     """
     best = logits.topk(min(count, logits.shape[1])).indices
     image = torch.arange(len(logits), device=logits.device)[:, None]
     bboxes = coder.decode(anchors.anchors[best], deltas[image, best], image_size)
-    # Where the images have become NaN the loss is to say so: an index computed from NaN would end the process.
+    # If images become NaN, the loss must report it. An index computed from NaN would crash the process instead.
     bboxes = bboxes.nan_to_num()
-    return Proposals(bboxes, suppress(bboxes, anchors.level[best], area(bboxes) > 0, iou_thr))
+    return Proposals(bboxes, cluster_nms(bboxes, anchors.level[best], box_area(bboxes) > 0, iou_thr))
 
 
-def jitter(bboxes: Tensor, copies: int, amount: float, image_size: tuple[int, int]) -> Tensor:
-    """Move every side of every box by a random part of the box's size, inside the image.
+def jitter_boxes(bboxes: Tensor, copies: int, amount: float, image_size: tuple[int, int]) -> Tensor:
+    """Copy boxes with every side moved by a random fraction of the box size, clipped to the image.
 
     Args:
-        bboxes: xyxy in pixels, (N, M, 4).
-        copies: Boxes to make of each.
-        amount: Most that a side moves, as a part of width or height.
+        bboxes: Boxes in xyxy pixels, (N, M, 4).
+        copies: Number of copies of each box.
+        amount: Maximum move of a side, as a fraction of width or height.
         image_size: Height and width in pixels.
 
     Returns:
@@ -97,15 +97,15 @@ def jitter(bboxes: Tensor, copies: int, amount: float, image_size: tuple[int, in
     return clip_boxes_to_image(bboxes[:, :, None] + amount * moves * sides, image_size)
 
 
-def assign(overlaps: Tensor, assigner: Any) -> Tensor:
-    """``MaxIoUAssigner`` for a batch.
+def assign_by_iou(overlaps: Tensor, assigner: Any) -> Tensor:
+    """Assign labels to boxes with the rules of ``MaxIoUAssigner``, for a whole batch.
 
     Args:
-        overlaps: IoU of P boxes with M labels, (N, P, M), negative where either is to be left out.
-        assigner: Its thresholds.
+        overlaps: IoU of P boxes with M labels, (N, P, M). Negative values exclude a pair.
+        assigner: A ``MaxIoUAssigner``, which defines the thresholds.
 
     Returns:
-        Shape (N, P), long: 1 + the index of a label, 0 for background, -1 for neither.
+        Shape (N, P), long: 1 + index of the matched label, 0 for background, -1 for boxes to ignore.
     """
     best, label = overlaps.max(2)
     assigned = torch.where(best >= assigner.pos_iou_thr, label + 1, (best < assigner.neg_iou_thr).long() - 1)
@@ -118,7 +118,7 @@ def assign(overlaps: Tensor, assigner: Any) -> Tensor:
     return assigned
 
 
-def choose_rois(
+def sample_rois(
     proposals: Proposals,
     targets: PaddedTargets,
     assigner: Any,
@@ -129,28 +129,28 @@ def choose_rois(
     jittered: int,
     jitter_amount: float,
 ) -> RoIs:
-    """Choose boxes to learn from among proposals, labels and jittered labels.
+    """Sample boxes to train on from proposals, labels and jittered labels.
 
     Args:
-        proposals: Of the first stage.
-        targets: The labels, padded.
+        proposals: Proposals of the first stage.
+        targets: The padded labels.
         assigner: A ``MaxIoUAssigner``.
         image_size: Height and width in pixels.
-        filler: The box that stands where there is nothing to learn, xyxy in pixels, (4,). A large one: many points in
-            few cells would be slow to add up in the backward of RoIAlign.
-        count: Boxes an image R, fewer if there are not as many candidates.
-        pos_fraction: Most of them, as a part, that answer for a label.
-        jittered: Jittered copies of each label; those that overlap it by less than the assigner's ``pos_iou_thr`` are
-            left out.
-        jitter_amount: See :func:`jitter`.
+        filler: Box in xyxy pixels, (4,), that takes the place of missing candidates. It should be large: if many points
+            fall in few cells, the backward of RoIAlign is slow.
+        count: Number of boxes per image R; fewer if there are fewer candidates.
+        pos_fraction: Maximum fraction of positive boxes.
+        jittered: Number of jittered copies of each label. Copies whose IoU with their label is below the assigner's
+            ``pos_iou_thr`` are ignored.
+        jitter_amount: See :func:`jitter_boxes`.
     """
     valid = targets.valid[:, None, :] & proposals.kept[:, :, None]
     overlaps = pairwise_iou(proposals.bboxes, targets.bboxes).masked_fill(~valid, -1.0)
-    assigned = assign(overlaps, assigner).masked_fill(~proposals.kept, -1)
+    assigned = assign_by_iou(overlaps, assigner).masked_fill(~proposals.kept, -1)
 
     number = torch.arange(1, targets.labels.shape[1] + 1, device=targets.labels.device)
     own = torch.where(targets.valid, number, -1)
-    copies = jitter(targets.bboxes, jittered, jitter_amount, image_size)
+    copies = jitter_boxes(targets.bboxes, jittered, jitter_amount, image_size)
     close = pairwise_iou(copies, targets.bboxes[:, :, None]).squeeze(-1) >= assigner.pos_iou_thr
     own_copies = torch.where(close, own[:, :, None], -1)
 
@@ -159,13 +159,13 @@ def choose_rois(
 
 
 def _sample(bboxes: Tensor, assigned: Tensor, count: int, pos_fraction: float, filler: Tensor) -> RoIs:
-    """Draw from candidates (N, C, 4) assigned as :func:`assign` says, as ``RandomSampler`` does."""
+    """Sample from candidates (N, C, 4) as ``RandomSampler`` does; ``assigned`` is that of :func:`assign_by_iou`."""
     keys = torch.rand(assigned.shape, device=assigned.device)
-    positive = draw(assigned > 0, keys, int(count * pos_fraction))
-    negative = draw(assigned == 0, keys, count, count - positive.sum(1))
+    positive = random_subset(assigned > 0, keys, int(count * pos_fraction))
+    negative = random_subset(assigned == 0, keys, count, count - positive.sum(1))
     chosen = (2 * positive + negative + 0.5 * keys).topk(min(count, bboxes.shape[1])).indices
     image = torch.arange(len(bboxes), device=bboxes.device)[:, None]
     positive, negative = positive[image, chosen], negative[image, chosen]
-    learnt = (positive | negative)[..., None]
+    used = (positive | negative)[..., None]
     label = (assigned[image, chosen] - 1).clamp(min=0)
-    return RoIs(torch.where(learnt, bboxes[image, chosen], filler), label, positive, negative)
+    return RoIs(torch.where(used, bboxes[image, chosen], filler), label, positive, negative)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which detectors the batched loss stands for: those whose parts are exactly what it computes."""
+"""Components and settings of the two-stage detectors that the batched loss supports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mmcv.ops import RoIAlign
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.detectors import FasterRCNN, MaskRCNN, TwoStageDetector
-from mmdet.models.losses import CrossEntropyLoss, L1Loss, SmoothL1Loss
+from mmdet.models.losses import CrossEntropyLoss
 from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
@@ -17,29 +17,28 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 from torch import nn
 
-from mmzsq.models.max_iou_assigner import MaxIoUAssigner as WithoutWaiting
+from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
+from mmzsq.tasks.elementwise_losses import L1_LOSSES
 from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
-BOX_LOSSES = (L1Loss, SmoothL1Loss)
-
-PARTS: dict[str, tuple[type, ...]] = {
+COMPONENTS: dict[str, tuple[type, ...]] = {
     'rpn_head': (RPNHead,),
     'rpn_head.prior_generator': (AnchorGenerator,),
     'rpn_head.bbox_coder': (DeltaXYWHBBoxCoder,),
     'rpn_head.sampler': (RandomSampler,),
     'rpn_head.loss_cls': (CrossEntropyLoss,),
-    'rpn_head.loss_bbox': BOX_LOSSES,
+    'rpn_head.loss_bbox': L1_LOSSES,
     'roi_head': (StandardRoIHead,),
-    'roi_head.bbox_assigner': (MaxIoUAssigner, WithoutWaiting),
+    'roi_head.bbox_assigner': (MaxIoUAssigner, SyncFreeMaxIoUAssigner),
     'roi_head.bbox_sampler': (RandomSampler,),
     'roi_head.bbox_roi_extractor': (SingleRoIExtractor,),
     'roi_head.bbox_roi_extractor.roi_layers.0': (RoIAlign,),
     'roi_head.bbox_head': (BBoxHead, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead),
     'roi_head.bbox_head.bbox_coder': (DeltaXYWHBBoxCoder,),
     'roi_head.bbox_head.loss_cls': (CrossEntropyLoss,),
-    'roi_head.bbox_head.loss_bbox': BOX_LOSSES,
+    'roi_head.bbox_head.loss_bbox': L1_LOSSES,
 }
-"""The classes that each part may be of; a subclass may compute something else."""
+"""Allowed classes of each component. Subclasses may compute something else and are not allowed."""
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     'rpn_head.prior_generator.use_box_type': (False,),
@@ -64,9 +63,9 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     'roi_head.bbox_head.loss_cls.reduction': ('mean',),
     'roi_head.bbox_head.loss_bbox.reduction': ('mean',),
 }
-"""The values that each setting may have."""
+"""Allowed values of each setting."""
 
-MASK_PARTS: dict[str, tuple[type, ...]] = {
+MASK_COMPONENTS: dict[str, tuple[type, ...]] = {
     'roi_head.mask_roi_extractor': (SingleRoIExtractor,),
     'roi_head.mask_roi_extractor.roi_layers.0': (RoIAlign,),
     'roi_head.mask_head': (FCNMaskHead,),
@@ -75,7 +74,7 @@ MASK_PARTS: dict[str, tuple[type, ...]] = {
 MASK_SETTINGS: dict[str, tuple[Any, ...]] = {
     'roi_head.share_roi_extractor': (False,),
     'roi_head.mask_roi_extractor.roi_layers.0.pool_mode': ('avg',),
-    # Bilinear upsampling adds up in no fixed order; CARAFE is no operator of PyTorch.
+    # The backward of bilinear upsampling has no fixed summation order, and PyTorch has no CARAFE operator.
     'roi_head.mask_head.upsample_method': ('deconv', 'nearest', None),
     'roi_head.mask_head.loss_mask.use_mask': (True,),
     'roi_head.mask_head.loss_mask.class_weight': (None,),
@@ -83,7 +82,7 @@ MASK_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def unsupported_reason(detector: nn.Module) -> str | None:
-    """Why the batched loss does not stand for ``detector.loss``; None if it does."""
+    """Return why the batched loss cannot replace ``detector.loss``, or None if it can."""
     return next(_reasons(detector), None)
 
 
@@ -92,7 +91,7 @@ def _reasons(detector: Any) -> Iterator[str]:
         yield f'{type(detector).__name__} is not FasterRCNN or MaskRCNN'
     if detector.train_cfg is None:
         yield 'it has no train_cfg'
-    yield from unsupported_components(detector, PARTS)
+    yield from unsupported_components(detector, COMPONENTS)
     yield from unsupported_settings(detector, SETTINGS)
     if not isinstance(detector.roi_head.bbox_assigner.neg_iou_thr, float):
         yield 'roi_head.bbox_assigner.neg_iou_thr is a range'
@@ -100,7 +99,7 @@ def _reasons(detector: Any) -> Iterator[str]:
     if proposal_cfg['nms'].get('type') != 'nms':
         yield f'its proposals are suppressed by {proposal_cfg["nms"].get("type")}'
     if detector.roi_head.with_mask:
-        yield from unsupported_components(detector, MASK_PARTS)
+        yield from unsupported_components(detector, MASK_COMPONENTS)
         yield from unsupported_settings(detector, MASK_SETTINGS)
         if detector.roi_head.train_cfg.get('soft_mask_target', False):
             yield 'its mask targets are soft'
@@ -109,5 +108,5 @@ def _reasons(detector: Any) -> Iterator[str]:
 
 
 def proposal_settings(detector: Any) -> Mapping[str, Any]:
-    """How ``detector`` turns outputs of its first stage into proposals while it is trained."""
+    """Return the proposal settings that ``detector`` uses during training."""
     return detector.train_cfg.get('rpn_proposal', detector.test_cfg.rpn)

@@ -25,7 +25,7 @@ def plain() -> type[PlainYOLO11]:
 
 @pytest.fixture(scope='session')
 def tiny_model(repo: Path) -> Callable[[], dict[str, Any]]:
-    """Config of a model of half the width of size n with three classes; a new one each call."""
+    """Function that returns a new config of a model with half the width of size n and three classes."""
     register_all_modules()
     cfg = Config.fromfile(repo / 'configs/yolo11/yolo11-n_coco.py').model
     for part in ('backbone', 'neck', 'bbox_head'):
@@ -36,7 +36,7 @@ def tiny_model(repo: Path) -> Callable[[], dict[str, Any]]:
 
 @pytest.fixture
 def detector(tiny_model: Callable[[], dict[str, Any]]) -> nn.Module:
-    """A tiny detector with random weights, and BatchNorm statistics on the way to those of random images."""
+    """A tiny detector with random weights and BatchNorm statistics moved toward those of random images."""
     model = MODELS.build(tiny_model())
     model.bbox_head.init_weights()
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of YOLO11's attention is that attention with quantized products."""
+"""The quantized attention of YOLO11 equals the float attention, except for the quantized products."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmzsq.quantization import QuantizationConfig, calibrating, prepare, set_qua
 
 @pytest.fixture
 def model() -> nn.Module:
-    """A block of two heads."""
+    """A block with two heads."""
     return nn.Sequential(PSABlock(128, NORM_CFG, ACT_CFG)).eval()
 
 
 @pytest.fixture
 def x() -> Tensor:
-    """A map of three by five cells."""
+    """A map of 3 x 5 cells."""
     return torch.randn(2, 128, 3, 5)
 
 

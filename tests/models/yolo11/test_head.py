@@ -17,12 +17,12 @@ def head() -> YOLO11Head:
 
 
 def random_maps(images: int = 2, rows: int = 2, columns: int = 3) -> list[torch.Tensor]:
-    """Maps of a network input of 32 * rows by 32 * columns pixels."""
+    """Draw maps for a network input of 32 * rows by 32 * columns pixels."""
     return [torch.randn(images, 64 + CLASSES, rows * factor, columns * factor) for factor in (4, 2, 1)]
 
 
 def plain_nms(bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Return what class-wise NMS at an IoU of 0.7 keeps, best first, one box at a time."""
+    """Class-wise NMS at an IoU of 0.7 in a plain loop; returns the kept boxes, best first."""
     kept: list[int] = []
     for index in scores.argsort(descending=True).tolist():
         rivals = [other for other in kept if labels[other] == labels[index]]
@@ -31,7 +31,7 @@ def plain_nms(bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) 
     return kept
 
 
-def test_dense_predictions_are_those_of_a_loop(head: YOLO11Head, plain) -> None:
+def test_dense_predictions_equal_a_plain_loop(head: YOLO11Head, plain) -> None:
     maps = random_maps()
     bboxes, obj_logits, cls_logits = head.dense_predictions(maps)
     expected_bboxes, expected_scores = plain.decode(maps)
@@ -47,7 +47,7 @@ def test_dense_predictions_carry_gradients_to_every_output(head: YOLO11Head) -> 
     assert all((m.grad != 0).all() for m in maps)
 
 
-def test_autocast_leaves_boxes_as_precise_as_they_were(head: YOLO11Head) -> None:
+def test_autocast_does_not_reduce_the_precision_of_boxes(head: YOLO11Head) -> None:
     maps = random_maps()
     expected, _, _ = head.dense_predictions(maps)
     with torch.autocast('cpu', torch.bfloat16):
@@ -55,13 +55,13 @@ def test_autocast_leaves_boxes_as_precise_as_they_were(head: YOLO11Head) -> None
     assert torch.equal(bboxes, expected)
 
 
-def test_distillation_has_no_loss_between_equals_and_some_between_others(head: YOLO11Head) -> None:
+def test_distillation_loss_is_zero_only_for_equal_outputs(head: YOLO11Head) -> None:
     one, other = (DensePredictions(*head.dense_predictions(random_maps())) for _ in range(2))
     assert all(abs(term) < 1e-5 for term in dense_terms(one, one))
     assert all(term > 0.01 for term in dense_terms(one, other))
 
 
-def test_detections_are_those_of_a_loop(head: YOLO11Head, plain) -> None:
+def test_detections_equal_a_plain_loop(head: YOLO11Head, plain) -> None:
     maps = random_maps()
     results = head.predict_by_feat(maps, [dict(img_shape=(64, 96))] * 2)
     bboxes, scores = plain.decode(maps)
@@ -79,7 +79,7 @@ def test_detections_are_those_of_a_loop(head: YOLO11Head, plain) -> None:
 
 def test_rescaling_undoes_the_letterbox(head: YOLO11Head) -> None:
     maps = random_maps(1)
-    # A place is nearly sure of short distances: boxes that lie inside the image.
+    # Large logits for short distances give boxes inside the image.
     for scale_map in maps:
         scale_map[:, [1, 17, 33, 49]] += 8.0
     meta = dict(img_shape=(64, 96), ori_shape=(64, 300), scale_factor=(0.5, 1.5), pad_param=(16, 16, 21, 21))
@@ -99,7 +99,7 @@ def test_predict_takes_features_and_data_samples(head: YOLO11Head) -> None:
     assert len(result) > 0 and result.bboxes.max() <= 32
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(UserError, match='got 2 and 3'):
         YOLO11Head(CLASSES, strides=(8, 16))
     with pytest.raises(UserError, match='reg_max of YOLO11Head must be at least 2, not 1'):

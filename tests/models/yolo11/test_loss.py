@@ -32,41 +32,41 @@ def random_instances(*counts: int) -> list[InstanceData]:
     return instances
 
 
-def reference_answers(
-    bboxes: Tensor, scores: Tensor, places: Sequence[tuple[float, float]], gt: InstanceData
+def reference_assignment(
+    bboxes: Tensor, scores: Tensor, locations: Sequence[tuple[float, float]], gt: InstanceData
 ) -> dict[int, tuple[int, float]]:
-    """Target and wanted score of each place of one image that answers, one pair at a time."""
+    """Return target and score of each assigned location of one image, in a plain loop over pairs."""
     overlap: dict[tuple[int, int], float] = {}
     alignment: dict[tuple[int, int], float] = {}
     chosen: dict[int, list[int]] = {}
     for index, (bbox, label) in enumerate(zip(gt.bboxes, gt.labels, strict=True)):
         x1, y1, x2, y2 = bbox.tolist()
-        for place, (x, y) in enumerate(places):
+        for location, (x, y) in enumerate(locations):
             if x1 < x < x2 and y1 < y < y2:
-                iou = complete_box_iou(bboxes[place][None], bbox[None])[0, 0].item()
-                overlap[index, place] = max(iou, 0.0)
-                alignment[index, place] = scores[place, label].item() ** 0.5 * overlap[index, place] ** 6
-        mine = sorted((value, place) for (i, place), value in alignment.items() if i == index and value > 0)
-        for _, place in mine[-10:]:
-            chosen.setdefault(place, []).append(index)
-    answers = {}
-    for place, rivals in chosen.items():
+                iou = complete_box_iou(bboxes[location][None], bbox[None])[0, 0].item()
+                overlap[index, location] = max(iou, 0.0)
+                alignment[index, location] = scores[location, label].item() ** 0.5 * overlap[index, location] ** 6
+        mine = sorted((value, location) for (i, location), value in alignment.items() if i == index and value > 0)
+        for _, location in mine[-10:]:
+            chosen.setdefault(location, []).append(index)
+    assigned = {}
+    for location, rivals in chosen.items():
         if len(rivals) > 1:
-            rivals = [max((i for i in range(len(gt)) if (i, place) in overlap), key=lambda i: overlap[i, place])]
-        answers[place] = rivals[0]
+            rivals = [max((i for i in range(len(gt)) if (i, location) in overlap), key=lambda i: overlap[i, location])]
+        assigned[location] = rivals[0]
     result = {}
-    for place, index in answers.items():
-        same = [other for other, target in answers.items() if target == index]
+    for location, index in assigned.items():
+        same = [other for other, target in assigned.items() if target == index]
         best = max(alignment[index, other] for other in same)
         widest = max(overlap[index, other] for other in same)
-        result[place] = index, alignment[index, place] * widest / (best + 1e-9)
+        result[location] = index, alignment[index, location] * widest / (best + 1e-9)
     return result
 
 
 def reference_loss(maps: list[Tensor], instances: list[InstanceData], plain: type) -> dict[str, Tensor]:
-    """YOLO11's loss, one image and place at a time."""
+    """Compute YOLO11's loss in loops over images and locations."""
     bboxes, scores = plain.decode(maps)
-    places = [
+    locations = [
         ((column + 0.5) * stride, (row + 0.5) * stride)
         for stride in STRIDES
         for row in range(SIZE[0] // stride)
@@ -77,16 +77,16 @@ def reference_loss(maps: list[Tensor], instances: list[InstanceData], plain: typ
     wanted = torch.zeros_like(scores)
     box_loss = dfl_loss = torch.zeros(())
     for image, gt in enumerate(instances):
-        answers = reference_answers(bboxes[image].detach(), scores[image].detach(), places, gt)
-        for place, (index, score) in answers.items():
-            bbox, stride = gt.bboxes[index], strides[place]
-            wanted[image, place, gt.labels[index]] = score
-            box_loss = box_loss + score * (1 - complete_box_iou(bboxes[image, place][None], bbox[None])[0, 0])
-            x, y = places[place]
+        assigned = reference_assignment(bboxes[image].detach(), scores[image].detach(), locations, gt)
+        for location, (index, score) in assigned.items():
+            bbox, stride = gt.bboxes[index], strides[location]
+            wanted[image, location, gt.labels[index]] = score
+            box_loss = box_loss + score * (1 - complete_box_iou(bboxes[image, location][None], bbox[None])[0, 0])
+            x, y = locations[location]
             sides = x - bbox[0], y - bbox[1], bbox[2] - x, bbox[3] - y
             for side, distance in enumerate(sides):
                 cells = min(max(distance.item() / stride, 0), 15 - 0.01)
-                log_p = logits[image, 16 * side : 16 * side + 16, place].log_softmax(0)
+                log_p = logits[image, 16 * side : 16 * side + 16, location].log_softmax(0)
                 low = math.floor(cells)
                 error = -(low + 1 - cells) * log_p[low] - (cells - low) * log_p[low + 1]
                 dfl_loss = dfl_loss + score * error / 4
@@ -105,7 +105,7 @@ def head() -> YOLO11Head:
 
 
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (20, 0, 20)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLO11Head, plain, counts) -> None:
+def test_values_and_gradients_equal_a_plain_loop(head: YOLO11Head, plain, counts) -> None:
     maps, instances = random_maps(), random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
     expected = reference_loss(maps, instances, plain)
@@ -150,7 +150,7 @@ def test_padding_may_hold_anything(head: YOLO11Head) -> None:
 
 def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLO11Head) -> None:
     maps = [m.detach() * 0 for m in random_maps(1)]
-    # Two cells to each side of the center (84, 44), all but surely.
+    # Two cells to each side of the center (84, 44), with a probability near 1.
     maps[0][0, [2, 18, 34, 50], 5, 10] = 100.0
     maps = [m.requires_grad_() for m in maps]
     targets = pad_targets([InstanceData(bboxes=torch.tensor([[68.0, 28, 100, 60]]), labels=torch.tensor([0]))])
@@ -164,13 +164,14 @@ def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLO11
     assert losses['loss_dfl'] < worse['loss_dfl'] and losses['loss_bbox'] < worse['loss_bbox']
 
 
-def test_sides_too_far_to_predict_are_to_be_just_below_the_farthest() -> None:
+def test_targets_out_of_range_are_clamped_below_the_largest_distance() -> None:
     head = YOLO11Head(CLASSES, in_channels=(256,), strides=(8,))
     scale_map = torch.zeros(1, 64 + CLASSES, 1, 1)
-    scale_map[:, 15:64:16] = 40.0  # surely 15 cells, 120 px
+    scale_map[:, 15:64:16] = 40.0  # 15 cells (120 px) with a probability near 1
     targets = pad_targets([InstanceData(bboxes=torch.tensor([[-196.0, -196, 204, 204]]), labels=torch.tensor([0]))])
     losses = head.loss_by_targets([scale_map], targets)
-    # The only place is to score the IoU of squares of 240 and 400 px. Of 14.99 cells, a hundredth is wanted at 14.
+    # The target score of the only location is the IoU of squares of 240 and 400 px. A target distance of 14.99 cells
+    # has a weight of 0.01 at 14.
     score = (240 / 400) ** 2
     assert losses['loss_dfl'].item() == pytest.approx(1.5 * score * 0.01 * 40, rel=1e-3)
     assert losses['loss_bbox'].item() == pytest.approx(7.5 * score * (1 - score), rel=1e-3)
@@ -200,7 +201,7 @@ def test_the_head_takes_data_samples_and_runs_forward_once(head: YOLO11Head) -> 
     for name in expected:
         torch.testing.assert_close(losses[name], expected[name])
         assert losses[name].shape == ()
-    # Labels may come as tensors, too.
+    # Labels may also be tensors.
     padded = head.loss(feats, pad_targets([sample.gt_instances], 16))
     for name in expected:
         torch.testing.assert_close(padded[name], expected[name])

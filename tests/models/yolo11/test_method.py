@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny YOLO11 through the whole method: images from it, its layers in few bits, and a step of learning."""
+"""The whole method on a tiny YOLO11: synthesis, quantization and a training step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from mmzsq.distillation import DensePredictionLoss
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.synthesis import CalibrationSetGenerator
-from mmzsq.tasks import detection_task
+from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.padded_task import PaddedTargetsTask
 
-DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
-
 SIZE = (64, 64)
+DEFAULT = preset_section('default', {})
 QUANTIZER = dict(
     DEFAULT['quantizer'],
     w_bits=4,
@@ -35,7 +34,7 @@ QUANTIZER = dict(
 
 
 def samples() -> list[DetDataSample]:
-    """Two images with a box each."""
+    """Two images with one box each."""
     result = []
     for label in (0, 2):
         meta = dict(img_shape=SIZE, batch_input_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, scale_factor=(1.0, 1.0))
@@ -48,7 +47,7 @@ def samples() -> list[DetDataSample]:
 
 @pytest.fixture
 def student(detector: nn.Module, tiny_model: Callable[[], dict[str, Any]], tmp_path: Path) -> ZeroShotDetector:
-    """A student of 4 bits that starts from ``detector``, with steps."""
+    """A calibrated 4-bit student that starts from ``detector``."""
     path = tmp_path / 'teacher.pth'
     torch.save({'state_dict': detector.state_dict(), 'meta': {'dataset_meta': {'classes': ('a', 'b', 'c')}}}, path)
     distillation = dict(copy.deepcopy(DEFAULT['distillation']), detection_weight=0.1)
@@ -60,12 +59,12 @@ def student(detector: nn.Module, tiny_model: Callable[[], dict[str, Any]], tmp_p
 
 
 def test_synthesis_corrects_labels_and_lowers_the_loss(detector: nn.Module) -> None:
-    # It sees much: something about four cells wide nearly everywhere.
+    # Biases that make it predict an object about four cells wide nearly everywhere.
     with torch.no_grad():
         for box_convs, cls_convs in zip(detector.bbox_head.box_convs, detector.bbox_head.cls_convs, strict=True):
             box_convs[2].bias.view(4, -1)[:, 2] += 8.0
             cls_convs[2].bias.fill_(0.0)
-    task = detection_task(detector)
+    task = build_detection_task(detector)
     assert type(task) is PaddedTargetsTask
     options = copy.deepcopy(DEFAULT['synthesis'])
     options.update(
@@ -82,7 +81,7 @@ def test_synthesis_corrects_labels_and_lowers_the_loss(detector: nn.Module) -> N
     assert losses[-1] < losses[2]
 
 
-def test_every_layer_learns_and_only_layers_of_four_bits_but_the_first_and_last(student: ZeroShotDetector) -> None:
+def test_all_layers_learn_and_all_but_the_first_and_last_have_4_bits(student: ZeroShotDetector) -> None:
     kinds = {type(loss) for loss in student.distillation_losses}
     assert DensePredictionLoss in kinds
     layers = dict(quantized_layers(student.student))

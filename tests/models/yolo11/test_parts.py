@@ -13,7 +13,7 @@ from mmzsq.converters.yolo11 import SIZES
 from mmzsq.models.yolo11 import YOLO11Head
 from mmzsq.models.yolo11.layers import C3k, C3k2, SpatialAttention
 
-# As Ultralytics prints their gradients for 80 classes, batch norms not folded.
+# Numbers of parameters that Ultralytics prints as trainable for 80 classes, with separate batch norms.
 PARAMETERS = {'n': 2624064, 's': 9458736, 'm': 20114672, 'l': 25372144, 'x': 56966160}
 
 
@@ -29,7 +29,7 @@ def test_configs_build_each_size(size: str, repo: Path) -> None:
 
 
 @pytest.mark.parametrize(('classes', 'channels'), [(3, 64), (80, 80), (365, 100)])
-def test_the_head_is_as_wide_as_its_classes_within_limits(classes: int, channels: int) -> None:
+def test_the_width_of_the_head_follows_the_classes_within_limits(classes: int, channels: int) -> None:
     head = YOLO11Head(classes, widen_factor=0.25, max_channels=1024)
     assert {convs[2].in_channels for convs in head.cls_convs} == {channels}
     assert {convs[2].in_channels for convs in head.box_convs} == {64}
@@ -51,7 +51,7 @@ def test_attention_is_scaled_dot_product_attention() -> None:
     torch.testing.assert_close(attention(x), attention.merge(expected, value, x))
 
 
-def test_position_is_a_convolution_of_the_values() -> None:
+def test_the_positional_encoding_is_a_convolution_of_the_values() -> None:
     attention = SpatialAttention(64).eval()
     value = torch.randn(1, 1, 6, 64)
     x = torch.empty(1, 64, 2, 3)
@@ -60,7 +60,7 @@ def test_position_is_a_convolution_of_the_values() -> None:
     torch.testing.assert_close(merged, attention.proj(attention.position(as_map)))
 
 
-def test_a_block_sees_the_output_of_the_block_before_and_the_last_convolution_all() -> None:
+def test_blocks_are_chained_and_the_last_convolution_gets_all_outputs() -> None:
     block = C3k2(8, 8, num_blocks=2, c3k=True)
     assert all(isinstance(inner, C3k) for inner in block.blocks)
     seen = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each size beside Ultralytics' own model of it, where the package ``ultralytics`` is installed.
+"""Each size equals Ultralytics' own model, if the package ``ultralytics`` is installed.
 
 Both hold the same weights: random ones, with BatchNorm statistics near those of random images, so that every layer
 matters. Tried with ultralytics 8.3.40 and 8.4.190.
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 
 class Pair(NamedTuple):
-    """The two models and what Ultralytics' makes of two images.
+    """The two models and the outputs of Ultralytics' model for two images.
 
     ``outputs`` is what its ``forward`` returns; ``raw`` (N, 64 + C, P) are the outputs of its head.
     """
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope='module')
 def ultralytics(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The package; its settings file goes to a folder of the test."""
+    """The package. Its settings file is written to a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('YOLO_CONFIG_DIR', str(tmp_path_factory.mktemp('settings')))
         return pytest.importorskip('ultralytics')
@@ -73,7 +73,7 @@ def pair(request: pytest.FixtureRequest, ultralytics: Any, repo: Path) -> Pair:
 
 
 def randomize(model: nn.Module) -> None:
-    """Give BatchNorm layers random parameters and statistics, and the raw outputs of a map a deviation of about 1."""
+    """Set BatchNorm layers to random parameters and statistics that give raw outputs a deviation of about 1."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -96,7 +96,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def raw_outputs(outputs: Any) -> Tensor:
-    """Of what Ultralytics' forward returns in eval mode, in any version."""
+    """Extract the raw outputs from the return value of Ultralytics' forward in eval mode, for any version."""
     raw = outputs[1]
     if isinstance(raw, dict):
         return torch.cat((raw['boxes'], raw['scores']), 1)
@@ -104,7 +104,7 @@ def raw_outputs(outputs: Any) -> Tensor:
 
 
 def instances(smallest: float) -> list[InstanceData]:
-    """Targets of two images, inside them; sides from ``smallest`` pixels up."""
+    """Draw targets inside two images, with sides of at least ``smallest`` pixels."""
     result = []
     for count in (3, 6):
         size = torch.tensor([SIZE[1], SIZE[0]], dtype=torch.float32)
@@ -116,7 +116,7 @@ def instances(smallest: float) -> list[InstanceData]:
 
 
 def upstream_batch(wanted: list[InstanceData]) -> dict[str, Tensor]:
-    """Targets as Ultralytics' loss takes them: centers and sides as shares of the image."""
+    """Convert targets to the format of Ultralytics' loss: centers and sides relative to the image size."""
     bboxes = torch.cat([image.bboxes for image in wanted])
     shares = torch.cat(((bboxes[:, :2] + bboxes[:, 2:]) / 2, bboxes[:, 2:] - bboxes[:, :2]), 1)
     return dict(
@@ -127,12 +127,12 @@ def upstream_batch(wanted: list[InstanceData]) -> dict[str, Tensor]:
 
 
 def check_loss(pair: Pair, wanted: list[InstanceData]) -> None:
-    """Terms, and the gradient for the images."""
+    """Return the loss terms and the gradient of the images."""
     from ultralytics.utils.loss import v8DetectionLoss
 
     images = pair.images.clone().requires_grad_()
     total, items = v8DetectionLoss(pair.upstream)(pair.upstream(images), upstream_batch(wanted))
-    # Upstream multiplies by the batch size.
+    # Ultralytics multiplies the loss by the batch size.
     (expected_grad,) = torch.autograd.grad(total.sum() / len(images), images)
     (maps,) = pair.ours(images, mode='tensor')
     losses = pair.ours.bbox_head.loss_by_targets(maps, pad_targets(wanted))
@@ -144,8 +144,8 @@ def check_loss(pair: Pair, wanted: list[InstanceData]) -> None:
     assert (grad - expected_grad).norm() < 1e-3 * expected_grad.norm()
 
 
-def test_there_are_as_many_parameters(pair: Pair) -> None:
-    # Upstream counts the sixteen distances 0, 1, ... among them.
+def test_the_number_of_parameters_is_the_same(pair: Pair) -> None:
+    # Ultralytics also counts the constants 0, 1, ..., 15 of the distances.
     expected = sum(parameter.numel() for parameter in pair.upstream.parameters()) - 16
     assert sum(parameter.numel() for parameter in pair.ours.parameters()) == expected
 
@@ -169,7 +169,7 @@ def test_boxes_and_scores_are_the_same(pair: Pair) -> None:
         (own_maps,) = pair.ours(pair.images, mode='tensor')
     for outputs in (maps, own_maps):
         bboxes, _, cls_logits = pair.ours.bbox_head.dense_predictions(outputs)
-        # In cells, as both decode: 400 px have no closer float32 than 3e-5 px.
+        # Compared in cells, as both decode them: the spacing of float32 at 400 px is 3e-5 px.
         assert ((bboxes - expected) / strides).abs().max() < TOLERANCE
         assert (cls_logits.sigmoid() - scores).abs().max() < TOLERANCE
 

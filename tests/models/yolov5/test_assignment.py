@@ -19,8 +19,8 @@ def one_target(x: float, y: float, width: float, height: float) -> PaddedTargets
 
 
 def matches(targets: PaddedTargets, anchors: Tensor) -> list[tuple[int, int, int]]:
-    """Return (anchor, column, row) of all that answer, on a map of 4 rows and 6 columns."""
-    # The second scale is there to be told from the first.
+    """Return (anchor, column, row) of all matches on a map of 4 rows and 6 columns."""
+    # A second scale checks that scales are not mixed up.
     both = torch.stack((anchors, 100 * anchors))
     found = find_candidates(targets, both, torch.tensor([8, 16]), torch.tensor([4, 2]), torch.tensor([6, 3]), 4.0)
     x, y, matched = (of_scale[0] for of_scale in found)
@@ -40,24 +40,24 @@ SQUARE = torch.tensor([[10.0, 10.0]])
         ((0.2, 0.3), [(0, 0)]),  # nothing lies outside the map
         ((5.8, 3.9), [(5, 3)]),
         ((2.5, 1.5), [(2, 1)]),  # in the middle, no side is nearer
-        # On a border both neighbors are near, and the one on the right is the cell itself:
-        # upstream counts it twice.
+        # On a border, both neighbors are near, and the right one is the cell itself. The original implementation
+        # also counts it twice.
         ((2.0, 1.5), [(2, 1), (1, 1), (2, 1)]),
         ((6.0, 4.0), [(5, 3), (5, 3), (5, 3)]),  # on the border of the map: the cell inside
     ],
 )
-def test_center_and_nearest_neighbors_answer(center: tuple[float, float], cells: list[tuple[int, int]]) -> None:
+def test_center_and_nearest_neighbors_are_matched(center: tuple[float, float], cells: list[tuple[int, int]]) -> None:
     found = matches(one_target(center[0] * 8, center[1] * 8, 10, 10), SQUARE)
     assert found == sorted((0, *cell) for cell in cells)
 
 
-def test_only_anchors_of_like_size_answer() -> None:
+def test_only_anchors_of_similar_size_are_matched() -> None:
     anchors = torch.tensor([[10.0, 10.0], [39.9, 10.0], [40.0, 10.0], [10.0, 2.6], [10.0, 2.5]])
     found = matches(one_target(20, 12, 10, 10), anchors)
     assert {anchor for anchor, _, _ in found} == {0, 1, 3}
 
 
-def test_padding_and_empty_boxes_answer_for_nothing() -> None:
+def test_padding_and_empty_boxes_are_not_matched() -> None:
     targets = one_target(20, 12, 10, 10)
     assert not matches(targets._replace(valid=torch.zeros(1, 1, dtype=torch.bool)), SQUARE)
     assert not matches(one_target(20, 12, 0, 0), SQUARE)
@@ -75,7 +75,7 @@ def test_targets_are_padded_to_the_longest_image() -> None:
     assert pad_targets([none, none]).bboxes.shape == (2, 0, 4)
 
 
-def test_targets_are_padded_to_a_given_length_or_refused() -> None:
+def test_targets_are_padded_to_a_given_length_or_rejected() -> None:
     image = InstanceData(bboxes=torch.rand(2, 4), labels=torch.tensor([5, 6]))
     targets = pad_targets([image], length=5)
     assert targets.bboxes.shape == (1, 5, 4)

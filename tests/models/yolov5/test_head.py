@@ -17,12 +17,12 @@ def head() -> YOLOv5Head:
 
 
 def random_maps(images: int = 2, rows: int = 2, columns: int = 3) -> list[torch.Tensor]:
-    """Maps of a network input of 32 * rows by 32 * columns pixels."""
+    """Draw maps for a network input of 32 * rows by 32 * columns pixels."""
     return [torch.randn(images, 3 * (5 + CLASSES), rows * factor, columns * factor) for factor in (4, 2, 1)]
 
 
 def plain_nms(bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Return what class-wise NMS at an IoU of 0.6 keeps, best first, one box at a time."""
+    """Class-wise NMS at an IoU of 0.6 in a plain loop; returns the kept boxes, best first."""
     kept: list[int] = []
     for index in scores.argsort(descending=True).tolist():
         rivals = [other for other in kept if labels[other] == labels[index]]
@@ -31,7 +31,7 @@ def plain_nms(bboxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) 
     return kept
 
 
-def test_dense_predictions_are_those_of_a_loop(head: YOLOv5Head, plain) -> None:
+def test_dense_predictions_equal_a_plain_loop(head: YOLOv5Head, plain) -> None:
     maps = random_maps()
     bboxes, obj_logits, cls_logits = head.dense_predictions(maps)
     expected_bboxes, expected_scores = plain.decode(maps, CLASSES)
@@ -47,7 +47,7 @@ def test_dense_predictions_carry_gradients_to_every_output(head: YOLOv5Head) -> 
     assert all((m.grad != 0).all() for m in maps)
 
 
-def test_detections_are_those_of_a_loop(head: YOLOv5Head, plain) -> None:
+def test_detections_equal_a_plain_loop(head: YOLOv5Head, plain) -> None:
     maps = random_maps()
     results = head.predict_by_feat(maps, [dict(img_shape=(64, 96))] * 2)
     bboxes, scores = plain.decode(maps, CLASSES)
@@ -88,7 +88,7 @@ def test_without_padding_rescaling_is_a_division(head: YOLOv5Head) -> None:
     torch.testing.assert_close(small.bboxes * 2, large.bboxes)
 
 
-def test_nothing_likely_gives_no_detections(head: YOLOv5Head) -> None:
+def test_low_scores_give_no_detections(head: YOLOv5Head) -> None:
     maps = [torch.full_like(m, -20.0) for m in random_maps(1)]
     (result,) = head.predict_by_feat(maps, [dict(img_shape=(64, 96))])
     assert result.bboxes.shape == (0, 4)
@@ -109,7 +109,7 @@ def test_trained_anchors_come_with_the_checkpoint(head: YOLOv5Head) -> None:
     assert torch.equal(other.anchors, head.anchors)
 
 
-def test_settings_of_unequal_length_are_refused() -> None:
+def test_settings_of_unequal_length_are_rejected() -> None:
     with pytest.raises(UserError, match="'strides': 2"):
         YOLOv5Head(CLASSES, strides=(8, 16))
 
@@ -124,6 +124,6 @@ def test_settings_of_unequal_length_are_refused() -> None:
         (dict(scor_thr=0.1), 'score_thr'),
     ],
 )
-def test_a_wrong_test_cfg_is_refused(test_cfg: dict, message: str) -> None:
+def test_a_wrong_test_cfg_is_rejected(test_cfg: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         YOLOv5Head(CLASSES, test_cfg=test_cfg)

@@ -35,7 +35,7 @@ def random_instances(*counts: int) -> list[InstanceData]:
 def reference_loss(
     maps: list[Tensor], instances: list[InstanceData], anchors: list, strides: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """YOLOv5's loss, one image, target, anchor and cell at a time, in units of cells."""
+    """Compute YOLOv5's loss in loops over images, targets, anchors and cells, in units of cells."""
     box_loss = cls_loss = obj_loss = torch.zeros(())
     for level, level_anchors, stride, balance in zip(maps, anchors, strides, (4, 1, 0.4), strict=True):
         images, _, rows, columns = level.shape
@@ -89,7 +89,7 @@ def head() -> YOLOv5Head:
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('counts', [(3, 1, 8), (0, 2, 0), (0, 0, 0), (40, 40, 40)])
-def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, counts, layout) -> None:
+def test_values_and_gradients_equal_a_plain_loop(head: YOLOv5Head, plain, counts, layout) -> None:
     maps = [m.detach().contiguous(memory_format=layout).requires_grad_() for m in random_maps()]
     instances = random_instances(*counts)
     result = head.loss_by_targets(maps, pad_targets(instances))
@@ -100,7 +100,7 @@ def test_values_and_gradients_are_those_of_a_loop(head: YOLOv5Head, plain, count
     grads = torch.autograd.grad(sum(result.values()), maps)
     expected_grads = torch.autograd.grad(sum(expected.values()), maps)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-7)
-    # What made the maps need not rearrange them.
+    # The gradient keeps the memory layout of the maps.
     assert all(grad.is_contiguous(memory_format=layout) for grad in grads)
 
 
@@ -125,7 +125,7 @@ def test_a_batch_twice_as_large_has_the_same_loss(head: YOLOv5Head) -> None:
 
 
 def test_a_perfect_prediction_has_no_box_loss_and_a_finite_gradient(head: YOLOv5Head) -> None:
-    # The anchor's own size at the middle of its cell is what logits of zero stand for.
+    # Logits of zero decode to a box of the anchor's size at the center of its cell.
     bbox = torch.tensor([[84 - 8.0, 44 - 15.0, 84 + 8.0, 44 + 15.0]])
     maps = [torch.zeros_like(m, requires_grad=True) for m in random_maps(1)]
     targets = pad_targets([InstanceData(bboxes=bbox, labels=torch.tensor([0]))])

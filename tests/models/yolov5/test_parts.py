@@ -12,7 +12,7 @@ from mmzsq.converters.yolov5 import SIZES, expected_shapes
 from mmzsq.models.yolo.layers import SPPF
 from mmzsq.models.yolov5 import YOLOv5CSPDarknet
 
-# As Ultralytics prints them for 80 classes, batch norms not folded.
+# Numbers that Ultralytics prints for 80 classes, with separate batch norms.
 PARAMETERS = {'n': 1872157, 's': 7235389, 'm': 21190557, 'l': 46563709, 'x': 86749405}
 
 

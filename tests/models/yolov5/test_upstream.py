@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbone and neck of each size beside Ultralytics', where the package ``ultralytics`` is installed.
+"""Backbone and neck of each size equal Ultralytics', if the package ``ultralytics`` is installed.
 
 The package has YOLOv5's layers up to the head. Its head, without anchors, and its loss are those of later detectors:
 ours are compared with the plain implementations in this folder instead.
@@ -22,14 +22,14 @@ from mmzsq.converters.yolov5 import SIZES, convert_yolov5
 
 @pytest.fixture(scope='module')
 def detection_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Ultralytics' class; its settings file goes to a folder of the test."""
+    """Ultralytics' class. Its settings file is written to a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('YOLO_CONFIG_DIR', str(tmp_path_factory.mktemp('settings')))
         return pytest.importorskip('ultralytics.nn.tasks').DetectionModel
 
 
 def randomize(model: nn.Module) -> None:
-    """Give BatchNorm layers random parameters, and statistics near those of random images."""
+    """Set BatchNorm layers to random parameters and to statistics close to those of random images."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)

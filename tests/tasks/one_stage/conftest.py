@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMDetection's own one-stage configs, made small, and labels of every awkward kind."""
+"""Small versions of MMDetection's one-stage configs, and labels with edge cases."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     'fcos': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', GROUPED),
     'fcos_normalized': ('fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py', GROUPED),
 }
-"""By name: MMDetection's config, and what makes it small."""
+"""MMDetection's config and the overrides that make it small, by name."""
 PREDICTORS = ('conv_cls', 'conv_reg', 'conv_obj', 'rtm_cls', 'rtm_reg', 'retina_', 'atss_', 'gfl_', 'conv_centerness')
-"""Parts of the names of a head's last layers."""
+"""Substrings in the names of a head's last layers."""
 
 
 def small_cfg(name: str, **changes: Any) -> Any:
-    """Config of a small detector; ``changes`` are dotted keys of its model, ``__`` for a dot."""
+    """Return the config of a small detector; ``changes`` are dotted keys of its model, with ``__`` for a dot."""
     path, shrunk = DETECTORS[name]
     cfg = Config.fromfile(CONFIGS / path)
     cfg.merge_from_dict(shrunk)
@@ -55,7 +55,7 @@ def small_cfg(name: str, **changes: Any) -> Any:
 
 
 def spread(head: nn.Module) -> None:
-    """Draw the last layers of a head anew, so that it predicts boxes and scores of every kind, not all the same."""
+    """Reinitialize the last layers of a head so that its boxes and scores vary widely."""
     for name, layer in head.named_modules():
         if isinstance(layer, nn.Conv2d) and any(part in name for part in PREDICTORS):
             nn.init.normal_(layer.weight, std=0.1)
@@ -63,7 +63,7 @@ def spread(head: nn.Module) -> None:
 
 
 def build_detector(name: str, **changes: Any) -> nn.Module:
-    """Build a detector with 3 classes and few channels, whose BatchNorm layers fit noise and do not amplify it."""
+    """Build a detector with 3 classes and few channels, whose BatchNorm statistics are those of noise images."""
     cfg = small_cfg(name, **changes)
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -90,7 +90,7 @@ def build_head(name: str, **changes: Any) -> nn.Module:
 
 
 def draw_labels(counts: tuple[int, ...], side: tuple[float, float] = (8, 70), seed: int = 0) -> list[InstanceData]:
-    """Draw ``counts`` boxes for each image, with sides from a range in pixels, that may overlap or leave the image."""
+    """Draw ``counts`` boxes per image with sides in a range of pixels. They may overlap or extend past the image."""
     generator = torch.Generator().manual_seed(seed)
     entries = []
     for count in counts:
@@ -122,17 +122,17 @@ def make_head() -> Callable[..., nn.Module]:
 
 @pytest.fixture(params=sorted(DETECTORS))
 def name(request: pytest.FixtureRequest) -> str:
-    """Each detector of DETECTORS in turn."""
+    """Name of each detector in DETECTORS."""
     return str(request.param)
 
 
 @pytest.fixture
 def labels() -> Callable[..., list[InstanceData]]:
-    """Draw labels."""
+    """Function that draws labels."""
     return draw_labels
 
 
 @pytest.fixture(params=sorted(LABELS))
 def awkward_labels(request: pytest.FixtureRequest) -> list[InstanceData]:
-    """Labels of four images, of each awkward kind in turn."""
+    """Labels of four images, one edge case at a time."""
     return [entry.clone() for entry in LABELS[request.param]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each head's loss and its gradient are MMDetection's for the same maps."""
+"""The loss and gradient of each head equal MMDetection's for the same maps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,27 +10,27 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.tasks.detection_task import sum_losses
-from mmzsq.tasks.one_stage.support import FAMILIES
+from mmzsq.tasks.one_stage.support import BATCHED_LOSSES
 
 SIZE = (96, 128)
 STRIDES = {'yolox': (8, 16, 32), 'rtmdet': (8, 16, 32)}
 
 
 def features(name: str, images: int) -> list[Tensor]:
-    """Random input of the head ``name`` for images of SIZE."""
+    """Return random inputs of the head ``name`` for images of SIZE."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(-(-SIZE[0] // stride), -(-SIZE[1] // stride)) for stride in STRIDES.get(name, (8, 16, 32, 64, 128))]
     return [torch.randn(images, 16, *size, generator=generator).requires_grad_() for size in sizes]
 
 
 def both_losses(name: str, head: Any, labels: list[InstanceData], feats: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The batched loss and MMDetection's own for the same maps."""
+    """Return the batched loss and MMDetection's own for the same maps."""
     maps = head(feats)
     metas = [dict(img_shape=SIZE, pad_shape=SIZE)] * len(labels)
     expected = sum_losses(head.loss_by_feat(*maps, labels, metas))
-    family = FAMILIES[type(head)]
+    batched = BATCHED_LOSSES[type(head)]
     sizes = [(level.shape[2], level.shape[3]) for level in maps[0]]
-    return family.loss(head, maps, family.assign(head, labels, sizes, SIZE)), expected
+    return batched.loss(head, maps, batched.assign(head, labels, sizes, SIZE)), expected
 
 
 def assert_equal_losses(name: str, head: nn.Module, labels: list[InstanceData]) -> None:
@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_mmdetections(
         ('atss', dict(bbox_head__loss_bbox=dict(_delete_=True, type='IoULoss', mode='log'))),
     ],
 )
-def test_what_the_config_says_of_losses_and_assignment_counts(
+def test_settings_of_losses_and_assignment_take_effect(
     make_head: Callable[..., nn.Module],
     labels: Callable[..., list[InstanceData]],
     name: str,
@@ -77,10 +77,8 @@ def test_what_the_config_says_of_losses_and_assignment_counts(
 
 
 @pytest.mark.parametrize('name', ['yolox', 'rtmdet'])
-def test_places_that_predict_the_same_are_as_many_as_mmdetections(
-    make_head: Callable[..., nn.Module], name: str
-) -> None:
-    """Of places with equal costs any may answer for a label, but no more than there are to be."""
+def test_ties_in_cost_match_as_many_locations_as_mmdetection(make_head: Callable[..., nn.Module], name: str) -> None:
+    """Any of the locations with equal cost may be matched, but not more than k of them."""
     head = make_head(name)
     feats = [torch.zeros_like(level) for level in features(name, 2)]
     middle = [InstanceData(bboxes=torch.tensor([[40.0, 24.0, 88.0, 72.0]]), labels=torch.tensor([1]))] * 2

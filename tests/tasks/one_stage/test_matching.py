@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic-k matching of a batch against MMDetection's assigners, image by image."""
+"""Dynamic-k matching of a batch equals MMDetection's assigners, image by image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def kind(request: pytest.FixtureRequest) -> tuple[type, Callable[..., Match]]:
 
 
 def grid() -> Tensor:
-    """Middles and strides of all places of SIZE, (P, 4)."""
+    """Return centers and strides of all locations for images of SIZE, (P, 4)."""
     levels = []
     for stride in (8, 16, 32):
         y, x = torch.meshgrid(torch.arange(SIZE[0] // stride), torch.arange(SIZE[1] // stride), indexing='ij')
@@ -36,7 +36,7 @@ def grid() -> Tensor:
 
 
 def draw_predictions(priors: Tensor, images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Boxes around the places, (N, P, 4), and scores in [0, 1], (N, P, 3)."""
+    """Draw boxes around the locations, (N, P, 4), and scores in [0, 1], (N, P, 3)."""
     generator = torch.Generator().manual_seed(seed)
     sides = 4 * torch.rand(images, len(priors), 2, generator=generator).mul(2).exp() * priors[:, 2:] / 8
     return torch.cat((priors[:, :2] - sides, priors[:, :2] + sides), -1), torch.rand(
@@ -55,7 +55,7 @@ def assign_one_by_one(
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('sides', [(8, 70), (1, 12)])
-def test_places_answer_for_the_labels_that_mmdetection_gives_them(
+def test_matches_are_mmdetections(
     kind: tuple[type, Callable[..., Match]],
     labels: Callable[..., list[InstanceData]],
     seed: int,
@@ -73,13 +73,13 @@ def test_places_answer_for_the_labels_that_mmdetection_gives_them(
         assert not found.overlap[image][~positive].any()
 
 
-def test_labels_that_are_padding_change_nothing(
+def test_padding_changes_no_match(
     kind: tuple[type, Callable[..., Match]], labels: Callable[..., list[InstanceData]]
 ) -> None:
     wanted, priors = labels((5, 2)), grid()
     bboxes, scores = draw_predictions(priors, 2, 0)
     targets = pad_targets(wanted, 16)
-    # What lies in the padding looks like a label that every place would answer for.
+    # The padding contains the whole image as a box, which would match every location.
     full = torch.tensor([0.0, 0.0, SIZE[1], SIZE[0]])
     filled = targets._replace(bboxes=torch.where(targets.valid[..., None], targets.bboxes, full))
     short, long = (kind[1](kind[0](), bboxes, scores, priors, each) for each in (pad_targets(wanted), filled))
@@ -87,14 +87,14 @@ def test_labels_that_are_padding_change_nothing(
         assert torch.equal(value, expected)
 
 
-def test_of_equal_costs_no_more_places_are_taken_than_the_overlaps_allow() -> None:
+def test_ties_in_cost_match_no_more_than_k_locations() -> None:
     cost = torch.ones(1, 1, 12)
     overlap = torch.full((1, 1, 12), 0.5)
     found = match_dynamic_k(cost, overlap, torch.ones(1, 12, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool), 10)
     assert found.positive.sum() == 5
 
 
-def test_a_label_is_answered_for_even_where_no_box_overlaps_it_and_costs_overflow() -> None:
+def test_a_label_without_overlap_and_with_infinite_costs_gets_one_location() -> None:
     cost = torch.tensor([[[torch.inf, torch.inf, 0.0]]])
     candidate = torch.tensor([[True, True, False]])
     found = match_dynamic_k(cost, torch.zeros(1, 1, 3), candidate, torch.ones(1, 1, dtype=torch.bool), 3)
@@ -102,8 +102,8 @@ def test_a_label_is_answered_for_even_where_no_box_overlaps_it_and_costs_overflo
     assert not found.positive[0, 2]
 
 
-def test_a_contested_place_goes_to_the_label_it_costs_least() -> None:
-    """Worked by hand: labels 0 and 1 both want place 0 alone; it costs label 2, which does not want it, still less."""
+def test_a_contested_location_goes_to_the_label_of_lowest_cost() -> None:
+    """Worked by hand: labels 0 and 1 both select only location 0. Label 2 does not, but its cost is the lowest."""
     cost = torch.tensor([[[2.0, 5.0], [3.0, 6.0], [1.0, 0.5]]])
     overlap = torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.3, 0.7]]])
     found = match_dynamic_k(cost, overlap, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool), 2)

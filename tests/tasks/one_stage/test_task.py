@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole loss: MMDetection's, as a CUDA graph needs it; new labels in place; and which detectors get it."""
+"""The whole loss equals MMDetection's, suits a CUDA graph and takes new labels in place."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmzsq.synthesis import BNStatisticsPrior, Synthesizer
-from mmzsq.tasks import DetectionTask, OneStageTask, detection_task
+from mmzsq.tasks import DetectionTask, OneStageTask, build_detection_task
 from mmzsq.tasks.padded_task import PAD_MULTIPLE
 
 Build = Callable[..., nn.Module]
@@ -26,7 +26,7 @@ SIZE = (96, 128)
 
 
 def fast_task(detector: nn.Module) -> OneStageTask:
-    task = detection_task(detector)
+    task = build_detection_task(detector)
     assert isinstance(task, OneStageTask), task.note
     assert task.note is None
     return task
@@ -34,7 +34,7 @@ def fast_task(detector: nn.Module) -> OneStageTask:
 
 @pytest.fixture
 def one_hot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's one-hot code looks at the values on the CPU, and there alone."""
+    """Replace PyTorch's ``one_hot``, which checks values only on the CPU."""
 
     def one_hot(labels: Tensor, num_classes: int) -> Tensor:
         return (labels[..., None] == torch.arange(num_classes, device=labels.device)).long()
@@ -56,7 +56,7 @@ def test_loss_and_gradient_of_the_images_are_mmdetections(build: Build, labels: 
 
 
 @pytest.mark.usefixtures('one_hot')
-def test_a_step_never_asks_for_a_value_and_other_labels_change_no_shape(
+def test_a_step_never_waits_for_a_value_and_labels_change_no_shape(
     build: Build, labels: Draw, name: str, no_values: Any
 ) -> None:
     task = fast_task(build(name))
@@ -74,8 +74,8 @@ def test_a_step_never_asks_for_a_value_and_other_labels_change_no_shape(
 
 
 @pytest.mark.parametrize('name', ['yolox', 'rtmdet', 'gfl', 'atss'])
-def test_a_step_reads_nothing_of_the_hosts_memory(build: Build, labels: Draw, name: str, no_copies: Any) -> None:
-    """On a GPU that need not exist: tensors without data, of which nobody can ask a value."""
+def test_a_step_copies_nothing_from_the_host(build: Build, labels: Draw, name: str, no_copies: Any) -> None:
+    """Uses fake CUDA tensors without data, so that no GPU is needed."""
     task = fast_task(build(name))
     samples = task.data_samples(labels((2, 1, 0, 3)), SIZE)
     task.loss(torch.rand(4, 3, *SIZE), samples)
@@ -102,7 +102,7 @@ def test_a_step_reads_nothing_of_the_hosts_memory(build: Build, labels: Draw, na
     assert not no_copies.copies
 
 
-def test_new_labels_go_into_the_tensors_of_the_old(build: Build, labels: Draw, name: str) -> None:
+def test_new_labels_are_written_in_place(build: Build, labels: Draw, name: str) -> None:
     task = fast_task(build(name))
     images = torch.rand(3, 3, *SIZE)
     samples = task.data_samples(labels((2, 0, 4)), SIZE)
@@ -117,11 +117,11 @@ def test_new_labels_go_into_the_tensors_of_the_old(build: Build, labels: Draw, n
 
 
 @pytest.mark.parametrize('name', ['yolox', 'rtmdet'])
-def test_labels_without_room_leave_the_old_as_they_are(build: Build, labels: Draw, name: str) -> None:
+def test_labels_that_do_not_fit_leave_the_samples_unchanged(build: Build, labels: Draw, name: str) -> None:
     task = fast_task(build(name))
     images = torch.rand(2, 3, *SIZE)
     samples = task.data_samples(labels((2, 1)), SIZE)
-    assert not task.update_samples(samples, labels((1, 1)), SIZE), 'nothing is laid out before the first loss'
+    assert not task.update_samples(samples, labels((1, 1)), SIZE), 'targets do not exist before the first loss'
     before = task.loss(images, samples)
     assert not task.update_samples(samples, labels((PAD_MULTIPLE + 1, 1)), SIZE)
     assert not task.update_samples(samples, labels((1, 1)), (64, 64))
@@ -170,35 +170,35 @@ def test_synthesis_lowers_mmdetections_own_loss(build: Build, labels: Draw) -> N
         ('atss', dict(train_cfg=None), 'bbox_head.sampler is NoneType'),
     ],
 )
-def test_what_computes_something_else_keeps_its_own_loss_and_says_why(
+def test_an_unsupported_detector_uses_its_own_loss_and_says_why(
     build: Build, name: str, changes: dict[str, Any], reason: str
 ) -> None:
-    task = detection_task(build(name, **changes))
+    task = build_detection_task(build(name, **changes))
     assert type(task) is DetectionTask
     assert reason in str(task.note)
 
 
-def test_a_subclass_of_a_head_or_part_keeps_its_own_loss_and_says_why(build: Build) -> None:
+def test_a_subclass_of_a_head_or_component_is_unsupported(build: Build) -> None:
     for path in ('bbox_head', 'bbox_head.assigner'):
         detector = build('yolox')
         part = detector.get_submodule(path) if path == 'bbox_head' else detector.bbox_head.assigner
         part.__class__ = type('Other', (type(part),), {})
-        task = detection_task(detector)
+        task = build_detection_task(detector)
         assert type(task) is DetectionTask
         assert 'Other' in str(task.note)
 
 
-def test_a_detector_that_redefines_its_loss_keeps_it(build: Build) -> None:
+def test_a_detector_that_overrides_its_loss_keeps_it(build: Build) -> None:
     detector = build('yolox')
     detector.__class__ = type('Other', (type(detector),), {'loss': lambda self, *args: {}})
-    assert 'Other, since it redefines its loss' in str(detection_task(detector).note)
+    assert 'Other, since it overrides `loss`' in str(build_detection_task(detector).note)
 
 
-def test_a_head_that_has_no_batched_loss_says_so() -> None:
+def test_a_head_without_a_batched_loss_is_named() -> None:
     cfg = Config.fromfile(
         Path(mmdet.__file__).parent / '.mim/configs/centernet/centernet_r18_8xb16-crop512-140e_coco.py'
     )
     with DefaultScope.overwrite_default_scope('mmdet'):
-        task = detection_task(MODELS.build(cfg.model))
+        task = build_detection_task(MODELS.build(cfg.model))
     assert type(task) is DetectionTask
-    assert 'there is none for its CenterNetHead' in str(task.note)
+    assert 'since CenterNetHead is not supported' in str(task.note)

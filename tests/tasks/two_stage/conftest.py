@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMDetection's own two-stage configs, made small."""
+"""Small versions of MMDetection's two-stage configs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SWIN = dict(type='SwinTransformer', embed_dims=8, depths=[1, 2, 1, 1], num_heads
 def small(
     base: str = '_base_/models/mask-rcnn_r50_fpn.py', backbone: dict[str, Any] = RESNET, **changes: Any
 ) -> nn.Module:
-    """Build a detector with 3 classes and few channels; ``changes`` are dotted keys of its model, ``__`` for a dot."""
+    """Build a detector with 3 classes and few channels; ``changes`` are dotted model keys with ``__`` for a dot."""
     cfg = Config.fromfile(CONFIGS / base)
     model = cfg.model
     model.pop('data_preprocessor')
@@ -47,7 +47,7 @@ def small(
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):
         detector = MODELS.build(cfg.model)
-    # Confident and far from its anchors, so that proposals differ and overlap labels by every amount.
+    # Large weights give confident boxes far from the anchors, with a wide range of IoUs with the labels.
     nn.init.normal_(detector.rpn_head.rpn_cls.weight, std=0.5)
     nn.init.normal_(detector.rpn_head.rpn_reg.weight, std=0.1)
     return detector
@@ -66,7 +66,7 @@ def task() -> TwoStageTask:
 
 @pytest.fixture
 def labels() -> list[InstanceData]:
-    """Four images with 2, 1, 0 and 3 objects, whose masks are not their boxes."""
+    """Labels of four images with 2, 1, 0 and 3 objects, whose masks differ from their boxes."""
     generator = torch.Generator().manual_seed(0)
     entries = []
     for count in (2, 1, 0, 3):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every term of the loss against MMDetection's, for the same anchors and the same boxes."""
+"""Every loss term equals MMDetection's for the same anchors and boxes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ SIZE = (96, 128)
 
 
 def begin(task: TwoStageTask, labels: list[InstanceData]) -> tuple[TwoStageSamples, tuple[Any, Any]]:
-    """The samples, planned, and raw outputs of the first stage."""
+    """Return the samples after one call of the loss, and raw outputs of the first stage."""
     samples = task.data_samples(labels, SIZE)
     images = torch.rand(len(labels), 3, *SIZE)
     with torch.no_grad():
@@ -52,24 +52,24 @@ def reference_rpn_loss(detector: Any, maps: tuple[Any, Any], labels: list[Instan
         dict(rpn_head__loss_bbox=dict(_delete_=True, type='SmoothL1Loss', beta=0.2, loss_weight=3.0)),
     ],
 )
-def test_the_first_stage_is_mmdetections_where_no_anchor_is_left_out(
+def test_the_first_stage_loss_is_mmdetections_if_all_anchors_are_sampled(
     build: Build, labels: list[InstanceData], changes: dict[str, Any]
 ) -> None:
-    # 4-pixel anchors let some lie inside of the small image.
+    # 4-pixel anchors: some of them lie inside the small image.
     task = TwoStageTask(build(train_cfg__rpn__sampler__num=10**6, rpn_head__anchor_generator__scales=[4], **changes))
     samples, (scores, offsets) = begin(task, labels)
-    assert samples.plan is not None
+    assert samples.precomputed is not None
     logits, deltas = flatten_maps(scores, 1).squeeze(-1), flatten_maps(offsets, 4)
-    assert samples.plan.anchors.positive.any(1).tolist() == [True, True, False, True]
-    ours = rpn_loss(task.detector.rpn_head, logits, deltas, samples.plan.anchors)
+    assert samples.precomputed.anchors.positive.any(1).tolist() == [True, True, False, True]
+    ours = rpn_loss(task.detector.rpn_head, logits, deltas, samples.precomputed.anchors)
     assert_close(ours, reference_rpn_loss(task.detector, (scores, offsets), labels))
 
 
-def test_the_first_stage_draws_as_many_anchors_as_mmdetection(task: TwoStageTask, labels: list[InstanceData]) -> None:
+def test_the_first_stage_samples_as_many_anchors_as_mmdetection(task: TwoStageTask, labels: list[InstanceData]) -> None:
     samples, (scores, offsets) = begin(task, labels)
-    assert samples.plan is not None
+    assert samples.precomputed is not None
     logits, deltas = flatten_maps(scores, 1).squeeze(-1), flatten_maps(offsets, 4)
-    plan = samples.plan.anchors
+    plan = samples.precomputed.anchors
     ours = torch.stack([rpn_loss(task.detector.rpn_head, logits, deltas, plan) for _ in range(60)])
     theirs = torch.stack([reference_rpn_loss(task.detector, (scores, offsets), labels) for _ in range(60)])
     assert_close(ours.mean(), theirs.mean(), rtol=0.01, atol=0)
@@ -77,7 +77,7 @@ def test_the_first_stage_draws_as_many_anchors_as_mmdetection(task: TwoStageTask
 
 
 def sampled(rois: RoIs, targets: PaddedTargets) -> tuple[list[SamplingResult], torch.Tensor]:
-    """The boxes as MMDetection hands them to its heads, and where each of them stands in ``rois``, flattened."""
+    """Return the boxes in the form that MMDetection's heads take, and the index of each in flattened ``rois``."""
     results, order = [], []
     for image, valid in enumerate(targets.valid):
         positive = rois.positive[image].nonzero().flatten()
@@ -110,14 +110,12 @@ def sampled(rois: RoIs, targets: PaddedTargets) -> tuple[list[SamplingResult], t
         dict(roi_head__bbox_head__loss_bbox=dict(_delete_=True, type='SmoothL1Loss', beta=0.5, loss_weight=2.0)),
     ],
 )
-def test_the_box_head_learns_what_mmdetection_lets_it_learn(
-    build: Build, labels: list[InstanceData], changes: dict[str, Any]
-) -> None:
+def test_the_box_head_loss_is_mmdetections(build: Build, labels: list[InstanceData], changes: dict[str, Any]) -> None:
     task = TwoStageTask(build(**changes), rois_per_image=30, proposals=40)
     samples, maps = begin(task, labels)
-    rois = task.choose_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples)
+    rois = task.sample_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples)
     results, order = sampled(rois, samples.targets)
-    assert 0 < len(order) < rois.label.numel(), 'some places are to stay empty'
+    assert 0 < len(order) < rois.label.numel(), 'some boxes must be fillers'
     head, train_cfg = task.detector.roi_head.bbox_head, task.detector.roi_head.train_cfg
     logits, deltas = torch.randn(rois.label.numel(), 4), torch.randn(rois.label.numel(), head.fc_reg.out_features)
     expected = head.loss_and_target(logits[order], deltas[order], rois.bboxes.new_zeros(0, 5), results, train_cfg)
@@ -126,13 +124,11 @@ def test_the_box_head_learns_what_mmdetection_lets_it_learn(
 
 
 @pytest.mark.parametrize('class_agnostic', [False, True])
-def test_the_mask_head_learns_what_mmdetection_lets_it_learn(
-    build: Build, labels: list[InstanceData], class_agnostic: bool
-) -> None:
+def test_the_mask_head_loss_is_mmdetections(build: Build, labels: list[InstanceData], class_agnostic: bool) -> None:
     task = TwoStageTask(build(roi_head__mask_head__class_agnostic=class_agnostic))
     samples, maps = begin(task, labels)
     assert samples.masks is not None
-    rois = task.choose_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples).first(8)
+    rois = task.sample_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples).truncate(8)
     positive = RoIs(rois.bboxes, rois.label, rois.positive, torch.zeros_like(rois.negative))
     results, order = sampled(positive, samples.targets)
     instances = [InstanceData(masks=BitmapMasks(entry.masks.numpy().astype('uint8'), *SIZE)) for entry in labels]
@@ -140,7 +136,7 @@ def test_the_mask_head_learns_what_mmdetection_lets_it_learn(
     logits = torch.randn(rois.label.numel(), head.conv_logits.out_channels, 28, 28)
     train_cfg = task.detector.roi_head.train_cfg
     expected = head.loss_and_target(logits[order], results, instances, train_cfg)
-    # MMDetection reads a mask once a pixel, ours has as many points in a bin whatever its size.
+    # MMDetection samples masks once per pixel, this package at a fixed number of points per bin.
     agreement = (mask_targets(samples.masks, rois, (28, 28))[order] == expected['mask_targets']).float().mean()
     assert agreement > 0.99
     ours = mask_loss(head, logits, rois, samples.targets, samples.masks)
@@ -152,7 +148,7 @@ def test_images_without_objects_give_a_finite_loss_and_no_mask_loss(task: TwoSta
         bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, *SIZE, dtype=torch.bool)
     )
     samples, maps = begin(task, [empty, empty])
-    rois = task.choose_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples)
+    rois = task.sample_rois(flatten_maps(maps[0], 1).squeeze(-1), flatten_maps(maps[1], 4), samples)
     assert not rois.positive.any()
     assert samples.masks is not None
     logits = torch.randn(rois.label.numel(), 3, 28, 28)

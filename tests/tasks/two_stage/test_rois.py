@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of boxes: assigned as MMDetection does, drawn at random, never more than is there."""
+"""Boxes are assigned as in MMDetection and sampled at random."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from mmengine.structures import InstanceData
 
 from mmzsq.boxes import pairwise_iou
 from mmzsq.models.padded_targets import PaddedTargets
-from mmzsq.tasks.two_stage.rois import Proposals, assign, choose_rois, jitter
-from mmzsq.tasks.two_stage.sampling import draw
+from mmzsq.tasks.two_stage.rois import Proposals, assign_by_iou, jitter_boxes, sample_rois
+from mmzsq.tasks.two_stage.sampling import random_subset
 
 SIZE = (100, 120)
 WHOLE = torch.tensor([0.0, 0.0, 120.0, 100.0])
@@ -31,7 +31,7 @@ def padded(*counts: int) -> PaddedTargets:
 def choose(proposals: Proposals, targets: PaddedTargets, **changes: Any) -> Any:
     options: dict[str, Any] = dict(count=24, pos_fraction=0.25, jittered=3, jitter_amount=0.15)
     assigner = MaxIoUAssigner(0.5, 0.5, min_pos_iou=0.5)
-    return choose_rois(proposals, targets, assigner, SIZE, WHOLE, **{**options, **changes})
+    return sample_rois(proposals, targets, assigner, SIZE, WHOLE, **{**options, **changes})
 
 
 @pytest.mark.parametrize('match_low_quality', [True, False])
@@ -39,7 +39,7 @@ def test_boxes_are_assigned_as_mmdetection_does(match_low_quality: bool) -> None
     assigner = MaxIoUAssigner(0.5, 0.3, min_pos_iou=0.2, match_low_quality=match_low_quality)
     targets, bboxes = padded(3, 1, 6), random_bboxes(3, 60)
     overlaps = pairwise_iou(bboxes, targets.bboxes).masked_fill(~targets.valid[:, None], -1)
-    assigned = assign(overlaps, assigner)
+    assigned = assign_by_iou(overlaps, assigner)
     for image in range(3):
         valid = targets.valid[image]
         labels = InstanceData(bboxes=targets.bboxes[image, valid], labels=targets.labels[image, valid])
@@ -51,25 +51,25 @@ def test_boxes_are_assigned_as_mmdetection_does(match_low_quality: bool) -> None
 
 
 def test_an_image_without_labels_is_background() -> None:
-    assert not assign(torch.full((1, 5, 2), -1.0), MaxIoUAssigner(0.5, 0.5, min_pos_iou=0.0)).any()
+    assert not assign_by_iou(torch.full((1, 5, 2), -1.0), MaxIoUAssigner(0.5, 0.5, min_pos_iou=0.0)).any()
 
 
-def test_as_many_as_wanted_are_drawn_and_all_with_equal_chance() -> None:
+def test_samples_have_the_requested_count_and_equal_probability() -> None:
     eligible = torch.tensor([True, False, True, True, True]).repeat(4000, 1)
     count = torch.arange(4).repeat(1000)
-    chosen = draw(eligible, torch.rand(eligible.shape), 3, count)
+    chosen = random_subset(eligible, torch.rand(eligible.shape), 3, count)
     assert torch.equal(chosen.sum(1), count)
     frequency = chosen.float().mean(0)
     assert frequency[1] == 0
     assert (frequency[eligible[0]] - 1.5 / 4).abs().max() < 0.03
 
 
-def test_all_are_drawn_where_there_are_too_few() -> None:
+def test_all_are_sampled_if_there_are_too_few() -> None:
     eligible = torch.tensor([[True, False, True], [False, False, False]])
-    assert torch.equal(draw(eligible, torch.rand(2, 3), 100, torch.tensor([100, 100])), eligible)
+    assert torch.equal(random_subset(eligible, torch.rand(2, 3), 100, torch.tensor([100, 100])), eligible)
 
 
-def test_chosen_boxes_answer_for_the_label_they_overlap_and_at_most_a_part_of_them_does() -> None:
+def test_positive_boxes_overlap_their_label_and_are_limited_in_number() -> None:
     targets = padded(4, 1)
     rois = choose(Proposals(random_bboxes(2, 200), torch.ones(2, 200, dtype=torch.bool)), targets)
     image = torch.arange(2)[:, None]
@@ -79,10 +79,10 @@ def test_chosen_boxes_answer_for_the_label_they_overlap_and_at_most_a_part_of_th
     assert (rois.positive.sum(1) + rois.negative.sum(1) == 24).all()
     assert (overlaps[image, torch.arange(24), rois.label][rois.positive] >= 0.5).all()
     assert (overlaps.amax(2)[rois.negative] < 0.5).all()
-    assert rois.positive[:, :-1].long().diff().le(0).all(), 'boxes that answer for a label come first'
+    assert rois.positive[:, :-1].long().diff().le(0).all(), 'positive boxes come first'
 
 
-def test_dropped_proposals_and_padding_are_never_learnt() -> None:
+def test_suppressed_proposals_and_padding_are_ignored() -> None:
     targets = padded(2, 0, 1)
     rois = choose(Proposals(random_bboxes(3, 40), torch.zeros(3, 40, dtype=torch.bool)), targets, jittered=0)
     assert rois.positive.sum(1).tolist() == [2, 0, 1]
@@ -91,9 +91,9 @@ def test_dropped_proposals_and_padding_are_never_learnt() -> None:
     assert (rois.bboxes[~rois.positive] == WHOLE).all()
 
 
-def test_jittered_labels_stay_in_the_image_and_only_close_ones_are_learnt() -> None:
+def test_jittered_labels_stay_in_the_image_and_only_close_ones_are_positive() -> None:
     targets = padded(3)
-    copies = jitter(targets.bboxes, 50, 0.4, SIZE)
+    copies = jitter_boxes(targets.bboxes, 50, 0.4, SIZE)
     assert copies.min() >= 0
     assert (copies <= WHOLE[2:].repeat(2)).all()
     assert pairwise_iou(copies, targets.bboxes[:, :, None]).min() < 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole loss: what a CUDA graph and a repeatable gradient need of it, and which detectors get it."""
+"""The whole loss: it can be captured in a CUDA graph, its gradient is repeatable, and unsupported detectors say why."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from mmzsq.errors import UserError
-from mmzsq.models.max_iou_assigner import MaxIoUAssigner, speed_up_assigners
+from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner, replace_max_iou_assigners
 from mmzsq.synthesis import BNStatisticsPrior, PatchSimilarityPrior, Synthesizer, TotalVariationPrior, select_priors
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.synthesizer import _Step
-from mmzsq.tasks import DetectionTask, TwoStageTask, detection_task
+from mmzsq.tasks import DetectionTask, TwoStageTask, build_detection_task
 from mmzsq.tasks.two_stage import unsupported_reason
 
 Build = Callable[..., nn.Module]
@@ -38,11 +38,11 @@ NO_FIXED_ORDER = (
     'RoiAlign',
     'Bilinear',
 )
-"""Parts of the names of backward functions that add up in no fixed order on a GPU."""
+"""Parts of the names of backward functions whose summation order on a GPU is not fixed."""
 
 
 def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
-    """Replace all tensors by ones without data on a GPU that need not exist: whoever asks for a value, raises."""
+    """Replace all tensors by fake CUDA tensors without data, so that reading a value raises. Needs no GPU."""
 
     def fake(value: Any) -> Any:
         with mode:
@@ -57,18 +57,18 @@ def to_fake_gpu(task: TwoStageTask, samples: Any, mode: FakeTensorMode) -> None:
                     tensors[name] = nn.Parameter(fake(tensor), False) if tensors is module._parameters else fake(tensor)
     for holder, names in (
         (task, ('_mean', '_std', '_shift', '_scale', '_coder', '_rpn_coder')),
-        (samples, ('targets', 'masks', 'filler', 'plan')),
+        (samples, ('targets', 'masks', 'filler', 'precomputed')),
     ):
         for name in names:
             setattr(holder, name, tree_map(fake, getattr(holder, name)))
 
 
 def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A synthesis step as it is on a GPU: fast layers, erasing, priors; only Adam's own step is left out."""
+    """Build a synthesis step as it runs on a GPU, with fast layers, cutout and priors, but without Adam."""
     monkeypatch.setattr(torch.optim, 'Adam', lambda images, **options: torch.optim.SGD(images, lr=0.1))
     monkeypatch.setattr(torch.cuda, 'Stream', lambda: None)
     monkeypatch.setattr(task, 'data_samples', lambda *args: samples)
-    # Triton's kernels want a GPU that exists; so does the operator that takes BatchNorm's statistics.
+    # Triton's kernels and the operator that computes BatchNorm statistics need a real GPU.
     for module in ('priors', 'acceleration'):
         monkeypatch.setattr(f'mmzsq.synthesis.{module}.HAS_TRITON', False)
     kinds = (PatchSimilarityPrior(), TotalVariationPrior(), *(() if images.is_cuda else (BNStatisticsPrior(),)))
@@ -82,10 +82,10 @@ def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatc
 
 
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
-def test_a_step_reads_nothing_of_the_hosts_memory(
+def test_a_step_copies_nothing_from_the_host(
     build: Build, labels: list[InstanceData], backbone: str, no_copies: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole step in bf16, as far as a GPU is not needed: to the sum of the losses."""
+    """The step in bf16 up to the sum of the losses, which is the part that runs without a GPU."""
     monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
     task = TwoStageTask(build(backbone=SWIN) if backbone == 'swin' else build())
@@ -104,10 +104,10 @@ def test_a_step_reads_nothing_of_the_hosts_memory(
 
 
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
-def test_a_step_never_asks_for_a_value(
+def test_a_step_never_waits_for_a_value(
     build: Build, labels: list[InstanceData], backbone: str, no_values: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole step with its backward."""
+    """The whole step, including the backward."""
     task = TwoStageTask(build(backbone=SWIN) if backbone == 'swin' else build())
     samples = task.data_samples(labels, SIZE)
     step = make_step(task, samples, torch.rand(4, 3, *SIZE), monkeypatch)
@@ -119,7 +119,7 @@ def test_a_step_never_asks_for_a_value(
     assert not torch.equal(step.images, before)
 
 
-def test_only_the_images_get_a_gradient_and_it_adds_up_in_a_fixed_order(
+def test_only_images_get_a_gradient_with_a_fixed_summation_order(
     task: TwoStageTask, labels: list[InstanceData]
 ) -> None:
     images = torch.rand(4, 3, *SIZE, requires_grad=True)
@@ -158,7 +158,7 @@ def test_a_seed_fixes_the_loss_and_its_gradient(task: TwoStageTask, labels: list
 def test_in_16_bits_the_loss_is_the_same_up_to_rounding(task: TwoStageTask, labels: list[InstanceData]) -> None:
     images = torch.rand(4, 3, *SIZE, requires_grad=True)
     samples = task.data_samples(labels, SIZE)
-    # Proposals that change places by rounding would be other boxes: only labels and their copies.
+    # Rounding can change the order of proposals and thus the boxes, so only labels and their copies are used.
     task.proposals, proposals = 1, task.proposals
     losses = []
     for enabled in (False, True):
@@ -192,17 +192,15 @@ def test_descending_the_loss_descends_mmdetections_own(build: Build, labels: lis
 
 
 def test_a_detector_without_masks_needs_no_masks(build: Build, labels: list[InstanceData]) -> None:
-    task = detection_task(build(FASTER))
+    task = build_detection_task(build(FASTER))
     assert isinstance(task, TwoStageTask)
     samples = task.data_samples([InstanceData(bboxes=e.bboxes, labels=e.labels) for e in labels], SIZE)
     assert samples.masks is None
     assert task.loss(torch.rand(4, 3, *SIZE), samples).isfinite()
 
 
-def test_labels_without_masks_are_refused_where_masks_are_learnt(
-    task: TwoStageTask, labels: list[InstanceData]
-) -> None:
-    with pytest.raises(UserError, match='MaskRCNN learns masks, but the labels have none'):
+def test_labels_without_masks_are_rejected_for_a_mask_head(task: TwoStageTask, labels: list[InstanceData]) -> None:
+    with pytest.raises(UserError, match='MaskRCNN has a mask head, but the labels have no masks'):
         task.data_samples([InstanceData(bboxes=e.bboxes, labels=e.labels) for e in labels], SIZE)
 
 
@@ -227,29 +225,29 @@ def test_labels_without_masks_are_refused_where_masks_are_learnt(
         ('_base_/models/mask-rcnn_r50_fpn.py', dict(train_cfg__rcnn__soft_mask_target=True), 'mask targets are soft'),
     ],
 )
-def test_what_computes_something_else_keeps_its_own_loss_and_says_why(
+def test_an_unsupported_detector_uses_its_own_loss_and_says_why(
     build: Build, base: str, changes: dict[str, Any], reason: str
 ) -> None:
-    task = detection_task(build(base, **changes))
+    task = build_detection_task(build(base, **changes))
     assert type(task) is DetectionTask
     assert task.note is not None
     assert reason in task.note
 
 
-def test_a_subclass_of_a_part_does_not_fit(build: Build) -> None:
+def test_a_subclass_of_a_component_is_unsupported(build: Build) -> None:
     detector = build(FASTER)
     assert unsupported_reason(detector) is None
-    # The same assignment without waiting, as configs may ask for.
-    speed_up_assigners(detector)
-    assert type(detector.roi_head.bbox_assigner) is MaxIoUAssigner
+    # The same assignment without synchronization, which configs may request.
+    replace_max_iou_assigners(detector)
+    assert type(detector.roi_head.bbox_assigner) is SyncFreeMaxIoUAssigner
     assert unsupported_reason(detector) is None
     detector.rpn_head.__class__ = type('OtherRPNHead', (type(detector.rpn_head),), {})
     assert unsupported_reason(detector) == 'its rpn_head is OtherRPNHead, not RPNHead'
 
 
-def test_a_one_stage_detector_has_nothing_to_say(repo: Path) -> None:
+def test_a_yolov5_has_no_note(repo: Path) -> None:
     model = Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model
     with DefaultScope.overwrite_default_scope('mmdet'):
-        task = detection_task(MODELS.build(model))
+        task = build_detection_task(MODELS.build(model))
     assert not isinstance(task, TwoStageTask)
     assert task.note is None

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dense predictions of a YOLO are detections, and where they lie in the original image.
-
-Score threshold and class-wise NMS; then the letterbox is undone.
-"""
+"""Post-processing of YOLO predictions: score threshold, class-wise NMS and mapping boxes to the original image."""
 
 from __future__ import annotations
 
@@ -19,18 +16,17 @@ from mmzsq.errors import UserError
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Selects detections; a place may be a detection of several classes.
+class PostProcessor:
+    """Select detections from dense predictions. A location can yield detections of several classes.
 
     Args:
-        score_thr: Least score, in [0, 1]; a score is objectness times class probability.
-        nms: ``dict(type='nms', iou_threshold=...)``: of two boxes of one class that overlap more,
-            the worse goes.
-        nms_pre: Most candidates of an image that enter NMS.
-        max_per_img: Most detections of an image.
+        score_thr: Minimum score in [0, 1]. The score is the objectness times the class probability.
+        nms: ``dict(type='nms', iou_threshold=...)``. NMS is applied to each class separately.
+        nms_pre: Maximum number of candidates per image before NMS.
+        max_per_img: Maximum number of detections per image.
 
     Raises:
-        UserError: If ``nms`` is another kind, or a number is outside its range.
+        UserError: If ``nms`` has another type or a number is out of range.
     """
 
     score_thr: float = 0.001
@@ -56,26 +52,25 @@ class Selection:
         """Select the detections of one image.
 
         Args:
-            bboxes: Boxes of P places, xyxy in pixels, shape (P, 4).
+            bboxes: Boxes of P locations in xyxy pixels, shape (P, 4).
             obj_scores: Objectness in [0, 1], shape (P,).
             cls_scores: Class probabilities, shape (P, C).
 
         Returns:
-            ``bboxes`` (n, 4), ``scores`` (n,) and ``labels`` (n,), best first.
+            ``bboxes`` (n, 4), ``scores`` (n,) and ``labels`` (n,), sorted by descending score.
         """
         likely = obj_scores > self.score_thr
         bboxes, scores = bboxes[likely], obj_scores[likely, None] * cls_scores[likely]
-        places, labels = (scores > self.score_thr).nonzero(as_tuple=True)
-        scores, order = scores[places, labels].sort(descending=True, stable=True)
+        locations, labels = (scores > self.score_thr).nonzero(as_tuple=True)
+        scores, order = scores[locations, labels].sort(descending=True, stable=True)
         order = order[: self.nms_pre]
-        bboxes, scores, labels = bboxes[places[order]], scores[: self.nms_pre], labels[order]
-        # In float64: where torchvision tells classes apart by an offset, float32 would round the
-        # coordinates.
+        bboxes, scores, labels = bboxes[locations[order]], scores[: self.nms_pre], labels[order]
+        # torchvision may separate classes by adding offsets to the boxes. In float32 this would round coordinates.
         kept = batched_nms(bboxes.double(), scores.double(), labels, self.nms['iou_threshold'])
         kept = kept[: self.max_per_img]
         return InstanceData(bboxes=bboxes[kept], scores=scores[kept], labels=labels[kept])
 
-    def select_batch(
+    def process_batch(
         self,
         bboxes: Tensor,
         obj_scores: Tensor,
@@ -83,19 +78,19 @@ class Selection:
         img_metas: Sequence[Mapping[str, Any]],
         rescale: bool,
     ) -> list[InstanceData]:
-        """Select the detections of each image.
+        """Select the detections of each image in a batch.
 
         Args:
-            bboxes: Boxes of P places, xyxy in pixels of the network's input, shape (N, P, 4).
+            bboxes: Boxes of P locations in xyxy pixels of the network's input, shape (N, P, 4).
             obj_scores: Objectness in [0, 1], shape (N, P).
             cls_scores: Class probabilities, shape (N, P, C).
-            img_metas: Of each image ``img_shape``; to rescale also ``ori_shape``, ``scale_factor`` and, when it was
-                letterboxed, ``pad_param``.
-            rescale: Whether boxes are to refer to the original image instead of the network's input.
+            img_metas: Metadata of each image: ``img_shape``, and for ``rescale`` also ``ori_shape``, ``scale_factor``
+                and, for letterboxed images, ``pad_param``.
+            rescale: Whether to return boxes in pixels of the original image instead of the network's input.
 
         Returns:
-            Per image ``bboxes`` (n, 4) xyxy in pixels, clipped to the image, ``scores`` (n,) and ``labels`` (n,), best
-            first.
+            Per image, ``bboxes`` (n, 4) in xyxy pixels, clipped to the image, ``scores`` (n,) and ``labels`` (n,),
+            sorted by descending score.
         """
         results = []
         for index, meta in enumerate(img_metas):
@@ -106,12 +101,11 @@ class Selection:
 
 
 def _to_image(bboxes: Tensor, meta: Mapping[str, Any]) -> Tensor:
-    """Undo letterbox and resize, and clip to the original image.
+    """Map boxes from the network's input to the original image and clip them to it.
 
     Args:
-        bboxes: Boxes, xyxy in pixels of the network's input, shape (n, 4).
-        meta: ``scale_factor`` (width, height), ``ori_shape`` and optionally ``pad_param`` (top,
-            bottom, left, right).
+        bboxes: Boxes in xyxy pixels of the network's input, shape (n, 4).
+        meta: ``scale_factor`` (width, height), ``ori_shape`` and optionally ``pad_param`` (top, bottom, left, right).
     """
     top, _, left, _ = meta.get('pad_param', (0, 0, 0, 0))
     scale_x, scale_y = meta['scale_factor']
@@ -120,6 +114,6 @@ def _to_image(bboxes: Tensor, meta: Mapping[str, Any]) -> Tensor:
 
 
 def _clip(bboxes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Clip boxes (n, 4) xyxy to an image of ``shape`` (height, width)."""
+    """Clip boxes (n, 4) in xyxy pixels to an image of ``shape`` (height, width)."""
     x, y = bboxes[:, 0::2].clamp(0, shape[1]), bboxes[:, 1::2].clamp(0, shape[0])
     return torch.stack((x, y), dim=-1).flatten(1)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that assign labels by what they predict, in every step anew: YOLOX's and RTMDet's.
+"""Batched losses of heads with dynamic label assignment: YOLOX and RTMDet.
 
-Each loss equals the head's ``loss_by_feat``, summed over its terms and levels, with masks in the place of selections.
+These heads assign labels from their predictions in every step. Each loss equals the head's ``loss_by_feat``, summed
+over its terms and levels, but uses masks instead of selecting locations.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
-from mmzsq.tasks.elementwise_losses import box_errors, elementwise, one_hot
+from mmzsq.tasks.elementwise_losses import elementwise_loss, one_hot, positive_box_loss
 from mmzsq.tasks.one_stage.matching import Match, match_sim_ota, match_soft_label
 from mmzsq.tasks.padded_task import PAD_MULTIPLE
 from mmzsq.tasks.prediction_maps import flatten_maps
 
 
 class DynamicTargets(NamedTuple):
-    """What is known before a head has predicted anything.
+    """Inputs of the loss that do not depend on predictions.
 
     Attributes:
-        padded: The labels, M an image, at least 1.
-        priors: Of each place of all levels x, y and stride in x and in y, in pixels, (P, 4).
+        padded: Labels, padded to M >= 1 per image.
+        priors: x, y, stride in x and stride in y of each location of all levels, in pixels, (P, 4).
     """
 
     padded: PaddedTargets
@@ -36,13 +37,13 @@ class DynamicTargets(NamedTuple):
 def pad_labels(
     head: Any, labels: Sequence[InstanceData], map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]
 ) -> DynamicTargets:
-    """Pad labels, with room for more of them.
+    """Pad labels to a multiple of :data:`~mmzsq.tasks.padded_task.PAD_MULTIPLE` per image, to leave room for more.
 
     Args:
-        head: Tells where its places are.
-        labels: One entry an image, on the device: ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,).
+        head: The head, which defines the locations.
+        labels: One entry per image, on the device, with ``bboxes`` (n, 4) in xyxy pixels and ``labels`` (n,).
         map_sizes: Rows and columns of the head's maps.
-        image_size: Not used.
+        image_size: Unused.
     """
     device = labels[0].bboxes.device
     longest = max(1, *(len(entry) for entry in labels))
@@ -51,17 +52,20 @@ def pad_labels(
 
 
 def yolox_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: DynamicTargets) -> Tensor:
-    """Loss of a ``YOLOXHead``, a scalar.
+    """Loss of a ``YOLOXHead``.
 
     Args:
-        head: With its training configuration.
-        maps: Class logits, encoded boxes and objectness of every level, as ``head`` returns them.
-        targets: The labels.
+        head: The head with its training configuration.
+        maps: Class logits, encoded boxes and objectness of every level, as returned by ``head``.
+        targets: Return value of :func:`pad_labels`.
+
+    Returns:
+        A scalar.
     """
     logits = flatten_maps(maps[0], head.num_classes)
     bboxes = head._bbox_decode(targets.priors, flatten_maps(maps[1], 4))
     objectness = flatten_maps(maps[2], 1)
-    # Places answer for labels by the middles of their cells, though boxes are predicted from the corners.
+    # Labels are assigned by the centers of the cells, although boxes are predicted relative to their corners.
     middles = torch.cat((targets.priors[:, :2] + targets.priors[:, 2:] * 0.5, targets.priors[:, 2:]), dim=1)
     with torch.no_grad():
         scores = (logits.sigmoid() * objectness.sigmoid()).sqrt()
@@ -70,19 +74,22 @@ def yolox_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: DynamicTarg
     gt_bboxes, gt_labels = matched_labels(match, targets.padded)
     wanted = one_hot(gt_labels, head.num_classes) * match.overlap[..., None]
     positive = match.positive[..., None]
-    loss_cls = (elementwise(head.loss_cls, logits, wanted) * positive).sum()
-    loss_bbox = box_errors(head.loss_bbox, bboxes, gt_bboxes, match.positive).sum()
-    loss_obj = elementwise(head.loss_obj, objectness, positive.float()).sum()
+    loss_cls = (elementwise_loss(head.loss_cls, logits, wanted) * positive).sum()
+    loss_bbox = positive_box_loss(head.loss_bbox, bboxes, gt_bboxes, match.positive).sum()
+    loss_obj = elementwise_loss(head.loss_obj, objectness, positive.float()).sum()
     return (loss_cls + loss_bbox + loss_obj) / match.positive.sum().clamp(min=1)
 
 
 def rtmdet_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: DynamicTargets) -> Tensor:
-    """Loss of an ``RTMDetHead``, a scalar.
+    """Loss of an ``RTMDetHead``.
 
     Args:
-        head: With its training configuration.
-        maps: Class logits and distances, in pixels, of every level, as ``head`` returns them.
-        targets: The labels.
+        head: The head with its training configuration.
+        maps: Class logits and distances in pixels of every level, as returned by ``head``.
+        targets: Return value of :func:`pad_labels`.
+
+    Returns:
+        A scalar.
     """
     logits = flatten_maps(maps[0], head.num_classes)
     bboxes = distance2bbox(targets.priors, flatten_maps(maps[1], 4))
@@ -92,12 +99,20 @@ def rtmdet_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: DynamicTar
     wanted = one_hot(gt_labels, head.num_classes) * match.overlap[..., None]
     pos_weight = head.train_cfg['pos_weight']
     weights = match.positive * (pos_weight - 1 if pos_weight > 0 else 0) + 1
-    loss_cls = (elementwise(head.loss_cls, logits, wanted) * weights[..., None]).sum()
-    loss_bbox = (box_errors(head.loss_bbox, bboxes, gt_bboxes, match.positive) * match.overlap).sum()
+    loss_cls = (elementwise_loss(head.loss_cls, logits, wanted) * weights[..., None]).sum()
+    loss_bbox = (positive_box_loss(head.loss_bbox, bboxes, gt_bboxes, match.positive) * match.overlap).sum()
     return (loss_cls + loss_bbox) / match.overlap.sum().clamp(min=1)
 
 
 def matched_labels(match: Match, targets: PaddedTargets) -> tuple[Tensor, Tensor]:
-    """Box (N, P, 4) and class (N, P) of the label that each place answers for; of the first one for background."""
+    """Return the label that each location is matched to.
+
+    Args:
+        match: Matches of the N images and P locations.
+        targets: The labels.
+
+    Returns:
+        Boxes (N, P, 4) and classes (N, P). Background locations get the first label of the image.
+    """
     image = torch.arange(len(match.target), device=match.target.device)[:, None]
     return targets.bboxes[image, match.target], targets.labels[image, match.target]
