@@ -105,14 +105,12 @@ def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
     for shard in manifest['shards']:
         for name, measured in shard['info'].items():
             stage = stages.setdefault(
-                name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0, adopted=0)
+                name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0)
             )
             stage['seconds'] += measured['seconds']
             stage['image_iterations'] += len(shard['images']) * measured['iterations']
             stage['added'] += measured['added']
             stage['removed'] += measured['removed']
-            # Sets of earlier versions do not know it.
-            stage['adopted'] += measured.get('adopted', 0)
     for stage in stages.values():
         stage['seconds'] = round(stage['seconds'], 3)
         if stage['image_iterations']:

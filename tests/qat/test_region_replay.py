@@ -15,10 +15,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.distillation import PredictionLoss, RegionPredictionLoss
+from mmzsq.masks import ellipse_masks
 from mmzsq.qat import comparison as module
 from mmzsq.qat.comparison import RegionComparison, build_comparison
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
-from mmzsq.synthesis.label_samplers import ellipse_masks
 from mmzsq.tasks.detection_task import data_samples, leave_semantics_out, sum_losses
 
 SIZE = (64, 96)

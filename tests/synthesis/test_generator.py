@@ -142,7 +142,7 @@ def test_labels_of_one_stage_are_the_next_ones_rescaled(task: DetectionTask, run
     # Labels are fixed while the images of the set are made.
     assert last['sampler'] is None
     assert all(call['sampler'] is not None for call in relabel)
-    assert last['result'].counts == dict(added=0, removed=0, adopted=0)
+    assert last['result'].counts == dict(added=0, removed=0)
 
 
 def test_one_stage_corrects_labels_and_images_together(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
@@ -218,14 +218,14 @@ def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
     np.testing.assert_array_equal(images, expected.numpy())
     assert info['synthesize']['iterations'] == 0
     assert info['synthesize']['losses'] == {}
-    assert run['result'].counts == dict(added=0, removed=0, adopted=0)
+    assert run['result'].counts == dict(added=0, removed=0)
     rng = torch.Generator().manual_seed(shard_seed(0, 1, 0, 0))
     assert all(map(same_labels, labels, made.sampler.sample(2, (64, 96), 8, rng)))
 
 
 def test_only_stages_that_can_may_go_without_iterations(task: DetectionTask) -> None:
     look = dict(image_size=64, iterations=0, start='previous')
-    with pytest.raises(UserError, match='begins with 0 iterations'):
+    with pytest.raises(UserError, match='relabel has 0 iterations'):
         generator(task, relabel=look)
     with pytest.raises(UserError, match=r'refine needs positive'):
         generator(task, refine=look)
@@ -380,8 +380,8 @@ def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
     ('stage', 'message'),
     [
         (dict(image_size=64, iterations=1, start='earlier'), 'start is one of'),
-        (dict(image_size=1.5, iterations=1), 'below 1, a share'),
-        (dict(image_size=0.0, iterations=1), 'below 1, a share'),
+        (dict(image_size=1.5, iterations=1), 'or a fraction below 1'),
+        (dict(image_size=0.0, iterations=1), 'or a fraction below 1'),
         (dict(image_size=64, iterations=0), 'positive'),
     ],
 )
@@ -391,7 +391,7 @@ def test_a_stage_that_makes_no_sense_is_refused(task: DetectionTask, stage: dict
 
 
 def test_a_size_that_the_neck_cannot_take_is_refused_before_anything_is_made(task: DetectionTask) -> None:
-    message = r'YOLOv5 takes no images of 64x100 pixels .*: set zsq.synthesis.synthesize.image_size .* 64x128'
+    message = r'YOLOv5 does not accept images of 64x100 pixels .*: set zsq.synthesis.synthesize.image_size .* 64x128'
     with pytest.raises(UserError, match=message):
         generator(task, synthesize=dict(image_size=(64, 100), iterations=2, batch_size=3)).check_sizes()
     generator(task, synthesize=dict(image_size=(64, 128), iterations=2, batch_size=3)).check_sizes()

@@ -13,8 +13,9 @@ from mmengine.structures import InstanceData
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
+from mmzsq.masks import ellipse_masks, mask_boxes, resize_masks
 from mmzsq.synthesis import MultiBoxSampler
-from mmzsq.synthesis.label_samplers import ellipse_masks, fit_masks, mask_boxes, resize_masks
+from mmzsq.synthesis.label_samplers import fit_masks
 
 SIZE = (40, 60)
 

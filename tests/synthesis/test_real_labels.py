@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,10 +18,10 @@ from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 
 from mmzsq.errors import UserError
+from mmzsq.masks import ellipse_masks
 from mmzsq.registry import LABEL_SAMPLERS
 from mmzsq.synthesis import AdaptiveLabelSampler, RealLabelSampler
-from mmzsq.synthesis.label_samplers import ellipse_masks
-from mmzsq.synthesis.label_samplers.real import labels_at
+from mmzsq.synthesis.label_samplers.real import stretch_labels
 
 CELLS = ['RBC', 'WBC', 'Platelets']
 SIZE = (64, 96)
@@ -34,8 +35,11 @@ def draw(sampler: RealLabelSampler, count: int, num_classes: int = 2, seed: int 
     return sampler.sample(count, SIZE, num_classes, generator(seed))
 
 
+IDS = itertools.count(1)
+
+
 def annotation(image_id: int, bbox: list[float], category_id: int = 3, **more: Any) -> dict[str, Any]:
-    return dict(image_id=image_id, bbox=bbox, category_id=category_id, iscrowd=0, **more)
+    return dict(id=next(IDS), image_id=image_id, bbox=bbox, category_id=category_id, iscrowd=0, **more)
 
 
 COCO_FILE: dict[str, Any] = dict(
@@ -80,7 +84,7 @@ def test_every_object_of_coco_is_read_but_crowds(shared: Path, capsys: Any) -> N
     assert len(by_size) == len(images)
     for image, objects in list(zip(images, sampler.images, strict=True))[::10]:
         real = coco.loadAnns(coco.getAnnIds(image['id'], iscrowd=False))
-        labels = labels_at(objects, (image['height'], image['width']))
+        labels = stretch_labels(objects, (image['height'], image['width']))
         # At the image's own size only what is thinner than a pixel goes.
         real = [a for a in real if min(a['bbox'][2:]) >= 1]
         xywh = torch.tensor([a['bbox'] for a in real])
@@ -122,7 +126,7 @@ def test_run_lengths_and_broken_polygons_are_read(tmp_path: Path, segmentation: 
     [objects] = RealLabelSampler(str(write(tmp_path, content))).images
     expected = torch.zeros(32, 48, dtype=torch.bool)
     expected[10:30, 20:23] = True
-    assert torch.equal(labels_at(objects, (32, 48)).masks[0], expected)
+    assert torch.equal(stretch_labels(objects, (32, 48)).masks[0], expected)
 
 
 def test_classes_select_and_order_categories(coco_file: Path) -> None:
@@ -232,7 +236,7 @@ def test_difficult_objects_and_other_classes_are_left_out(tmp_path: Path) -> Non
     [image] = read_voc(voc(tmp_path, objects)).images
     assert image.bboxes.tolist() == [[10.0, 5.0, 30.0, 25.5]]
     assert image.labels.tolist() == [0]
-    assert 'masks' not in labels_at(image, SIZE)
+    assert 'masks' not in stretch_labels(image, SIZE)
 
 
 def test_a_document_that_defines_entities_is_refused(tmp_path: Path) -> None:
@@ -249,12 +253,12 @@ def test_a_document_that_defines_entities_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('objects', 'size', 'message'),
     [
-        ('<object>', '', 'a.xml is no annotation of Pascal VOC'),
+        ('<object>', '', 'a.xml is not a Pascal VOC annotation'),
         (voc_object('cat'), '<width>48</width>', 'annotation lacks size/height'),
         (voc_object('cat').replace('<ymax>26.5</ymax>', ''), None, 'object lacks bndbox/ymax'),
         (voc_object('cat').replace('26.5', 'low'), None, 'low'),
-        (voc_object('cats'), None, "nothing in .*Annotations is of class 'cat'; did you mean 'cats'"),
-        ('', None, "is of class 'cat'; it has no objects"),
+        (voc_object('cats'), None, "Annotations has no object of class 'cat'; did you mean 'cats'"),
+        ('', None, "has no object of class 'cat'; it has no objects"),
     ],
 )
 def test_mistakes_in_voc_are_named(tmp_path: Path, objects: str, size: str | None, message: str) -> None:
@@ -284,11 +288,11 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ([1, 2], 'no annotation file of COCO'),
-        (changed(categories=[]), 'no annotation file of COCO'),
-        (changed(annotations=[annotation(77, [0, 0, 5, 5])]), r'no annotation file of COCO \(KeyError\(77\)\)'),
-        (changed(annotations=[annotation(5, [0, 0])]), 'no annotation file of COCO'),
-        (changed(annotations=[]), 'no object of the classes wanted'),
+        ([1, 2], 'not a COCO annotation file'),
+        (changed(categories=[]), 'not a COCO annotation file'),
+        (changed(annotations=[annotation(77, [0, 0, 5, 5])]), r'not a COCO annotation file \(KeyError\(77\)\)'),
+        (changed(annotations=[annotation(5, [0, 0])]), 'not a COCO annotation file'),
+        (changed(annotations=[]), 'no object of the requested classes'),
     ],
 )
 def test_mistakes_in_coco_are_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -297,7 +301,7 @@ def test_mistakes_in_coco_are_named(tmp_path: Path, content: Any, message: str) 
 
 
 def test_other_classes_than_the_detectors_are_refused(coco_file: Path) -> None:
-    with pytest.raises(UserError, match='read with 2 classes, the detector has 80'):
+    with pytest.raises(UserError, match='read with 2 classes, but the detector has 80'):
         draw(RealLabelSampler(str(coco_file)), 1, 80)
-    with pytest.raises(UserError, match="is of class 'dgo'; did you mean 'dog'"):
+    with pytest.raises(UserError, match="no object of class 'dgo'; did you mean 'dog'"):
         RealLabelSampler(str(coco_file), classes=['cat', 'dgo'])
