@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration set was made of: read from the disk, compared, and differences told in full.
+"""Metadata of a calibration set: read from disk and compare.
 
-A set made by another teacher, another seed or other settings must neither be taken for the wanted
-one nor overwritten.
+A set generated with another teacher, seed or setting must be neither reused nor overwritten. An error message lists all
+differences.
 """
 
 from __future__ import annotations
@@ -17,76 +17,78 @@ from mmzsq.errors import UserError
 
 FORMAT = 'mmzsq.calibration_set'
 FORMAT_VERSION = 1
-"""Raised whenever an older reader would misread a set."""
+"""Incremented when an older reader would misread a set."""
 
-SETTINGS = ('num_images', 'shard_size', 'classes', 'uses_real_labels', 'fingerprint')
-"""Keys of what is compared, in manifest and settings alike."""
+METADATA_KEYS = ('num_images', 'shard_size', 'classes', 'uses_real_labels', 'fingerprint')
+"""Keys to compare, both in ``manifest.json`` and in ``settings.json``."""
 
 _ABSENT = object()
 
 
-def set_settings(**settings: Any) -> dict[str, Any]:
-    """Name the format and version of ``settings`` (:data:`SETTINGS`), in JSON's types.
+def build_metadata(**values: Any) -> dict[str, Any]:
+    """Build the content of ``settings.json``.
+
+    Args:
+        **values: A value for each of :data:`METADATA_KEYS`; other keys are dropped.
 
     Returns:
-        What a set's ``settings.json`` holds: as it is read back, so with lists for tuples.
+        Format, format version and values, in JSON types: tuples become lists.
     """
-    named = {'format': FORMAT, 'format_version': FORMAT_VERSION}
-    return json.loads(to_json({**named, **{key: settings[key] for key in SETTINGS}}))
+    version = {'format': FORMAT, 'format_version': FORMAT_VERSION}
+    return json.loads(to_json({**version, **{key: values[key] for key in METADATA_KEYS}}))
 
 
 def read_json(path: Path) -> Any:
-    """Read a file of a calibration set.
+    """Read a JSON file of a calibration set.
 
     Raises:
-        UserError: If it is no JSON: a damaged disk.
+        UserError: If it is not JSON, for example after disk damage.
     """
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(
-            f'{path} is damaged ({error}). Delete it and run the command that makes the calibration set again'
+            f'{path} is damaged ({error}). Delete it and run the command that generates the calibration set again'
         ) from error
 
 
-def read_settings(root: Path) -> dict[str, Any] | None:
-    """Read what the set in ``root``, complete or not, is made of.
+def read_metadata(root: Path) -> dict[str, Any] | None:
+    """Read the metadata of the complete or incomplete set in ``root``.
 
     Returns:
-        As :func:`set_settings`; None if there is no set.
+        The metadata, as returned by :func:`build_metadata`; None if there is no set.
 
     Raises:
-        UserError: If it is of another format version.
+        UserError: If a file is damaged, does not belong to a calibration set, or has another format version.
     """
     for path in (root / 'manifest.json', root / 'shards' / 'settings.json'):
         if not path.exists():
             continue
         content = read_json(path)
         if not isinstance(content, dict) or content.get('format') != FORMAT:
-            raise UserError(f'{path} is not of a calibration set: choose another directory')
+            raise UserError(f'{path} does not belong to a calibration set: choose another directory')
         version = content['format_version']
         if version != FORMAT_VERSION:
             raise UserError(
-                f'the calibration set in {root} has format version {version}, this version of '
-                f'mmzsq reads {FORMAT_VERSION}: install the version that made it, or make the set '
-                'anew in another directory'
+                f'the calibration set in {root} has format version {version}, but this version of mmzsq reads '
+                f'{FORMAT_VERSION}: install the version that generated it, or generate a new set in another directory'
             )
-        return set_settings(**content)
+        return build_metadata(**content)
     return None
 
 
-def refuse_other_settings(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compare what the set in ``root`` is made of with what is wanted.
+def check_metadata(root: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Check that the set in ``root`` has the expected metadata.
 
     Args:
-        root: For the message.
-        found: As :func:`read_settings` returns it.
-        wanted: As :func:`set_settings` returns it.
+        root: Directory of the set, for the message.
+        found: Metadata of the set, from :func:`read_metadata`.
+        expected: Metadata of this run, from :func:`build_metadata`.
 
     Raises:
-        UserError: If they differ; names each differing key, with both values, and what to do.
+        UserError: If they differ; the message lists each differing key with both values, and what to do.
     """
-    before, now = dict(_flatten(found)), dict(_flatten(wanted))
+    before, now = dict(_flatten(found)), dict(_flatten(expected))
     differences = [
         f'{key.removeprefix("fingerprint.")}: {_show(before, key)} there, {_show(now, key)} now'
         for key in dict.fromkeys([*before, *now])
@@ -94,14 +96,13 @@ def refuse_other_settings(root: Path, found: Mapping[str, Any], wanted: Mapping[
     ]
     if differences:
         raise UserError(
-            f'{root} holds a calibration set made otherwise: {enumerate_some(differences)}. '
-            'To keep it, set zsq.calibration_set.dir to another directory; to make it anew, '
-            'delete the directory'
+            f'{root} holds a calibration set generated with other settings: {join_some(differences)}. '
+            'To keep it, set zsq.calibration_set.dir to another directory; to generate it again, delete the directory'
         )
 
 
 def _flatten(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dicts and lists with their paths, as ``priors[0].weight``."""
+    """Yield the leaves of nested dicts and lists with their paths, such as ``priors[0].weight``."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _flatten(item, f'{name}.{key}' if name else key)
@@ -116,7 +117,7 @@ def _show(leaves: Mapping[str, Any], key: str) -> str:
     return repr(leaves[key]) if key in leaves else 'absent'
 
 
-def enumerate_some(items: Sequence[str], limit: int = 20) -> str:
-    """Join ``items`` for a message; beyond ``limit`` only their number is told."""
+def join_some(items: Sequence[str], limit: int = 20) -> str:
+    """Join the first ``limit`` items for a message, followed by the number of the others."""
     more = f'; and {len(items) - limit} more' if len(items) > limit else ''
     return '; '.join(items[:limit]) + more

@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_and_nothing_written_is_lost(tmp_path, monkeypatch, 
     message = str(caught.value)
     assert 'No space left on device' in message
     assert str(root) in message
-    assert 'All that was written before is kept' in message
+    assert 'Files written before are kept' in message
     assert not list(root.rglob('.*.tmp'))
     kept = {path: path.stat().st_mtime_ns for path in root.glob('shards/0*.json')}
     write(root)

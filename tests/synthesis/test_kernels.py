@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmzsq.patching import patched
 from mmzsq.synthesis import batch_norm as watching
 from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
@@ -192,9 +193,9 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
         if device == 'cpu' and taken == 'joint':
             # Only a GPU gains from it; what it computes is the same anywhere.
             prior.detach()
-            prior._watch._forwards = {layer: prior._watch._joint_forward(layer) for layer in layers}
-            prior._watch._resume()
-        assert bool(prior._watch._forwards) == (taken != 'hooks')
+            prior._collector._forwards = {layer: prior._collector._joint_forward(layer) for layer in layers}
+            prior._collector._resume()
+        assert bool(prior._collector._forwards) == (taken != 'hooks')
         output = network(images)
         # The half of it, as a concatenation would hand on, has gaps.
         total = prior(images) + output[:, :4].square().mean()
@@ -205,19 +206,43 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
     assert not any('forward' in vars(module) for module in network.modules())
 
 
-def test_a_paused_watch_sees_nothing_and_keeps_its_constants() -> None:
+def test_a_paused_collector_ignores_forwards_and_keeps_its_constants() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    watch = BatchNormStatisticsCollector()
-    watch.attach(network)
+    collector = BatchNormStatisticsCollector()
+    collector.attach(network)
     network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is not None
-    constants = dict(watch._layouts)
-    with watch.paused():
+    assert collector.collect() is not None
+    constants = dict(collector._constants)
+    with collector.paused():
         network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is None
-    assert watch._layouts == constants
+    assert collector.collect() is None
+    assert collector._constants == constants
     network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is not None
+    assert collector.collect() is not None
+
+
+def test_collectors_restore_the_forward_that_they_found() -> None:
+    layer = nn.BatchNorm2d(3).eval()
+    features = torch.rand(2, 3, 4, 4)
+
+    def outer_forward(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    collector = BatchNormStatisticsCollector()
+    with patched(layer, 'forward', outer_forward):
+        # On a GPU, attach() patches the layer in this way.
+        collector._forwards = {layer: collector._joint_forward(layer)}
+        collector._resume()
+        layer(features)
+        assert collector.collect() is not None
+        with collector.paused():
+            assert torch.equal(layer(features), features + 1)
+        layer(features)
+        assert collector.collect() is not None
+        collector.detach()
+        collector.detach()
+        assert torch.equal(layer(features), features + 1)
+    assert 'forward' not in vars(layer)
 
 
 if __name__ == '__main__':
