@@ -41,6 +41,9 @@ def parse_coco(content: bytes) -> COCO:
     for key in ('categories', 'images', 'annotations'):
         if key not in coco.dataset:
             raise KeyError(key)
+    # pycocotools needs ids of annotations, which nothing else here reads.
+    for index, annotation in enumerate(coco.dataset['annotations']):
+        annotation.setdefault('id', index)
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     for annotation in coco.dataset['annotations']:

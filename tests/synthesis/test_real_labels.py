@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -35,11 +34,8 @@ def draw(sampler: RealLabelSampler, count: int, num_classes: int = 2, seed: int 
     return sampler.sample(count, SIZE, num_classes, generator(seed))
 
 
-IDS = itertools.count(1)
-
-
 def annotation(image_id: int, bbox: list[float], category_id: int = 3, **more: Any) -> dict[str, Any]:
-    return dict(id=next(IDS), image_id=image_id, bbox=bbox, category_id=category_id, iscrowd=0, **more)
+    return dict(image_id=image_id, bbox=bbox, category_id=category_id, iscrowd=0, **more)
 
 
 COCO_FILE: dict[str, Any] = dict(
