@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line tools share: their options, how a config is read, how a mistake is told.
+"""Options, config loading and error handling that the command line tools share.
 
-The options are those of MMDetection's own tools. A user's mistake ends a tool with one message on
-standard error and exit code 2; anything else is a defect and keeps its traceback.
+The options are those of MMDetection's own tools. A user's mistake ends a tool with one message on standard error and
+exit code 2. Any other exception is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Make a parser with the options that all tools have.
 
     Args:
-        description: What the tool does, one sentence.
+        description: One sentence about the tool.
     """
     options = argparse.ArgumentParser(description=description)
     options.add_argument('config', help='path of the config')
@@ -42,28 +42,50 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
-        help='settings that replace those of the config, as KEY=VALUE: zsq.quantizer.w_bits=6. '
+        action=_Settings,
+        help='settings that override the config, as KEY=VALUE: zsq.quantizer.w_bits=6. '
         'Lists are written KEY="[a,b]", quoted and without spaces',
     )
     options.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes (default: none, one process)',
+        help='launcher of the processes (default: none, one process)',
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     options.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return options
 
 
+class _Settings(DictAction):
+    """``DictAction`` of MMEngine, with a message instead of a traceback for what is not ``KEY=VALUE``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f'--cfg-options {value}: write each setting as KEY=VALUE, such as zsq.train.max_epochs=10')
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError) as error:
+            parser.error(f'--cfg-options {" ".join(values)} cannot be read: {error}')
+
+
+def name_teacher(cfg: Config) -> None:
+    """Set ``zsq.teacher`` to ``load_from``, before ``load_from`` names a checkpoint to resume or to test.
+
+    Args:
+        cfg: A config, changed in place; one without a ``zsq`` section, or with a teacher, stays as it is.
+    """
+    if isinstance(cfg.get('zsq'), Mapping) and not cfg.zsq.get('composed') and cfg.zsq.get('teacher') is None:
+        cfg.zsq.teacher = cfg.get('load_from')
+
+
 def write_json(content: Mapping[str, Any], path: Path | None) -> None:
-    """Write ``content`` to a file, whose folder is made, or to standard output if ``path`` is None."""
+    """Write ``content`` to a file, creating its folder, or to standard output if ``path`` is None."""
     text = json.dumps(content, indent=2) + '\n'
     if path is None:
         sys.stdout.write(text)
     else:
-        # What took minutes to measure is not lost for want of a folder.
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding='utf-8')
 
@@ -78,8 +100,8 @@ def load_config(args: argparse.Namespace) -> Config:
         The config with ``launcher`` and ``work_dir`` set.
 
     Raises:
-        UserError: If the file is missing or cannot be read, whatever the reason: a config is the
-            user's code.
+        UserError: If the file is missing, cannot be read, or has no model. A config is code of the user, so that any
+            exception counts as a mistake in it.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config)
@@ -94,6 +116,8 @@ def load_config(args: argparse.Namespace) -> Config:
         raise
     except Exception as error:
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
+    if cfg.get('model') is None:
+        raise UserError(f"config {path} has no model: add the detector's config to its _base_")
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -102,7 +126,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that ``runner_type`` names, MMEngine's own where there is none."""
+    """Build the runner that ``runner_type`` names, or MMEngine's own."""
     setup_cache_size_limit_of_dynamo()
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_processes_on_cpu(cfg)
@@ -110,7 +134,7 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a tool's ``main`` and end the process with code 2 and one message on a user's mistake."""
+    """Run a tool's ``main``. On a user's mistake, print one message and end the process with code 2."""
     try:
         main()
     except UserError as error:
@@ -120,20 +144,20 @@ def run(main: Callable[[], None]) -> None:
 
 
 def leave_processes() -> None:
-    """End what joins this process to others, if anything does.
+    """Destroy the process group, if there is one.
 
-    Else its threads may still be at work when the interpreter ends, which then aborts now and again.
+    Its threads may otherwise still run when the interpreter ends, which then sometimes aborts.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _join_processes_on_cpu(cfg: Config) -> None:
-    # MMEngine selects a CUDA device before it joins processes, unless they are joined already, and
-    # gives DistributedDataParallel that device, unless the config says otherwise.
+    # MMEngine selects a CUDA device before it creates the process group, unless there is one, and passes that device to
+    # DistributedDataParallel, unless the config says otherwise.
     torch.distributed.init_process_group('gloo')
     wrapper = dict(dict(type='MMDistributedDataParallel'), **(cfg.get('model_wrapper_cfg') or {}))
     kind = resolve_class(MODEL_WRAPPERS, wrapper['type'])
-    # Others, such as that of a composed config, know no such argument.
+    # Other wrappers, such as that of a composed config, do not take the argument.
     if kind is not None and issubclass(kind, DistributedDataParallel):
         cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)

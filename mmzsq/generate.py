@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the calibration set of a config, alone: ``python -m mmzsq.generate CONFIG``.
+"""Make the calibration set of a config: ``python -m mmzsq.generate CONFIG``.
 
-Training builds the set when it is missing. This tool builds it before, for instance on another
-machine, and goes on where a stopped run left off.
+Training makes the set if it is missing. This tool makes it beforehand, for instance on another machine, and continues
+where a stopped run left off.
 """
 
 from __future__ import annotations

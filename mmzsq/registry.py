@@ -64,6 +64,8 @@ def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
     Raises:
         UserError: If the type is missing or unknown, or the class does not take an argument.
     """
+    if not isinstance(cfg, Mapping):
+        raise UserError(f'{where} is {cfg!r}, but must be a dict with a type.')
     arguments = dict(cfg)
     name = arguments.pop('type', None)
     part = resolve_class(registry, name)

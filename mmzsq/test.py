@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a checkpoint, float or quantized, on the test data of its config.
 
-``python -m mmzsq.test CONFIG CHECKPOINT`` has the options of MMDetection's ``tools/test.py`` but
-``--tta``.
+``python -m mmzsq.test CONFIG CHECKPOINT`` has the options of MMDetection's ``tools/test.py`` except ``--tta``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main() -> None:
     for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         if cfg.get(key) is None:
             raise UserError(f'config {args.config} has no {key}: there is nothing to evaluate on')
-    # With resume a teacher would stand for the last checkpoint of the run in the work_dir.
+    cli.name_teacher(cfg)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
@@ -44,7 +43,9 @@ def _parse_args() -> argparse.Namespace:
     options.add_argument('--out', metavar='FILE.pkl', help='write all predictions')
     options.add_argument('--show', action='store_true', help='show predictions in a window')
     options.add_argument('--show-dir', help='paint predictions into this folder, under the work directory')
-    options.add_argument('--wait-time', type=float, default=2, metavar='SECONDS', help='of each window (default: 2)')
+    options.add_argument(
+        '--wait-time', type=float, default=2, metavar='SECONDS', help='duration of each window (default: 2)'
+    )
     return options.parse_args()
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a detector, or quantize one without data if the config has a ``zsq`` section.
 
-``python -m mmzsq.train CONFIG`` has the options of MMDetection's ``tools/train.py`` and runs its
-configs. Unlike there, bases may be named ``mmzsq::...``, because this package is imported before
-the config is read.
+``python -m mmzsq.train CONFIG`` has the options of MMDetection's ``tools/train.py`` and runs its configs. Bases may be
+named ``mmzsq::...`` too, because this package is imported before the config is read.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 from mmengine.config import Config
 
 from mmzsq import cli
-from mmzsq.engine.runner import last_checkpoint
 from mmzsq.errors import UserError
 
 
@@ -26,12 +24,9 @@ def main() -> None:
     if args.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
     if args.resume is not None:
+        cli.name_teacher(cfg)
         cfg.resume = True
-        if args.resume != 'auto':
-            cfg.load_from = args.resume
-        elif 'zsq' not in cfg or last_checkpoint(cfg.work_dir) is not None:
-            cfg.load_from = None
-        # Else a run begins, and load_from names its teacher.
+        cfg.load_from = None if args.resume == 'auto' else args.resume
     cli.build_runner(cfg).train()
 
 
@@ -48,7 +43,7 @@ def _parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or from the last one in the work directory',
+        help='continue from this checkpoint, or from the last one in the work directory',
     )
     return options.parse_args()
 

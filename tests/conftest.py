@@ -49,7 +49,7 @@ def wheel(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'):
         shutil.copy(repo / name, copy)
     shutil.copy(repo / 'model-index.yml', copy)
-    for name in ('mmzsq', 'configs', 'tools', 'requirements', 'tests'):
+    for name in ('mmzsq', 'configs', 'tools', 'benchmarks', 'requirements', 'tests'):
         ignored = shutil.ignore_patterns('__pycache__')
         shutil.copytree(repo / name, copy / name, symlinks=True, ignore=ignored)
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-q']

@@ -105,22 +105,42 @@ def test_resume_goes_on_from_the_last_or_a_given_checkpoint(call: Tool, recorded
     ]
 
 
-def test_a_run_that_resume_finds_nothing_to_go_on_from_keeps_its_teacher(
-    call: Tool, recorded: list[Any], folder: Path
+def test_load_from_becomes_the_teacher_where_another_checkpoint_is_resumed_or_tested(
+    call: Tool, recorded: list[Any]
 ) -> None:
-    resume = ('--resume', '--work-dir', 'out', '--cfg-options', 'load_from=mine.pth')
-    call(train, 'zero_shot.py', *resume)
-    (folder / 'out').mkdir()
-    (folder / 'out/last_checkpoint').write_text('out/epoch_1.pth')
-    # What the float detector's training left there, and what a run of ours did.
-    for meta in (dict(epoch=1), dict(epoch=1, mmzsq=dict(teacher='mine.pth'))):
-        torch.save(dict(state_dict={}, meta=meta), folder / 'out/epoch_1.pth')
-        call(train, 'zero_shot.py', *resume)
-    assert [(cfg.resume, cfg.load_from) for _, cfg in recorded] == [
-        (True, 'mine.pth'),
-        (True, 'mine.pth'),
-        (True, None),
+    options = ('--cfg-options', 'load_from=mine.pth')
+    call(train, 'zero_shot.py', '--resume', *options)
+    call(train, 'zero_shot.py', '--resume', 'epoch_1.pth', *options)
+    call(train, 'zero_shot.py', '--resume', *options, 'zsq.teacher=other.pth')
+    call(test, 'zero_shot.py', 'epoch_1.pth', *options)
+    assert [(cfg.resume, cfg.load_from, cfg.zsq.teacher) for _, cfg in recorded] == [
+        (True, None, 'mine.pth'),
+        (True, 'epoch_1.pth', 'mine.pth'),
+        (True, None, 'other.pth'),
+        (False, 'epoch_1.pth', 'mine.pth'),
     ]
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [('zsq.train.max_epochs', 'KEY=VALUE'), ('zsq.train.image_size=(1,2', 'cannot be read')],
+)
+def test_an_option_that_cannot_be_read_is_named(
+    call: Tool, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(train, 'zero_shot.py', '--cfg-options', option)
+    assert ended.value.code == 2
+    assert option in (error := capsys.readouterr().err)
+    assert message in error
+
+
+def test_a_config_without_a_model_is_refused(call: Tool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / 'empty.py').write_text('')
+    with pytest.raises(SystemExit) as ended:
+        call(train, 'empty.py')
+    assert ended.value.code == 2
+    assert "empty.py has no model: add the detector's config to its _base_" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

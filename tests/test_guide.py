@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/your_detector.md: its configs and commands are run as they stand, on a small version of its detector."""
+"""Run the configs and commands of docs/your_detector.md on a small version of its detector."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL_SET = (
     *('zsq.synthesis.relabel.image_size=64', 'zsq.synthesis.relabel.iterations=2'),
     *('zsq.synthesis.synthesize.image_size=64', 'zsq.synthesis.synthesize.iterations=2'),
     *('zsq.train.max_epochs=2', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0', 'zsq.train.init_batches=1'),
-    # Without the search for the first steps.
+    # Skips the search for the first steps.
     *('zsq.quantizer.weight.init=lsq', 'zsq.quantizer.activation.init=lsq'),
 )
 LAST = 'epoch_20.pth'
@@ -51,16 +51,16 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """What the guide runs, as words."""
+    """Commands of the guide, each split into words."""
     lines = [line for block in blocks('bash') for line in block.replace('\\\n', ' ').splitlines()]
     return [shlex.split(line) for line in lines]
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's folder: the guide's files, a teacher, and two images to evaluate on."""
+    """A user's folder with the guide's files, a teacher, and two evaluation images."""
     monkeypatch.chdir(tmp_path)
-    # Making the printed configs beautiful takes longer than all the rest.
+    # Formatting the printed configs would take longer than everything else.
     monkeypatch.setattr(config, 'FormatCode', lambda text, **options: (text, True))
     for block in blocks('python'):
         name, _, text = block.partition('\n')
@@ -81,7 +81,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cfg.merge_from_dict(dict(_options(SMALL_DETECTOR)))
     teacher = MODELS.build(cfg.model)
     teacher.init_weights()
-    # AP without any detection would be no number.
+    # AP is NaN without any detection.
     torch.nn.init.zeros_(teacher.bbox_head.retina_cls.bias)
     (tmp_path / 'work_dirs/my_detector').mkdir(parents=True)
     torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'work_dirs/my_detector/epoch_12.pth')
@@ -95,7 +95,7 @@ def _options(changes: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 @pytest.fixture
 def run(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
-    """Run one command of the guide, in this process; what is small about it stands at its end."""
+    """Run one command of the guide in this process, with options appended that make it small."""
 
     def run(words: list[str]) -> None:
         python, flag, module, *arguments = words
@@ -112,7 +112,7 @@ def run(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], No
 
 
 @pytest.mark.filterwarnings('ignore:.*instance named of visualizer:UserWarning')
-def test_every_step_of_the_guide_runs_in_its_order(
+def test_all_commands_of_the_guide_run_in_order(
     run: Callable[[list[str]], None], site: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = site / 'work_dirs/my_detector_w4a8'
@@ -129,7 +129,7 @@ def test_every_step_of_the_guide_runs_in_its_order(
             monkeypatch.setattr(sys, 'argv', [*words[1:], *few, '--cfg-options', *small])
             runpy.run_path(str(repo / words[1]), run_name='__main__')
         else:
-            # Several processes at once; what they run is what one runs.
+            # The command for several processes is not run; one process runs the same module above.
             assert words[:4] == ['python', '-m', 'torch.distributed.run', '--nproc_per_node']
             assert words[5:8] == ['-m', 'mmzsq.train', 'my_detector_w4a8.py']
         if (out / 'epoch_2.pth').exists() and not (out / LAST).exists():
@@ -159,19 +159,13 @@ def test_every_step_of_the_guide_runs_in_its_order(
     assert len(runpy.run_path('use_it.py')['found'].bboxes) > 0
 
 
-def test_the_messages_of_the_guide_are_those_of_the_package(repo: Path) -> None:
+def test_messages_in_the_guide_match_the_package(repo: Path) -> None:
     table = GUIDE.read_text().split('## Messages')[1]
     messages = [row.split('|')[1].strip() for row in table.splitlines() if row.startswith('| ')][2:]
     assert len(messages) == 10
     source = ' '.join(path.read_text() for path in (repo / 'mmzsq').rglob('*.py'))
     joined = re.sub(r"['\"]\s*\n?\s*f?['\"]", '', source)
     for message in messages:
-        # A number, a name or a key may stand anywhere in it.
+        # `nan` in the guide is a placeholder of the message.
         pattern = re.escape(message).replace('nan', r'\{loss\}')
         assert re.search(pattern, joined), message
-
-
-def test_the_files_that_the_guide_links_to_exist() -> None:
-    links = re.findall(r'\]\(([^)#]+)\)', GUIDE.read_text())
-    assert links
-    assert all((GUIDE.parent / link).exists() for link in links)

@@ -53,6 +53,12 @@ def test_nothing_else_is_carried(archive: ZipFile) -> None:
     assert {top for top in tops if not top.endswith('.dist-info')} == {'mmzsq'}
 
 
+def test_benchmarks_and_their_results_are_left_out(archive: ZipFile, repo: Path) -> None:
+    names = {Path(name).name for name in archive.namelist()}
+    assert not names & {path.name for path in (repo / 'benchmarks').glob('*.py')}
+    assert not [name for name in names if name.endswith(('.json', '.png', '.jpg'))]
+
+
 def test_no_mmcv_is_required(archive: ZipFile) -> None:
     """``mmcv-lite`` would overwrite a compiled ``mmcv``: it is installed on request only."""
     [name] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]

@@ -31,10 +31,16 @@ def test_nested_blocks_restore_what_they_found() -> None:
 def test_an_attribute_of_the_object_itself_is_restored_after_an_error() -> None:
     module = types.ModuleType('module')
     module.limit = 3
-    with pytest.raises(KeyError), patched(module, 'limit', 5):
-        assert module.limit == 5
-        raise KeyError
-    assert module.limit == 3
+    seen = []
+
+    def fail() -> None:
+        with patched(module, 'limit', 5):
+            seen.append(module.limit)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (seen, module.limit) == ([5], 3)
 
 
 def test_several_modules_are_patched_together() -> None:

@@ -1,7 +1,7 @@
-"""What leaves of MMDetection's detectors of one stage say beside their bits: ``zsq = {{_base_.one_stage}}``.
+"""Settings for MMDetection's one-stage detectors, except the bits: ``zsq = {{_base_.one_stage}}``.
 
-A step of theirs takes two to four times as long as one of YOLOv5: half as many images as usual, which in the paper
-cost at most 0.7 AP (its Table 7).
+A step takes two to four times as long as one of YOLOv5, so these settings make half as many images as the preset. In
+the paper, that cost at most 0.7 AP (its Table 7).
 """
 
 one_stage = dict(

@@ -1,4 +1,4 @@
-"""As ``one_stage.py``, for detectors trained at 800 px: sizes and batches as in ``two_stage.py``."""
+"""As ``one_stage.py``, for detectors trained at 800 px, with sizes and batches as in ``two_stage.py``."""
 
 _base_ = './one_stage.py'
 one_stage = dict(

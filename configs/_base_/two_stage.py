@@ -1,6 +1,6 @@
-"""What leaves of detectors trained at 800 px say beside their bits: ``zsq = {{_base_.two_stage}}``.
+"""Settings for two-stage detectors trained at 800 px, except the bits: ``zsq = {{_base_.two_stage}}``.
 
-It changes the preset ``default`` alone: weights of the paper's losses are for the paper's sizes and batches.
+Only the preset ``default`` changes, because the weights of the paper's losses suit the paper's sizes and batches.
 """
 
 two_stage = dict(

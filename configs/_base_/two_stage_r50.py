@@ -1,4 +1,4 @@
-"""As ``two_stage.py``; the paper quantized trunk and FPN without the stem and the last bottleneck, and no head."""
+"""As ``two_stage.py``; the paper quantizes backbone and FPN, except the stem and the last bottleneck, and no head."""
 
 _base_ = './two_stage.py'
 two_stage = dict(

@@ -1,4 +1,4 @@
-"""As ``two_stage.py``; the paper has numbers of its own for transformers, which stand for its preset."""
+"""As ``two_stage.py``; the preset ``paper`` uses the paper's settings for transformers."""
 
 _base_ = './two_stage.py'
 two_stage = dict(

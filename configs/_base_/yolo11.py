@@ -1,4 +1,4 @@
-"""What leaves of YOLO11 say beside their bits, the paper's numbers for it: ``zsq = {{_base_.yolo11}}``."""
+"""The paper's settings for YOLO11, except the bits: ``zsq = {{_base_.yolo11}}``."""
 
 yolo11 = dict(
     presets=dict(

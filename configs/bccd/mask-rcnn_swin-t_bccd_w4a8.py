@@ -1,4 +1,4 @@
 _base_ = ['./mask-rcnn_swin-t_bccd.py', '../_base_/zsq_w4a8.py', './quantization_below_8_bits.py']
 load_from = 'work_dirs/mask-rcnn_swin-t_bccd/epoch_64.pth'  # the teacher, trained by its own config
-randomness = dict(seed=None)  # that of the calibration set
+randomness = dict(seed=None)  # None: the seed of the calibration set
 zsq = {{_base_.blood_cells}}

@@ -1,4 +1,4 @@
-"""As ``quantization.py``, with a rate between those of detectors of one stage and of transformers."""
+"""As ``quantization.py``, with a learning rate between those of one-stage detectors and of transformers."""
 
 _base_ = './quantization.py'
 blood_cells = dict(train=dict(optimizer=dict(lr=5e-5)))

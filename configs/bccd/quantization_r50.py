@@ -1,4 +1,4 @@
-"""As ``quantization.py``, for a detector of two stages whose memory is that of BatchNorm."""
+"""As ``quantization.py``, for a two-stage detector with BatchNorm."""
 
 _base_ = './quantization.py'
 blood_cells = dict(
@@ -8,7 +8,7 @@ blood_cells = dict(
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.01),
         ],
-        # Beside a black rectangle BatchNorm sees a bright, even smear as one without contrast.
+        # Black rectangles dominate the BatchNorm statistics of a bright, even smear, and cells lose contrast.
         cutout=None,
         synthesize=dict(iterations=300),
     )

@@ -1,4 +1,4 @@
-"""What the detectors of this folder share: data, AdamW, bf16, 40 epochs of distorted images and 24 of plain ones."""
+"""Common settings of these detectors: data, AdamW, bf16, 40 epochs on distorted images and 24 on plain ones."""
 
 _base_ = ['../_base_/datasets/bccd_instance.py', 'mmdet::_base_/default_runtime.py']
 
@@ -10,7 +10,7 @@ test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     dtype='bfloat16',
-    # MMEngine's, with as few parameter groups as there are rules: the optimizer takes a fraction of the time.
+    # One parameter group per rule instead of one per parameter makes the optimizer several times faster.
     constructor='mmzsq.GroupedOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=5, norm_type=2),
@@ -30,8 +30,8 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-# The detector ends on images as it will see them. Without this, whoever trains on these images goes on to learn, with
-# quantized layers or without, and BatchNorm remembers tints and borders that no image has.
+# The last epochs use plain images, as in inference. Otherwise any further training on these images would improve the
+# detector, quantized or not, and the BatchNorm statistics would include tints and borders that no image has.
 custom_hooks = [
     dict(
         type='PipelineSwitchHook',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLO11 l on COCO; the other sizes change what scales depth and width."""
+"""YOLO11 l on COCO; the other sizes change the factors that scale depth and width."""
 
 _base_ = [
     'mmdet::_base_/default_runtime.py',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YOLOv5 l on COCO; the other sizes change the two factors."""
+"""YOLOv5 l on COCO; the other sizes change the depth and width factors."""
 
 _base_ = [
     'mmdet::_base_/default_runtime.py',

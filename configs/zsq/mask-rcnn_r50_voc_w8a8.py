@@ -8,11 +8,11 @@ _base_ = [
 model = dict(roi_head=dict(bbox_head=dict(num_classes=20), mask_head=dict(num_classes=20)))
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-load_from = 'checkpoints/mask-rcnn_r50_voc.pth'  # none is published: train one on the masks of VOC; boxes are evaluated
+load_from = 'checkpoints/mask-rcnn_r50_voc.pth'  # not published: train it on the masks of VOC
 zsq = dict(
     presets=dict(
         default={{_base_.two_stage.presets.default}},
-        # As many images as in the paper for VOC (its Table 3).
+        # The number of images in the paper for VOC (its Table 3).
         paper=dict(quantizer={{_base_.two_stage.presets.paper.quantizer}}, calibration_set=dict(num_images=50)),
     )
 )

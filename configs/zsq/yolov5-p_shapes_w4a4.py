@@ -1,4 +1,4 @@
-"""The embedded detector: the whole job on two CPU cores, in minutes; ``make demo`` runs it."""
+"""The shipped detector at W4A4: all stages in minutes on two CPU cores. ``make demo`` runs it."""
 
 _base_ = ['../shapes/yolov5-p_shapes.py', '../_base_/zsq_w4a4.py']
 load_from = 'mmzsq://yolov5-p_shapes.safetensors'
@@ -12,7 +12,7 @@ zsq = dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
         refine=None,
         synthesize=dict(image_size=256, iterations=150, batch_size=32, start='previous', lr=0.05),
-        # Drawn scenes are smooth: a total variation weight of photographs leaves noise.
+        # Drawn scenes are smooth. The total variation weight for photographs leaves noise.
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.02),
@@ -21,7 +21,7 @@ zsq = dict(
         lr=0.1,
     ),
     quantizer=dict(equalize=True),
-    # Few steps.
+    # Few steps need a larger rate.
     train=dict(max_epochs=60, optimizer=dict(lr=2e-4)),
 )
 default_hooks = dict(checkpoint=dict(interval=20))

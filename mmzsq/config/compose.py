@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a detector's config and a ``zsq`` section to a plain config that MMEngine's Runner runs.
+"""Compose a detector's config and its ``zsq`` section into a plain config that MMEngine's Runner runs.
 
-:func:`compose` is a pure function. It replaces what training needs (model, train loop, loader, optimizer, schedules)
-and keeps what is the user's: validation, test, visualizer, environment and hooks.
+:func:`compose` is a pure function. It replaces what trains the detector (model, train loop, data loader, optimizer,
+schedules) and keeps the user's validation, test, visualizer, environment and hooks.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import inspect
 import json
@@ -16,51 +15,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
+from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.optim import OPTIMIZERS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import PRESETS, preset_section
+from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.errors import UserError, check_keys
-from mmzsq.registry import resolve_class
+from mmzsq.registry import LABEL_SAMPLERS, MODELS, PRIORS, build_part, resolve_class
+from mmzsq.typed_section import describe, nearest
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
-
-SECTION_KEYS: dict[str, set[str]] = dict(
-    calibration_set={'dir', 'num_images', 'batch_size', 'seed', 'real'},
-    synthesis={
-        *(
-            'relabel',
-            'refine',
-            'synthesize',
-            'priors',
-            'require_feature_prior',
-            'detection_weight',
-            'detection_reduction',
-        ),
-        *('lr', 'warmup', 'betas', 'init'),
-        *('cutout', 'clamp', 'keep', 'keep_interval', 'precision', 'capture'),
-    },
-    distillation={'detection_weight', 'losses'},
-    train={
-        *('max_epochs', 'batch_size', 'num_workers', 'optimizer', 'step_lr', 'schedule', 'final_lr_ratio'),
-        *('accumulate', 'bn', 'ema', 'clip_grad', 'amp', 'init_batches', 'capture'),
-        *('augmentation', 'image_size', 'channels_last', 'drop', 'relative_lr'),
-    },
-)
-PART_SECTIONS = ('quantizer', 'label_sampler')
-TOP_KEYS = ('preset', 'presets', 'composed', *SECTION_KEYS, *PART_SECTIONS)
 
 TRAINING_ONLY_HOOKS = (
     *('YOLOXModeSwitchHook', 'PipelineSwitchHook', 'SyncNormHook', 'EMAHook', 'MeanTeacherHook', 'EarlyStoppingHook'),
 )
-"""Custom hooks that steer the training of the float detector; meaningless or harmful to a student's."""
+"""Custom hooks that control the training of the float detector. They are useless or harmful for a student."""
 
 
 def merge(base: Any, override: Any) -> Any:
-    """Overlay ``override`` on ``base``: mappings key by key, all else replaced.
+    """Overlay ``override`` on ``base``: mappings key by key, everything else as a whole.
 
-    A mapping that names another ``type`` than the base, or has ``_delete_=True``, replaces the base as a whole.
+    A mapping with another ``type`` than the base, or with ``_delete_=True``, replaces the whole base.
     """
     if not isinstance(base, Mapping) or not isinstance(override, Mapping):
         return copy.deepcopy(override)
@@ -74,89 +52,82 @@ def merge(base: Any, override: Any) -> Any:
     return merged
 
 
-def complete_section(zsq: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def complete_section(zsq: Any, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the plain form of :func:`read_section`."""
+    return read_section(zsq, model)[1]
+
+
+def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqSection, dict[str, Any]]:
     """Fill a ``zsq`` section with its preset and check it.
 
     Args:
         zsq: The section as a config gives it.
-        model: Config of the detector, on which a preset may depend; None: any.
+        model: Config of the detector, which a preset may depend on. None: any.
 
     Returns:
-        A section with every key.
+        The typed section, and its plain form with every key.
 
     Raises:
-        UserError: If a key or the preset is unknown, or a number is out of range.
+        UserError: If a key is unknown or a value is not allowed.
     """
-    check_keys(zsq, TOP_KEYS, 'zsq')
-    preset = zsq.get('preset', 'default')
-    if preset not in PRESETS:
-        raise UserError(f'zsq.preset is one of {", ".join(map(repr, PRESETS))}, not {preset!r}')
+    if not isinstance(zsq, Mapping):
+        raise UserError(f'zsq is {zsq!r}, but must be a dict. zsq = dict() takes all values of the preset.')
+    check_keys(zsq, ('presets', 'composed', *ZsqSection.model_fields), 'zsq')
+    preset = _preset_name(zsq.get('preset', 'default'), 'zsq.preset')
     of_presets = zsq.get('presets') or {}
     check_keys(of_presets, PRESETS, 'zsq.presets')
     changes = of_presets.get(preset) or {}
-    if isinstance(changes, str) and changes not in PRESETS:
-        raise UserError(f'zsq.presets.{preset} is a dict or one of {", ".join(map(repr, PRESETS))}, not {changes!r}')
-    source, changes = (changes, {}) if isinstance(changes, str) else (preset, changes)
-    two_stages = two_stages_on_batch_norm(model or {})
-    defaults = merge(preset_section(source, merge(changes, zsq), two_stages), changes)
-    section = merge(dict(defaults, preset=preset), {key: value for key, value in zsq.items() if key != 'presets'})
-    check_keys(section, TOP_KEYS, f'zsq.presets.{preset}')
-    for name in (*SECTION_KEYS, *PART_SECTIONS):
-        if not isinstance(section[name], Mapping):
-            raise UserError(f'zsq.{name} is a dict, not {section[name]!r}')
-    for name, allowed in SECTION_KEYS.items():
-        check_keys(section[name], allowed, f'zsq.{name}')
-    for name, key in (
-        *(('calibration_set', key) for key in ('num_images', 'batch_size')),
-        *(('train', key) for key in ('max_epochs', 'batch_size', 'accumulate', 'init_batches')),
-    ):
-        value = section[name][key]
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f'zsq.{name}.{key} is a whole number of at least 1, not {value!r}')
-    _check_rates(section['train'])
-    if not section['distillation']['losses'] and not section['distillation']['detection_weight']:
-        raise UserError(
-            'nothing to learn from: zsq.distillation.losses is empty and zsq.distillation.detection_weight is 0'
-        )
-    if section['train']['schedule'] not in ('cosine', 'linear', 'constant'):
-        nearest = difflib.get_close_matches(
-            str(section['train']['schedule']), ('cosine', 'linear', 'constant'), n=1, cutoff=0
-        )
-        raise UserError(
-            f"zsq.train.schedule is 'cosine', 'linear' or 'constant', not {section['train']['schedule']!r}; "
-            f'did you mean {nearest[0]!r}?'
-        )
-    return section
+    source = preset
+    if isinstance(changes, str):
+        source, changes = _preset_name(changes, f'zsq.presets.{preset}'), {}
+    elif not isinstance(changes, Mapping):
+        raise UserError(f'zsq.presets.{preset} is {changes!r}, but must be {describe(PresetChanges)}.')
+    check_keys(changes, ZsqSection.model_fields, f'zsq.presets.{preset}')
+    user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
+    defaults = preset_section(source, merge(changes, user), two_stages_on_batch_norm(model or {}))
+    plain = merge(merge(defaults, changes), dict(user, preset=preset))
+    return ZsqSection.parse(plain, 'zsq'), plain
 
 
-def _check_rates(train: Mapping[str, Any]) -> None:
-    optimizer = train['optimizer']
-    if not isinstance(optimizer, Mapping):
-        raise UserError(f'zsq.train.optimizer is a dict, not {optimizer!r}')
-    if optimizer.get('lr') is None:
-        raise UserError(
-            "zsq.train.optimizer has no lr: one of another type than the preset's takes nothing from it, so set "
-            'zsq.train.optimizer.lr too'
-        )
-    if not _is_number(optimizer['lr']) or optimizer['lr'] <= 0:
-        raise UserError(f'zsq.train.optimizer.lr is a number above 0, not {optimizer["lr"]!r}')
-    for key in ('step_lr', 'ema', 'clip_grad'):
-        if train[key] is not None and (not _is_number(train[key]) or train[key] < 0):
-            raise UserError(f'zsq.train.{key} is None or a number of at least 0, not {train[key]!r}')
+def _preset_name(name: Any, where: str) -> str:
+    if name not in PRESETS:
+        known = ', '.join(map(repr, PRESETS))
+        raise UserError(f'{where} is {name!r}, but must be one of {known}.{nearest(name, list(PRESETS))}')
+    return str(name)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_parts(section: Mapping[str, Any]) -> None:
+    """Build label sampler, priors and distillation losses once, and look up the optimizer.
+
+    A mistake then shows before any work.
+
+    Args:
+        section: A complete ``zsq`` section.
+
+    Raises:
+        UserError: If a type is unknown, or a class refuses its arguments.
+    """
+    build_part(LABEL_SAMPLERS, section['label_sampler'], 'zsq.label_sampler')
+    for index, prior in enumerate(section['synthesis']['priors']):
+        build_part(PRIORS, prior, f'zsq.synthesis.priors[{index}]')
+    for index, loss in enumerate(section['distillation']['losses']):
+        build_part(MODELS, loss, f'zsq.distillation.losses[{index}]')
+    optimizer = section['train']['optimizer']['type']
+    if resolve_class(OPTIMIZERS, optimizer) is None:
+        hint = nearest(optimizer, sorted(OPTIMIZERS.module_dict))
+        raise UserError(f'zsq.train.optimizer.type is {optimizer!r}, but must be a registered optimizer.{hint}')
 
 
 def compose(cfg: Config) -> Config:
-    """Compose the runnable config; the argument is left as it is, a composed config comes back as a copy.
+    """Compose the runnable config. The argument is not changed. A composed config comes back as a copy.
 
     Args:
-        cfg: A detector's config with a ``zsq`` section; ``work_dir`` set if ``zsq.calibration_set.dir`` is not.
+        cfg: A detector's config with a ``zsq`` section, and with ``work_dir`` unless ``zsq.calibration_set.dir`` is
+            set. The teacher is ``zsq.teacher``, or ``load_from`` of a run that begins.
 
     Raises:
-        UserError: If the section or the detector's config is unfit, or the section of a composed config has changed.
+        UserError: If the section or the detector's config has a mistake, or the section of a composed config has
+            changed.
     """
     cfg = copy.deepcopy(cfg)
     if 'zsq' not in cfg:
@@ -165,66 +136,69 @@ def compose(cfg: Config) -> Config:
         )
     if 'model' not in cfg:
         raise UserError("this config has no model: add the detector's config to _base_, beside the zsq base")
-    if cfg.zsq.get('composed'):
-        _check_unchanged(cfg.zsq.to_dict())
+    zsq = cfg.zsq.to_dict() if isinstance(cfg.zsq, ConfigDict) else cfg.zsq
+    if isinstance(zsq, Mapping) and zsq.get('composed'):
+        _check_unchanged(zsq)
         return cfg
-    section = complete_section(cfg.zsq.to_dict(), cfg.model)
-    if section['calibration_set']['dir'] is None:
-        section['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
-    train = section['train']
-    # Before the user's training data makes room for the set.
+    section, plain = read_section(zsq, cfg.model)
+    check_parts(plain)
+    # With `resume`, `load_from` is a checkpoint to go on from.
+    plain['teacher'] = section.teacher or (None if cfg.get('resume') else cfg.get('load_from'))
+    if section.calibration_set.dir is None:
+        plain['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
+    # Before the training data is replaced by the set.
     classes = class_names(cfg)
-    # MMEngine's Runner would hand it to its model, which is no longer the detector.
+    # MMEngine's Runner would hand the preprocessor to its model, which is no longer the detector.
     if (preprocessor := cfg.pop('data_preprocessor', None)) is not None:
         cfg.model.setdefault('data_preprocessor', preprocessor)
-    _replace(cfg, 'zsq', dict(section, composed=dict(config=cfg.filename, digest=_digest(section))))
+    composed = dict(config=cfg.filename, load_from=cfg.get('load_from'), digest=_digest(plain))
+    _replace(cfg, 'zsq', dict(plain, composed=composed))
     _replace(
         cfg,
         'model',
         dict(
             type=MODEL_TYPE,
             detector=cfg.model.to_dict(),
-            quantizer=section['quantizer'],
-            distillation=section['distillation'],
-            teacher=cfg.get('load_from'),
-            bn=train['bn'],
-            capture=train['capture'],
-            augmentation=train['augmentation'],
-            channels_last=train['channels_last'],
+            quantizer=plain['quantizer'],
+            distillation=plain['distillation'],
+            teacher=plain['teacher'],
+            bn=section.train.bn,
+            capture=section.train.capture,
+            augmentation=plain['train']['augmentation'],
+            channels_last=section.train.channels_last,
         ),
     )
-    _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=train['max_epochs'], val_interval=10**9))
-    # Only the detection loss reads masks; decoding them takes about half as long as reading the image.
-    with_mask = bool(section['distillation']['detection_weight']) and has_masks(cfg.model.detector)
-    _replace(cfg, 'train_dataloader', _train_dataloader(cfg, section, with_mask))
-    _replace(cfg, 'optim_wrapper', _optim_wrapper(train))
-    _replace(cfg, 'param_scheduler', _param_scheduler(train))
+    max_epochs = section.train.max_epochs
+    _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=10**9))
+    _replace(cfg, 'train_dataloader', _train_dataloader(cfg, section, plain))
+    _replace(cfg, 'optim_wrapper', _optim_wrapper(section.train, plain['train']['optimizer']))
+    _replace(cfg, 'param_scheduler', _param_scheduler(section.train))
     _replace(cfg, 'model_wrapper_cfg', dict(type='mmzsq.AveragingDataParallel'))
-    cfg.custom_hooks = _custom_hooks(cfg, section, classes)
+    cfg.custom_hooks = _custom_hooks(cfg, section, plain, classes)
     if 'auto_scale_lr' in cfg:
         cfg.auto_scale_lr.enable = False
-    checkpoint_hook = cfg.get('default_hooks', {}).get('checkpoint')
+    checkpoint_hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if checkpoint_hook is not None:
         # Choosing a checkpoint by its accuracy on real images would not be zero-shot.
         checkpoint_hook.pop('save_best', None)
     if cfg.get('randomness') is None:
         cfg.randomness = dict()
     if cfg.randomness.get('seed') is None:
-        cfg.randomness.seed = section['calibration_set']['seed']
-    # Processes augment unlike each other, and draw from one order of the images.
+        cfg.randomness.seed = section.calibration_set.seed
+    # Each process augments differently, and all draw from one order of the images.
     cfg.randomness.setdefault('diff_rank_seed', True)
     cfg.train_dataloader.sampler.seed = cfg.randomness.seed
     return cfg
 
 
 def _digest(section: Mapping[str, Any]) -> str:
-    """Of what a section says, which is the same once it was written to a file and read again."""
-    said = {key: value for key, value in section.items() if key != 'composed'}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of a section. It survives writing the section to a file and reading it again."""
+    content = {key: value for key, value in section.items() if key != 'composed'}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_unchanged(section: Mapping[str, Any]) -> None:
-    """Refuse a composed section that says something else now: model, loader and hooks were made from the old one."""
+    """Refuse a composed section that was changed: model, loader and hooks were made from the old one."""
     composed = section['composed']
     composed = composed if isinstance(composed, Mapping) else {}
     if composed.get('digest') != _digest(section):
@@ -251,32 +225,36 @@ def has_masks(model: Any) -> bool:
 
 
 def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
-    """Whether a detector looks again at regions it proposes, by its config, with BatchNorm layers in its backbone."""
+    """Whether a detector, by its config, has two stages and BatchNorm layers in its backbone."""
     backbone = model.get('backbone')
     if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
         return False
     norm = backbone['norm_cfg'] if 'norm_cfg' in backbone else _default_norm(backbone.get('type'))
-    layer = resolve_class(MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
-    # As BNStatisticsPrior asks.
+    layer = resolve_class(MMDET_MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
+    # The same test as in BNStatisticsPrior.
     return inspect.isclass(layer) and issubclass(layer, _BatchNorm)
 
 
 def _default_norm(backbone_type: Any) -> Any:
-    """What the ``norm_cfg`` of a backbone is where its config has none; None if it takes none or is not known."""
-    for base in getattr(resolve_class(MODELS, backbone_type), '__mro__', ()):
+    """Return the default ``norm_cfg`` of a backbone class; None if it has none or the class is unknown."""
+    for base in getattr(resolve_class(MMDET_MODELS, backbone_type), '__mro__', ()):
         parameters = inspect.signature(base.__init__).parameters
         if 'norm_cfg' in parameters:
             return parameters['norm_cfg'].default
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            # It hands nothing on.
+            # It passes no arguments on to its base.
             return None
     return None
 
 
-def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> dict[str, Any]:
-    train = section['train']
-    annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=with_mask)
-    real = section['calibration_set']['real']
+def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]) -> dict[str, Any]:
+    train = section.train
+    learns_labels = bool(section.distillation.detection_weight)
+    # Only the detection loss reads masks. Decoding them takes about half as long as reading the image.
+    annotations = dict(
+        type='LoadAnnotations', with_bbox=True, with_mask=learns_labels and has_masks(cfg.model.detector)
+    )
+    real = plain['calibration_set']['real']
     if real is not None:
         # Bitmaps or polygons, as the detector's own training reads them.
         own: Mapping[str, Any] = next(
@@ -288,11 +266,11 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
     else:
         dataset = dict(
             type='mmzsq.CalibrationDataset',
-            data_root=section['calibration_set']['dir'],
+            data_root=plain['calibration_set']['dir'],
             pipeline=[
                 dict(type='LoadImageFromFile'),
                 annotations,
-                *_resize(train['image_size']),
+                *_resize(train.image_size),
                 dict(
                     type='PackDetInputs',
                     meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
@@ -300,32 +278,29 @@ def _train_dataloader(cfg: Config, section: dict[str, Any], with_mask: bool) -> 
             ],
         )
     return dict(
-        batch_size=train['batch_size'],
-        num_workers=train['num_workers'],
-        persistent_workers=train['num_workers'] > 0,
+        batch_size=train.batch_size,
+        num_workers=train.num_workers,
+        persistent_workers=train.num_workers > 0,
         sampler=dict(type='DefaultSampler', shuffle=True),
         # Only the detection loss reads labels.
-        collate_fn=dict(type='mmzsq.stack_images', labels=bool(section['distillation']['detection_weight'])),
+        collate_fn=dict(type='mmzsq.stack_images', labels=learns_labels),
         dataset=dataset,
     )
 
 
-def _resize(image_size: Any) -> list[dict[str, Any]]:
+def _resize(image_size: int | tuple[int, int] | None) -> list[dict[str, Any]]:
     if image_size is None:
         return []
-    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
-        raise UserError(f'zsq.train.image_size is None, one number, or (height, width) in pixels, not {image_size!r}')
-    height, width = sides
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return [dict(type='Resize', scale=(width, height), keep_ratio=False)]
 
 
 def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, Any]]:
-    """How real images of a comparison are read: by the detector's test pipeline, with their labels from the start.
+    """Make the pipeline of real images: the detector's test pipeline, with labels loaded after the image.
 
     Args:
-        cfg: Of the detector.
-        annotations: The transform that reads the labels; the geometric transforms behind it move them along.
+        cfg: Config of the detector.
+        annotations: Transform that loads the labels. Geometric transforms after it also transform them.
 
     Raises:
         UserError: If the config has no test pipeline.
@@ -340,76 +315,69 @@ def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, An
     return [load, annotations, *others]
 
 
-def _optim_wrapper(train: dict[str, Any]) -> dict[str, Any]:
+def _optim_wrapper(train: TrainConfig, optimizer: Mapping[str, Any]) -> dict[str, Any]:
     # MMEngine's constructor wants a base decay where single parameters have none.
-    optimizer = dict(dict(weight_decay=0.0), **train['optimizer'])
-    multiplier = 1.0 if train['step_lr'] is None else train['step_lr'] / optimizer['lr']
+    optimizer = dict(dict(weight_decay=0.0), **optimizer)
+    multiplier = 1.0 if train.step_lr is None else train.step_lr / train.optimizer.lr
     wrapper = dict(
-        type='AmpOptimWrapper' if train['amp'] else 'OptimWrapper',
+        type='AmpOptimWrapper' if train.amp else 'OptimWrapper',
         constructor='mmzsq.GroupedOptimWrapperConstructor',
         optimizer=optimizer,
-        accumulative_counts=train['accumulate'],
+        accumulative_counts=train.accumulate,
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             bias_decay_mult=0.0,
-            relative_lr=train['relative_lr'],
             custom_keys={'_quantizer.': dict(lr_mult=multiplier, decay_mult=0.0)},
         ),
     )
-    if train['amp']:
+    if train.amp:
         wrapper['dtype'] = 'bfloat16'
-    if train['clip_grad'] is not None:
-        wrapper['clip_grad'] = dict(max_norm=train['clip_grad'], norm_type=2)
+    if train.clip_grad is not None:
+        wrapper['clip_grad'] = dict(max_norm=train.clip_grad, norm_type=2)
     return wrapper
 
 
-def _param_scheduler(train: dict[str, Any]) -> list[dict[str, Any]]:
-    common = dict(begin=0, end=train['max_epochs'], by_epoch=True, convert_to_iter_based=True)
-    if train['schedule'] == 'cosine':
-        ratio = train['final_lr_ratio']
-        return [dict(type='CosineAnnealingLR', T_max=train['max_epochs'], eta_min_ratio=ratio, **common)]
-    if train['schedule'] == 'linear':
-        return [dict(type='LinearLR', start_factor=1.0, end_factor=train['final_lr_ratio'], **common)]
+def _param_scheduler(train: TrainConfig) -> list[dict[str, Any]]:
+    common = dict(begin=0, end=train.max_epochs, by_epoch=True, convert_to_iter_based=True)
+    if train.schedule == 'cosine':
+        return [dict(type='CosineAnnealingLR', T_max=train.max_epochs, eta_min_ratio=train.final_lr_ratio, **common)]
+    if train.schedule == 'linear':
+        return [dict(type='LinearLR', start_factor=1.0, end_factor=train.final_lr_ratio, **common)]
     return []
 
 
-def _custom_hooks(cfg: Config, section: dict[str, Any], classes: list[str] | None) -> list[dict[str, Any]]:
+def _custom_hooks(
+    cfg: Config, section: ZsqSection, plain: Mapping[str, Any], classes: list[str] | None
+) -> list[dict[str, Any]]:
     kept = [
         hook
         for hook in cfg.get('custom_hooks') or []
         # With a scope ('mmdet.PipelineSwitchHook') or without.
         if getattr(hook['type'], '__name__', hook['type']).rsplit('.', 1)[-1] not in TRAINING_ONLY_HOOKS
     ]
-    calibration_set = section['calibration_set']
     generate = dict(
         type='mmzsq.CalibrationSetHook',
-        root=calibration_set['dir'],
-        num_images=calibration_set['num_images'],
-        batch_size=calibration_set['batch_size'],
-        seed=calibration_set['seed'],
-        synthesis=section['synthesis'],
-        label_sampler=section['label_sampler'],
+        root=plain['calibration_set']['dir'],
+        num_images=section.calibration_set.num_images,
+        batch_size=section.calibration_set.batch_size,
+        seed=section.calibration_set.seed,
+        synthesis=plain['synthesis'],
+        label_sampler=plain['label_sampler'],
         classes=classes,
     )
     own: list[dict[str, Any]] = [
-        *([generate] if calibration_set['real'] is None else []),
-        dict(type='mmzsq.QuantizerInitHook', num_batches=section['train']['init_batches']),
+        *([generate] if section.calibration_set.real is None else []),
+        dict(type='mmzsq.QuantizerInitHook', num_batches=section.train.init_batches),
         dict(type='mmzsq.FiniteLossHook'),
     ]
-    drop = section['train']['drop']
-    if drop is not None:
-        if not isinstance(drop, Mapping):
-            raise UserError(f'zsq.train.drop is None or a dict, not {drop!r}')
-        check_keys(drop, ('activations', 'weights', 'until'), 'zsq.train.drop')
-        own.append(dict(type='mmzsq.QuantizationDropHook', **drop))
-    if section['train']['ema'] is not None:
-        # YOLOv5's: the average follows closely at first and reaches its momentum after some 2000 steps.
-        batches = section['train']['accumulate']
+    if section.train.ema is not None:
+        # As in YOLOv5, the average follows closely at first and reaches its momentum after about 2000 steps.
+        batches = section.train.accumulate
         own.append(
             dict(
                 type='EMAHook',
                 ema_type='ExpMomentumEMA',
-                momentum=1 - section['train']['ema'],
+                momentum=1 - section.train.ema,
                 gamma=2000 * batches,
                 interval=batches,
                 update_buffers=True,
@@ -419,7 +387,7 @@ def _custom_hooks(cfg: Config, section: dict[str, Any], classes: list[str] | Non
 
 
 def class_names(cfg: Config) -> list[str] | None:
-    """Names of the categories as the config's data sets give them, without reading any data; None if they do not."""
+    """Return the class names that the config's data sets declare, without reading data; None if there are none."""
     for loader in ('val_dataloader', 'test_dataloader', 'train_dataloader'):
         dataset: Any = (cfg.get(loader) or {}).get('dataset')
         while dataset is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config does not say: the complete sets of defaults of the ``zsq`` section.
+"""Presets: complete defaults of the ``zsq`` section.
 
-``default`` is the best label-free recipe measured in this project, and fits any detector. ``paper`` repeats the paper
-(its YOLOv5 settings, and what its authors' code does where the two differ), ``paper_transformer`` its Mask R-CNN with
-Swin; leaves of other architectures override their numbers.
+``default`` is the best label-free recipe measured in this project, for any detector. ``paper`` repeats the paper's
+YOLOv5 settings, and follows the authors' code where the two differ. ``paper_transformer`` repeats the paper's Mask
+R-CNN with Swin. Leaves of other architectures override single numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any
+
+from mmzsq.config.sections import ZsqSection
 
 _CALIBRATION_SET = dict(dir=None, num_images=2000, batch_size=32, seed=0, real=None)
 
@@ -27,7 +29,8 @@ _ADAPTIVE = dict(
 
 _CUTOUT = dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0)
 
-DEFAULT: dict[str, Any] = dict(
+_DEFAULT: dict[str, Any] = dict(
+    preset='default',
     quantizer=dict(
         type='mmzsq.LSQ',
         w_bits=8,
@@ -41,13 +44,13 @@ DEFAULT: dict[str, Any] = dict(
     calibration_set=_CALIBRATION_SET,
     label_sampler=dict(
         _ADAPTIVE,
-        # Scenes of several objects: the paper's single box leaves nearly all of the image to no object.
+        # Scenes of several objects: the paper's single box leaves most of the image empty.
         start=dict(type='mmzsq.MultiBoxSampler', num_boxes=(1, 5), side=(0.1, 0.6)),
         warmup=300,
         interval=100,
     ),
     synthesis=dict(
-        # From coarse to fine: objects take shape while they are a few pixels large; at full size alone they are
+        # From coarse to fine: objects take shape while they are a few pixels large. At full size alone they are
         # outlines filled with texture.
         relabel=dict(image_size=160, iterations=800, batch_size=128),
         refine=dict(image_size=0.5, iterations=300, batch_size=64, start='previous', lr=0.05),
@@ -64,7 +67,7 @@ DEFAULT: dict[str, Any] = dict(
         warmup=0,
         betas=(0.9, 0.999),
         init='uniform',
-        # Erasing pays nothing, and where images are bright and smooth black rectangles cost them their contrast.
+        # Erasing gains nothing, and black rectangles cost bright, smooth images their contrast.
         cutout=None,
         clamp=True,
         keep='last',
@@ -85,7 +88,6 @@ DEFAULT: dict[str, Any] = dict(
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4),
         step_lr=2e-3,
-        relative_lr=False,
         schedule='cosine',
         final_lr_ratio=0.0,
         bn='frozen',
@@ -94,15 +96,15 @@ DEFAULT: dict[str, Any] = dict(
         amp=False,
         init_batches=4,
         capture=True,
-        # A small set is learnt by heart: its images, sets of four of them and other tints.
+        # The student would overfit a small set: mirror its images, tile four of them, and change their tint.
         augmentation=dict(flip=0.5, mosaic=0.5, color=0.3),
         image_size=None,
         channels_last=False,
-        drop=None,
     ),
 )
 
-PAPER: dict[str, Any] = dict(
+_PAPER: dict[str, Any] = dict(
+    preset='paper',
     quantizer=dict(
         type='mmzsq.LSQ',
         w_bits=8,
@@ -152,7 +154,6 @@ PAPER: dict[str, Any] = dict(
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
         step_lr=None,
-        relative_lr=False,
         schedule='linear',
         final_lr_ratio=0.01,
         bn='train',
@@ -164,21 +165,21 @@ PAPER: dict[str, Any] = dict(
         augmentation=None,
         image_size=None,
         channels_last=False,
-        drop=None,
     ),
 )
 
 _DEVIATION = (58.395 + 57.12 + 57.375) / 3 / 255
-"""Of the pixels that Swin was trained on, in units of images in [0, 1]: 1 where its inputs are normalized."""
+"""Standard deviation of the pixels that Swin was trained on, for images in [0, 1]."""
 
-PAPER_TRANSFORMER: dict[str, Any] = dict(
-    # The patch embedding too.
-    quantizer=dict(PAPER['quantizer'], scope='backbone', first_bits='same'),
+_PAPER_TRANSFORMER: dict[str, Any] = dict(
+    preset='paper_transformer',
+    # The patch embedding is quantized too.
+    quantizer=dict(_PAPER['quantizer'], scope='backbone', first_bits='same'),
     calibration_set=dict(_CALIBRATION_SET, batch_size=12),
-    # The paper took the labels of real images here (mmzsq.RealLabelSampler); this one needs none.
+    # The paper used labels of real images here (mmzsq.RealLabelSampler).
     label_sampler=_ADAPTIVE,
     synthesis=dict(
-        PAPER['synthesis'],
+        _PAPER['synthesis'],
         relabel=None,
         synthesize=dict(image_size=640, iterations=2000, batch_size=12),
         priors=[
@@ -204,7 +205,7 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
         ],
     ),
     train=dict(
-        PAPER['train'],
+        _PAPER['train'],
         max_epochs=15,
         batch_size=8,
         optimizer=dict(type='AdamW', lr=1e-6, weight_decay=0.05),
@@ -215,28 +216,31 @@ PAPER_TRANSFORMER: dict[str, Any] = dict(
     ),
 )
 
-PRESETS: dict[str, dict[str, Any]] = dict(default=DEFAULT, paper=PAPER, paper_transformer=PAPER_TRANSFORMER)
+_SECTIONS = {section['preset']: section for section in (_DEFAULT, _PAPER, _PAPER_TRANSFORMER)}
+
+PRESETS: dict[str, ZsqSection] = {
+    name: ZsqSection.parse(section, f'preset {name}') for name, section in _SECTIONS.items()
+}
 
 
 def preset_section(name: str, user: Mapping[str, Any], two_stages_on_batch_norm: bool = False) -> dict[str, Any]:
-    """The defaults of a preset.
+    """Return the defaults of a preset.
 
-    Those of ``default`` depend on the bits of what is trained, on whether it sees labels, and on the detector.
+    Those of ``default`` depend on the bits, on whether the student learns from labels, and on the detector.
 
     Args:
         name: A key of :data:`PRESETS`.
-        user: What the user's ``zsq`` says.
-        two_stages_on_batch_norm: Whether the detector looks again at regions it proposes, with BatchNorm layers in
-            its backbone.
+        user: The user's ``zsq`` section.
+        two_stages_on_batch_norm: Whether the detector has two stages and BatchNorm in its backbone.
     """
-    section = copy.deepcopy(PRESETS[name])
+    section = copy.deepcopy(_SECTIONS[name])
     if name != 'default':
         return section
     if two_stages_on_batch_norm:
-        # The loss of two stages stays large. Added up over the images it keeps the prior of BatchNorm, one number for a
-        # batch, from converging, and images are haze in the labels' tint.
+        # The loss of two stages stays large. Summed over the images it keeps the BatchNorm prior, one number for a
+        # batch, from converging, and the images turn to haze in the labels' tint.
         section['synthesis'] |= dict(detection_weight=0.5, detection_reduction='mean')
-    # What is no mapping, or no number of bits, is refused later.
+    # Values of a wrong type are refused later, when the section is parsed.
     quantizer, distillation = (
         value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')
     )
@@ -244,6 +248,6 @@ def preset_section(name: str, user: Mapping[str, Any], two_stages_on_batch_norm:
         # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
         section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
     if distillation.get('detection_weight'):
-        # The detector's own loss reads labels, and they would no longer fit.
+        # The detector's own loss reads labels, which augmentation does not move.
         section['train'] = dict(section['train'], augmentation=None)
     return section

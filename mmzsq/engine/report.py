@@ -104,9 +104,7 @@ def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = {}
     for shard in manifest['shards']:
         for name, measured in shard['info'].items():
-            stage = stages.setdefault(
-                name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0)
-            )
+            stage = stages.setdefault(name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0))
             stage['seconds'] += measured['seconds']
             stage['image_iterations'] += len(shard['images']) * measured['iterations']
             stage['added'] += measured['added']

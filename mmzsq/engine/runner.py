@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thin layer that hangs zero-shot quantization on MMEngine's Runner."""
+"""Zero-shot quantization as a runner of MMEngine."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.error import URLError
 
 import torch
+from mmcv.transforms import Compose
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -26,29 +29,34 @@ from mmzsq.registry import RUNNERS
 
 @RUNNERS.register_module()
 class ZeroShotRunner(Runner):
-    """Runs a config with a ``zsq`` section: composes it, makes the calibration set, trains the student, reports.
+    """Runner of a config with a ``zsq`` section.
 
-    No data set of the user is opened before the student is finished: validation is built after training.
+    It composes the config, makes the calibration set, trains the student and reports results. No data set of the user
+    is opened before training has ended: validation is built afterwards.
     """
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
-        """Build from a config as a user writes it, or as :func:`~mmzsq.config.compose.compose` made it."""
+        """Build from a user's config, or from one that :func:`~mmzsq.config.compose` made.
+
+        With ``resume``, training continues from ``load_from`` or, without one, from the last checkpoint in the
+        work_dir. The teacher is then ``zsq.teacher``, or the one that the checkpoint names.
+
+        Raises:
+            UserError: If the config has a mistake, or there is no teacher.
+        """
         cfg = copy.deepcopy(cfg)
-        if cfg.get('resume') and 'zsq' in cfg:
-            given = cfg.get('load_from')
-            checkpoint, cfg.load_from = find_start(cfg)
-            cfg.resume = checkpoint is not None
-            cfg = compose(cfg)
-            if cfg.resume:
-                # The config that the run keeps is to go on from the last one, unless another was asked for.
-                cfg.load_from = given if given == checkpoint else None
+        if cfg.get('resume') and isinstance(cfg.get('zsq'), Mapping):
+            cfg.load_from, teacher = resolve_resume(cfg)
+            cfg.resume = cfg.load_from is not None
+            if cfg.zsq.get('teacher') is None:
+                cfg.zsq.teacher = teacher
         cfg = compose(cfg)
         if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
             print_log('no GPU: zsq.train.amp is off', logger='current', level=logging.WARNING)
             cfg.optim_wrapper.type = 'OptimWrapper'
             cfg.optim_wrapper.pop('dtype', None)
-        # Images then go to the GPU while it still works on those before.
+        # Images then move to the GPU while it still works on the batch before.
         cfg.train_dataloader.pin_memory = torch.cuda.is_available()
         return super().from_cfg(cfg)
 
@@ -61,12 +69,13 @@ class ZeroShotRunner(Runner):
         """Make the calibration set, or what is missing of it, and nothing else.
 
         Raises:
-            UserError: If a composed config has another ``load_from`` than the teacher it was composed with.
+            UserError: If ``load_from`` of a composed config was changed. It would have no effect.
         """
+        composed_with = self.cfg.zsq.composed.get('load_from')
         teacher = self.detector.teacher_checkpoint
-        if not self._resume and self._load_from not in (None, teacher):
+        if not self._resume and self._load_from not in (None, teacher, composed_with):
             raise UserError(
-                f'load_from is {self._load_from}, but this config is composed already, with the teacher {teacher}: '
+                f'load_from is {self._load_from}, but this config is already composed, with the teacher {teacher}: '
                 'give load_from with the config that was composed'
             )
         if self.cfg.zsq.calibration_set.real is not None:
@@ -74,21 +83,22 @@ class ZeroShotRunner(Runner):
         self.call_hook('before_build')
 
     def load_or_resume(self) -> None:
-        """Load or resume as MMEngine does, and note where training starts."""
+        """Load or resume as MMEngine does, and record the iteration that training starts at."""
         super().load_or_resume()
-        # Not the property, which would build the loop, and with it the training data, for a test.
+        # The property would build the loop and the training data, which a test does not need.
         loop = self._train_loop
         self.first_iter = loop.iter if isinstance(loop, BaseLoop) else 0
 
     def train(self) -> nn.Module:
-        """Make the calibration set if it is missing, train the student, evaluate on the user's data if there is any."""
+        """Make the calibration set if it is missing, train the student, and evaluate on the user's data, if any."""
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
+        self._check_training_settings()
         self.generate()
         if not self._resume:
-            # The student starts from the teacher, which the model loads by itself and checks.
+            # The student starts from the teacher, which the model loads and checks by itself.
             self._load_from = None
-        # MMEngine builds the optimizer first, and rates may be relative to the weights.
+        # MMEngine builds the optimizer before it initializes weights.
         self.detector.init_weights()
         self._allocate_bits()
         start = time.perf_counter()
@@ -99,53 +109,75 @@ class ZeroShotRunner(Runner):
         report_results(self)
         return model
 
+    def _check_training_settings(self) -> None:
+        """Build what only building can check, before hours go into images: optimizer, schedules, transforms.
+
+        Raises:
+            UserError: Names the setting that cannot be built.
+        """
+        dataset = self._train_dataloader['dataset']
+        for where, build in (
+            ('zsq.train.optimizer', lambda: self.build_optim_wrapper(copy.deepcopy(self.cfg.optim_wrapper))),
+            ('the pipeline of the training data', lambda: Compose(copy.deepcopy(dataset.get('pipeline', [])))),
+        ):
+            try:
+                build()
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f'{where} cannot be built: {error}') from error
+        real = self.cfg.zsq.calibration_set.real
+        if real is not None:
+            try:
+                DATASETS.build(copy.deepcopy(dataset))
+            except Exception as error:
+                raise UserError(f'zsq.calibration_set.real cannot be built: {error}') from error
+
     def _allocate_bits(self) -> None:
-        """Give layers their bits; a run that goes on has them already."""
-        checkpoint = self._load_from or find_latest_checkpoint(self.work_dir) if self._resume else None
+        """Give layers their bits; a resumed run has them already."""
+        checkpoint = self._load_from if self._resume else None
         if checkpoint is None:
             allocate_bits(self)
         else:
             self.detector.load_bits_from(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
 
 
-def find_start(cfg: Config) -> tuple[str | None, str]:
-    """Where a config with ``resume`` starts.
-
-    ``load_from`` may be a checkpoint of a run, to go on from, or the teacher: of the run whose last checkpoint is in
-    the work_dir, or of one that begins.
+def resolve_resume(cfg: Config) -> tuple[str | None, str | None]:
+    """Find the checkpoint that a config with ``resume`` continues from.
 
     Returns:
-        The checkpoint to go on from, None if there is none, and the teacher.
+        The checkpoint: ``load_from``, or the last one in the work_dir that a run of this project wrote, or None. And
+        the teacher that the checkpoint names; None without a checkpoint.
 
     Raises:
-        UserError: If a checkpoint cannot be read, or there is neither a run to go on from nor a teacher.
+        UserError: If a checkpoint cannot be read, ``load_from`` is not the checkpoint of a run, or nothing names a
+            teacher.
     """
     given = cfg.get('load_from')
-    for checkpoint in (given, find_latest_checkpoint(cfg.work_dir)):
-        if checkpoint and (written := _written_by_run(checkpoint)):
-            return checkpoint, written['teacher']
-    # MMDetection's tools/train.py empties load_from.
-    teacher = given or (cfg.model.teacher if cfg.zsq.get('composed') else None) or _load_from_of_file(cfg)
-    if not teacher:
-        raise UserError(f'no run to go on from in {cfg.work_dir}, and no teacher to start one from: set load_from')
-    print_log(f'no run to go on from in {cfg.work_dir}: starting from the teacher {teacher}', logger='current')
-    return None, teacher
-
-
-def last_checkpoint(work_dir: str) -> str | None:
-    """The last checkpoint in ``work_dir``; None if there is none, or a float detector's training left it."""
-    checkpoint = find_latest_checkpoint(work_dir)
-    return checkpoint if checkpoint is not None and _written_by_run(checkpoint) else None
+    if given:
+        written = _written_by_run(given)
+        if not written:
+            raise UserError(
+                f'resume continues from load_from, but {given} is not the checkpoint of a quantization run. Name the '
+                'full-precision detector by zsq.teacher, and leave load_from=None to continue from the last '
+                'checkpoint in the work_dir'
+            )
+        return given, written['teacher']
+    latest = find_latest_checkpoint(cfg.work_dir)
+    if latest and (written := _written_by_run(latest)):
+        return latest, written['teacher']
+    if not cfg.zsq.get('teacher'):
+        raise UserError(
+            f'there is no run to resume in {cfg.work_dir}, and no teacher to start one from: set zsq.teacher'
+        )
+    print_log(f'no run to resume in {cfg.work_dir}: starting from the teacher {cfg.zsq.teacher}', logger='current')
+    return None, None
 
 
 def _written_by_run(checkpoint: str) -> dict[str, Any]:
-    """What our runs note in their checkpoints; empty for any other checkpoint."""
+    """Return the notes that a run of this project leaves in its checkpoints; empty for any other checkpoint."""
     try:
         loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     except (OSError, URLError, RuntimeError) as error:
         raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
     return loaded.get('meta', {}).get('mmzsq', {})
-
-
-def _load_from_of_file(cfg: Config) -> str | None:
-    return None if cfg.filename is None else Config.fromfile(cfg.filename).get('load_from')

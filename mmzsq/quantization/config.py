@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to quantize and how: the ``zsq.quantizer`` section of a config, checked and typed."""
+"""The section ``zsq.quantizer``: which layers are quantized, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from mmzsq.errors import UserError, check_keys
-from mmzsq.quantization.quantizers import INITS, LSQ, SCHEMES, STEPS, check_bits, check_choice
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from mmzsq.quantization.quantizers import LSQ
 from mmzsq.registry import QUANTIZERS, SCOPE
+from mmzsq.typed_section import FromList, Meaning, Positive, TypedSection, failure
 
 WHERE = 'zsq.quantizer'
 SAME = 'same'
-BUDGETS = ('size', 'operations')
 
 QuantizerClass = type[LSQ]
-Section = TypeVar('Section', 'WeightSettings', 'ActivationSettings', 'AllocationSettings')
-SomeBits = TypeVar('SomeBits', 'Bits', 'AttentionBits')
 
 
 class Bits(NamedTuple):
@@ -29,211 +28,203 @@ class Bits(NamedTuple):
 
 
 class AttentionBits(NamedTuple):
-    """Bits of what attention multiplies.
+    """Bits of the operands of attention's matrix products.
 
     Attributes:
-        operand_bits: Of queries, keys and values.
-        probability_bits: Of the softmax output.
+        operand_bits: Bits of queries, keys and values.
+        probability_bits: Bits of the softmax output.
     """
 
     operand_bits: int
     probability_bits: int
 
 
-@dataclass(frozen=True)
-class WeightSettings:
-    """How weights are quantized.
+NumBits = Annotated[int, Field(ge=2, le=8)]
 
-    Attributes:
-        scheme: ``'signed'``, the only one: an offset of weights costs integer hardware a sum over
-            every input.
-        per_channel: One step for each output channel instead of one for all.
-        init: ``'mse'`` or ``'lsq'``, see :class:`~mmzsq.quantization.LSQ`.
-        narrow: Leave out -2^(b-1), so that a BN with negative gamma folds into the same integer
-            type. ``None``: only at 8 bits, where it costs nothing; fewer bits have room for the
-            flipped value in int8.
-    """
 
-    scheme: str = 'signed'
+class _LayerBits(TypedSection):
+    w_bits: NumBits
+    a_bits: NumBits
+
+
+class _OperandBits(TypedSection):
+    operand_bits: NumBits
+    probability_bits: NumBits
+
+
+def _as_dict(value: Any) -> Any:
+    return value._asdict() if isinstance(value, (Bits, AttentionBits)) else value
+
+
+def _to_bits(value: int | _LayerBits) -> Bits:
+    return Bits(value, value) if isinstance(value, int) else Bits(value.w_bits, value.a_bits)
+
+
+def _to_attention_bits(value: int | _OperandBits) -> AttentionBits:
+    if isinstance(value, int):
+        return AttentionBits(value, value)
+    return AttentionBits(value.operand_bits, value.probability_bits)
+
+
+if TYPE_CHECKING:
+    LayerBits: TypeAlias = Bits
+    OperandBits: TypeAlias = AttentionBits
+else:
+    LayerBits = Annotated[
+        NumBits | _LayerBits,
+        BeforeValidator(_as_dict),
+        AfterValidator(_to_bits),
+        Meaning('an integer from 2 to 8 or a dict of w_bits and a_bits'),
+    ]
+    OperandBits = Annotated[
+        NumBits | _OperandBits,
+        BeforeValidator(_as_dict),
+        AfterValidator(_to_attention_bits),
+        Meaning('an integer from 2 to 8 or a dict of operand_bits and probability_bits'),
+    ]
+
+Patterns = Annotated[
+    tuple[str, ...],
+    FromList,
+    Meaning('a list of module patterns'),
+]
+Scope = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    FromList,
+    Meaning('a module pattern or a list of module patterns'),
+]
+Candidates = Annotated[
+    tuple[NumBits, ...],
+    Field(min_length=1),
+    FromList,
+    Meaning('a list of integers from 2 to 8'),
+]
+
+
+class WeightSettings(TypedSection):
+    """How weights are quantized."""
+
+    scheme: Literal['signed'] = 'signed'
+    """Integer grid. An offset of weights would cost integer hardware a sum over every input."""
     per_channel: bool = True
-    init: str = 'mse'
+    """One step for each output channel instead of one for the tensor."""
+    init: Literal['mse', 'lsq'] = 'mse'
+    """First steps: of least squared error, or LSQ's ``2 * mean(|w|) / sqrt(qmax)``."""
     narrow: bool | None = None
+    """Leave out -2^(b-1), so that BatchNorm with a negative gamma folds into the same integer type. None: at 8 bits
+    only. Fewer bits have room for the flipped value in int8."""
 
 
-@dataclass(frozen=True)
-class ActivationSettings:
-    """How the inputs of layers are quantized, one step for each tensor.
+class ActivationSettings(TypedSection):
+    """How the inputs of layers are quantized, with one step for each tensor."""
 
-    Attributes:
-        scheme: ``'offset'``, ``'signed'`` or ``'unsigned'``, see :class:`~mmzsq.quantization.LSQ`.
-        init: ``'mse'`` or ``'lsq'``.
-    """
-
-    scheme: str = 'offset'
-    init: str = 'mse'
+    scheme: Literal['offset', 'signed', 'unsigned'] = 'offset'
+    """Integer grid: with a zero point, symmetric, or from zero up."""
+    init: Literal['mse', 'lsq'] = 'mse'
+    """First steps: of least squared error, or LSQ's."""
 
 
-@dataclass(frozen=True)
-class AllocationSettings:
-    """How each layer gets bits of its own, from its sensitivity: see :mod:`mmzsq.quantization.allocation`.
+class AllocationSettings(TypedSection):
+    """How each layer gets bits by its sensitivity; see :mod:`mmzsq.quantization.allocation`."""
 
-    Attributes:
-        budget: What is not to be more than with ``w_bits`` and ``a_bits`` in every layer: ``'size'`` of the weights,
-            which get the bits while inputs keep theirs, or bit ``'operations'``, with as many bits for a layer's weight
-            as for its input.
-        candidates: Bits to choose from.
-        batches: Of synthetic images, that sensitivities are measured on.
-    """
-
-    budget: str = 'size'
-    candidates: Sequence[int] = (2, 3, 4, 5, 6, 8)
-    batches: int = 2
+    budget: Literal['size', 'operations'] = 'size'
+    """What must not exceed that of ``w_bits`` and ``a_bits`` in every layer: the size of the weights, where inputs keep
+    their bits, or the bit operations, where a layer's weight and input get the same bits."""
+    candidates: Candidates = (2, 3, 4, 5, 6, 8)
+    """Bits to choose from."""
+    batches: Positive = 2
+    """Batches of synthetic images to measure sensitivities on."""
 
 
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """What to quantize and how.
+class QuantizationConfig(TypedSection):
+    """Which layers are quantized, and how.
 
-    The defaults are the best recipe measured. To repeat the paper to the letter:
-    ``weight=dict(per_channel=False, init='lsq', narrow=False), activation=dict(scheme='signed',
-    init='lsq'), step='linear', first_bits=None, last_bits=None``.
+    The defaults are the best recipe measured. The paper's settings are ``weight=dict(per_channel=False, init='lsq',
+    narrow=False), activation=dict(scheme='signed', init='lsq'), step='linear', first_bits=None, last_bits=None``.
 
-    A layer's bits are decided in this order: ``scope``, then ``skip``, then ``overrides``, then
-    ``first_bits`` and ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern is a layer's name, or
-    that of a module that holds it, with the wildcards of ``fnmatch`` (``*`` also matches dots).
-
-    Attributes:
-        type: Registered quantizer, ``'mmzsq.LSQ'`` or ``'mmzsq.LSQPlus'``.
-        w_bits: Of weights, 2 to 8.
-        a_bits: Of the inputs of layers, 2 to 8.
-        weight: See :class:`WeightSettings`.
-        activation: See :class:`ActivationSettings`.
-        step: ``'log'`` or ``'linear'``, what is learnt of a step.
-        grad_scale: Scale step gradients by 1 / sqrt(n * qmax).
-        first_bits: Weight and input bits of layers that see the model's input; ``None`` keeps them
-            float, ``'same'`` treats them as any other layer.
-        last_bits: The same for layers that make the model's output.
-        equalize: Divide each channel of a layer's input, and multiply the weights that it meets, by a factor found at
-            initialization, so that channels of unlike ranges share a step better: see
-            :mod:`mmzsq.quantization.equalize`. Of layers with an input or a weight below 8 bits.
-        scope: Pattern or patterns of what is quantized, such as ``'backbone'``; all else stays
-            float. ``None`` is the whole model.
-        attention: Bits of the operands of both matrix products of attention, one number for all,
-            ``dict(operand_bits=.., probability_bits=..)``, or ``None`` for float. Softmax output is
-            unsigned, queries, keys and values have the scheme of ``activation``.
-        skip: Patterns of layers that stay float.
-        overrides: Pattern to bits of weight and input: one number for both, ``dict(w_bits=..,
-            a_bits=..)``, or ``None`` for float. Of several that match, the last one counts.
-        allocate: How layers whose bits nothing else decides get bits of their own before training; ``None``: they all
-            have ``w_bits`` and ``a_bits``.
+    These settings decide the bits of a layer, in this order: ``scope``, ``skip``, ``overrides``, ``first_bits`` and
+    ``last_bits``, then ``w_bits`` and ``a_bits``. A pattern selects modules, and with a module all layers in it.
     """
 
     type: str = 'mmzsq.LSQ'
-    w_bits: int = 8
-    a_bits: int = 8
-    weight: WeightSettings = field(default_factory=WeightSettings)
-    activation: ActivationSettings = field(default_factory=ActivationSettings)
-    step: str = 'log'
+    """Registered quantizer: ``'mmzsq.LSQ'`` or ``'mmzsq.LSQPlus'``."""
+    w_bits: NumBits = 8
+    """Bits of weights."""
+    a_bits: NumBits = 8
+    """Bits of the inputs of layers."""
+    weight: WeightSettings = WeightSettings()
+    """How weights are quantized."""
+    activation: ActivationSettings = ActivationSettings()
+    """How the inputs of layers are quantized."""
+    step: Literal['log', 'linear'] = 'log'
+    """Whether training learns the logarithm of a step or the step itself."""
     grad_scale: bool = True
-    first_bits: int | str | None = 8
-    last_bits: int | str | None = 8
+    """Scale the gradients of steps by 1 / sqrt(n * qmax), as LSQ does."""
+    first_bits: NumBits | Literal['same'] | None = 8
+    """Bits of layers that see the model's input. ``'same'``: as any other layer. None: they stay float."""
+    last_bits: NumBits | Literal['same'] | None = 8
+    """Bits of layers that make the model's output. ``'same'``: as any other layer. None: they stay float."""
     equalize: bool = False
-    scope: Sequence[str] | None = None
-    attention: AttentionBits | None = None
-    skip: Sequence[str] = ()
-    overrides: Mapping[str, Bits | None] = field(default_factory=dict)
+    """Divide each input channel of a layer by a factor and multiply its weights by it, so that channels of unlike
+    ranges share a step better. Applies to layers with an input or a weight below 8 bits; see
+    :mod:`mmzsq.quantization.equalize`."""
+    scope: Scope | None = None
+    """What is quantized, such as ``'backbone'``. All else stays float. None: the whole model."""
+    attention: OperandBits | None = None
+    """Bits of the operands of attention's two matrix products. The softmax output is unsigned, queries, keys and values
+    have the scheme of ``activation``. None: the products stay float."""
+    skip: Patterns = ()
+    """Layers that stay float."""
+    overrides: dict[str, LayerBits | None] = {}
+    """Pattern to bits of weight and input. None keeps the layers float. The last pattern that matches counts."""
     allocate: AllocationSettings | None = None
+    """Give each layer bits by its sensitivity before training. None: all have ``w_bits`` and ``a_bits``."""
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> QuantizationConfig:
-        """Read the ``zsq.quantizer`` section.
-
-        Args:
-            cfg: Keys are the attributes of this class; ``weight`` and ``activation`` are dicts of
-                theirs.
-
-        Returns:
-            The checked configuration.
+        """Read the section ``zsq.quantizer``.
 
         Raises:
             UserError: If a key is unknown or a value is not allowed.
         """
-        check_keys(cfg, [f.name for f in fields(cls)], WHERE)
-        values = dict(cfg)
-        values['weight'] = _section(WeightSettings, cfg.get('weight', {}), 'weight')
-        values['activation'] = _section(ActivationSettings, cfg.get('activation', {}), 'activation')
-        values['scope'] = _scope(cfg.get('scope'))
-        values['attention'] = _bits(AttentionBits, f'{WHERE}.attention', cfg.get('attention'))
-        values['skip'] = _patterns('skip', cfg.get('skip', ()))
-        overrides = cfg.get('overrides', {})
-        if not isinstance(overrides, Mapping):
-            raise UserError(f'{WHERE}.overrides is {overrides!r}, but must be a dict of pattern to bits.')
-        values['overrides'] = {p: _bits(Bits, f'{WHERE}.overrides[{p!r}]', bits) for p, bits in overrides.items()}
-        if cfg.get('allocate') is not None:
-            values['allocate'] = _section(AllocationSettings, cfg['allocate'], 'allocate')
-        config = cls(**values)
-        config._check()
-        return config
+        return cls.parse(cfg, WHERE)
 
-    def _check(self) -> None:
-        check_bits(f'{WHERE}.w_bits', self.w_bits)
-        check_bits(f'{WHERE}.a_bits', self.a_bits)
-        check_choice(f'{WHERE}.weight.scheme', self.weight.scheme, ('signed',))
-        check_choice(f'{WHERE}.weight.init', self.weight.init, INITS)
-        check_choice(f'{WHERE}.activation.scheme', self.activation.scheme, SCHEMES)
-        check_choice(f'{WHERE}.activation.init', self.activation.init, INITS)
-        check_choice(f'{WHERE}.step', self.step, STEPS)
-        _check_bool(f'{WHERE}.grad_scale', self.grad_scale)
-        _check_bool(f'{WHERE}.equalize', self.equalize)
-        _check_bool(f'{WHERE}.weight.per_channel', self.weight.per_channel)
-        if self.weight.narrow is not None:
-            _check_bool(f'{WHERE}.weight.narrow', self.weight.narrow)
-        for key, bits in (('first_bits', self.first_bits), ('last_bits', self.last_bits)):
-            if bits is not None and bits != SAME:
-                check_bits(f'{WHERE}.{key} (2 to 8, None for float, or {SAME!r})', bits)
-        if self.allocate is not None:
-            where = f'{WHERE}.allocate'
-            check_choice(f'{where}.budget', self.allocate.budget, BUDGETS)
-            if not isinstance(self.allocate.candidates, (list, tuple)) or not self.allocate.candidates:
-                raise UserError(
-                    f'{where}.candidates is {self.allocate.candidates!r}, but must be a list of bits, of one at least.'
-                )
-            for bits in self.allocate.candidates:
-                check_bits(f'{where}.candidates', bits)
-            if not isinstance(self.allocate.batches, int) or self.allocate.batches < 1:
-                raise UserError(
-                    f'{where}.batches is {self.allocate.batches!r}, but must be a whole number of at least 1.'
-                )
+    @field_validator('type')
+    @classmethod
+    def _check_type(cls, name: str) -> str:
+        if name.removeprefix(f'{SCOPE}.') not in QUANTIZERS.module_dict:
+            known = ', '.join(repr(f'{SCOPE}.{key}') for key in sorted(QUANTIZERS.module_dict))
+            raise failure(f'{{where}} is {name!r}, but must be one of {known}.')
+        return name
+
+    @model_validator(mode='after')
+    def _check_scheme(self) -> Self:
         if self.quantizer_class.learns_zero_point and self.activation.scheme != 'offset':
-            raise UserError(
-                f'{WHERE}.type {self.type!r} learns a zero point, so {WHERE}.activation.scheme '
-                f"must be 'offset', not {self.activation.scheme!r}."
+            raise failure(
+                f'{{where}}.type {self.type!r} learns a zero point, so {{where}}.activation.scheme must be '
+                f"'offset', not {self.activation.scheme!r}."
             )
+        return self
 
     def integers(self) -> dict[str, Any]:
-        """All that decides which integers stand for what, by name: without where steps begin and how they learn."""
-        of_parts = {
-            f'{name}.{key}': value
+        """Return all settings that decide what each integer means, by name.
+
+        Left out: how steps are initialized and learned.
+        """
+        parts = {
+            f'{name}.{key}': getattr(getattr(self, name), key)
             for name in ('weight', 'activation')
-            for key, value in vars(getattr(self, name)).items()
+            for key in type(getattr(self, name)).model_fields
             if key != 'init'
         }
         left_out = ('weight', 'activation', 'grad_scale', 'allocate')
-        return {**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}, **of_parts}
+        return {**{key: getattr(self, key) for key in type(self).model_fields if key not in left_out}, **parts}
 
     @property
     def quantizer_class(self) -> QuantizerClass:
-        """The class that ``type`` names.
-
-        Raises:
-            UserError: If no quantizer of that name is registered.
-        """
-        name = str(self.type).removeprefix(f'{SCOPE}.')
-        found = QUANTIZERS.module_dict.get(name)
-        if found is None:
-            known = ', '.join(repr(f'{SCOPE}.{key}') for key in sorted(QUANTIZERS.module_dict))
-            raise UserError(f'{WHERE}.type is {self.type!r}, but must be one of {known}.')
-        return found
+        """The class that ``type`` names."""
+        return QUANTIZERS.module_dict[self.type.removeprefix(f'{SCOPE}.')]
 
     @property
     def needs_roles(self) -> bool:
@@ -337,44 +328,3 @@ def matches(name: str, pattern: str) -> bool:
         matches('necks', 'neck') (True, True, False)
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f'{pattern}.*')
-
-
-def _section(cls: type[Section], cfg: Any, key: str) -> Section:
-    if not isinstance(cfg, Mapping):
-        raise UserError(f'{WHERE}.{key} is {cfg!r}, but must be a dict.')
-    check_keys(cfg, [f.name for f in fields(cls)], f'{WHERE}.{key}')
-    return cls(**cfg)
-
-
-def _patterns(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) for p in value):
-        raise UserError(f'{WHERE}.{key} is {value!r}, but must be a list of patterns.')
-    return tuple(value)
-
-
-def _scope(value: Any) -> tuple[str, ...] | None:
-    if value is None or isinstance(value, str):
-        return None if value is None else (value,)
-    return _patterns('scope', value)
-
-
-def _bits(cls: type[SomeBits], where: str, value: Any) -> SomeBits | None:
-    """Bits by name, or one number for all; ``None`` stays ``None``."""
-    if value is None:
-        return None
-    names = cls._fields
-    if isinstance(value, Mapping):
-        check_keys(value, names, where)
-        missing = [name for name in names if name not in value]
-        if missing:
-            raise UserError(f'{where} lacks {" and ".join(missing)}.')
-    else:
-        value = dict.fromkeys(names, value)
-    for name in names:
-        check_bits(f'{where} {name}', value[name])
-    return cls(**value)
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise UserError(f'{name} is {value!r}, but must be True or False.')

@@ -15,7 +15,6 @@ from torch import nn
 
 from mmzsq.config.compose import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig
 
 
 @pytest.fixture
@@ -143,6 +142,15 @@ def test_a_preprocessor_beside_the_model_becomes_the_detectors(user: Config) -> 
     assert compose(user).model.detector.data_preprocessor.std == [2, 2, 2]
 
 
+def test_the_teacher_is_named_by_the_section_or_is_what_a_new_run_loads(user: Config) -> None:
+    assert compose(user).model.teacher == compose(user).zsq.teacher == 'teacher.pth'
+    assert composed(user, teacher='other.pth').model.teacher == 'other.pth'
+    # Of a run that goes on, load_from is the checkpoint to go on from.
+    user.resume = True
+    assert compose(user).model.teacher is None
+    assert composed(user, teacher='other.pth').model.teacher == 'other.pth'
+
+
 def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Config) -> None:
     cfg = compose(user)
     assert types(cfg.custom_hooks) == [
@@ -244,28 +252,90 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(calibration_set=dict(num_image=3)), "Did you mean 'num_images'?"),
         (dict(synthesis=dict(sythesise=dict())), "Did you mean 'synthesize'?"),
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
-        (dict(preset='papper'), "zsq.preset is one of 'default', 'paper', 'paper_transformer', not 'papper'"),
+        (
+            dict(preset='papper'),
+            "zsq.preset is 'papper', but must be one of 'default', 'paper', 'paper_transformer'. Did you mean 'paper'",
+        ),
         (dict(presets=dict(defalt={})), "'default'"),
-        (dict(presets=dict(default='papper')), "zsq.presets.default is a dict or one of 'default', .*, not 'papper'"),
+        (dict(presets=dict(default='papper')), "zsq.presets.default is 'papper', but must be one of 'default', .*"),
         (dict(presets=dict(default=dict(trian={}))), "unknown key 'trian' in zsq.presets.default"),
-        (dict(train=dict(schedule='cosin')), "did you mean 'cosine'?"),
-        (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is a whole number of at least 1, not 0'),
-        (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is a whole number of at least 1, not 2.5'),
-        (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is a whole number of at least 1, not 0'),
-        (dict(calibration_set=dict(num_images='many')), "zsq.calibration_set.num_images is a whole .* not 'many'"),
+        (
+            dict(train=dict(schedule='cosin')),
+            "zsq.train.schedule is 'cosin', but must be 'cosine', 'linear' or 'constant'. Did you mean 'cosine'",
+        ),
+        (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is 0, but must be an integer of at least 1'),
+        (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is 2.5, but must be an integer of at least 1'),
+        (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is 0, but must be an integer of at least 1'),
+        (
+            dict(calibration_set=dict(num_images='many')),
+            "zsq.calibration_set.num_images is 'many', but must be an integer",
+        ),
         (
             dict(train=dict(optimizer=dict(type='AdamW'))),
-            'zsq.train.optimizer has no lr: .* set zsq.train.optimizer.lr too',
+            'zsq.train.optimizer has no lr. .* set zsq.train.optimizer.lr too',
         ),
-        (dict(train=dict(optimizer=dict(lr='1e-3x'))), "zsq.train.optimizer.lr is a number above 0, not '1e-3x'"),
-        (dict(train=dict(optimizer=dict(lr=0))), 'zsq.train.optimizer.lr is a number above 0, not 0'),
-        (dict(train=dict(optimizer='AdamW')), "zsq.train.optimizer is a dict, not 'AdamW'"),
-        (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is None or a number of at least 0, not '1e-3x'"),
-        (dict(train=dict(ema=True)), 'zsq.train.ema is None or a number of at least 0, not True'),
-        (dict(train=dict(clip_grad=-1)), 'zsq.train.clip_grad is None or a number of at least 0, not -1'),
-        (dict(train=dict(drop=True)), 'zsq.train.drop is None or a dict, not True'),
-        (dict(train=None), 'zsq.train is a dict, not None'),
-        (dict(synthesis=[1]), r'zsq.synthesis is a dict, not \[1\]'),
+        (
+            dict(train=dict(optimizer=dict(lr='1e-3x'))),
+            "zsq.train.optimizer.lr is '1e-3x', but must be a number above 0",
+        ),
+        (dict(train=dict(optimizer=dict(lr=0))), 'zsq.train.optimizer.lr is 0, but must be a number above 0'),
+        (
+            dict(train=dict(optimizer=dict(type='AdmaW', lr=1e-3))),
+            "zsq.train.optimizer.type is 'AdmaW', but must be a registered optimizer. Did you mean 'AdamW'",
+        ),
+        (dict(train=dict(optimizer='AdamW')), "zsq.train.optimizer is 'AdamW', but must be a dict"),
+        (dict(train=dict(step_lr='1e-3x')), "zsq.train.step_lr is '1e-3x', but must be a number of at least 0 or None"),
+        (dict(train=dict(ema=True)), 'zsq.train.ema is True, but must be a number of at least 0 and below 1 or None'),
+        (dict(train=dict(ema=5)), 'zsq.train.ema is 5, but must be a number of at least 0 and below 1 or None'),
+        (dict(train=dict(clip_grad=-1)), 'zsq.train.clip_grad is -1, but must be a number of at least 0 or None'),
+        (dict(train=None), 'zsq.train is None, but must be a dict'),
+        (dict(synthesis=[1]), r'zsq.synthesis is \[1\], but must be a dict'),
+        (dict(train=dict(amp='no')), "zsq.train.amp is 'no', but must be True or False"),
+        (dict(train=dict(final_lr_ratio='x')), "zsq.train.final_lr_ratio is 'x', but must be a number from 0 to 1"),
+        (dict(train=dict(num_workers=-1)), 'zsq.train.num_workers is -1, but must be an integer of at least 0'),
+        (dict(train=dict(max_epochs=True)), 'zsq.train.max_epochs is True, but must be an integer'),
+        (
+            dict(train=dict(bn='frozn')),
+            "zsq.train.bn is 'frozn', but must be 'frozen' or 'train'. Did you mean 'frozen'",
+        ),
+        (
+            dict(train=dict(augmentation=dict(flip=2))),
+            'zsq.train.augmentation.flip is 2, but must be a number from 0 to 1',
+        ),
+        (
+            dict(train=dict(augmentation=dict(colour=1))),
+            "unknown key 'colour' in zsq.train.augmentation. Did you mean 'color'",
+        ),
+        (dict(synthesis=dict(lr='0.1')), "zsq.synthesis.lr is '0.1', but must be a number above 0"),
+        (dict(synthesis=dict(lr=-1)), 'zsq.synthesis.lr is -1, but must be a number above 0'),
+        (dict(synthesis=dict(lr=float('nan'))), 'zsq.synthesis.lr is nan, but must be a number above 0'),
+        (dict(synthesis=dict(detection_weight=None)), 'zsq.synthesis.detection_weight is None, but must be a number'),
+        (dict(synthesis=dict(clamp='yes')), "zsq.synthesis.clamp is 'yes', but must be True or False"),
+        (
+            dict(synthesis=dict(relabel=dict(batch_size=0))),
+            'zsq.synthesis.relabel.batch_size is 0, but must be an integer',
+        ),
+        (dict(synthesis=dict(betas=[0.9])), 'zsq.synthesis.betas is .*, but must be two numbers'),
+        (
+            dict(synthesis=dict(betas='x')),
+            "zsq.synthesis.betas is 'x', but must be two numbers of at least 0 and below 1",
+        ),
+        (dict(synthesis=dict(cutout='yes')), "zsq.synthesis.cutout is 'yes', but must be a dict"),
+        (dict(synthesis=dict(cutout=dict(area=(0.5, 0.2)))), r'zsq.synthesis.cutout.area is \(0.5, 0.2\), but must be'),
+        (dict(synthesis=dict(priors=[None])), r'zsq.synthesis.priors\[0\] is None, but must be a dict'),
+        (dict(synthesis=dict(priors=[dict(type='NoPrior')])), r"zsq.synthesis.priors\[0\].type is 'NoPrior'"),
+        (dict(synthesis=dict(refine=dict(iterations=0))), 'zsq.synthesis.refine.iterations is 0'),
+        (dict(calibration_set=dict(seed=-1)), 'zsq.calibration_set.seed is -1, but must be an integer from 0'),
+        (dict(label_sampler=dict(warmup='x')), 'warmup'),
+        (dict(label_sampler=dict(type='NoSampler')), "zsq.label_sampler.type is 'NoSampler'"),
+        (dict(distillation=dict(losses=[dict(type='NoLoss')])), r"zsq.distillation.losses\[0\].type is 'NoLoss'"),
+        (
+            dict(distillation=dict(detection_weight='a')),
+            "zsq.distillation.detection_weight is 'a', but must be a number",
+        ),
+        (dict(quantizer=dict(w_bits='four')), "zsq.quantizer.w_bits is 'four', but must be an integer from 2 to 8"),
+        (dict(quantizer=dict(a_bits=None)), 'zsq.quantizer.a_bits is None, but must be an integer from 2 to 8'),
+        (dict(teacher=5), 'zsq.teacher is 5, but must be a string or None'),
     ],
 )
 def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
@@ -273,11 +343,11 @@ def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], me
         composed(user, **zsq)
 
 
-@pytest.mark.parametrize(('key', 'bits'), [('w_bits', 'four'), ('a_bits', None)])
-def test_bits_that_are_no_number_are_named_where_layers_get_them(user: Config, key: str, bits: Any) -> None:
-    section = composed(user, quantizer={key: bits}).model.quantizer
-    with pytest.raises(UserError, match=f'zsq.quantizer.{key} is {bits!r}, but must be an integer from 2 to 8'):
-        QuantizationConfig.from_dict(section)
+@pytest.mark.parametrize('section', [None, 5, 'w4a8', [1]])
+def test_a_section_that_is_no_dict_is_refused(user: Config, section: Any) -> None:
+    user.zsq = section
+    with pytest.raises(UserError, match='zsq is .*, but must be a dict'):
+        compose(user)
 
 
 @pytest.mark.parametrize(('key', 'message'), [('zsq', 'no zsq section'), ('model', 'no model')])
@@ -467,10 +537,9 @@ def test_images_are_augmented_where_no_loss_reads_labels() -> None:
         dict(preset='paper'),
     ):
         assert complete_section(zsq)['train']['augmentation'] is None
-    # The user's own word stands, and is refused where the model is built.
-    own = complete_section(dict(distillation=labels, train=dict(augmentation=dict(flip=1.0))))
-    assert own['train']['augmentation'] == dict(flip=1.0)
-    with pytest.raises(UserError, match='zsq.distillation is a dict, not 5'):
+    with pytest.raises(UserError, match='zsq.train.augmentation changes images and not their labels'):
+        complete_section(dict(distillation=labels, train=dict(augmentation=dict(flip=1.0))))
+    with pytest.raises(UserError, match='zsq.distillation is 5, but must be a dict'):
         complete_section(dict(distillation=5))
 
 
@@ -482,17 +551,10 @@ def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_
     resize = dict(type='Resize', scale=scale, keep_ratio=False)
     assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'LoadAnnotations'
     for wrong in (0, 'large', [640], [640, 480.0]):
-        with pytest.raises(UserError, match=r'zsq.train.image_size is None, one number, or \(height, width\)'):
+        with pytest.raises(
+            UserError, match=r'zsq.train.image_size.* is .*, but must be (one side of a square|an integer)'
+        ):
             composed(user, train=dict(image_size=wrong))
-
-
-def test_a_part_of_the_values_stays_float_in_training_if_asked_for(user: Config) -> None:
-    hook = dict(type='mmzsq.QuantizationDropHook')
-    assert hook['type'] not in types(composed(user).custom_hooks)
-    hooks = composed(user, train=dict(drop=dict(activations=0.5))).custom_hooks
-    assert dict(hook, activations=0.5) in hooks
-    with pytest.raises(UserError, match='zsq.train.drop.*activation'):
-        composed(user, train=dict(drop=dict(activation=0.5)))
 
 
 def test_a_run_needs_something_to_learn_from(user: Config) -> None:

@@ -22,7 +22,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 
 from mmzsq import test as test_tool
-from mmzsq.config import compose, merge
+from mmzsq.config.compose import compose, merge
 from mmzsq.engine import FiniteLossHook, ZeroShotRunner, bit_allocation
 from mmzsq.errors import UserError
 from mmzsq.qat.captured_step import CapturedStep
@@ -397,7 +397,7 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     checkpoint = last('out')
     assert checkpoint['meta']['epoch'] == 1
 
-    # As tools/train.py --resume sets it; the teacher is found by the checkpoint.
+    # As MMDetection's tools/train.py --resume leaves it: the checkpoint names the teacher.
     cfg = make_config('out', **NO_EVALUATION)
     cfg.resume, cfg.load_from = True, None
     runner = ZeroShotRunner.from_cfg(cfg)
@@ -437,28 +437,20 @@ def test_a_run_that_is_resumed_before_it_has_a_checkpoint_begins_from_its_teache
     make_config: Any, teacher: Path
 ) -> None:
     cfg = make_config('out')
-    cfg.resume = True
-    # Nothing is there, then what the float detector's training left.
+    cfg.resume, cfg.load_from, cfg.zsq.teacher = True, None, str(teacher)
+    # The work_dir is empty, then it holds what the float detector's training left.
     for _ in range(2):
         runner = ZeroShotRunner.from_cfg(cfg)
-        # Another than that of the file, which the config was read from.
-        assert runner.detector.teacher_checkpoint == runner.cfg.load_from == str(teacher)
+        assert runner.detector.teacher_checkpoint == str(teacher)
         assert not runner._resume
         Path('out/last_checkpoint').write_text(str(teacher))
-    # As MMDetection's tools/train.py --resume leaves it.
-    cfg.load_from = None
-    of_file = Config.fromfile(cfg.filename).load_from
-    assert ZeroShotRunner.from_cfg(cfg).detector.teacher_checkpoint == of_file != str(teacher)
-    nowhere = Config(cfg.to_dict())
-    with pytest.raises(UserError, match='no run to go on from in .*, and no teacher to start one from: set load_from'):
-        ZeroShotRunner.from_cfg(nowhere)
-    nowhere.load_from = 'nowhere.pth'
-    with pytest.raises(UserError, match='nowhere.pth'):
-        ZeroShotRunner.from_cfg(nowhere)
+    cfg.zsq.teacher = None
+    with pytest.raises(UserError, match='no run to resume in .*, and no teacher to start one from: set zsq.teacher'):
+        ZeroShotRunner.from_cfg(cfg)
 
 
 @pytest.mark.parametrize('composed', [False, True])
-def test_a_teacher_beside_resume_is_no_checkpoint_to_go_on_from(
+def test_a_resumed_run_takes_its_teacher_from_the_section_or_the_checkpoint(
     make_config: Any, teacher: Path, composed: bool
 ) -> None:
     cfg = make_config('out')
@@ -469,12 +461,41 @@ def test_a_teacher_beside_resume_is_no_checkpoint_to_go_on_from(
         checkpoint = dict(torch.load(teacher, weights_only=True), meta=dict(mmzsq=dict(teacher=str(teacher))))
         torch.save(checkpoint, f'out/epoch_{epoch}.pth')
     Path('out/last_checkpoint').write_text('out/epoch_2.pth')
-    # The last one, by the Runner itself; another if it is named.
-    for given, resumed in ((str(teacher), None), (None, None), ('out/epoch_1.pth', 'out/epoch_1.pth')):
+    for given, resumed in ((None, 'out/epoch_2.pth'), ('out/epoch_1.pth', 'out/epoch_1.pth')):
         cfg.load_from = given
         runner = ZeroShotRunner.from_cfg(cfg)
         assert (runner._resume, runner._load_from) == (True, resumed)
         assert runner.detector.teacher_checkpoint == str(teacher)
+    if not composed:
+        cfg.zsq.teacher = 'moved/teacher.pth'
+        assert ZeroShotRunner.from_cfg(cfg).detector.teacher_checkpoint == 'moved/teacher.pth'
+
+
+def test_load_from_is_never_a_teacher_beside_resume(make_config: Any, teacher: Path) -> None:
+    cfg = make_config('out')
+    cfg.resume = True
+    with pytest.raises(UserError, match=f'{teacher} is not the checkpoint of a quantization run. Name .* zsq.teacher'):
+        ZeroShotRunner.from_cfg(cfg)
+    cfg.load_from = 'nowhere.pth'
+    with pytest.raises(UserError, match='nowhere.pth'):
+        ZeroShotRunner.from_cfg(cfg)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(lr=1e-3, mometum=0.9), 'zsq.train.optimizer cannot be built: .*mometum'),
+        (dict(lr=1e-3, betas=3), 'zsq.train.optimizer cannot be built'),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_is_named_before_an_image_is_made(
+    make_config: Any, settings: dict[str, Any], message: str
+) -> None:
+    cfg = make_config('out')
+    cfg.merge_from_dict({'zsq.train.optimizer': settings})
+    with pytest.raises(UserError, match=message):
+        ZeroShotRunner.from_cfg(cfg).train()
+    assert not Path('out/calibration_set').exists()
 
 
 def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(

@@ -213,14 +213,14 @@ def test_inputs_are_divided_in_the_layers_of_a_model_prepared_with_these_bits() 
 @pytest.mark.parametrize(
     ('allocate', 'message'),
     [
-        (dict(budget='speed'), "zsq.quantizer.allocate.budget is 'speed', but must be one of 'size', 'operations'"),
+        (dict(budget='speed'), "zsq.quantizer.allocate.budget is 'speed', but must be 'size' or 'operations'"),
         (
             dict(candidates=[]),
-            r'zsq.quantizer.allocate.candidates is \[\], but must be a list of bits, of one at least',
+            r'zsq.quantizer.allocate.candidates is \[\], but must be a list of integers from 2 to 8',
         ),
-        (dict(candidates=4), 'zsq.quantizer.allocate.candidates is 4, but must be a list of bits'),
-        (dict(candidates=[4, 9]), 'zsq.quantizer.allocate.candidates is 9, but must be an integer from 2 to 8'),
-        (dict(batches=0), 'zsq.quantizer.allocate.batches is 0, but must be a whole number of at least 1'),
+        (dict(candidates=4), 'zsq.quantizer.allocate.candidates is 4, but must be a list of integers'),
+        (dict(candidates=[4, 9]), r'zsq.quantizer.allocate.candidates\[1\] is 9, but must be an integer from 2 to 8'),
+        (dict(batches=0), 'zsq.quantizer.allocate.batches is 0, but must be an integer of at least 1'),
         (dict(bits=4), "unknown key 'bits' in zsq.quantizer.allocate"),
         (5, 'zsq.quantizer.allocate is 5, but must be a dict'),
     ],

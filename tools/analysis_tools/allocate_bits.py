@@ -93,7 +93,7 @@ def _parse_args() -> argparse.Namespace:
     budget.add_argument(
         '--budget-gbops', type=float, help='bit operations in 10^9, as quantization_report.json counts them'
     )
-    candidates = AllocationSettings.candidates
+    candidates = AllocationSettings().candidates
     text = f'numbers of bits (default: {" ".join(map(str, candidates))})'
     options.add_argument('--candidates', type=int, nargs='+', default=candidates, help=text)
     options.add_argument('--batches', type=int, default=2, help='batches that losses are measured on (default: 2)')

@@ -1,4 +1,4 @@
-"""Blood cells (BCCD): 292 images to train and 72 to test, 640x480, masks by tools/dataset_converters/voc_to_coco.py."""
+"""Blood cells (BCCD): 292 training and 72 test images of 640x480; masks by tools/dataset_converters/voc_to_coco.py."""
 
 dataset_type = 'CocoDataset'
 data_root = 'data/bccd/'
@@ -7,7 +7,7 @@ image_size = (640, 480)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # Polygons as long as possible: as bitmaps, to load them and to crop targets of them took most of a training step.
+    # Masks stay polygons. Loading them as bitmaps and cropping targets took most of a training step.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=False),
     dict(type='RandomResize', scale=image_size, ratio_range=(0.8, 1.4), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(480, 640)),

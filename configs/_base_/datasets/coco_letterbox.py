@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO for YOLOs: mosaic to train on, a letterbox of 640x640 to evaluate on."""
+"""COCO for YOLOs: mosaic in training, a letterbox of 640x640 in evaluation."""
 
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn scenes: 32000 to train on and 256 others to evaluate on, with nothing to download."""
+"""Drawn scenes, 32000 for training and 256 others for evaluation, without a download."""
 
 dataset_type = 'mmzsq.ShapesDataset'
 image_size = 256
@@ -25,7 +25,7 @@ train_dataloader = dict(
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,
-    # One tensor a batch: the preprocessor then works on all images at once.
+    # One tensor per batch lets the preprocessor work on all images at once.
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
@@ -55,6 +55,6 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-# Without an annotation file the metric takes the truth from the data set, as ``instances``.
+# Without an annotation file, the metric reads the ground truth from ``instances`` of the data set.
 val_evaluator = dict(type='CocoMetric', metric='bbox', classwise=True)
 test_evaluator = val_evaluator

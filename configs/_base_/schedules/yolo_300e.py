@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""300 epochs of SGD for YOLOs: three to warm up, then a cosine; the average of the weights is what counts."""
+"""300 epochs of SGD for YOLOs: three epochs of warm-up, then a cosine. The average of the weights is evaluated."""
 
 max_epochs = 300
 base_lr = 0.01  # for a batch of 64

@@ -1,5 +1,5 @@
-"""Not zero-shot: the same on the real training images."""
+"""Not zero-shot: the same distillation on the real training images."""
 
 _base_ = ['../mask-rcnn_r50_bccd_w4a8.py']
-# 37 steps an epoch.
+# 37 steps per epoch.
 zsq = dict(calibration_set=dict(real={{_base_.train_dataloader.dataset}}), train=dict(max_epochs=7))

@@ -1,4 +1,4 @@
-"""Ablation: ``default`` with the paper's loss of predictions, one softmax over each whole map."""
+"""Ablation: ``default`` with the paper's prediction loss, one softmax over each whole map."""
 
 _base_ = ['../yolov5-n_w8a8.py']
 zsq = dict(

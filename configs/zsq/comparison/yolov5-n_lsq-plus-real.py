@@ -1,8 +1,8 @@
-"""Not zero-shot: LSQ+ in place of LSQ, whose activations have a learnt offset."""
+"""Not zero-shot: LSQ+, which learns an offset of activations, in place of LSQ."""
 
 _base_ = ['./yolov5-n_lsq-real.py']
 zsq = dict(
-    # Another type replaces the quantizer of the preset as a whole.
+    # A different type replaces the preset's whole quantizer section.
     quantizer=dict(
         type='mmzsq.LSQPlus',
         weight=dict(scheme='signed', per_channel=False, init='lsq', narrow=False),

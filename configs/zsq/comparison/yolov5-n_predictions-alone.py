@@ -1,4 +1,4 @@
-"""Ablation: of the losses of ``default``, predictions without features."""
+"""Ablation: the prediction loss of ``default`` alone."""
 
 _base_ = ['../yolov5-n_w8a8.py']
 zsq = dict(distillation=dict(losses=[dict(type='mmzsq.PredictionLoss', loss_weight=1.0)]))

@@ -1,4 +1,4 @@
-"""Ablation: ``default`` with features compared as they are, not divided by the teacher's mean square."""
+"""Ablation: ``default`` with raw feature errors, not divided by the teacher's mean square."""
 
 _base_ = ['../yolov5-n_w8a8.py']
 zsq = dict(

@@ -1,8 +1,8 @@
-"""Ablation: images of the first labels, one correction with the images fixed, then images of what became of them."""
+"""Ablation with three stages: images for the first labels, one correction, images for the corrected labels."""
 
 _base_ = ['../yolov5-n_w8a8.py']
 zsq = dict(
-    # None while the images form; a round without iterations corrects once.
+    # No corrections while the images form. The round with 0 iterations corrects the labels once.
     label_sampler=dict(warmup=800),
     presets=dict(
         default=dict(

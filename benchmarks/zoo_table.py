@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check detectors of MMDetection's zoo and write what became of them into the table of a page.
+
+    python benchmarks/zoo_table.py docs/zoo.md
+    python benchmarks/zoo_table.py docs/zoo.md --families DETR DINO
+
+The checks and the list of detectors are those of ``tests/zoo``. The rows of detectors that are not named stay as they
+are. The table stands between two lines of the markdown file:
+
+    <!-- table of the zoo -->
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmzsq import cli
+from mmzsq.errors import UserError
+
+ZOO = Path(__file__).resolve().parents[1] / 'tests/zoo'
+BLOCK = re.compile(r'(<!-- table of the zoo -->\n)(.*?)(<!-- end of table -->)', re.DOTALL)
+HEADER = ('detector', 'config', 'works', 'quantized layers', 'float, with the reason', 'to know', 's')
+SHOWN_LAYERS = 2
+
+
+def parse_rows(page: str) -> dict[str, str]:
+    """Rows of the table of a page, by the detector in the first column.
+
+    Raises:
+        UserError: If the page has no place for a table.
+    """
+    found = BLOCK.search(page)
+    if found is None:
+        raise UserError('the page has no line <!-- table of the zoo --> with <!-- end of table --> below it')
+    rows = [line for line in found[2].splitlines() if line.startswith('|')][2:]
+    return {row.split('|')[1].strip(): row for row in rows}
+
+
+def with_rows(page: str, rows: Iterable[str]) -> str:
+    """The page with these rows in its table."""
+    lines = ['| ' + ' | '.join(HEADER) + ' |', '| ' + ' | '.join('---' for _ in HEADER) + ' |', *rows]
+    return BLOCK.sub(lambda found: found[1] + '\n'.join(lines) + '\n' + found[3], page)
+
+
+def row(family: Any, result: Any) -> str:
+    """One line of the table.
+
+    Args:
+        family: A ``Family`` of ``tests/zoo/families.py``.
+        result: What ``check`` of ``tests/zoo/harness.py`` says of it.
+    """
+    works = 'yes' if result.works else f'no: {result.failed}: {result.reason}'
+    to_know = [family.needs] if family.needs else []
+    if result.silent:
+        to_know.append(f'learn nothing, since they see zeros alone: {_names(result.silent)}')
+    cells = (
+        *(family.name, f'`{family.config}`', works, str(result.quantized), floats(result.floats)),
+        *('; '.join(to_know), f'{result.seconds:.0f}'),
+    )
+    return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
+
+
+def floats(reasons: Mapping[str, str]) -> str:
+    """The layers that stayed float, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return '; '.join(f'{_names(of_reason)} ({reason})' for reason, of_reason in names.items())
+
+
+def _names(names: list[str]) -> str:
+    more = f' and {len(names) - SHOWN_LAYERS} more' if len(names) > SHOWN_LAYERS else ''
+    return ', '.join(f'`{name}`' for name in names[:SHOWN_LAYERS]) + more
+
+
+def main() -> None:
+    """Parse the command line, check, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('page', type=Path, help='markdown file with the table')
+    parser.add_argument('--families', nargs='+', metavar='NAME', help='detectors to check (default: all)')
+    args = parser.parse_args()
+    sys.path.insert(0, str(ZOO))
+    from families import FAMILIES
+    from harness import check, zoo_config
+
+    known = [family.name for family in FAMILIES]
+    unknown = [name for name in args.families or () if name not in known]
+    if unknown:
+        raise UserError(f'the zoo has no {", ".join(unknown)}; it has {", ".join(known)}')
+    logging.disable(logging.INFO)
+    for family in FAMILIES:
+        if args.families is None or family.name in args.families:
+            with tempfile.TemporaryDirectory() as folder:
+                result = check(zoo_config(family.config, family.size, family.shrink, family.changes), folder)
+            # Row by row: a run of all takes many minutes.
+            page = args.page.read_text()
+            rows = {**parse_rows(page), family.name: row(family, result)}
+            args.page.write_text(with_rows(page, [rows[name] for name in known if name in rows]))
+            sys.stderr.write(f'{family.name}: {"works" if result.works else result.failed}, {result.seconds:.0f} s\n')
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``zsq`` section of a config: all keys with their types, ranges, units and meaning.
+
+:class:`ZsqSection` joins the sections of the parts, which stand beside the code that they configure
+(:mod:`mmzsq.quantization.config`, :mod:`mmzsq.synthesis.config`, :mod:`mmzsq.distillation.config`), and those of the
+run, which are defined here. Values come from a preset (:mod:`mmzsq.config.presets`) and the user's config.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from mmzsq.distillation.config import DistillationConfig
+from mmzsq.quantization import QuantizationConfig
+from mmzsq.synthesis.config import SynthesisConfig
+from mmzsq.typed_section import (
+    Decay,
+    ImageSize,
+    Meaning,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Settings,
+    Share,
+    Type,
+    TypedSection,
+    failure,
+)
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+class PartConfig(TypedSection):
+    """A registered part: its class, and the arguments of that class."""
+
+    model_config = ConfigDict(extra='allow')
+
+    type: Type
+    """Name of the registered class."""
+
+
+class CalibrationSetConfig(TypedSection):
+    """The calibration set: synthetic images with labels, on disk."""
+
+    dir: str | None
+    """Folder of the set. None: ``calibration_set`` in the work_dir."""
+    num_images: Positive
+    """Number of images."""
+    batch_size: Positive
+    """Images optimized together where a stage of ``zsq.synthesis`` does not say."""
+    seed: Seed
+    """Seed of the set, and of the run if the config has no ``randomness.seed``."""
+    real: Settings | None
+    """For comparison only: config of a data set of real images to train on in place of a synthetic set."""
+
+
+class OptimizerConfig(TypedSection):
+    """The optimizer: its class, and the arguments of that class."""
+
+    model_config = ConfigDict(extra='allow')
+
+    type: Type
+    """Class of the optimizer in MMEngine's registry: any of ``torch.optim``."""
+    lr: PositiveFloat
+    """Learning rate of weights."""
+
+    @model_validator(mode='before')
+    @classmethod
+    def _check_lr(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get('lr') is None:
+            raise failure(
+                "{where} has no lr. An optimizer of another type than the preset's takes none of its settings: set "
+                '{where}.lr too.'
+            )
+        return section
+
+
+class AugmentationConfig(TypedSection):
+    """Random views of the images, equal for teacher and student."""
+
+    flip: Share = 0.0
+    """Probability that an image is mirrored."""
+    mosaic: Share = 0.0
+    """Probability that an image is replaced by four of the batch at half their size."""
+    color: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Largest change of a color channel's gain, as a natural logarithm."""
+
+
+class TrainConfig(TypedSection):
+    """Quantization-aware training of the student."""
+
+    max_epochs: Positive
+    """Passes over the calibration set."""
+    batch_size: Positive
+    """Images in a batch of one process."""
+    accumulate: Positive
+    """Batches whose gradients are added up for one step of the optimizer."""
+    num_workers: NonNegative
+    """Processes that load images, for each training process."""
+    optimizer: OptimizerConfig
+    """The optimizer."""
+    step_lr: NonNegativeFloat | None
+    """Learning rate of the quantizers' steps. None: that of weights."""
+    schedule: Literal['cosine', 'linear', 'constant']
+    """How the learning rate decays."""
+    final_lr_ratio: Share
+    """Learning rate at the end, divided by that at the start."""
+    bn: Literal['frozen', 'train']
+    """Whether BatchNorm keeps the teacher's statistics or collects new ones."""
+    ema: Decay | None
+    """Decay of the moving average of weights that is evaluated and saved. None: no average."""
+    clip_grad: NonNegativeFloat | None
+    """Largest L2 norm of the gradient. None: no clipping."""
+    amp: bool
+    """Train under bfloat16 autocast. Off where there is no GPU."""
+    init_batches: Positive
+    """Batches that the first steps of quantizers are found on."""
+    capture: bool
+    """Capture a training step as a CUDA graph where possible."""
+    augmentation: AugmentationConfig | None
+    """Random views of the images. They need ``zsq.distillation.detection_weight=0``. None: no augmentation."""
+    image_size: ImageSize | None
+    """Size that images are resized to. None: the size they were made at."""
+    channels_last: bool
+    """Use the channels-last memory format."""
+
+
+class ZsqSection(TypedSection):
+    """The section ``zsq`` of a config."""
+
+    preset: Literal['default', 'paper', 'paper_transformer']
+    """Set of defaults for all keys that the config does not set."""
+    teacher: str | None = None
+    """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""
+    quantizer: QuantizationConfig
+    """Which layers are quantized, and how."""
+    calibration_set: CalibrationSetConfig
+    """The synthetic images."""
+    label_sampler: PartConfig
+    """Where labels come from: a registered label sampler and its arguments."""
+    synthesis: SynthesisConfig
+    """How images are synthesized."""
+    distillation: DistillationConfig
+    """What the student learns from the teacher."""
+    train: TrainConfig
+    """How the student is trained."""
+
+    @model_validator(mode='after')
+    def _check_together(self) -> Self:
+        if not self.distillation.losses and not self.distillation.detection_weight:
+            raise failure(
+                'nothing to learn from: {where}.distillation.losses is empty and {where}.distillation.detection_weight '
+                'is 0.'
+            )
+        if self.train.augmentation is not None and self.distillation.detection_weight:
+            raise failure(
+                '{where}.train.augmentation changes images and not their labels, but the detection loss reads labels: '
+                'set {where}.distillation.detection_weight=0 or {where}.train.augmentation=None.'
+            )
+        return self
+
+
+PresetChanges = Annotated[dict[str, Any] | str, Meaning('a dict of settings or the name of a preset')]

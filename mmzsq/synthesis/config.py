@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section ``zsq.synthesis``: how images are synthesized."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from mmzsq.typed_section import (
+    Betas,
+    FromList,
+    ImageSize,
+    Meaning,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Settings,
+    Share,
+    TypedSection,
+    failure,
+)
+
+AreaRange = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+    FromList,
+    Meaning('(low, high) with 0 < low <= high <= 1'),
+]
+RatioRange = Annotated[tuple[PositiveFloat, PositiveFloat], FromList, Meaning('(low, high) with 0 < low <= high')]
+
+
+class CutoutConfig(TypedSection):
+    """Random erasing of one rectangle in each image and step."""
+
+    probability: Share = 0.5
+    """Probability that an image is erased."""
+    area: AreaRange = (0.02, 0.2)
+    """Range of the erased share of the image."""
+    ratio: RatioRange = (0.3, 3.3)
+    """Range of height divided by width."""
+    value: Share | Literal['mean'] = 0.0
+    """Fill color in [0, 1], or the mean color of the image."""
+
+    @model_validator(mode='after')
+    def _check_order(self) -> Self:
+        for name, (low, high) in (('area', self.area), ('ratio', self.ratio)):
+            if low > high:
+                raise failure(f'{{where}}.{name} is ({low}, {high}), but must be (low, high) with low <= high.')
+        return self
+
+
+class StageConfig(TypedSection):
+    """One stage of synthesis: a size, a number of steps, and how the images start."""
+
+    image_size: ImageSize | Annotated[float, Field(gt=0, lt=1)]
+    """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``."""
+    iterations: NonNegative
+    """Optimization steps. 0 leaves the images as they start."""
+    batch_size: Positive | None = None
+    """Images optimized together. None: ``zsq.calibration_set.batch_size``."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this stage. None: ``zsq.synthesis.lr``."""
+    start: Literal['noise', 'previous'] = 'noise'
+    """What the images start from: noise, or the resized images of the stage before."""
+
+
+Stages = StageConfig | list[StageConfig] | None
+
+
+class SynthesisConfig(TypedSection):
+    """How images are synthesized from labels."""
+
+    relabel: Stages
+    """First stage or stages, in which the teacher corrects the labels. None: no such stage."""
+    refine: Stages
+    """Stage or stages between ``relabel`` and ``synthesize``. None: no such stage."""
+    synthesize: StageConfig
+    """Last stage, whose images are kept."""
+    priors: list[Settings]
+    """Image and feature priors: for each its ``type`` and arguments."""
+    require_feature_prior: bool
+    """Stop if no feature prior applies to the detector."""
+    detection_weight: NonNegativeFloat
+    """Weight of the detection loss."""
+    detection_reduction: Literal['sum', 'mean']
+    """Whether the detection loss, a mean over the images, is multiplied by their number (``'sum'``)."""
+    lr: PositiveFloat
+    """Learning rate of Adam. It decays to 0 along a cosine."""
+    warmup: NonNegative
+    """Steps over which the learning rate rises from 0."""
+    betas: Betas
+    """Coefficients of Adam."""
+    init: Literal['uniform', 'normal']
+    """Noise that images start from: uniform in [0, 1], or standard normal in the network's normalized input."""
+    cutout: CutoutConfig | None
+    """Random erasing. None: no erasing."""
+    clamp: bool
+    """Clamp pixels to [0, 1] after each step."""
+    keep: Literal['last', 'best']
+    """Which images to keep: those of the last step, or those of the lowest loss."""
+    keep_interval: Positive = 50
+    """Steps between two comparisons, for ``keep='best'``."""
+    precision: Literal['fp32', 'bf16']
+    """Precision on a GPU. The CPU always computes in fp32."""
+    capture: bool
+    """Capture a step as a CUDA graph where possible."""
+
+    @model_validator(mode='after')
+    def _check_stages(self) -> Self:
+        if isinstance(self.synthesize.image_size, float):
+            raise failure(
+                '{where}.synthesize.image_size is a share, but must be a size in pixels: other stages refer to it.'
+            )
+        for name in ('relabel', 'refine'):
+            stages = getattr(self, name)
+            for stage in stages if isinstance(stages, list) else [stages]:
+                if (
+                    stage is not None
+                    and stage.iterations == 0
+                    and not (name == 'relabel' and stage.start == 'previous')
+                ):
+                    raise failure(f'{{where}}.{name}.iterations is 0, but must be an integer of at least 1.')
+        return self

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/results.md: every number is that of its runs, and what is missing or was run otherwise is said."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import results_page
+import yolo
+from mmengine.config import Config, DictAction
+from yolo_tables import TABLES
+
+from mmzsq.config.compose import complete_section
+from mmzsq.errors import UserError
+
+TOOL = 'benchmarks/results_page.py'
+SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
+
+
+@pytest.fixture
+def root(repo: Path, tmp_path: Path) -> Path:
+    """A repository with the configs of this one and no results."""
+    (tmp_path / 'configs').symlink_to(repo / 'configs')
+    (tmp_path / results_page.RESULTS).mkdir(parents=True)
+    return tmp_path
+
+
+@cache
+def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
+    """The settings that the tool's own command line makes, in JSON's types."""
+    command = yolo.student_command(yolo.Run(method, bits, seed, ()), yolo.WORK, ())
+    cfg = Config.fromfile(repo / command[1])
+    options = (option.split('=', 1) for option in command[command.index('--cfg-options') + 1 :])
+    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
+    return json.loads(json.dumps(dict(complete_section(cfg.zsq.to_dict()), config=command[1])))
+
+
+@pytest.fixture
+def keep(repo: Path, root: Path) -> Callable[..., dict[str, Any]]:
+    """Keep the result of a run whose AP is ``ap`` per mill, as a run of yolo.py leaves it."""
+
+    def keep(name: str, ap: int, ptq: int | None = 100, **changes: Any) -> Any:
+        match = results_page.NAME.fullmatch(name)
+        assert match is not None
+        section = copy.deepcopy(section_of(repo, match['method'], match['bits'], int(match['seed'])))
+        real = section['calibration_set']['real'] is not None
+        statistics = dict(images=337, real=True) if real else dict(images=512, boxes_per_image=dict(mean=2.5))
+        stage = dict(image_size=[640, 640], iterations=400, seconds=120.0)
+        rows = dict(float=300, **({} if ptq is None else dict(ptq=ptq)), zero_shot=ap)
+        content = dict(
+            config='/home/somebody/mmzsq/' + section['config'],
+            preset=section['preset'],
+            quantizer=section['quantizer'],
+            metrics={
+                row: {'coco/bbox_mAP': value / 1000, 'coco/bbox_mAP_50': 2 * value / 1000}
+                for row, value in rows.items()
+            },
+            evaluation_images=200,
+            model_mb=dict(float=7.5, quantized=1.1),
+            calibration_set=dict(statistics=statistics, stages={} if real else dict(synthesize=stage)),
+            settings={key: section[key] for key in SETTINGS},
+            train=dict(iterations=640),
+            seconds=dict(train=60.0, evaluate_float=30.0),
+            device='one GPU',
+        )
+        content |= changes
+        path = root / results_page.RESULTS / f'{name}.json'
+        path.write_text(json.dumps(content))
+        return content
+
+    return keep
+
+
+def section(root: Path, number: int) -> str:
+    """The part of the page with one table."""
+    return results_page.render_table(TABLES[number], results_page.read_runs(root))
+
+
+def row(text: str, *labels: str) -> list[str]:
+    """The cells of the first row that begins with ``labels``, behind these."""
+    lines = [[cell.strip() for cell in line[1:-1].split('|')] for line in text.splitlines() if line[:1] == '|']
+    return next(line[len(labels) :] for line in lines if tuple(line[: len(labels)]) == labels)
+
+
+def test_a_cell_is_the_mean_over_the_seeds_with_half_their_range(
+    root: Path, keep: Callable[..., dict[str, Any]]
+) -> None:
+    for seed, ap in enumerate((200, 210, 220)):
+        keep(f'default_w4a4_seed{seed}', ap)
+    keep('paper_w4a4_seed0', 50)
+    text = section(root, 2)
+    default = row(text, 'W4A4', '`default`, zero-shot')
+    assert default == ['512 synthetic', '21.0 ± 1.0 / 42.0 ± 2.0', '70.0 %', '']
+    # One seed has no spread; the paper's number is that of the same row.
+    assert row(text, 'W4A4', '`paper`, zero-shot')[1:] == ['5.0 / 10.0', '16.7 %', '15.0 / 27.0']
+    # The same runs where else they belong.
+    assert row(section(root, 5), 'W4A4', 'adaptive sampling')[2:4] == ['5.0 / 10.0', '21.0 ± 1.0 / 42.0 ± 2.0']
+    assert row(section(root, 7), '`default`', '512')[0] == '21.0 ± 1.0 / 42.0 ± 2.0'
+    assert row(section(root, 4), 'W4A4', '`default`, PTQ only', 'synthetic')[0] == '10.0 ± 0.0 / 20.0 ± 0.0'
+
+
+def test_under_a_table_is_how_its_runs_were_made(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    keep('default_w4a4_seed0', 200)
+    keep('default_w8a8_seed2', 200)
+    keep('paper_lsq-real337_w4a4_seed0', 114)
+    text = section(root, 2)
+    assert 'python benchmarks/yolo.py --tables 2 --seeds 0 2\n' in text
+    assert row(text, '`default`') == [
+        *('W8A8, W4A4', '512 synthetic', '2.5', '640 px x 400', '640 x 16', '0, 2', '2.0', '1.5', '200 images'),
+        'one GPU',
+    ]
+    # No set is made of real images.
+    assert row(text, '`paper_lsq-real337`')[:4] == ['W4A4', '337 real', '', '']
+    assert row(text, '`paper_lsq-real337`')[6] == ''
+    assert 'somebody' not in text and 'otherwise now' not in text
+
+
+def test_what_was_not_run_is_empty_and_named(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    assert 'Nothing of it has been run yet' in section(root, 5)
+    keep('default_tile-in_w4a4_seed0', 90)
+    text = section(root, 5)
+    assert 'Nothing' not in text
+    [missing] = [line for line in text.splitlines() if line.startswith('Not run, therefore empty: ')]
+    assert '`paper_tile-in`,' in missing and '`default_tile-in` (W6A6, W5A5),' in missing
+    assert row(text, 'W4A4', 'Tile, in distribution', 'no', 'yes') == ['', '9.0 / 18.0', '6.8 / 13.4']
+    # A table without a gap needs no such line.
+    for method, bits in TABLES[8].runs:
+        keep(f'{method}_{bits}_seed0', 100)
+    assert 'Not run' not in section(root, 8)
+
+
+def test_what_was_not_evaluated_is_empty_and_nothing_found_is_0(
+    root: Path, keep: Callable[..., dict[str, Any]]
+) -> None:
+    keep('default_w4a4_seed0', 200, ptq=None)
+    metrics = {'float': {'coco/bbox_mAP': 0.3}, 'ptq': {}, 'zero_shot': {}}
+    keep('paper_noise_w4a4_seed0', 0, metrics=metrics)
+    assert row(section(root, 4), 'W4A4', '`default`, PTQ only', 'synthetic')[0] == ''
+    assert row(section(root, 5), 'W4A4', 'Gaussian noise', 'no', 'no')[0] == '0.0 / 0.0'
+
+
+def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    content = keep('default_w4a4_seed0', 200)
+    settings = copy.deepcopy(content['settings'])
+    settings['train']['max_epochs'] = 7
+    settings['train']['num_workers'] = 9
+    settings['calibration_set']['dir'] = '/mnt/scratch'
+    del settings['train']['augmentation'], settings['train']['amp']
+    keep('default_w4a4_seed0', 200, settings=settings)
+    text = section(root, 8)
+    # New settings that are off change nothing; neither does where a set lies.
+    assert 'Marked *, run' in text and '`default`: `zsq.train.max_epochs=7, zsq.train.augmentation=absent`.' in text
+    assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0 *'
+    keep('default_w4a4_seed1', 200)
+    with pytest.raises(UserError, match='runs of default at w4a4 differ in more than the seed'):
+        section(root, 8)
+    (root / 'benchmarks/results/yolov5-n/default_w4a4_seed1.json').unlink()
+    settings['train']['max_epochs'] = content['settings']['train']['max_epochs']
+    keep('default_w4a4_seed0', 200, settings=settings)
+    # What came later was not otherwise.
+    text = section(root, 8)
+    assert '\nRun with settings that are otherwise now: `default`: `zsq.train.augmentation=absent`.' in text
+    assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
+
+
+def test_settings_of_sets_do_not_count_for_real_images(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    settings = copy.deepcopy(keep('default_real337_w4a4_seed0', 200)['settings'])
+    settings['synthesis']['lr'] = 9.0
+    keep('default_real337_w4a4_seed0', 200, settings=settings)
+    assert 'otherwise now' not in section(root, 2)
+
+
+@pytest.mark.parametrize(
+    ('name', 'changes', 'message'),
+    [
+        ('default_w4a4_seed0', dict(quantizer=dict(w_bits=4, a_bits=8)), 'at w4a8, not .* at w4a4'),
+        ('default_w4a4_seed0', dict(config='configs/zsq/yolov5-n_w8a8.py'), 'holds configs/zsq/yolov5-n_w8a8.py'),
+        ('default_w4a4_seed0', dict(config='/elsewhere/own.py'), 'own.py is no config'),
+        ('default_w4a4_seed1', dict(metrics={'float': {'coco/bbox_mAP': 0.35}}), 'different teachers'),
+    ],
+)
+def test_results_of_something_else_are_refused(
+    root: Path, keep: Callable[..., dict[str, Any]], name: str, changes: dict[str, Any], message: str
+) -> None:
+    keep('paper_w4a4_seed0', 100)
+    keep(name, 100, **changes)
+    with pytest.raises(UserError, match=message):
+        results_page.read_runs(root)
+
+
+def test_a_file_is_named_after_a_method_and_its_seed(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    keep('default_w4a4_seed0', 100)
+    path = root / results_page.RESULTS / 'default_w4a4_seed0.json'
+    path.rename(path.with_stem('default_w4a4_seed3'))
+    with pytest.raises(UserError, match='seed 0: name it so'):
+        results_page.read_runs(root)
+    path.with_stem('default_w4a4_seed3').rename(path.with_stem('fancy_w4a4_seed0'))
+    with pytest.raises(UserError, match='is not named METHOD_BITS_seedSEED.json'):
+        results_page.read_runs(root)
+
+
+def run(repo: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, 'argv', [TOOL, *map(str, arguments)])
+    runpy.run_path(str(repo / TOOL), run_name='__main__')
+
+
+def test_the_page_is_written_and_checked(
+    repo: Path, root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep('default_w4a4_seed0', 200)
+    with pytest.raises(SystemExit) as stale:
+        run(repo, monkeypatch, '--root', root, '--check')
+    assert stale.value.code == 1 and not (root / 'docs').exists()
+    run(repo, monkeypatch, '--root', root)
+    text = (root / 'docs/results.md').read_text()
+    assert [line for line in text.splitlines() if line.startswith('## ')] == [
+        f'## Table {number}: {TABLES[number].title}' for number in (2, 4, 5, 6, 7, 8, 9, 10)
+    ]
+    run(repo, monkeypatch, '--root', root, '--check')
+    keep('default_w4a4_seed0', 210)
+    with pytest.raises(SystemExit):
+        run(repo, monkeypatch, '--root', root, '--check')
+
+
+def test_labels_of_sets_stand_beside_those_of_real_images(
+    repo: Path, root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbers(images: int, boxes: float, small: float, **correlation: float) -> dict[str, Any]:
+        sizes = dict(small=small, medium=0.25, large=0.75 - small)
+        return dict(images=images, boxes_per_image=dict(mean=boxes), box_sizes=sizes, correlation=correlation)
+
+    keep('default_w4a4_seed0', 200)
+    measured = dict(
+        annotations=dict(numbers(337, 8.34, 0.34), correlation={}),
+        sets={'default_prior': numbers(512, 8.24, 0.5, pearson=0.945, spearman=0.601), 'mine': numbers(4, 1, 0)},
+    )
+    (root / results_page.LABELS).write_text(json.dumps(measured))
+    run(repo, monkeypatch, '--root', root)
+    text = (root / 'docs/results.md').read_text()
+    ours = "adaptive sampling from the detector's prior (ours)"
+    labels = text[text.index('## Labels') :]
+    assert row(labels, ours) == ['512', '8.2', '50 %', '25 %', '25 %', '0.94', '0.60']
+    assert row(labels, '`mine`') == ['4', '1.0', '0 %', '25 %', '75 %', '', '']
+    assert row(labels, 'real, train2017') == ['337', '8.3', '34 %', '25 %', '41 %', '', '']
+    assert 'mine=work_dirs/yolov5-n/set_mine_seed0/calibration_set' in labels
+    for image in re.findall(r'\]\((images/[^)]*)\)', labels):
+        assert (repo / 'docs' / image).is_file()
+
+
+def test_the_numbers_of_the_page_are_those_of_the_runs_that_are_kept(repo: Path) -> None:
+    def tables(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line[:1] == '|']
+
+    page = (repo / results_page.PAGE).read_text(encoding='utf-8')
+    assert tables(page) == tables(results_page.render(results_page.read_runs(repo), results_page.read_labels(repo)))
+
+
+def test_the_summary_of_the_readme_is_that_of_the_page(
+    root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = root / 'README.md'
+    readme.write_text(f'before\n<!-- summary of {results_page.RESULTS} -->\n<!-- end of summary -->\nafter\n')
+    for name, ap in (('default_w4a8_seed0', 210), ('default_w4a8_seed1', 230), ('default_w8a8_seed0', 290)):
+        keep(name, ap)
+    keep('default_1024_w6a6_seed0', 280)
+    keep('default_mixed-size_w4a8_seed0', 250)
+    keep('default_1024_allocated_w6a6_seed0', 285)
+    keep('default_real337_w8a8_seed0', 295)
+    monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root)])
+    results_page.main()
+    text = readme.read_text()
+    assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
+    cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
+    head, _, full, paper, lsq, real, zero_shot, mixed, more, more_mixed = cells
+    assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
+    assert full == ['30.0'] * 5 and lsq == paper == [''] * 5 and real == ['29.5', *[''] * 4]
+    assert zero_shot == ['29.0', '', '', '22.0', ''] and more == ['', '28.0', '', '', '']
+    assert mixed == ['', '', '', '25.0', ''] and more_mixed == ['', '28.5', '', '', '']
+    # It is checked with the page.
+    monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
+    results_page.main()
+    readme.write_text(text.replace('22.0', '23.0'))
+    with pytest.raises(SystemExit):
+        results_page.main()
+    assert 'README.md is not up to date' in capsys.readouterr().err
