@@ -85,7 +85,7 @@ def test_plain_coco_dataset_reads_it_too(root):
     )
 
 
-def test_nothing_of_coco_is_inherited(root):
+def test_no_meta_information_of_coco_is_inherited(root):
     assert CalibrationDataset(str(root)).metainfo == dict(classes=CLASSES)
 
 
@@ -108,7 +108,7 @@ def test_an_incomplete_set_is_refused(root):
 
 @pytest.fixture
 def files_read(monkeypatch) -> list[str]:
-    """Paths of the images that were decoded since."""
+    """Paths of the decoded images."""
     paths: list[str] = []
     transform = LoadImageFromFile.transform
 
@@ -153,7 +153,7 @@ def test_a_set_larger_than_the_cache_is_decoded_on_access(
     assert len(files_read) == decoded_again
 
 
-def test_what_a_pipeline_does_to_an_image_is_done_to_a_copy(root):
+def test_the_pipeline_gets_a_copy_of_a_cached_image(root):
     class Blacken:
         def __call__(self, results):
             results['img'][:] = 0

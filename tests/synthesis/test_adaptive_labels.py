@@ -90,7 +90,7 @@ def test_only_predictions_of_a_likely_area_are_added(box, added):
     assert relabel(labels_of(A), predictions_of((box, 0.9, 7)))[1] == (added, 0)
 
 
-def test_what_reaches_out_of_the_image_is_cut_off():
+def test_predictions_are_clipped_to_the_image():
     new, _ = relabel(labels_of(A), predictions_of(((80.0, 80.0, 130.0, 120.0), 0.9, 7)))
     assert new == [(A, 0), ((80.0, 80.0, 100.0, 100.0), 7)]
 
@@ -130,7 +130,7 @@ def test_an_only_label_is_never_removed():
     assert counts == (1, 0)
 
 
-def test_an_image_without_labels_gets_what_is_seen():
+def test_an_image_without_labels_gets_all_predictions():
     new, counts = relabel(labels_of(), predictions_of((B, 0.9, 7)))
     assert new == [(B, 7)]
     assert counts == (1, 0)
@@ -138,7 +138,7 @@ def test_an_image_without_labels_gets_what_is_seen():
 
 
 @pytest.mark.parametrize('predictions', [predictions_of(), predictions_of((C, 0.1, 7))])
-def test_nothing_is_removed_when_nothing_is_seen(predictions):
+def test_nothing_is_removed_when_nothing_is_predicted(predictions):
     new, counts = relabel(labels_of(A, B), predictions)
     assert new == [(A, 0), (B, 0)]
     assert counts == (0, 0)
@@ -277,7 +277,7 @@ def test_half_precision_predictions_become_labels_of_the_usual_type():
     assert new.labels.dtype == torch.long
 
 
-def test_it_is_due_after_warmup_and_every_interval():
+def test_it_relabels_after_warmup_and_then_every_interval():
     sampler = AdaptiveLabelSampler(warmup=800, interval=100)
     due = [iteration for iteration in range(1150) if sampler.should_relabel(iteration)]
     assert due == [800, 900, 1000, 1100]
@@ -291,7 +291,7 @@ def test_it_starts_from_one_box_an_image_by_default():
     assert [len(instances) for instances in labels] == [1, 1, 1]
 
 
-def test_a_real_start_makes_it_real(monkeypatch):
+def test_it_uses_real_labels_if_its_start_does(monkeypatch):
     class RealStub(LabelSampler):
         uses_real_labels = True
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration set is an ordinary COCO data set, refuses to be mistaken for another, and heals."""
+"""A calibration set is a COCO data set, refuses other settings, and can be repaired."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEIGHT, WIDTH = 24, 32
 
 
 def make_shard(index: int, count: int) -> tuple[np.ndarray, list[InstanceData]]:
-    """What a synthesizer would return: a function of the shard's index alone."""
+    """Images and labels that depend only on the index of the shard."""
     images = np.random.default_rng(index).integers(0, 256, (count, HEIGHT, WIDTH, 3), dtype=np.uint8)
     generator = torch.Generator().manual_seed(index)
     return images, MultiBoxSampler((1, 3)).sample(count, (HEIGHT, WIDTH), 3, generator)
@@ -248,7 +248,7 @@ def test_damage_is_found_named_and_healed(tmp_path):
     again.verify()
 
 
-def test_lost_annotations_take_a_merge_only(tmp_path):
+def test_a_merge_restores_lost_annotations(tmp_path):
     calibration_set = make(tmp_path)
     whole = content(tmp_path)
     (tmp_path / 'annotations' / 'instances.json').unlink()
@@ -258,7 +258,7 @@ def test_lost_annotations_take_a_merge_only(tmp_path):
     assert content(tmp_path) == whole
 
 
-def test_a_shard_made_anew_does_not_count_until_it_is_whole(tmp_path, monkeypatch):
+def test_a_rewritten_shard_is_incomplete_until_it_is_written(tmp_path, monkeypatch):
     calibration_set = make(tmp_path)
 
     def fail(*_: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.patching import patched
-from mmzsq.synthesis import batch_norm as watching
+from mmzsq.synthesis import batch_norm as batch_norm_module
 from mmzsq.synthesis.batch_norm import HAS_TRITON, BatchNormStatisticsCollector
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
 
@@ -116,7 +116,7 @@ def check_layers(device: str) -> None:
 
 
 def compare(function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
-    """Values and gradient, that of the output as it may come: dense, in the other layout, or part of a wider one."""
+    """Values and gradients, for output gradients that are dense, in the other layout, or a slice of a wider tensor."""
     inputs = inputs.clone().requires_grad_()
     output, expected = function(inputs), reference(inputs)
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -143,7 +143,7 @@ def test_kernels_compute_what_pytorch_does() -> None:
 
 
 @pytest.mark.cuda
-def test_kernels_take_bf16_and_sum_in_fp32() -> None:
+def test_kernels_accept_bf16_and_sum_in_fp32() -> None:
     features = torch.randn(8, 32, 40, 40, device='cuda').bfloat16().to(memory_format=torch.channels_last)
     constants = torch.randn(3, 32, device='cuda')
     output, sums = batch_norm(features, *constants, 2)
@@ -161,7 +161,7 @@ def test_kernels_take_bf16_and_sum_in_fp32() -> None:
     ],
 )
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
+def test_an_observed_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
     device: str, path: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.cnn import ConvModule
@@ -182,10 +182,12 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
     results = []
     # cuDNN would round to TF32, to other values in another layout.
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    replaceable = watching._is_replaceable
+    replaceable = batch_norm_module._is_replaceable
     for taken in ('hooks', path):
-        monkeypatch.setattr(watching, 'HAS_TRITON', taken == 'fused')
-        monkeypatch.setattr(watching, '_is_replaceable', replaceable if taken != 'hooks' else lambda layer: False)
+        monkeypatch.setattr(batch_norm_module, 'HAS_TRITON', taken == 'fused')
+        monkeypatch.setattr(
+            batch_norm_module, '_is_replaceable', replaceable if taken != 'hooks' else lambda layer: False
+        )
         prior = BNStatisticsPrior(form='kl', weight=1.0)
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         images = images.to(device).contiguous(memory_format=layout).requires_grad_()

@@ -236,7 +236,7 @@ def test_priors_that_fit_the_detector_are_combined(parts: dict[str, nn.Module], 
 
 
 @pytest.mark.parametrize('parts', [WITH_GROUPNORM, WITHOUT_STATISTICS])
-def test_without_a_feature_prior_one_goes_on_only_if_asked_to(parts: dict[str, nn.Module]) -> None:
+def test_a_missing_feature_prior_is_an_error_unless_allowed(parts: dict[str, nn.Module]) -> None:
     detector = nn.ModuleDict(parts)
     message = (
         'neither BatchNorm layers with running statistics nor attention in its backbone. '
@@ -250,19 +250,19 @@ def test_without_a_feature_prior_one_goes_on_only_if_asked_to(parts: dict[str, n
     assert isinstance(left, TotalVariationPrior)
 
 
-def test_a_user_who_lists_no_feature_prior_has_asked_for_none() -> None:
+def test_no_feature_prior_is_required_if_none_is_configured() -> None:
     prior = TotalVariationPrior()
     assert select_priors([prior], nn.ModuleDict(WITH_GROUPNORM), require_features=True) == [prior]
 
 
 class FakeTask(NamedTuple):
-    """As much of a task as a generator looks at when it is built."""
+    """The part of a task that the constructor of the generator reads."""
 
     detector: nn.Module
 
 
 @pytest.mark.parametrize('options', [dict(), dict(require_feature_prior=True), dict(require_feature_prior=False)])
-def test_a_generator_synthesizes_with_those_that_fit_and_says_which_do_not(options: dict[str, bool]) -> None:
+def test_a_generator_uses_applicable_priors_and_lists_the_others(options: dict[str, bool]) -> None:
     synthesis = dict(
         relabel=None,
         synthesize=dict(image_size=32, iterations=1),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blind samplers draw what Table 1 of the paper says, from their generator and nothing else."""
+"""Random samplers follow Table 1 of the paper and use no randomness but their generator."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of real images, against pycocotools and MMDetection's reader of Pascal VOC; and files that are not right."""
+"""Labels of real images, against pycocotools and MMDetection's reader of Pascal VOC; errors for invalid files."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_generator_alone_decides(shared: Path) -> None:
     assert first == second != other
 
 
-def test_it_says_that_it_is_not_zero_shot_alone_and_as_a_start(coco_file: Path) -> None:
+def test_it_uses_real_labels_alone_and_as_a_start(coco_file: Path) -> None:
     cfg = dict(type='mmzsq.RealLabelSampler', ann_file=str(coco_file))
     assert LABEL_SAMPLERS.build(cfg).uses_real_labels
     adaptive = AdaptiveLabelSampler(start=cfg)

@@ -160,7 +160,7 @@ def test_no_hook_is_left_on_the_detector() -> None:
     assert not task.detector._forward_pre_hooks
 
 
-def test_progress_tells_the_truth() -> None:
+def test_progress_reports_iterations_losses_and_images() -> None:
     seen = []
     result = Synthesizer(BrightBoxes(), []).run(LABELS, SIZE, 40, seed=0, on_progress=seen.append)
     assert [step.iteration for step in seen] == list(range(2, 41, 2))
@@ -215,7 +215,7 @@ def test_images_start_from_those_given_and_take_the_rate_given() -> None:
 
 
 class Pausing:
-    """Counts what is seen of a network outside of its pauses."""
+    """Counts how often it is attached and paused."""
 
     def __init__(self) -> None:
         self.pauses = 0
@@ -237,7 +237,7 @@ class Pausing:
 
 
 def test_priors_pause_while_the_detector_predicts_and_stay_attached() -> None:
-    """What a captured step reads must not be freed: a graph is replayed after a prediction that changed no label."""
+    """A graph is replayed after a prediction that changed no label, so memory that it reads must not be freed."""
     task, prior = BrightBoxes(), Pausing()
     task.predictions = [InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long())] * 2
     sampler = AdaptiveLabelSampler(warmup=2, interval=2)
@@ -270,8 +270,8 @@ def test_corrected_labels_are_written_in_place_where_the_task_can() -> None:
     assert (result.images - BrightBoxes().data_samples(result.labels, SIZE)).abs().max() < 0.05
 
 
-def test_a_step_that_waits_for_the_device_is_taken_again_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check that finds it out is off by then."""
+def test_a_step_that_synchronizes_is_repeated_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check for synchronization is off in the repeated step."""
     mode = 'default'
 
     def set_mode(new: str) -> None:
@@ -296,8 +296,8 @@ def test_a_step_that_waits_for_the_device_is_taken_again_eagerly(monkeypatch: py
     assert step.synthesizer.eager_reason == 'called a synchronizing CUDA operation'
 
 
-def test_what_waits_for_the_device_makes_the_images_of_an_eager_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attempt draws random numbers and shows the priors features, and then fails: neither is left of it."""
+def test_a_failed_capture_gives_the_images_of_an_eager_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failed attempt draws random numbers and is observed by the priors; both must be undone."""
     for name in ('get_sync_debug_mode', 'set_sync_debug_mode'):
         monkeypatch.setattr(torch.cuda, name, lambda *mode: 'default')
 
@@ -351,7 +351,7 @@ def test_each_of_two_priors_of_a_kind_counts() -> None:
 
 
 def test_the_best_images_are_those_of_the_final_labels() -> None:
-    """Their loss is higher than that of the images before, which lack an object."""
+    """Their loss is higher than that of earlier images, which lack an object."""
 
     class DearBoxes(BrightBoxes):
         def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:

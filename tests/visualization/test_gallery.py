@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets show what a set holds: boxes and, where there are any, masks."""
+"""Contact sheets show the boxes and masks of a set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmzsq.visualization.gallery import GAP, MASK_OPACITY, TITLE_HEIGHT, draw_la
 SIZE = (128, 128)
 TILE = 256
 INNER = torch.tensor([[24.0, 40.0, 88.0, 104.0]])
-"""What the mask fills an ellipse of: less than the box, whose lines would hide the outline."""
+"""Box of the mask's ellipse; smaller than the label's box, whose lines would hide the outline."""
 
 
 def label(masks: bool = True) -> InstanceData:
@@ -88,7 +88,7 @@ def test_the_gallery_of_a_set_shows_the_labels_on_disk(tmp_path: Path, masks: bo
     assert ((tmp_path / 'set.png').read_bytes() != (tmp_path / 'plain.png').read_bytes()) == masks
 
 
-def test_sets_stand_one_under_the_other_by_the_same_indices(repo: Path, tmp_path: Path) -> None:
+def test_side_by_side_shows_the_same_indices_of_each_set(repo: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     many = random.integers(0, 256, (2, 3, *SIZE, 3), dtype=np.uint8)
     roots = [write_set(tmp_path / name, images, masks=False) for name, images in zip('ab', many, strict=True)]
