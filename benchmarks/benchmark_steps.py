@@ -31,7 +31,7 @@ from mmzsq.config.compose import complete_section, compose
 from mmzsq.datasets import stack_images
 from mmzsq.errors import UserError
 from mmzsq.models.train_eval_modes import eval_mode
-from mmzsq.qat.probe import probe
+from mmzsq.qat.dry_run import dry_run
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import calibrating
 from mmzsq.registry import MODELS
@@ -213,7 +213,7 @@ def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
     hooks = [layer.register_forward_pre_hook(take_scale) for layer in layers]
     hooks.append(detector.register_forward_pre_hook(lambda _, arguments: (noise, *arguments[1:])))
     with torch.no_grad(), eval_mode(detector, keep=()):
-        probe(detector, NOISE_SIZE)
+        dry_run(detector, NOISE_SIZE)
     for hook in hooks:
         hook.remove()
     return detector

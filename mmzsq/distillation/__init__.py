@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation: what a quantized student is told by its full-precision teacher."""
+"""Distillation: losses between a quantized student and its full-precision teacher."""
 
 from mmzsq.distillation.augmentation import BatchAugmentation
+from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.dense import DensePredictionLoss, DensePredictions
+from mmzsq.distillation.divergence import kl_divergence
 from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
-from mmzsq.distillation.losses import DistillationLoss, Outputs, PredictionKLLoss, kl_divergence
+from mmzsq.distillation.prediction_kl import PredictionKLLoss
 from mmzsq.distillation.predictions import PredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors, match_modules
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
-    MASK_ROIS,
+    MASK_ROI_INDICES,
     TwoStagePredictionLoss,
     foreground,
-    most_confident,
+    most_confident_indices,
     two_stage_unsupported_reason,
 )
 
 __all__ = [
-    'MASK_ROIS',
+    'MASK_ROI_INDICES',
     'BatchAugmentation',
     'DensePredictionLoss',
     'DensePredictions',
@@ -34,7 +36,7 @@ __all__ = [
     'foreground',
     'kl_divergence',
     'match_modules',
-    'most_confident',
+    'most_confident_indices',
     'transformer_blocks',
     'regions_unsupported_reason',
     'two_stage_unsupported_reason',

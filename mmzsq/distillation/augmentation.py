@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other views of synthetic images, for teacher and student alike, made on the device a batch at a time.
+"""Augmentation of batches of synthetic images on the device, the same for teacher and student.
 
-A calibration set is small and has a look of its own, which a student learns by heart. Distillation needs no labels: the
-teacher says of every image what is in it, of a mirrored, tiled or tinted one too. All choices are tensors, so that a
-captured training step makes new ones each time.
+A calibration set is small, and a student overfits to it. Distillation needs no labels, because the teacher also
+predicts on mirrored, tiled and tinted images. All random choices are tensors, so that a captured training step draws
+new ones at each replay.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ KEYS = ('flip', 'mosaic', 'color')
 
 
 class BatchAugmentation(nn.Module):
-    """Mirrors, tiles and tints images at random, each apart from the others.
+    """Mirrors, tiles and tints each image at random, independently of the others.
 
     Args:
         flip: Probability that an image is mirrored left to right.
-        mosaic: Probability that an image makes room for four of the batch, itself and the next three, at half their
-            size: four times the objects, half as large.
-        color: Largest change of each color channel's gain, as a logarithm: 0.3 is a factor from 0.74 to 1.35.
+        mosaic: Probability that an image is replaced by a mosaic of four images of the batch, itself and the next
+            three, at half their size: four times as many objects, half as large.
+        color: Maximum absolute logarithm of each color channel's gain: 0.3 means a factor from 0.74 to 1.35.
 
     Raises:
         UserError: If a number is out of its range.
@@ -34,14 +34,14 @@ class BatchAugmentation(nn.Module):
         super().__init__()
         for name, value, most in (('flip', flip, 1.0), ('mosaic', mosaic, 1.0), ('color', color, 2.0)):
             if not 0 <= value <= most:
-                raise UserError(f'zsq.train.augmentation.{name} is a number from 0 to {most:g}, not {value!r}')
+                raise UserError(f'zsq.train.augmentation.{name} must be a number from 0 to {most:g}, but is {value!r}')
         self.flip = flip
         self.mosaic = mosaic
         self.color = color
 
     @classmethod
     def from_cfg(cls, cfg: dict[str, float] | None) -> BatchAugmentation | None:
-        """Read the section ``zsq.train.augmentation``; None is no augmentation.
+        """Build from the section ``zsq.train.augmentation``; None means no augmentation.
 
         Raises:
             UserError: If a key is unknown.
@@ -52,20 +52,20 @@ class BatchAugmentation(nn.Module):
         return cls(**cfg)
 
     def forward(self, inputs: Tensor, black: Tensor, white: Tensor) -> Tensor:
-        """Return other views of a batch.
+        """Augment a batch.
 
         Args:
-            inputs: Images as the network takes them, (N, 3, H, W).
-            black: What the darkest pixel is in ``inputs``, shape (3, 1, 1).
-            white: The brightest, likewise.
+            inputs: Normalized images, (N, 3, H, W).
+            black: Normalized value of the darkest pixel, (3, 1, 1).
+            white: Normalized value of the brightest pixel, (3, 1, 1).
 
         Returns:
-            Images of the same shape, within black and white.
+            Images of the same shape, between ``black`` and ``white``.
         """
         if self.flip:
-            inputs = torch.where(_chosen(inputs, self.flip), inputs.flip(3), inputs)
+            inputs = torch.where(_draw_mask(inputs, self.flip), inputs.flip(3), inputs)
         if self.mosaic:
-            inputs = torch.where(_chosen(inputs, self.mosaic), mosaics(inputs), inputs)
+            inputs = torch.where(_draw_mask(inputs, self.mosaic), mosaics(inputs), inputs)
         if self.color:
             spread = torch.rand(len(inputs), inputs.shape[1], 1, 1, device=inputs.device) * 2 - 1
             gain = (self.color * spread).exp().to(inputs.dtype)
@@ -73,18 +73,18 @@ class BatchAugmentation(nn.Module):
         return inputs
 
     def extra_repr(self) -> str:
-        """All settings."""
+        """Show all settings."""
         return f'flip={self.flip}, mosaic={self.mosaic}, color={self.color}'
 
 
 def mosaics(images: Tensor) -> Tensor:
-    """For each image, itself and the next three of the batch in the quarters of one image.
+    """Tile each image and the next three of the batch into the quarters of one image.
 
     Args:
-        images: Shape (N, C, H, W); the first follow the last.
+        images: Shape (N, C, H, W). The first images follow the last one.
 
     Returns:
-        The same shape.
+        Mosaics, (N, C, H, W).
     """
     height, width = images.shape[2:]
     rows = []
@@ -98,6 +98,6 @@ def mosaics(images: Tensor) -> Tensor:
     return torch.cat(rows, 2)
 
 
-def _chosen(inputs: Tensor, probability: float) -> Tensor:
-    """For each image True with that probability, (N, 1, 1, 1)."""
+def _draw_mask(inputs: Tensor, probability: float) -> Tensor:
+    """Draw a Boolean mask of the images, (N, 1, 1, 1), True with the given probability."""
     return torch.rand(len(inputs), 1, 1, 1, device=inputs.device) < probability

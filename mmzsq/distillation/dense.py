@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of dense heads: what each location says, weighted by how sure the teacher is that something is there."""
+"""Distillation of dense heads: objectness, categories and box of each location."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from mmzsq.boxes import complete_iou
-from mmzsq.distillation.losses import DistillationLoss, Outputs, binary_kl, soft_object_count
+from mmzsq.distillation.base import Outputs, WeightedTermsLoss
+from mmzsq.distillation.divergence import binary_kl, soft_object_count
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
 
 class DensePredictions(NamedTuple):
-    """What a dense head says at each of its P locations.
+    """Decoded predictions of a dense head at each of its P locations.
 
     Attributes:
         bboxes: Decoded boxes, xyxy pixels of the network's input, (N, P, 4).
         objectness: Logits that there is an object, (N, P).
-        classes: Logits of each category, sigmoid, (N, P, C).
+        classes: Sigmoid logits of each category, (N, P, C).
     """
 
     bboxes: Tensor
@@ -30,18 +31,29 @@ class DensePredictions(NamedTuple):
 
 
 class DenseHead(Protocol):
-    """A head that can tell what its raw maps mean; a detector's adapter to :class:`DensePredictionLoss`."""
+    """Interface of a head that :class:`DensePredictionLoss` supports."""
 
     def dense_predictions(self, maps: Sequence[Tensor]) -> DensePredictions:
-        """Decode raw maps, as many as the head returns."""
+        """Decode the raw maps that the head returns.
+
+        Args:
+            maps: All maps of one forward pass, in the order in which the head returns them.
+        """
 
 
 def dense_terms(student: DensePredictions, teacher: DensePredictions) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence of objectness, of categories and of boxes; each a scalar.
+    """Divergences of objectness, categories and boxes.
 
-    Objectness is compared everywhere, categories (binary KL, summed over them) and boxes (1 - CIoU) in proportion to
-    the teacher's probability of an object; all is divided by the sum of these probabilities over the batch, the soft
-    number of objects.
+    Objectness is compared at every location (binary KL). Categories (binary KL, summed over categories) and boxes
+    (1 - CIoU) are weighted by the teacher's probability of an object. Each term is divided by the sum of these
+    probabilities over the batch, the soft number of objects.
+
+    Args:
+        student: Predictions of the student: boxes (N, P, 4), objectness (N, P), categories (N, P, C).
+        teacher: Predictions of the teacher on the same images, the same shapes, without gradient.
+
+    Returns:
+        The divergences of objectness, of categories and of boxes, scalars.
     """
     weight = teacher.objectness.sigmoid()
     total = soft_object_count(weight)
@@ -51,14 +63,14 @@ def dense_terms(student: DensePredictions, teacher: DensePredictions) -> tuple[T
     return objectness, classes, boxes
 
 
-def decodes_densely(detector: nn.Module, head: str = 'bbox_head') -> bool:
-    """Whether ``detector`` has a :class:`DenseHead` of that name."""
+def has_dense_predictions(detector: nn.Module, head: str = 'bbox_head') -> bool:
+    """Return whether the head of that name in ``detector`` is a :class:`DenseHead`."""
     return hasattr(getattr(detector, head, None), 'dense_predictions')
 
 
 @MODELS.register_module()
-class DensePredictionLoss(DistillationLoss):
-    """What each location says: objectness, categories and box, see :func:`dense_terms`.
+class DensePredictionLoss(WeightedTermsLoss):
+    """Divergences of objectness, categories and boxes of a dense head, see :func:`dense_terms`.
 
     Args:
         loss_weight: Factor of the whole loss.
@@ -79,13 +91,16 @@ class DensePredictionLoss(DistillationLoss):
         box_weight: float = 1.0,
         head: str = 'bbox_head',
     ) -> None:
-        super().__init__(loss_weight)
-        self.weights = (objectness_weight, class_weight, box_weight)
+        super().__init__(loss_weight, objectness=objectness_weight, classes=class_weight, boxes=box_weight)
         self.head = head
 
     def taps(self, detector: nn.Module) -> list[str]:
-        """The head."""
-        if not decodes_densely(detector, self.head):
+        """Return the name of the head.
+
+        Raises:
+            UserError: If the head has no ``dense_predictions``.
+        """
+        if not has_dense_predictions(detector, self.head):
             raise UserError(
                 f'DensePredictionLoss needs {self.head}.dense_predictions(maps), which {type(detector).__name__} '
                 "lacks: use dict(type='mmzsq.PredictionKLLoss') in zsq.distillation.losses, or add the method to "
@@ -94,16 +109,17 @@ class DensePredictionLoss(DistillationLoss):
         return [self.head]
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
-        """Return the weighted loss, a scalar."""
+        """Return the weighted loss, a scalar.
+
+        Args:
+            student: Raw maps of the student's head, by the name of the head.
+            teacher: Raw maps of the teacher's head on the same images, without gradient.
+            detector: The student. Its head decodes both.
+        """
         head = getattr(detector, self.head)
         preds_S, preds_T = (
             DensePredictions(*head.dense_predictions([m.float() for m in outputs[self.head]]))
             for outputs in (student, teacher)
         )
-        terms = zip(self.weights, dense_terms(preds_S, preds_T), strict=True)
+        terms = zip(self.weights.values(), dense_terms(preds_S, preds_T), strict=True)
         return self.loss_weight * torch.stack([w * term for w, term in terms]).sum()
-
-    def extra_repr(self) -> str:
-        """All weights."""
-        objectness, classes, boxes = self.weights
-        return f'{super().extra_repr()}, objectness={objectness}, classes={classes}, boxes={boxes}'

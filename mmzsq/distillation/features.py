@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature-level distillation (paper, section 3.3, eq. 7), and which features of a detector it compares by default."""
+"""Feature-level distillation (paper, section 3.3, eq. 7), and the default choice of features to compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from mmzsq.distillation.losses import MASK_HEAD, DistillationLoss, Outputs
+from mmzsq.distillation.base import DistillationLoss, Outputs
+from mmzsq.distillation.divergence import relative_errors
+from mmzsq.distillation.prediction_kl import IMAGE_MASK_HEAD
 from mmzsq.distillation.recorder import match_modules
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
@@ -22,23 +23,23 @@ from mmzsq.registry import MODELS
 FEATURE_PARTS = ('backbone', 'neck', 'encoder')
 """Attributes of MMDetection's detectors that turn images into feature maps."""
 
-ROI_PART = 'roi_head.'
-"""Prefix of modules that see regions instead of images."""
+ROI_PREFIX = 'roi_head.'
+"""Prefix of the names of modules that see regions instead of images."""
 
 
 @MODELS.register_module()
 class FeatureMSELoss(DistillationLoss):
-    """The paper's eq. 7: mean squared difference of feature maps, averaged over layers.
+    """Mean squared error of feature maps, averaged over layers (paper, eq. 7).
 
-    A layer whose output the network goes on to change in place, such as BatchNorm before an in-place ReLU, is compared
-    as it is afterwards.
+    If the network modifies the output of a layer in place, as an in-place ReLU after BatchNorm does, the modified
+    output is compared.
 
     Args:
-        modules: Patterns of module names, see :func:`~mmzsq.distillation.recorder.match_modules`; None: found on the
-            detector by :func:`feature_modules`.
+        modules: Patterns of module names, see :func:`~mmzsq.distillation.recorder.match_modules`. By default
+            :func:`feature_modules` chooses the modules.
         loss_weight: Factor of the loss.
-        normalize: Whether each layer's error is divided by the mean square of the teacher's features, so that layers of
-            large activations do not outweigh the others.
+        normalize: Whether to divide the error of each layer by the mean square of the teacher's features. Layers with
+            large activations then do not dominate the loss.
     """
 
     def __init__(self, modules: Sequence[str] | None = None, loss_weight: float = 1.0, normalize: bool = False) -> None:
@@ -47,26 +48,37 @@ class FeatureMSELoss(DistillationLoss):
         self.normalize = normalize
 
     def taps(self, detector: nn.Module) -> list[str]:
-        """The modules that the patterns select."""
+        """Return the names of the compared modules.
+
+        Raises:
+            UserError: If a pattern matches no module, or no features are found by default.
+        """
         return feature_modules(detector) if self.patterns is None else match_modules(detector, self.patterns)
 
     def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
-        """Return the weighted loss, a scalar."""
+        """Return the weighted loss, a scalar.
+
+        Args:
+            student: Features of the student by module name: any number of tensors of any shape for each module, such as
+                (N, C, H, W). Modules that this loss does not compare are ignored.
+            teacher: Features of the teacher on the same images, the same shapes, without gradient.
+            detector: The student, whose module names the patterns select.
+        """
         pairs = [
             pair
             for name, features in teacher.items()
             if name in self._names(detector)
             for pair in zip(student[name], features, strict=True)
         ]
-        errors = torch.stack([mean_squared_error(s, t) for s, t in pairs])
+        mean_squared_errors = [mean_squared_error(s, t) for s, t in pairs]
         if self.normalize:
-            # Of the images of all processes, in one call.
-            squares = reduce_mean(torch.stack([t.float().square().mean() for _, t in pairs]))
-            errors = errors / squares.clamp(min=1e-12)
+            errors = relative_errors(mean_squared_errors, [t for _, t in pairs])
+        else:
+            errors = torch.stack(mean_squared_errors)
         return self.loss_weight * errors.mean()
 
     def extra_repr(self) -> str:
-        """Weight and whether errors are relative."""
+        """Show the weight and whether errors are normalized."""
         return f'{super().extra_repr()}, normalize={self.normalize}'
 
     def _names(self, detector: nn.Module) -> set[str]:
@@ -76,17 +88,19 @@ class FeatureMSELoss(DistillationLoss):
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference in fp32, a scalar; of 16-bit features no fp32 copy outlives the call.
+    """Mean squared error in fp32, a scalar.
+
+    No fp32 copy of 16-bit features is kept for backward.
 
     Args:
-        student: Features of any shape and type.
-        teacher: Likewise; gets no gradient.
+        student: Features of any shape and dtype.
+        teacher: Features of the same shape. They get no gradient.
     """
     return _MeanSquaredError.apply(student, teacher)
 
 
 class _MeanSquaredError(torch.autograd.Function):
-    """Keeps the features as they are, which the networks hold anyway, and converts them again in backward."""
+    """Saves the features themselves, which the networks hold anyway, and converts them to fp32 again in backward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
@@ -102,22 +116,24 @@ class _MeanSquaredError(torch.autograd.Function):
 
 
 def feature_modules(detector: nn.Module) -> list[str]:
-    """Names of the modules whose outputs tell most of what a detector sees, in order of registration.
+    """Return the names of the modules to compare by default, in order of registration.
 
-    Every BatchNorm, and every transformer block (:func:`transformer_blocks`) of :data:`FEATURE_PARTS`. A part with
-    neither inside is compared by what it returns. So are the parts of a mask head beside a box head: the whole head
-    sees what that one picks, they see images. Modules of a RoI head are left out.
+    * every BatchNorm outside the RoI head;
+    * every transformer block (:func:`transformer_blocks`) of :data:`FEATURE_PARTS`;
+    * a whole part of :data:`FEATURE_PARTS` that contains neither;
+    * if a mask head stands beside a box head, the children of the mask head: they see images, while the head as a whole
+      sees the locations that the box head selects.
 
     Args:
         detector: Any detector.
 
     Raises:
-        UserError: If it has none of these, nor backbone or neck.
+        UserError: If the detector has none of these.
     """
     names = {
         name
         for name, module in detector.named_modules()
-        if isinstance(module, _BatchNorm) and not name.startswith(ROI_PART)
+        if isinstance(module, _BatchNorm) and not name.startswith(ROI_PREFIX)
     }
     for part in FEATURE_PARTS:
         module = getattr(detector, part, None)
@@ -125,9 +141,11 @@ def feature_modules(detector: nn.Module) -> list[str]:
             names.update(f'{part}.{name}' for name in transformer_blocks(module))
             if not any(name.startswith(f'{part}.') for name in names):
                 names.add(part)
-    mask_head = getattr(detector, MASK_HEAD, None)
+    mask_head = getattr(detector, IMAGE_MASK_HEAD, None)
     if isinstance(mask_head, nn.Module) and hasattr(detector, 'bbox_head'):
-        names.update(f'{MASK_HEAD}.{name}' for name, part in mask_head.named_children() if _weighted_layers(part))
+        names.update(
+            f'{IMAGE_MASK_HEAD}.{name}' for name, part in mask_head.named_children() if _count_weighted_layers(part)
+        )
     if not names:
         raise UserError(
             f'{type(detector).__name__} has neither BatchNorm nor backbone or neck: name the modules to compare in '
@@ -137,11 +155,14 @@ def feature_modules(detector: nn.Module) -> list[str]:
 
 
 def transformer_blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks of ``model``, in order of registration.
+    """Return the names of the transformer blocks of ``model``, in order of registration.
 
-    An attention module is what says into how many heads it splits its channels (``num_heads`` or
-    ``num_attention_heads``), the innermost that does. Its block is the smallest module around it that also owns the
-    feed-forward network: two or more linear layers or convolutions that are not the attention's.
+    An attention module is an innermost module with an attribute ``num_heads`` or ``num_attention_heads``. Its block is
+    the smallest module around it that also contains the feed-forward network: at least two linear layers or
+    convolutions outside the attention module.
+
+    Args:
+        model: Any network.
     """
     modules = dict(model.named_modules())
     heads = [n for n, m in modules.items() if hasattr(m, 'num_heads') or hasattr(m, 'num_attention_heads')]
@@ -152,11 +173,11 @@ def transformer_blocks(model: nn.Module) -> list[str]:
         around = attention
         while '.' in around:
             around = around.rpartition('.')[0]
-            if _weighted_layers(modules[around]) - _weighted_layers(modules[attention]) >= 2:
+            if _count_weighted_layers(modules[around]) - _count_weighted_layers(modules[attention]) >= 2:
                 blocks.add(around)
                 break
     return [name for name in modules if name in blocks]
 
 
-def _weighted_layers(module: nn.Module) -> int:
+def _count_weighted_layers(module: nn.Module) -> int:
     return sum(isinstance(child, nn.Linear | _ConvNd) for child in module.modules())

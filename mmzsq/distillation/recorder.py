@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps on a network: outputs of modules, by module name, without an edit of the model."""
+"""Record the outputs of the modules of a network by name, without changes to the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.patching import patched_forwards
 
 
 def flatten_tensors(output: Any) -> list[Tensor]:
-    """All tensors of a nest of tuples, lists and mappings, in order."""
+    """Return all tensors of nested tuples, lists and mappings, in order."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -54,11 +55,11 @@ def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 class Recorder:
-    """Collects what named modules return.
+    """Records the outputs of named modules. Several recorders may record one module at the same time.
 
     Args:
         model: The network.
-        names: Names of its modules.
+        names: Names of the modules to record.
 
     Raises:
         UserError: If a name is not a module of ``model``.
@@ -74,20 +75,16 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Record every forward inside the block.
+        """Record every forward pass inside the block.
 
         Yields:
-            Name to tensors that the module returned, flattened, of all its calls in order.
+            The tensors that each module returned, flattened, of all its calls in order, by module name.
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.modules}
-        for name, module in self.modules.items():
-            # Not a hook: MMDetection's detectors call `bbox_head.forward(...)` itself, which no hook hears.
-            module.forward = _recording(module.forward, outputs[name])
-        try:
+        # Not a forward hook: MMDetection's detectors call `bbox_head.forward(...)` directly, which runs no hook.
+        forwards = {module: _recording(module.forward, outputs[name]) for name, module in self.modules.items()}
+        with patched_forwards(forwards):
             yield outputs
-        finally:
-            for module in self.modules.values():
-                del module.forward
 
 
 def _recording(forward: Callable[..., Any], outputs: list[Tensor]) -> Callable[..., Any]:

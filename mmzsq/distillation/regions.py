@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of two-stage detectors whose second stage is more, or other, than one box head and one mask head.
+"""Distillation of two-stage detectors whose second stage has more than one box head and one mask head.
 
-Cascades, grids, points, scores of masks, semantic branches: every head of the second stage is compared on the teacher's
-regions (:mod:`mmzsq.qat.comparison` runs them so), in the way of
-:class:`~mmzsq.distillation.two_stage.TwoStagePredictionLoss` where its outputs are classes and boxes, by their error
-where nothing is known of what they mean.
+Examples are cascades, grid heads, point heads, mask scoring and semantic branches. Every head of the second stage is
+compared on the teacher's regions; :mod:`mmzsq.qat.paired_forward` runs both detectors on them. Outputs that are classes
+and boxes are compared as in :class:`~mmzsq.distillation.two_stage.TwoStagePredictionLoss`, all other outputs by their
+relative error.
 """
 
 from __future__ import annotations
@@ -16,54 +16,67 @@ import torch
 from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
+from mmzsq.distillation.base import Outputs, WeightedTermsLoss
 from mmzsq.distillation.dense import dense_terms
-from mmzsq.distillation.losses import DistillationLoss, Outputs
+from mmzsq.distillation.divergence import relative_errors
 from mmzsq.distillation.two_stage import RPN_HEAD, box_head_terms, rpn_predictions, scores_anchors_by_sigmoid
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
 ROI_HEAD = 'roi_head'
 SHARED_HEAD = 'shared_head'
-"""The part of a RoI head that makes features for others."""
+"""The child of a RoI head that computes features for the other heads."""
 
 
 def regions_unsupported_reason(detector: nn.Module) -> str | None:
-    """What keeps the heads of ``detector`` from being compared on the same regions, for a message; None if nothing."""
+    """Return why the heads of ``detector`` cannot be compared on the same regions, or None if they can.
+
+    Args:
+        detector: Any detector.
+
+    Returns:
+        The reason, a clause for a message.
+    """
     name = type(detector).__name__
     if not isinstance(detector, TwoStageDetector):
-        return f'{name} is no TwoStageDetector'
+        return f'{name} is not a TwoStageDetector'
     if type(detector)._forward is not TwoStageDetector._forward:
-        return f'{name} has a _forward() of its own'
+        return f'{name} overrides _forward()'
     if not (detector.with_rpn and detector.with_roi_head):
         return f'{name} has no rpn_head or no roi_head'
     return None
 
 
 def region_heads(detector: Any) -> list[str]:
-    """Names of the heads of the second stage, each stage of a cascade by itself.
+    """Return the names of the heads of the second stage; each stage of a cascade counts separately.
 
     Args:
-        detector: One for which :func:`regions_unsupported_reason` has no reason.
+        detector: A detector for which :func:`regions_unsupported_reason` is None.
     """
     return [
         f'{ROI_HEAD}.{name}'
-        for name, part in _parts(detector.roi_head)
+        for name, part in _trained_parts(detector.roi_head)
         if name != SHARED_HEAD and not isinstance(part, BaseRoIExtractor)
     ]
 
 
 def proposal_heads(detector: Any) -> list[str]:
-    """Names of what makes the maps of the first stage: the proposal network, or its stages if it only calls these."""
+    """Return the names of the modules that compute the maps of the first stage.
+
+    This is the proposal network, or its children if it has no ``forward`` and only calls them.
+
+    Args:
+        detector: A detector for which :func:`regions_unsupported_reason` is None.
+    """
     if type(detector.rpn_head).forward is not nn.Module.forward:
         return [RPN_HEAD]
-    return [f'{RPN_HEAD}.{name}' for name, _ in _parts(detector.rpn_head)]
+    return [f'{RPN_HEAD}.{name}' for name, _ in _trained_parts(detector.rpn_head)]
 
 
-def _parts(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Parts of a head that learn, each stage of a list by itself."""
+def _trained_parts(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a head that have parameters; the elements of a list separately."""
     for name, child in head.named_children():
         stages = enumerate(child) if isinstance(child, nn.ModuleList) else [(None, child)]
         for index, part in stages:
@@ -71,19 +84,13 @@ def _parts(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name if index is None else f'{name}.{index}', part
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error as a part of the teacher's mean square, a scalar.
+def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
+    """Return whether ``outputs`` are the softmax class logits and box deltas of one call of a ``BBoxHead``.
 
     Args:
-        student: Any shape.
-        teacher: The same.
+        head: The module that returned ``outputs``.
+        outputs: Its recorded outputs.
     """
-    teacher = teacher.float()
-    return (student.float() - teacher).square().mean() / reduce_mean(teacher.square().mean()).clamp(min=1e-12)
-
-
-def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
-    """Whether ``outputs`` are what a ``BBoxHead`` says of its regions in one call: classes by softmax, and deltas."""
     if not isinstance(head, BBoxHead) or head.custom_activation or head.custom_cls_channels:
         return False
     if head.bbox_coder.encode_size != 4:
@@ -92,12 +99,13 @@ def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
 
 
 @MODELS.register_module()
-class RegionPredictionLoss(DistillationLoss):
-    """What each head of a two-stage detector says of the teacher's regions.
+class RegionPredictionLoss(WeightedTermsLoss):
+    """Divergence of every head of a two-stage detector on the teacher's regions.
 
-    * the proposal network, where it is MMDetection's ``RPNHead``: as in ``TwoStagePredictionLoss``;
-    * box heads: classes and boxes, as there; the mean over the stages of a cascade;
-    * all other outputs, of proposal networks of another kind too: :func:`relative_error`, the mean over them.
+    * The proposal network, if it is MMDetection's ``RPNHead``: as in ``TwoStagePredictionLoss``.
+    * Box heads: classes and boxes as in ``TwoStagePredictionLoss``, averaged over the stages of a cascade.
+    * All other outputs, including those of other proposal networks: the squared error relative to the teacher's mean
+      square (:func:`~mmzsq.distillation.divergence.relative_errors`), averaged over the outputs.
 
     Args:
         loss_weight: Factor of the whole loss.
@@ -115,20 +123,19 @@ class RegionPredictionLoss(DistillationLoss):
         box_weight: float = 1.0,
         other_weight: float = 1.0,
     ) -> None:
-        super().__init__(loss_weight)
-        self.weights = (rpn_weight, class_weight, box_weight, other_weight)
+        super().__init__(loss_weight, rpn=rpn_weight, classes=class_weight, boxes=box_weight, others=other_weight)
 
     def taps(self, detector: nn.Module) -> list[str]:
-        """The heads of both stages.
+        """Return the names of the heads of both stages.
 
         Raises:
-            UserError: If they cannot be compared on the same regions.
+            UserError: If the heads cannot be compared on the same regions.
         """
         reason = regions_unsupported_reason(detector)
         if reason is not None:
             raise UserError(
-                f"RegionPredictionLoss does not fit: {reason}. Use dict(type='mmzsq.PredictionLoss') in "
-                'zsq.distillation.losses, which takes what fits'
+                f"RegionPredictionLoss does not support this detector: {reason}. Use dict(type='mmzsq.PredictionLoss') "
+                'in zsq.distillation.losses, which chooses a supported loss'
             )
         return [*proposal_heads(detector), *region_heads(detector)]
 
@@ -136,15 +143,14 @@ class RegionPredictionLoss(DistillationLoss):
         """Return the weighted loss, a scalar.
 
         Args:
-            student: Outputs of the heads, those of the second stage on the regions of the teacher's outputs.
-            teacher: Outputs of the heads.
+            student: Outputs of the heads. Those of the second stage belong to the teacher's regions.
+            teacher: Outputs of the heads on the same images and regions, without gradient.
             detector: The student.
         """
-        rpn_weight, class_weight, box_weight, other_weight = self.weights
         modules = dict(detector.named_modules())
         classes: list[Tensor] = []
         boxes: list[Tensor] = []
-        others: list[Tensor] = []
+        others: list[tuple[Tensor, Tensor]] = []
         maps: list[Tensor] = []
         for name in self.taps(detector):
             outputs_S, outputs_T, head = student[name], teacher[name], modules[name]
@@ -155,16 +161,18 @@ class RegionPredictionLoss(DistillationLoss):
                 )
                 maps.append(objectness + proposals)
             elif is_box_output(head, outputs_T):
-                of_classes, of_boxes = box_head_terms(outputs_S, outputs_T, head.bbox_coder)
-                classes.append(of_classes)
-                boxes.append(of_boxes)
+                class_term, box_term = box_head_terms(outputs_S, outputs_T, head.bbox_coder)
+                classes.append(class_term)
+                boxes.append(box_term)
             else:
-                others.extend(relative_error(s, t) for s, t in zip(outputs_S, outputs_T, strict=True))
-        terms = ((rpn_weight, maps), (class_weight, classes), (box_weight, boxes), (other_weight, others))
-        means = [weight * torch.stack(values).mean() for weight, values in terms if values]
+                others.extend(zip(outputs_S, outputs_T, strict=True))
+        terms = {
+            name: torch.stack(values)
+            for name, values in (('rpn', maps), ('classes', classes), ('boxes', boxes))
+            if values
+        }
+        if others:
+            errors = [(s.float() - t.float()).square().mean() for s, t in others]
+            terms['others'] = relative_errors(errors, [t for _, t in others])
+        means = [self.weights[name] * values.mean() for name, values in terms.items()]
         return self.loss_weight * torch.stack(means).sum()
-
-    def extra_repr(self) -> str:
-        """All weights."""
-        rpn, classes, boxes, others = self.weights
-        return f'{super().extra_repr()}, rpn={rpn}, classes={classes}, boxes={boxes}, others={others}'

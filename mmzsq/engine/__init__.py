@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runner and hooks: zero-shot quantization on MMEngine."""
+"""Runner, hooks and optimizer constructor of zero-shot quantization on MMEngine."""
 
 from mmzsq.engine.distributed import AveragingDataParallel
 from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook

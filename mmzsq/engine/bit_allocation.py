@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits for each layer of a run's student, from what the teacher says of the synthetic images, before training."""
+"""Mixed-precision bit allocation before training, from sensitivities measured on the calibration set."""
 
 from __future__ import annotations
 
@@ -11,50 +11,53 @@ from mmengine.dist import all_reduce
 from torch import Tensor
 
 from mmzsq.qat.sensitivity import measure_sensitivity
-from mmzsq.quantization import QuantizationConfig
 from mmzsq.quantization.allocation import Budget, totals
 from mmzsq.quantization.config import Bits
 
 
 def allocate_bits(runner: Any) -> None:
-    """Do what ``zsq.quantizer.allocate`` says, if anything; all processes of a run come to the same bits.
+    """Allocate bits to the layers of the student if ``zsq.quantizer.allocate`` is set.
+
+    All processes of a run get the same bits.
 
     Args:
-        runner: A :class:`~mmzsq.engine.ZeroShotRunner` whose calibration set is there, and whose optimizer is not yet.
+        runner: A :class:`~mmzsq.engine.ZeroShotRunner` with a complete calibration set and no optimizer yet.
 
     Raises:
-        UserError: If no layer is free to get bits, or the budget cannot be kept.
+        UserError: If the bits of all layers are fixed by other settings, or the budget is too small.
     """
     detector = runner.detector
-    config = QuantizationConfig.from_dict(detector.quantizer_cfg)
+    config = detector.quantization_config
     if config.allocate is None:
         return
     budget = Budget.from_config(detector.report, config)
     budget.check()
     before = totals(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
-    bits, _ = bits_within(runner, budget, config.allocate.batches)
+    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches)
     detector.assign_bits(bits)
     after = totals(detector.report, {})
     runner.logger.info(
-        f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}); model size and bit operations '
-        f'{after[0]:.3f} MB, {after[1]:.3f} G, with the same bits in each layer {before[0]:.3f} MB, {before[1]:.3f} G'
+        f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}): model size {after[0]:.3f} MB, '
+        f'{after[1]:.3f} G bit operations; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'
     )
 
 
-def bits_within(
+def allocate_within_budget(
     runner: Any, budget: Budget, batches: int, layer_done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Bits], Tensor]:
-    """Measure layers on the set of a run, by all of its processes, and choose their bits.
+    """Measure the sensitivity of layers on the calibration set of a run, and choose their bits.
+
+    The measurement is averaged over all processes of the run.
 
     Args:
-        runner: As of :func:`allocate_bits`.
-        budget: Its layers, and what they may cost.
-        batches: How many of the set losses are measured on.
+        runner: The runner of :func:`allocate_bits`.
+        budget: Layers, candidate bits and the limit.
+        batches: Number of batches on which the losses are measured.
         layer_done: Called after each layer.
 
     Returns:
-        Bits by the name of a layer; the sensitivity that they are chosen by, (L, C).
+        Bits by the name of a layer, and the sensitivities (L, C) of L layers with C candidates.
 
     Raises:
         UserError: See :func:`~mmzsq.qat.sensitivity.measure_sensitivity`.
@@ -70,7 +73,7 @@ def bits_within(
         inputs=budget.inputs,
         layer_done=layer_done,
     )
-    # Each process has seen images of its own.
+    # Each process has measured on other images.
     all_reduce(sensitivity, op='mean')
     chosen = budget.allocate(sensitivity)
     return {layer.name: bits for layer, bits in zip(budget.layers, chosen, strict=True)}, sensitivity

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer with as few parameter groups as there are rules, instead of one for each parameter."""
+"""Optimizer constructor that merges parameter groups with equal settings."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,27 +12,21 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from mmzsq.errors import UserError
-from mmzsq.quantization import quantized_layers
 from mmzsq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 FUSED_OPTIMIZERS = ('Adam', 'AdamW')
-"""Optimizers of PyTorch with ``fused``, one kernel for many parameters, on a GPU from torch 2.1 on."""
+"""PyTorch optimizers with a ``fused`` implementation, one kernel for many parameters, on GPUs from torch 2.1 on."""
 MIN_SIZE = 1e-8
 """Least root mean square of a weight that rates are relative to."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor, whose groups of equal settings are joined.
+    """MMEngine's default constructor with merged parameter groups.
 
-    With ``paramwise_cfg`` MMEngine gives each parameter a group, and PyTorch's optimizers launch their kernels group by
-    group: for a detector of some hundred parameters that takes longer than its backward. On a GPU, Adam and AdamW are
-    also fused, unless the config says otherwise. What is learnt does not change.
-
-    With ``paramwise_cfg['relative_lr']`` the weight of each quantized layer learns at a rate in proportion to its size
-    (:func:`relative_rates`). Adam moves all weights about equally far, and those of a wide late layer may be ten times
-    as small as those of a narrow early one: in steps of their quantizers they would move ten times as far.
+    With ``paramwise_cfg``, MMEngine makes one group per parameter, and PyTorch's optimizers launch kernels group by
+    group. For a detector of some hundred parameters, that takes longer than backward. Groups with equal settings are
+    merged here. On a GPU, Adam and AdamW also use ``fused=True`` unless the config sets it. The updates are the same.
     """
 
     optimizer_cfg: dict[str, Any]
@@ -42,7 +35,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Build the optimizer and its wrapper.
 
         Args:
-            model: On the device that it trains on.
+            model: The model, on the device on which it is trained.
         """
         if self.optimizer_cfg['type'] in FUSED_OPTIMIZERS and all(p.is_cuda for p in model.parameters()):
             self.optimizer_cfg = dict(dict(fused=True), **self.optimizer_cfg)
@@ -51,51 +44,42 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = '', is_dcn_module: bool | None = None
     ) -> None:
-        """Append the parameter groups of ``module``; those of the whole model, which has no prefix, are joined."""
+        """Append the parameter groups of ``module``, and merge them if it is the whole model.
+
+        MMEngine calls this method for the model and, recursively, for each of its modules.
+
+        Args:
+            params: Parameter groups. New ones are appended; for the whole model, the list is merged in place.
+            module: The model or one of its modules.
+            prefix: Name of the module; empty for the whole model.
+            is_dcn_module: Whether the module belongs to a deformable convolution, see MMEngine.
+        """
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        with _without_a_line_for_each_parameter():
+        with _mute_paramwise_log():
             super().add_params(params, module, prefix, is_dcn_module)
-        if self.paramwise_cfg.get('relative_lr'):
-            if self.base_lr is None:
-                raise UserError('zsq.train.relative_lr is relative to zsq.train.optimizer.lr: set it')
-            base_lr = float(self.base_lr)
-            rates = relative_rates(module)
-            for group in params:
-                group['lr'] = group.get('lr', base_lr) * rates.get(id(group['params'][0]), 1.0)
         params[:] = join_groups(params)
         for group in params:
             settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params') or 'as configured'
             print_log(f'optimizer: {len(group["params"])} parameters with {settings}', logger='current')
 
 
-def relative_rates(model: nn.Module) -> dict[int, float]:
-    """Factors of the learning rate, in proportion to the root mean square of each quantized layer's weight.
-
-    Powers of two, so that few groups of parameters are left; before rounding, their geometric mean is 1.
+def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge parameter groups with equal settings.
 
     Args:
-        model: With the weights that training starts from.
+        groups: Parameter groups of a PyTorch optimizer. A parameter that occurs twice keeps its first group.
 
     Returns:
-        Factor by the ``id`` of a parameter; where several layers read parts of one, it is that of the whole.
+        The merged groups, in order of their first occurrence.
+
+    Example:
+        >>> a, b, c = nn.ParameterList(nn.Linear(1, 1).weight for _ in range(3))
+        >>> groups = [dict(params=[a], lr=0.1), dict(params=[b], lr=0.2), dict(params=[c], lr=0.1)]
+        >>> [(len(group['params']), group['lr']) for group in join_groups(groups)]
+        [(2, 0.1), (1, 0.2)]
     """
-    # A layer may read a part of a parameter that it does not own, as projections of attention do.
-    read = {layer.weight.untyped_storage().data_ptr() for _, layer in quantized_layers(model)}
-    sizes = {
-        id(parameter): parameter.detach().float().square().mean().sqrt().clamp(min=MIN_SIZE).item()
-        for parameter in model.parameters()
-        if parameter.untyped_storage().data_ptr() in read
-    }
-    if not sizes:
-        return {}
-    middle = sum(map(math.log2, sizes.values())) / len(sizes)
-    return {key: 2.0 ** round(math.log2(size) - middle) for key, size in sizes.items()}
-
-
-def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join parameter groups with equal settings; a parameter that comes twice stays where it came first."""
     joined: list[dict[str, Any]] = []
     seen: set[int] = set()
     for group in groups:
@@ -113,8 +97,8 @@ def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _without_a_line_for_each_parameter() -> Iterator[None]:
-    """Inside the block MMEngine's log leaves out the settings of single parameters, hundreds of lines."""
+def _mute_paramwise_log() -> Iterator[None]:
+    """Drop MMEngine's log lines with the settings of each parameter inside the block; there are hundreds."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith('paramwise_options')

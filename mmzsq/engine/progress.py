@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees while images are made: losses, images a second, time left, and the images themselves."""
+"""Progress of the synthesis: losses, throughput, remaining time, and previews of the images."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PREVIEW_IMAGES = 8
 class SynthesisProgress:
     """A progress bar on a terminal, log lines elsewhere, and previews on disk.
 
-    Work is counted in pixels times iterations: a step at 640 px counts for sixteen at 160 px.
+    Progress is measured in pixels times iterations, so that a step at 640 px counts as much as 16 steps at 160 px.
 
     Args:
-        runner: For its logger.
-        generator: What makes the images.
-        calibration_set: What they go into.
-        shards: The shards that this process makes.
-        folder: Where previews go, one PNG a shard and stage, renewed while it runs.
-        log_seconds: Least time between two log lines, and between two previews of a stage.
+        runner: The runner whose logger is used.
+        generator: The generator of the images.
+        calibration_set: The calibration set that receives the images.
+        shards: Indices of the shards that this process generates.
+        folder: Folder of the previews, one PNG per shard and stage, updated while the stage runs.
+        log_seconds: Minimum time between two log lines, and between two previews of a stage, in seconds.
     """
 
     def __init__(
@@ -74,7 +74,13 @@ class SynthesisProgress:
         self.bar.stop()
 
     def update(self, shard: int, stage: Stage, step: StepProgress) -> None:
-        """Take note of where a batch stands."""
+        """Update the progress bar, the log and the preview after some iterations of a batch.
+
+        Args:
+            shard: Index of the shard of the batch.
+            stage: The stage that optimizes the batch.
+            step: Iteration, losses, images and labels of the batch.
+        """
         last_shard, last_stage, last_iteration = self._last
         same_batch = (last_shard, last_stage) == (shard, stage.name) and last_iteration < step.iteration
         steps = step.iteration - (last_iteration if same_batch else 0)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run: accuracy of teacher, post-training quantization and student, as a table and as JSON."""
+"""Final report of a run: accuracy of teacher, PTQ baseline and student, as a table and as JSON."""
 
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mmdet
 import mmengine
@@ -18,36 +17,49 @@ import torch
 import torchvision
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import load_from_local
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
+from mmzsq.qat import ZeroShotDetector
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
 
-if TYPE_CHECKING:
-    from mmzsq.engine.runner import ZeroShotRunner
+ROW_TITLES = dict(
+    float='full precision (teacher)', ptq='PTQ, initialized on the synthetic set', zero_shot='zero-shot QAT'
+)
+ROW_TITLES_REAL_IMAGES = dict(ROW_TITLES, ptq='PTQ, initialized on real images', zero_shot='QAT on real images')
+"""Titles for a run on real images (``zsq.calibration_set.real``), which serves as a comparison."""
+Metrics = dict[str, dict[str, float]]
+"""Metrics by name, for each row of the table."""
 
-ROWS = dict(float='full precision (teacher)', ptq='PTQ, initialized on the synthetic set', zero_shot='zero-shot QAT')
-ROWS_OF_REAL_IMAGES = dict(ROWS, ptq='PTQ, initialized on real images', zero_shot='QAT on real images')
-"""Of a run for comparison only: ``zsq.calibration_set.real``."""
 RESULTS_FILE = 'results.json'
-SETTINGS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
+REPORTED_SECTIONS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
 
 
-def report_results(runner: ZeroShotRunner) -> None:
-    """Evaluate, print one table and write ``results.json`` into the work_dir.
+def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, seconds: Mapping[str, float]) -> None:
+    """Evaluate, log a table and write ``results.json`` into the work_dir.
 
-    Without the user's data, or where it is not on this machine, accuracy is left out and the message says so.
+    If there is no evaluation data in the config or on this machine, accuracy is left out with a warning.
+
+    Args:
+        runner: The runner after training.
+        detector: Its model, without a wrapper for distributed training.
+        first_iter: Iteration at which this process started training, above 0 if it resumed.
+        seconds: Measured times by name, with the time of training as ``'train'``.
+
+    Raises:
+        UserError: If ``results.json`` cannot be written.
     """
-    metrics, seconds = _evaluate_rows(runner)
-    report = runner.detector.report
+    metrics, evaluation_seconds = _evaluate_if_possible(runner, detector)
+    report = detector.report
     section = runner.cfg.zsq
     results = dict(
         config=runner.cfg.filename,
-        teacher=runner.detector.teacher_checkpoint,
+        teacher=detector.teacher_checkpoint,
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,
@@ -55,10 +67,10 @@ def report_results(runner: ZeroShotRunner) -> None:
         checkpoint=_last_checkpoint(runner),
         model_mb=dict(float=report.size_before, quantized=report.size_after),
         bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
-        calibration_set=_read_set(runner),
-        settings={key: section[key].to_dict() for key in SETTINGS},
-        train=dict(iterations=runner.max_iters, **_train_time(runner)),
-        seconds={**runner.seconds, **seconds},
+        calibration_set=_summarize_calibration_set(runner),
+        settings={key: section[key].to_dict() for key in REPORTED_SECTIONS},
+        train=dict(iterations=runner.max_iters, **_train_time(runner, first_iter, seconds['train'])),
+        seconds={**seconds, **evaluation_seconds},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
         versions=dict(
             mmzsq=__version__,
@@ -72,31 +84,31 @@ def report_results(runner: ZeroShotRunner) -> None:
     if not is_main_process():
         return
     path = Path(runner.work_dir) / RESULTS_FILE
-    path.write_text(json.dumps(results, indent=2) + '\n')
+    write_atomically(path, to_json(results, indent=2))
     runner.logger.info(f'results in {path}\n{format_table(results)}')
 
 
-def _evaluation_images(runner: ZeroShotRunner) -> int:
-    # Not the property, which would build the loop that could not be built.
+def _evaluation_images(runner: Runner) -> int:
+    # Not the property, which would try again to build a loop that failed.
     loop = runner._val_loop
     return len(loop.dataloader.dataset) if isinstance(loop, BaseLoop) else 0
 
 
-def _last_checkpoint(runner: ZeroShotRunner) -> str | None:
-    """Name of the checkpoint that the accuracy is of: the last one, chosen by nothing."""
+def _last_checkpoint(runner: Runner) -> str | None:
+    """Return the name of the evaluated checkpoint: always the last one, never one selected by accuracy."""
     path = find_latest_checkpoint(runner.work_dir)
     return None if path is None else Path(path).name
 
 
-def _train_time(runner: ZeroShotRunner) -> dict[str, float]:
-    """Images seen in all, the iteration that this process started at, and its time for each image it saw."""
+def _train_time(runner: Runner, first_iter: int, seconds: float) -> dict[str, float]:
+    """Return the number of training images, the first iteration of this process, and its time per image."""
     batch_size = runner.cfg.train_dataloader.batch_size * runner.world_size
-    own = (runner.max_iters - runner.first_iter) * batch_size
-    time_per_image = dict(ms_per_image=round(1000 * runner.seconds['train'] / own, 3)) if own else {}
-    return dict(images=runner.max_iters * batch_size, first_iteration=runner.first_iter, **time_per_image)
+    own = (runner.max_iters - first_iter) * batch_size
+    time_per_image = dict(ms_per_image=round(1000 * seconds / own, 3)) if own else {}
+    return dict(images=runner.max_iters * batch_size, first_iteration=first_iter, **time_per_image)
 
 
-def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
+def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
     if runner.cfg.zsq.calibration_set.real is not None:
         return dict(statistics=dict(images=len(runner.train_dataloader.dataset), real=True), stages={})
     calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
@@ -116,26 +128,25 @@ def _read_set(runner: ZeroShotRunner) -> dict[str, Any]:
     return dict(statistics=calibration_set.statistics(), stages=stages)
 
 
-def _evaluate_rows(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def _evaluate_if_possible(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:
     if runner._val_loop is None:
         runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
         return {}, {}
     try:
         with _raise_on_all_ranks():
             runner._val_loop = runner.build_val_loop(runner._val_loop)
-        return _evaluate_each(runner)
+        return _evaluate_all(runner, detector)
     except OSError as error:
         runner.logger.warning(
-            f'accuracy is not measured, the evaluation data is not here ({error}); the student is in '
-            f'{runner.work_dir}, evaluate it with tools/test.py where the data is'
+            f'accuracy is not measured, because the evaluation data cannot be read ({error}); the student is in '
+            f'{runner.work_dir}, evaluate it with tools/test.py on a machine with the data'
         )
         return {}, {}
 
 
-def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    metrics: dict[str, dict[str, float]] = {}
+def _evaluate_all(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:
+    metrics: Metrics = {}
     seconds = {}
-    detector = runner.detector
     start = time.perf_counter()
     with detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
@@ -143,19 +154,19 @@ def _evaluate_each(runner: ZeroShotRunner) -> tuple[dict[str, dict[str, float]],
     ptq = Path(runner.work_dir) / PTQ_FILE
     if ptq.is_file():
         start = time.perf_counter()
-        with _weights_of(detector, ptq):
+        with _loaded_weights(detector, ptq):
             metrics['ptq'] = evaluate(runner)
         seconds['evaluate_ptq'] = time.perf_counter() - start
     start = time.perf_counter()
-    # The Runner's own loop: hooks see it, an EMA is swapped in.
-    metrics['zero_shot'] = _numbers(runner.val_loop.run())
+    # The Runner's own loop calls the hooks, and EMAHook swaps in the averaged weights.
+    metrics['zero_shot'] = _scalar_metrics(runner.val_loop.run())
     seconds['evaluate_zero_shot'] = time.perf_counter() - start
     return metrics, {name: round(value, 3) for name, value in seconds.items()}
 
 
 @contextmanager
-def _weights_of(detector: torch.nn.Module, path: Path) -> Iterator[None]:
-    """Inside the block ``detector`` has the weights of a file."""
+def _loaded_weights(detector: torch.nn.Module, path: Path) -> Iterator[None]:
+    """Load the weights of a checkpoint file inside the block, and restore the previous ones after it."""
     own = copy.deepcopy(detector.state_dict())
     detector.load_state_dict(load_from_local(str(path), map_location='cpu')['state_dict'])
     try:
@@ -165,20 +176,30 @@ def _weights_of(detector: torch.nn.Module, path: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(runner: ZeroShotRunner) -> dict[str, float]:
-    """Run the validation data through the model as it is now; no hook runs."""
+def evaluate(runner: Runner) -> dict[str, float]:
+    """Evaluate the current model on the validation data, without calling hooks.
+
+    Args:
+        runner: A runner with a built validation loop.
+
+    Returns:
+        Metrics by name.
+
+    Raises:
+        OSError: If a process cannot read its data.
+    """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.eval()
     loop = runner.val_loop
     with _raise_on_all_ranks():
         for batch in loop.dataloader:
             loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-    return _numbers(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+    return _scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
 
 
 @contextmanager
 def _raise_on_all_ranks() -> Iterator[None]:
-    """Raise in every process if a file could not be read in one, for which the others would wait."""
+    """Raise an OSError in all processes if one of them raises it; otherwise the others would wait for that one."""
     error = None
     try:
         yield
@@ -187,15 +208,19 @@ def _raise_on_all_ranks() -> Iterator[None]:
     failed = torch.tensor(float(error is not None))
     all_reduce(failed, op='max')
     if failed:
-        raise error or OSError('another process could not read its files')
+        raise error or OSError('another process cannot read its files')
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def _scalar_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Render the accuracies of ``results`` (see :func:`report_results`) as a table of plain text."""
+    """Render the accuracies as a plain-text table.
+
+    Args:
+        results: Content of ``results.json``, see :func:`report_results`.
+    """
     metrics = results['metrics']
     names = [
         name
@@ -207,9 +232,9 @@ def format_table(results: Mapping[str, Any]) -> str:
     for column in ('', *names, 'model MB'):
         table.add_column(column, justify='left' if not column else 'right')
     sizes = results['model_mb']
-    learnt_from_real = results['calibration_set']['statistics'].get('real', False)
-    for row, title in (ROWS_OF_REAL_IMAGES if learnt_from_real else ROWS).items():
-        # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    trained_on_real = results['calibration_set']['statistics'].get('real', False)
+    for row, title in (ROW_TITLES_REAL_IMAGES if trained_on_real else ROW_TITLES).items():
+        # COCO's evaluator omits metrics if nothing was detected. The accuracy is 0 then.
         values = [f'{metrics[row].get(name, 0.0):.3f}' if row in metrics else '-' for name in names]
         table.add_row(title, *values, f'{sizes["float" if row == "float" else "quantized"]:.2f}')
     console = Console(width=110, no_color=True, file=None, record=True, quiet=False)

@@ -106,7 +106,7 @@ class ZeroShotRunner(Runner):
         self.seconds = dict(train=time.perf_counter() - start)
         self.detector.end_training()
         self._val_loop = val_loop
-        report_results(self)
+        report_results(self, self.detector, self.first_iter, self.seconds)
         return model
 
     def _check_training_settings(self) -> None:

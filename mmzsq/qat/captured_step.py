@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step whose forward and backward, of teacher and student, are one CUDA graph.
+"""Training step whose forward and backward of teacher and student run as one CUDA graph.
 
-A quantized detector launches thousands of small kernels a step, and a host that launches them one by one takes several
-times as long as the GPU that runs them. What is learnt is the same: the graph holds the very kernels of an eager step.
-Gradients are averaged over processes behind it, and so is the step of the optimizer taken.
+A quantized detector launches thousands of small kernels per step, and launching them takes the host several times as
+long as the GPU needs to run them. The result is the same, because the graph holds the kernels of an eager step. The
+average of the gradients over processes and the optimizer step follow after the graph.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from torch import Tensor, nn
 from mmzsq.models.padded_targets import PaddedTargets
 
 EAGER_STEPS = 3
-"""Steps of one shape until the capture: they allocate what a captured step must find in place, and choose kernels. The
-last is tried eagerly, and taken as the first of the graph."""
+"""Steps with one input shape until the capture. They allocate memory and choose kernels, as a capture requires. The
+last of them first runs as a trial, whose effects are undone, and then as the first step of the graph."""
 
 OPTIM_WRAPPERS = (OptimWrapper, AmpOptimWrapper)
-"""Exact classes whose update is a backward, and then the clipping and the step of the optimizer."""
+"""Supported classes (no subclasses): their update is a backward pass, then gradient clipping and an optimizer step."""
 
 
 class CapturedStep:
-    """Runs the training steps of one model, as a graph from the third of a shape on.
+    """Runs the training steps of one model, as a CUDA graph from the third step with one input shape on.
 
-    A step runs eagerly, as MMEngine's own, where a graph would not be true: on the CPU, with accumulated gradients,
-    with images of another shape than the captured ones or padded ones, and when the loss waits for the device. The log
-    says which it is. Processes exchange what a loss is divided by inside of the graph; of the backends NCCL can.
+    A step runs eagerly, as in MMEngine, if a graph could not represent it: on the CPU, with gradient accumulation, with
+    images of another shape than the captured one, with padded images, and if the loss synchronizes with the device. The
+    log tells when steps run as a graph, and a warning if the loss prevents it. The all-reduce of the normalizers of a
+    loss is part of the graph; only the NCCL backend supports that.
 
     Args:
-        allowed: Whether to capture at all.
+        allowed: Whether to capture a graph at all.
     """
 
     def __init__(self, allowed: bool = True) -> None:
@@ -48,9 +49,9 @@ class CapturedStep:
         self.targets: PaddedTargets | None = None
 
     def release(self) -> None:
-        """Free the graph and its memory; the next steps run eagerly, and then one is captured again.
+        """Free the graph and its memory. The next steps run eagerly until a new graph is captured.
 
-        NCCL waits for the graphs that hold its exchanges before it lets a process leave its group.
+        Call this before a process leaves its process group: NCCL waits for graphs that hold its collectives.
         """
         if self.graph is not None:
             self.graph.reset()
@@ -59,7 +60,7 @@ class CapturedStep:
             vars(self).pop(name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep:
-        # A graph belongs to the tensors that it was captured with.
+        # A graph is bound to the tensors of its capture.
         return type(self)(self.allowed)
 
     def __call__(
@@ -74,15 +75,15 @@ class CapturedStep:
         """Take one step.
 
         Args:
-            model: What learns.
+            model: The trained model.
             data: ``inputs`` (N, 3, H, W), normalized, on the device, and ``data_samples``.
-            optim_wrapper: Of the model.
-            capturable: Whether the loss depends on the pixels and ``targets`` alone, and on no state of the host.
-            average: Makes the gradients of the model the means over several processes.
-            targets: What the model's loss takes in place of the data samples; None: these.
+            optim_wrapper: Optimizer wrapper of the model.
+            capturable: Whether the loss depends only on the pixels and ``targets``, not on state of the host.
+            average: Averages the gradients of the model over all processes.
+            targets: Padded targets that the loss takes instead of the data samples, if it supports them.
 
         Returns:
-            What MMEngine logs: each loss, and ``'loss'``, their sum.
+            The values that MMEngine logs: each loss, and their sum as ``'loss'``.
         """
         inputs, samples = data['inputs'], data['data_samples']
         labels = samples if targets is None else targets
@@ -90,7 +91,7 @@ class CapturedStep:
             log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
         elif self.graph is None:
             log_vars = self._eager_or_capture(model, inputs, labels, optim_wrapper)
-        elif not self._fits(inputs, targets):
+        elif not self._has_captured_shapes(inputs, targets):
             log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
         else:
             log_vars = self._replay(inputs, targets)
@@ -101,8 +102,8 @@ class CapturedStep:
             optim_wrapper.zero_grad()
         return log_vars
 
-    def _fits(self, inputs: Tensor, targets: PaddedTargets | None) -> bool:
-        """Whether the graph takes what has these shapes."""
+    def _has_captured_shapes(self, inputs: Tensor, targets: PaddedTargets | None) -> bool:
+        """Return whether the shapes are those of the captured graph."""
         if inputs.shape != self.inputs.shape or inputs.dtype != self.inputs.dtype:
             return False
         return targets is None or (self.targets is not None and targets.labels.shape == self.targets.labels.shape)
@@ -113,7 +114,7 @@ class CapturedStep:
         self.eager_steps[inputs.shape] += 1
         if self.eager_steps[inputs.shape] < EAGER_STEPS:
             return _run_on_side_stream(model, inputs, labels, optim_wrapper)
-        # Statistics of BatchNorm, which the trial moves if they learn.
+        # The trial would update the statistics of BatchNorm in train mode.
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode('error')
@@ -122,10 +123,10 @@ class CapturedStep:
         except RuntimeError as error:
             self.allowed = False
             reason = str(error).splitlines()[0]
-            warnings.warn(f'training steps run eagerly: the loss waits for the device ({reason})', stacklevel=2)
+            warnings.warn(f'training steps run eagerly: the loss synchronizes with the device ({reason})', stacklevel=2)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        # That step was a trial: what it left is made again.
+        # That step was a trial: undo its effects.
         optim_wrapper.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in buffers:
@@ -137,13 +138,13 @@ class CapturedStep:
         self.targets = None if targets is None else PaddedTargets(*(value.clone() for value in targets))
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        # Threads of a data loader may use the device meanwhile.
+        # Threads of a data loader may use the device during the capture.
         with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             self.log_vars = _forward_backward(model, self.inputs, self.targets or labels, optim_wrapper)
         self.parameters = [p for p in model.parameters() if p.grad is not None]
         self.grads = [p.grad for p in self.parameters]
         self.graph = graph
-        print_log(f'training: from now on a step on images {tuple(inputs.shape)} is one CUDA graph', logger='current')
+        print_log(f'training: steps on images {tuple(inputs.shape)} run as a CUDA graph from now on', logger='current')
         return self._replay(inputs, targets)
 
     def _replay(self, inputs: Tensor, targets: PaddedTargets | None = None) -> dict[str, Tensor]:
@@ -165,7 +166,7 @@ def _can_capture(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrappe
         and type(optim_wrapper) in OPTIM_WRAPPERS
         and optim_wrapper._accumulative_counts == 1
         and (not is_distributed() or get_backend() == 'nccl')
-        # Padding, which attention masks out, differs from batch to batch.
+        # Padding differs from batch to batch, and attention masks depend on it.
         and all(tuple(sample.img_shape[:2]) == tuple(inputs.shape[-2:]) for sample in samples)
     )
 
@@ -173,7 +174,7 @@ def _can_capture(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrappe
 def _forward_backward(
     model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
 ) -> dict[str, Tensor]:
-    """The first half of ``BaseModel.train_step`` and ``OptimWrapper.update_params``."""
+    """Run the first half of ``BaseModel.train_step`` and of ``OptimWrapper.update_params``."""
     with optim_wrapper.optim_context(model):
         losses = model(inputs, labels, mode='loss')
     total, log_vars = model.parse_losses(losses)
@@ -184,7 +185,7 @@ def _forward_backward(
 def _run_on_side_stream(
     model: BaseModel, inputs: Tensor, labels: Sequence[Any] | PaddedTargets, optim_wrapper: OptimWrapper
 ) -> dict[str, Tensor]:
-    """Run eagerly as a capture will, which is never on the default stream."""
+    """Run eagerly on a side stream, as a capture does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

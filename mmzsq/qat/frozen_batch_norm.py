@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm with remembered statistics, whose scale and bias learn, with a backward that is fast on a GPU.
+"""BatchNorm with frozen statistics and trained scale and bias, with a fast backward on GPUs.
 
-PyTorch's own backward of a BatchNorm in eval mode runs one block of threads a channel, and so leaves nearly all of a
-GPU idle where maps are large and channels few, as in the first layers of a detector: a quarter of a training step of
-YOLOv5-n. Here it is elementwise products and reductions.
+PyTorch's backward of BatchNorm in eval mode runs one thread block per channel. It leaves most of a GPU idle if maps are
+large and channels few, as in the first layers of a detector, and takes a quarter of a training step of YOLOv5-n. The
+backward here consists of elementwise products and reductions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``; in eval mode on a GPU with the faster backward. State and results are the same."""
+    """``nn.BatchNorm2d`` with a faster backward in eval mode on a GPU. State and results are the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, H, W)."""
+        """Normalize a map.
+
+        Args:
+            input: Shape (N, C, H, W).
+        """
         learns = torch.is_grad_enabled() and self.affine
         if self.training or not input.is_cuda or not learns or self.running_mean is None:
             return super().forward(input)
@@ -49,10 +53,10 @@ class _FrozenBatchNorm(torch.autograd.Function):
         if needs_weight or needs_bias:
             total = grad_output.sum((0, 2, 3), dtype=torch.float32)
         if needs_weight:
-            # Centered before it is summed: a mean far from zero would leave the difference of large sums.
+            # Centers before the sum: with a mean far from zero, the result would be a difference of large sums.
             near = mean.to(features.dtype)
             grad_weight = (grad_output * (features - near.view(-1, 1, 1))).sum((0, 2, 3), dtype=torch.float32)
-            # In bf16, what the mean was rounded by counts as often as there are pixels.
+            # Corrects the rounding of the mean to bf16, which the sum over pixels would multiply.
             grad_weight = (grad_weight + (near.float() - mean) * total) * inverse
         if needs_bias:
             grad_bias = total
@@ -60,7 +64,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
 
 def speed_up_frozen_batch_norm(model: nn.Module) -> None:
-    """Turn each ``nn.BatchNorm2d`` of ``model`` into a :class:`FrozenBatchNorm`; the objects and their state stay."""
+    """Turn each ``nn.BatchNorm2d`` of ``model`` into a :class:`FrozenBatchNorm` in place, with its state.
+
+    Args:
+        model: Any network. Subclasses of ``nn.BatchNorm2d`` are left as they are.
+    """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = FrozenBatchNorm

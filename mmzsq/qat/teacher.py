@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The full-precision detector of a checkpoint: loaded, checked against its config, and known by a digest."""
+"""Load the full-precision teacher from a checkpoint, check it against its config, and compute its digest."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mmzsq.errors import UserError
 
 
 def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
-    """Load a trained detector's weights into ``detector``; every weight must be there and fit.
+    """Load the weights of a trained detector. The checkpoint must have every weight in the right shape.
 
     Args:
-        detector: As its config builds it.
-        checkpoint: A file (.pth or .safetensors), or a URL.
+        detector: The detector that its config builds.
+        checkpoint: A file (.pth or .safetensors) or a URL.
 
     Returns:
-        The ``meta`` of the checkpoint, empty if it has none.
+        The ``meta`` of the checkpoint; empty if it has none.
 
     Raises:
-        UserError: If there is no checkpoint, it cannot be read, or it is not of this config.
+        UserError: If no checkpoint is given, it cannot be read, or it belongs to another detector.
     """
     if not checkpoint:
         raise UserError(
@@ -42,28 +42,28 @@ def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
     state = loaded.get('state_dict', loaded)
     state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     own = detector.state_dict()
-    unfit = [
-        f'{name} is {tuple(state[name].shape)} there and {tuple(value.shape)} here'
+    mismatched = [
+        f'{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} in the model'
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
     missing = [name for name in own if name not in state and not name.endswith('num_batches_tracked')]
-    if missing or unfit:
+    if missing or mismatched:
         faults = [
             f'{len(found)} weights {fault} ({"; ".join(found[:3])})'
-            for found, fault in ((missing, 'are missing'), (unfit, 'have another shape'))
+            for found, fault in ((missing, 'are missing'), (mismatched, 'have another shape'))
             if found
         ]
         raise UserError(
-            f'{checkpoint} is not a checkpoint of this detector: {" and ".join(faults)}. Check that the config and its '
-            'number of classes, num_classes of every head, are those the detector was trained with'
+            f'{checkpoint} is not a checkpoint of this detector: {" and ".join(faults)}. Check that '
+            'the config and its number of classes, num_classes of every head, match the training of the detector'
         )
     detector.load_state_dict(state, strict=False)
     return dict(loaded.get('meta') or {}) if 'state_dict' in loaded else {}
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers of ``module``, independent of device and file format."""
+    """Return the SHA-256 of all parameters and buffers of ``module``, independent of device and file format."""
     sha = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if name.endswith('num_batches_tracked'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teacher and student as one model: what MMEngine's Runner trains, evaluates and saves."""
+"""Teacher and student as one model for MMEngine's Runner."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import speed_up_assigners
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
 from mmzsq.qat.captured_step import CapturedStep
-from mmzsq.qat.comparison import Comparison, build_comparison
+from mmzsq.qat.dry_run import dry_run, dry_run_size
 from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
-from mmzsq.qat.probe import probe, probe_size
+from mmzsq.qat.paired_forward import PairedForward, build_paired_forward
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers, quantizers
 from mmzsq.quantization.allocation import as_settings, assign_bits, overrides_of
@@ -32,41 +32,47 @@ from mmzsq.registry import MODELS, build_part
 from mmzsq.tasks.detection_task import leave_semantics_out, pixel_range, sum_losses
 from mmzsq.tasks.padded_task import TargetCapacity, takes_padded_targets
 
-PREFIX = 'student.'
+STUDENT_PREFIX = 'student.'
 
 
-class _Teacher:
-    """Holds the teacher outside of the module tree: no checkpoint, optimizer, DDP or copy for EMA includes it."""
+class _TeacherHolder:
+    """Holds the teacher outside the module tree, so that checkpoints, optimizers, DDP and EMA copies exclude it."""
 
     def __init__(self) -> None:
         self.detector: nn.Module | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Teacher:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TeacherHolder:
         return self
 
 
 @MODELS.register_module()
 class ZeroShotDetector(BaseModel):
-    """A detector with quantized layers that learns from its full-precision self.
+    """A quantized detector, the student, that is distilled from its full-precision original, the teacher.
 
-    Its state dict is the student's alone, under the float detector's names: a float checkpoint loads into it, and its
-    checkpoint loads without the teacher.
+    The state dict contains only the student, under the names of the float detector. Therefore a float checkpoint can be
+    loaded, and a checkpoint of the student can be loaded without the teacher.
 
     Args:
-        detector: Config of the float detector, as MMDetection builds it.
+        detector: Config of the float detector for MMDetection.
         quantizer: The section ``zsq.quantizer``.
-        distillation: The section ``zsq.distillation``: ``detection_weight`` of the detector's own loss on the set's
-            labels, and ``losses``, configs of :class:`~mmzsq.distillation.DistillationLoss`.
-        teacher: Checkpoint of the float detector, file or URL. Read by :meth:`load_teacher`.
-        bn: ``'frozen'``: the student's BatchNorm keeps the teacher's statistics; ``'train'``: it gathers new ones.
-        capture: Whether a training step may run as a CUDA graph, where it can (:meth:`train_step`).
+        distillation: The section ``zsq.distillation``: ``detection_weight``, the weight of the detector's own loss on
+            the labels of the calibration set, and ``losses``, configs of
+            :class:`~mmzsq.distillation.DistillationLoss`.
+        teacher: Checkpoint of the float detector, a file or URL. :meth:`load_teacher` reads it.
+        bn: ``'frozen'``: BatchNorm of the student keeps the teacher's statistics. ``'train'``: it updates them.
+        capture: Whether training steps may run as a CUDA graph, see :meth:`train_step`.
         augmentation: The section ``zsq.train.augmentation``: arguments of
             :class:`~mmzsq.distillation.BatchAugmentation`, or None.
-        channels_last: Whether images, features and weights lie in memory channel by channel of a pixel, as the
-            convolutions of a GPU read them.
+        channels_last: Whether to store images, features and weights in channels-last memory format.
+
+    Attributes:
+        quantizer_cfg: The section ``zsq.quantizer`` as plain data, with the overrides of :meth:`assign_bits`.
+            Checkpoints store it.
+        quantization_config: The same section, parsed.
+        report: The :class:`~mmzsq.quantization.QuantizationReport` of the student.
 
     Raises:
-        UserError: If an argument is unfit.
+        UserError: If an argument is not valid.
     """
 
     def __init__(
@@ -81,12 +87,12 @@ class ZeroShotDetector(BaseModel):
         channels_last: bool = False,
     ) -> None:
         if bn not in ('frozen', 'train'):
-            raise UserError(f"zsq.train.bn is 'frozen' or 'train', not {bn!r}")
-        # Building changes the config, as DETR's head does its class weights.
+            raise UserError(f"zsq.train.bn must be 'frozen' or 'train', but is {bn!r}")
+        # A copy, because building may modify the config: DETR's head does so with its class weights.
         student: Any = MMDET_MODELS.build(copy.deepcopy(detector))
-        # Of float training, such as YOLOX's other sizes of a batch: the images of the set are used as they are.
+        # Such as YOLOX's random resizing of batches, which is for float training only.
         student.data_preprocessor.batch_augments = None
-        # Of images in pinned memory: the host prepares a step while the GPU is at the one before.
+        # With pinned images, the host prepares a step while the GPU runs the previous one.
         student.data_preprocessor._non_blocking = True
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student: Any = student
@@ -95,12 +101,13 @@ class ZeroShotDetector(BaseModel):
         self.bn = bn
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         student.to(memory_format=self.memory_format)
-        size = probe_size(student)
-        self.report = prepare(student, QuantizationConfig.from_dict(quantizer), run=lambda: probe(student, size))
+        size = dry_run_size(student)
+        self._set_quantizer_cfg(quantizer)
+        self.report = prepare(student, self.quantization_config, run=lambda: dry_run(student, size))
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
         speed_up_assigners(student)
-        self._unfreeze()
+        self._unfreeze_quantized_layers()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
         self.distillation_losses: Any = nn.ModuleList(
@@ -109,20 +116,19 @@ class ZeroShotDetector(BaseModel):
         self.augmentation: Any = BatchAugmentation.from_cfg(augmentation)
         if augmentation is not None and self.detection_weight:
             raise UserError(
-                'zsq.train.augmentation changes images and not their labels: it needs '
+                'zsq.train.augmentation changes images but not their labels: it requires '
                 'zsq.distillation.detection_weight=0'
             )
         black, white = pixel_range(self.data_preprocessor)
         self.register_buffer('_black', black, persistent=False)
         self.register_buffer('_white', white, persistent=False)
-        self.taps = self._find_taps()
+        self.taps = self._collect_taps()
         self.detector_cfg = detector
-        self.quantizer_cfg = quantizer
-        self._teacher = _Teacher()
+        self._teacher = _TeacherHolder()
         self._predictor = 'student'
-        self._comparison: Comparison | None = None
+        self._paired_forward: PairedForward | None = None
         self._captured_step = CapturedStep(capture)
-        self._room = TargetCapacity()
+        self._target_capacity = TargetCapacity()
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -138,10 +144,10 @@ class ZeroShotDetector(BaseModel):
         return self._teacher.detector
 
     def load_teacher(self) -> nn.Module:
-        """Build and load the teacher, once, on the student's device.
+        """Build and load the teacher on the student's device; later calls return the same object.
 
         Raises:
-            UserError: If the checkpoint is missing or not of this detector.
+            UserError: If the checkpoint is missing or belongs to another detector.
         """
         if self._teacher.detector is None:
             teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
@@ -152,41 +158,44 @@ class ZeroShotDetector(BaseModel):
         return self._teacher.detector
 
     def init_weights(self) -> None:
-        """Start the student from the teacher."""
+        """Initialize the student with the teacher's weights."""
         self.student.load_state_dict(self.load_teacher().state_dict(), strict=False)
 
     def assign_bits(self, bits: Mapping[str, Bits]) -> None:
-        """Give layers bits of their own, as if ``zsq.quantizer.overrides`` had said so from the start.
+        """Set the bits of single layers, as if ``zsq.quantizer.overrides`` had contained them from the start.
 
-        Quantizers of these layers begin anew: an optimizer has to be built afterwards.
+        The quantizers of these layers are replaced by uninitialized ones. Build the optimizer afterwards.
 
         Args:
-            bits: By the name of a quantized layer.
+            bits: Bits by the name of a quantized layer.
         """
         own = as_settings(overrides_of(self.report, bits))
-        self.quantizer_cfg = dict(self.quantizer_cfg, overrides={**self.quantizer_cfg.get('overrides', {}), **own})
-        assign_bits(self.report, QuantizationConfig.from_dict(self.quantizer_cfg), bits)
+        overrides = {**self.quantizer_cfg.get('overrides', {}), **own}
+        self._set_quantizer_cfg(dict(self.quantizer_cfg, overrides=overrides))
+        assign_bits(self.report, self.quantization_config, bits)
 
     def load_bits_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Where bits were allocated (``zsq.quantizer.allocate``), take those of the layers of a checkpoint.
+        """Take the bits of each layer from a checkpoint, if bits are allocated (``zsq.quantizer.allocate``).
 
         Args:
-            checkpoint: What its file holds.
+            checkpoint: Content of the checkpoint file.
         """
-        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
-        if self.quantizer_cfg.get('allocate') is None or trained is None:
+        if self.quantization_config.allocate is None:
             return
-        overrides = QuantizationConfig.from_dict(trained).overrides
+        trained = trained_quantization(checkpoint)
+        if trained is None:
+            return
+        overrides = trained.overrides
         layers = [layer.name for layer in self.report.layers if layer.quantized and layer.weights]
         found = {name: overrides.get(name) for name in layers}
         self.assign_bits({name: bits for name, bits in found.items() if bits is not None})
 
     @torch.no_grad()
     def initialize_quantizers(self, batches: Iterable[Any]) -> None:
-        """Give quantizers that have no steps their first ones, see :func:`~mmzsq.quantization.calibrating`.
+        """Initialize the steps of uninitialized quantizers, see :func:`~mmzsq.quantization.calibrating`.
 
         Args:
-            batches: Of the data loader, run in eval mode.
+            batches: Batches of the data loader. They run in eval mode.
         """
         batches = list(batches)
 
@@ -197,7 +206,7 @@ class ZeroShotDetector(BaseModel):
 
         training = self.training
         self.eval()
-        if self.quantizer_cfg.get('equalize'):
+        if self.quantization_config.equalize:
             equalize(self.student, run)
         with calibrating(self.student):
             run()
@@ -209,37 +218,45 @@ class ZeroShotDetector(BaseModel):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> ZeroShotDetector:
-        """Set the student's mode; frozen BatchNorm stays in eval, and what drops at random, which the teacher does not.
+        """Set the mode of the student.
 
-        A backbone with ``frozen_stages`` freezes them here. Layers that quantization changed learn all the same, and
-        their quantizers have the mode asked for.
+        Dropout and similar random modules stay in eval mode, because the teacher has none; so does frozen BatchNorm. A
+        backbone with ``frozen_stages`` freezes these stages here, but quantized layers are trained nevertheless, and
+        all quantizers get the requested mode.
+
+        Args:
+            mode: True for train mode, False for eval mode.
         """
         super().train(mode)
         stay = (*RANDOM_MODULES, _BatchNorm) if self.bn == 'frozen' else RANDOM_MODULES
         for module in self.student.modules():
             if isinstance(module, stay):
                 module.eval()
-        # Also in stages that a backbone freezes, and within attention, which stays in eval mode.
+        # Includes those in frozen stages, and in attention, which stays in eval mode.
         for _, quantizer in quantizers(self.student):
             quantizer.train(mode)
-        self._unfreeze()
+        self._unfreeze_quantized_layers()
         return self
 
-    def _unfreeze(self) -> None:
+    def _set_quantizer_cfg(self, cfg: dict[str, Any]) -> None:
+        self.quantizer_cfg = cfg
+        self.quantization_config = QuantizationConfig.from_dict(cfg)
+
+    def _unfreeze_quantized_layers(self) -> None:
         for _, layer in quantized_layers(self.student):
             layer.requires_grad_(True)
 
-    def _find_taps(self) -> set[str]:
+    def _collect_taps(self) -> set[str]:
         taps: set[str] = set()
         for loss in self.distillation_losses:
             names = loss.taps(self.student)
-            print_log(f'distillation: {loss} of {_enumerate(names)}', logger='current')
+            print_log(f'distillation: {loss} on {_summarize_names(names)}', logger='current')
             taps.update(names)
         return taps
 
     @contextmanager
     def predict_with_teacher(self) -> Iterator[None]:
-        """Inside the block ``predict`` is the teacher's."""
+        """Use the teacher for mode ``'predict'`` inside the block."""
         self._predictor = 'teacher'
         try:
             yield
@@ -247,13 +264,16 @@ class ZeroShotDetector(BaseModel):
             self._predictor = 'student'
 
     def forward(self, inputs: Tensor, data_samples: Sequence[Any] | None = None, mode: str = 'tensor') -> Any:
-        """Run as MMDetection's detectors do.
+        """Run the student, with the interface of MMDetection's detectors.
 
         Args:
             inputs: Normalized images (N, 3, H, W).
-            data_samples: One ``DetDataSample`` an image.
-            mode: ``'loss'``: dict of distillation losses; ``'predict'``: data samples with ``pred_instances``;
-                ``'tensor'``: the student's raw outputs.
+            data_samples: One ``DetDataSample`` per image.
+            mode: ``'loss'``, ``'predict'`` or ``'tensor'``.
+
+        Returns:
+            ``'loss'``: the dict of :meth:`loss`. ``'predict'``: data samples with ``pred_instances``, of the teacher
+            inside :meth:`predict_with_teacher`. ``'tensor'``: raw outputs.
         """
         if mode == 'loss':
             return self.loss(inputs, data_samples)
@@ -261,57 +281,66 @@ class ZeroShotDetector(BaseModel):
         return detector(inputs, data_samples, mode=mode)
 
     def end_training(self) -> None:
-        """Free the memory that steps of training hold; see :meth:`CapturedStep.release`."""
+        """Free the memory of captured training steps, see :meth:`CapturedStep.release`."""
         self._captured_step.release()
 
     def train_step(
         self, data: Any, optim_wrapper: OptimWrapper, average: Callable[[nn.Module], None] | None = None
     ) -> dict[str, Tensor]:
-        """Take one step, as a CUDA graph where all shapes are known before: of labels too, but not of proposals.
+        """Take one training step, as a CUDA graph if all shapes are fixed.
+
+        Labels have a fixed shape if the head takes padded targets. Proposals of a two-stage detector have none.
 
         Args:
             data: A batch of the data loader.
-            optim_wrapper: Of this model.
-            average: Makes the gradients of this model the means over several processes.
+            optim_wrapper: Optimizer wrapper of this model.
+            average: Averages the gradients of this model over all processes.
 
         Returns:
-            Each loss, and ``'loss'``, their sum.
+            Each loss, and their sum as ``'loss'``.
         """
         data = self.data_preprocessor(data, True)
-        capturable = not self.distillation_losses or self.comparison.capturable
+        capturable = not self.distillation_losses or self.paired_forward.capturable
         targets = None
         if self.detection_weight and takes_padded_targets(self.student):
             instances = [sample.gt_instances for sample in data['data_samples']]
-            targets = self._room.pad(instances, fixed=self._captured_step.graph is not None)
+            targets = self._target_capacity.pad(instances, fixed=self._captured_step.graph is not None)
         elif self.detection_weight:
             capturable = False
         return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
 
     @property
-    def comparison(self) -> Comparison:
-        """How student and teacher are run; needs the teacher."""
-        if self._comparison is None:
-            self._comparison = build_comparison(self.student, self.teacher, self.taps)
-        return self._comparison
+    def paired_forward(self) -> PairedForward:
+        """The joint forward pass of student and teacher.
+
+        Raises:
+            RuntimeError: Before :meth:`load_teacher`.
+        """
+        if self._paired_forward is None:
+            self._paired_forward = build_paired_forward(self.student, self.teacher, self.taps)
+        return self._paired_forward
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> dict[str, Tensor]:
-        """Return the weighted losses of the student: distillation, and detection if it has a weight.
+        """Return the weighted distillation losses, and the detection loss if it has a weight.
 
         Args:
             inputs: Normalized images (N, 3, H, W).
-            data_samples: One ``DetDataSample`` with ``gt_instances`` an image, or the
-                :class:`~mmzsq.models.padded_targets.PaddedTargets` of all if the student's head takes them.
+            data_samples: One ``DetDataSample`` with ``gt_instances`` per image, or
+                :class:`~mmzsq.models.padded_targets.PaddedTargets` of all images if the student's head takes them.
+
+        Returns:
+            Scalar losses by name.
         """
         inputs = inputs.contiguous(memory_format=self.memory_format)
         if self.detection_weight and data_samples is not None:
             leave_semantics_out(self.student, data_samples)
         if not self.distillation_losses:
-            # The teacher, which nobody would read, does not run.
+            # No loss reads the teacher's outputs.
             with frozen_train_mode(self.student):
                 return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, self._black, self._white)
-        outputs_S, outputs_T, detection = self.comparison(inputs, data_samples, bool(self.detection_weight))
+        outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
         if detection is not None:
             losses['loss_detection'] = self.detection_weight * sum_losses(detection)
@@ -320,16 +349,32 @@ class ZeroShotDetector(BaseModel):
         return losses
 
 
-def _enumerate(names: Sequence[str]) -> str:
-    """The names, or how many of them there are."""
+def trained_quantization(checkpoint: Mapping[str, Any]) -> QuantizationConfig | None:
+    """Read the ``zsq.quantizer`` section that a checkpoint was trained with.
+
+    Args:
+        checkpoint: Content of its file.
+
+    Returns:
+        The parsed section, or None if no run of this package wrote the checkpoint.
+
+    Raises:
+        UserError: If the section is not valid.
+    """
+    trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+    return None if trained is None else QuantizationConfig.from_dict(trained)
+
+
+def _summarize_names(names: Sequence[str]) -> str:
+    """List up to four names, or give their number and the first and last one."""
     return ', '.join(names) if len(names) <= 4 else f'{len(names)} modules from {names[0]} to {names[-1]}'
 
 
 def _drop_prefix(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix + PREFIX)]:
-        state[prefix + name[len(prefix + PREFIX) :]] = state.pop(name)
+    for name in [name for name in state if name.startswith(prefix + STUDENT_PREFIX)]:
+        state[prefix + name[len(prefix + STUDENT_PREFIX) :]] = state.pop(name)
 
 
 def _add_prefix(module: nn.Module, state: Any, prefix: str, *args: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix) and not name.startswith(prefix + PREFIX)]:
-        state[prefix + PREFIX + name[len(prefix) :]] = state.pop(name)
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(prefix + STUDENT_PREFIX)]:
+        state[prefix + STUDENT_PREFIX + name[len(prefix) :]] = state.pop(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other views of a batch: what each kind does to the pixels, and what reaches teacher and student."""
+"""Augmentation of batches: effect of each kind on the pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images() -> Tensor:
     return BLACK + torch.rand(6, 3, 10, 14) * (WHITE - BLACK)
 
 
-def test_flips_are_left_to_right_and_as_frequent_as_asked(images: Tensor) -> None:
+def test_flips_are_horizontal_with_the_given_probability(images: Tensor) -> None:
     assert torch.equal(BatchAugmentation(flip=1)(images, BLACK, WHITE), vision.horizontal_flip(images))
     many = images[:1].expand(2000, -1, -1, -1)
     flipped = (BatchAugmentation(flip=0.25)(many, BLACK, WHITE) != many).flatten(1).any(1)
@@ -50,13 +50,13 @@ def test_a_tint_scales_each_channel_of_each_image_from_black_and_stays_in_range(
     assert ratio.amin((2, 3)).unique().numel() > 10
 
 
-def test_nothing_asked_is_nothing_done(images: Tensor) -> None:
+def test_without_settings_images_are_unchanged(images: Tensor) -> None:
     assert torch.equal(BatchAugmentation()(images, BLACK, WHITE), images)
     assert BatchAugmentation.from_cfg(None) is None
 
 
 @pytest.mark.parametrize(
-    ('cfg', 'message'), [(dict(flip=2), 'flip is a number from 0 to 1'), (dict(mosaik=1), 'mosaic')]
+    ('cfg', 'message'), [(dict(flip=2), 'flip must be a number from 0 to 1'), (dict(mosaik=1), 'mosaic')]
 )
 def test_a_wrong_setting_is_refused(cfg: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):

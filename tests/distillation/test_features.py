@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of features by hand-worked numbers, what it keeps in memory, and the features that it finds by itself."""
+"""The feature loss against values computed by hand, its memory, and the default features."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_block_of_swin_and_its_pyramid_as_a_whole(tiny_cfg: Callable[[str]
     assert feature_modules(detector) == [*blocks, 'neck.1']
 
 
-def test_normalization_of_regions_is_no_feature_of_an_image(tiny_cfg: Callable[[str], Any]) -> None:
+def test_batchnorm_of_the_roi_head_is_not_compared(tiny_cfg: Callable[[str], Any]) -> None:
     cfg = tiny_cfg('mask-rcnn_r18')
     cfg.roi_head.mask_head.norm_cfg = dict(type='BN')
     detector = MODELS.build(cfg)
@@ -110,7 +110,7 @@ def test_parts_of_a_mask_head_are_features_beside_a_box_head() -> None:
     assert feature_modules(detector) == ['backbone.1']
 
 
-def test_blocks_are_known_by_structure() -> None:
+def test_transformer_blocks_are_found_by_structure() -> None:
     torchs = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     assert transformer_blocks(torchs) == ['layers.0', 'layers.1']
     pyramid = MODELS.build(
@@ -127,6 +127,6 @@ def test_blocks_are_known_by_structure() -> None:
     assert transformer_blocks(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1))) == []
 
 
-def test_a_network_of_no_known_parts_is_told_to_name_them() -> None:
+def test_error_without_default_features_asks_for_module_names() -> None:
     with pytest.raises(UserError, match='modules='):
         feature_modules(nn.Sequential(nn.Conv2d(3, 3, 1)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which loss is picked for which detector, and that the log tells."""
+"""The prediction loss chosen for a detector, and its log line."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def test_a_two_stage_detector_is_compared_by_region(tiny_cfg: Callable[[str], An
     assert loss.taps(detector) == ['rpn_head', 'roi_head.bbox_head', *masks]
 
 
-def test_all_else_is_compared_by_its_maps_and_the_log_says_why(tiny_cfg: Callable[[str], Any], log: list[str]) -> None:
+def test_other_detectors_are_compared_by_raw_maps_and_the_log_gives_the_reason(
+    tiny_cfg: Callable[[str], Any], log: list[str]
+) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
     loss = PredictionLoss(loss_weight=3.0).resolve(detector)
     assert isinstance(loss, PredictionKLLoss)
     assert (loss.loss_weight, loss.tau) == (pytest.approx(0.3), 4.0)
     assert loss.taps(detector) == ['bbox_head']
-    assert 'RetinaNet is no TwoStageDetector' in log[0] and 'PredictionKLLoss' in log[0]
+    assert 'RetinaNet is not a TwoStageDetector' in log[0] and 'PredictionKLLoss' in log[0]
 
 
 def test_a_loss_that_is_named_stays(tiny_cfg: Callable[[str], Any]) -> None:

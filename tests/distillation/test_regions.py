@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of a second stage are compared by what their outputs mean, or by their error where nothing is known of it."""
+"""Heads of a second stage are compared as classes and boxes if they are, and by relative error otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from mmdet.registry import MODELS
 
 from mmzsq.distillation import RegionPredictionLoss, TwoStagePredictionLoss
-from mmzsq.distillation.regions import region_heads, regions_unsupported_reason, relative_error
+from mmzsq.distillation.divergence import relative_errors
+from mmzsq.distillation.features import mean_squared_error
+from mmzsq.distillation.regions import region_heads, regions_unsupported_reason
 from mmzsq.distillation.two_stage import box_head_terms, two_stage_unsupported_reason
 from mmzsq.errors import UserError
 
@@ -62,26 +64,25 @@ def test_a_box_head_without_boxes_is_compared_by_its_classes() -> None:
     assert boxes == 0
 
 
-def test_the_error_of_nothing_is_that_of_the_scale() -> None:
+def test_relative_error_of_zeros_is_one() -> None:
     teacher = torch.tensor([3.0, -4.0])
-    assert relative_error(torch.zeros(2), teacher) == 1
-    assert relative_error(2 * teacher, teacher) == 1
-    assert relative_error(teacher, teacher) == 0
+    errors = [mean_squared_error(student, teacher) for student in (torch.zeros(2), 2 * teacher, teacher)]
+    assert relative_errors(errors, [teacher] * 3).tolist() == [1, 1, 0]
 
 
-def test_a_head_beside_boxes_and_masks_is_not_overlooked(tiny_cfg: Callable[[str], Any]) -> None:
+def test_an_extra_roi_head_is_compared(tiny_cfg: Callable[[str], Any]) -> None:
     """Mask Scoring and PointRend add one to a standard RoI head."""
     detector = MODELS.build(tiny_cfg('mask-rcnn_r18'))
     assert two_stage_unsupported_reason(detector) is None
     detector.roi_head.mask_iou_head = torch.nn.Linear(2, 2)
-    assert two_stage_unsupported_reason(detector) == 'its roi_head has a mask_iou_head too'
+    assert two_stage_unsupported_reason(detector) == 'its roi_head also has a mask_iou_head'
     with pytest.raises(UserError, match='mask_iou_head'):
         TwoStagePredictionLoss().taps(detector)
     assert 'roi_head.mask_iou_head' in RegionPredictionLoss().taps(detector)
 
 
-def test_a_detector_of_one_stage_is_refused_with_what_to_use(tiny_cfg: Callable[[str], Any]) -> None:
+def test_error_for_a_one_stage_detector_names_an_alternative(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('retinanet_r18'))
-    assert regions_unsupported_reason(detector) == 'RetinaNet is no TwoStageDetector'
+    assert regions_unsupported_reason(detector) == 'RetinaNet is not a TwoStageDetector'
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
         RegionPredictionLoss().taps(detector)

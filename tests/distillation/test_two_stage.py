@@ -18,10 +18,10 @@ from torchvision.ops import box_iou, complete_box_iou
 
 from mmzsq.boxes import complete_iou
 from mmzsq.distillation import (
-    MASK_ROIS,
+    MASK_ROI_INDICES,
     TwoStagePredictionLoss,
     foreground,
-    most_confident,
+    most_confident_indices,
     two_stage_unsupported_reason,
 )
 from mmzsq.distillation.two_stage import box_head_terms, decode_on_unit_box, mask_term, rpn_predictions
@@ -83,7 +83,7 @@ def test_the_mask_term_is_that_of_the_teachers_category_weighted_by_its_score(cl
     assert float(mask_term(student, teacher, found)) == pytest.approx(expected / float(found.scores.sum()), rel=1e-4)
 
 
-def test_no_rois_are_no_loss() -> None:
+def test_the_loss_without_rois_is_zero() -> None:
     boxes = [torch.zeros(0, CLASSES + 1, requires_grad=True), torch.zeros(0, 12, requires_grad=True)]
     masks = torch.zeros(0, CLASSES, 4, 4, requires_grad=True)
     loss = sum(box_head_terms(boxes, boxes, BOX_CODER)) + mask_term(masks, masks, foreground(boxes[0]))
@@ -94,8 +94,8 @@ def test_no_rois_are_no_loss() -> None:
 def test_the_best_rois_of_each_image_are_taken() -> None:
     scores = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.2, 0.8])
     # Three of the first image, none of the second, one of the third, two of the last.
-    assert most_confident(scores, [3, 0, 1, 2], 2).tolist() == [1, 2, 3, 5, 4]
-    assert most_confident(scores[:0], [0, 0], 2).tolist() == []
+    assert most_confident_indices(scores, [3, 0, 1, 2], 2).tolist() == [1, 2, 3, 5, 4]
+    assert most_confident_indices(scores[:0], [0, 0], 2).tolist() == []
 
 
 def test_overlap_in_the_frame_of_an_anchor_is_that_in_the_image() -> None:
@@ -110,7 +110,7 @@ def test_overlap_in_the_frame_of_an_anchor_is_that_in_the_image() -> None:
     torch.testing.assert_close(complete_iou(*in_frame), complete_iou(*in_image), rtol=1e-4, atol=1e-5)
 
 
-def test_maps_of_the_proposal_network_are_read_as_mmdetection_does(tiny_cfg: Callable[[str], Any]) -> None:
+def test_maps_of_the_proposal_network_are_decoded_as_in_mmdetection(tiny_cfg: Callable[[str], Any]) -> None:
     """Its own proposals, unsuppressed, are the most objective of the anchors and decode to the same boxes."""
     detector = MODELS.build(tiny_cfg('faster-rcnn_r18')).eval()
     rpn = detector.rpn_head
@@ -141,7 +141,7 @@ def loss_and_terms(detector: nn.Module) -> tuple[float, dict[str, float]]:
         'rpn_head': rpn_T,
         'roi_head.bbox_head': box_T,
         'roi_head.mask_head': [mask_T],
-        MASK_ROIS: [mask_rois],
+        MASK_ROI_INDICES: [mask_rois],
     }
     rpn = total = 0.0
     for image in range(2):
@@ -169,17 +169,17 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_cfg: Callable[[str], Any
 @pytest.mark.parametrize(
     ('name', 'change', 'reason'),
     [
-        ('retinanet_r18', {}, 'RetinaNet is no TwoStageDetector'),
+        ('retinanet_r18', {}, 'RetinaNet is not a TwoStageDetector'),
         ('faster-rcnn_r18', {'roi_head.type': 'DoubleHeadRoIHead', 'roi_head.reg_roi_scale_factor': 1.3}, '_bbox_'),
         (
             'faster-rcnn_r18',
             {'roi_head.bbox_head.loss_cls': dict(type='SeesawLoss', num_classes=3, _delete_=True)},
             'SeesawLoss',
         ),
-        ('faster-rcnn_r18', {'rpn_head.loss_cls.use_sigmoid': False}, 'scores by sigmoid'),
+        ('faster-rcnn_r18', {'rpn_head.loss_cls.use_sigmoid': False}, 'sigmoid scores'),
     ],
 )
-def test_a_detector_of_other_heads_is_refused_with_the_reason(
+def test_error_for_unsupported_heads_gives_the_reason(
     tiny_cfg: Callable[[str], Any], name: str, change: dict[str, Any], reason: str
 ) -> None:
     cfg = Config(dict(model=tiny_cfg(name)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes: they make the set that one makes, learn what one learns, and end with the same student."""
+"""Two processes generate the same set as one process, and train the same student."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ from mmengine.optim import OptimWrapper
 from mmzsq import cli
 from mmzsq.qat import captured_step
 from mmzsq.qat.captured_step import CapturedStep
-from mmzsq.distillation.losses import soft_object_count
+from mmzsq.distillation.divergence import soft_object_count
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients
 from mmzsq.quantization import quantizers
@@ -242,14 +242,14 @@ def assert_same(states: list[dict[str, torch.Tensor]]) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def test_a_set_of_two_interrupted_and_unequally_busy_processes_is_that_of_one(root: Path) -> None:
+def test_two_interrupted_processes_generate_the_same_set_as_one(root: Path) -> None:
     """The one with a shard more may take longer than processes otherwise wait for each other."""
     for two, one in zip(set_content(root / 'two'), set_content(root / 'one'), strict=True):
         assert two == one
     assert set_content(root / 'averaged') == set_content(root / 'one')
 
 
-def test_two_processes_learn_what_one_does_from_as_many_images_a_step(root: Path) -> None:
+def test_two_processes_train_the_same_student_as_one_with_the_same_batch(root: Path) -> None:
     one = torch.load(root / 'one' / 'last.pth', weights_only=True)
     two = of_ranks(root / 'two', 'last')
     # Three steps in each of two epochs; the images of a step are shared out.
@@ -287,13 +287,13 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
         assert_same(list(states))
 
 
-def test_the_soft_number_of_objects_is_each_ones_share_of_all_and_at_least_one(root: Path) -> None:
+def test_soft_object_count_is_the_mean_over_processes_and_at_least_one_in_total(root: Path) -> None:
     for units in of_ranks(root, 'units'):
         # (2 + 4) / 2, and 1 / 2 in place of (0.2 + 0.2) / 2.
         assert units['numbers'] == [3.0, 0.5]
 
 
-def test_a_gradient_that_one_process_lacks_counts_as_zeros(root: Path) -> None:
+def test_a_missing_gradient_of_one_process_counts_as_zeros(root: Path) -> None:
     for units in of_ranks(root, 'units'):
         assert units['gradients'] == [2.0, 2.0, None]
         assert torch.equal(units['layer'], 2 * torch.arange(108.0).view(4, 3, 3, 3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joined parameter groups against MMEngine's one group a parameter: fewer of them, and the same steps."""
+"""Merged parameter groups take the same steps as MMEngine's, with fewer groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
 from mmzsq.engine.optim_wrapper_constructor import join_groups
-from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers
+from mmzsq.quantization import QuantizationConfig, calibrating, prepare
 
 PARAMWISE = dict(
     norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'_quantizer.': dict(lr_mult=10.0, decay_mult=0.0)}
@@ -47,7 +47,7 @@ def model() -> nn.Module:
     return network
 
 
-def test_groups_are_joined_and_steps_stay_the_same(model: nn.Module) -> None:
+def test_merged_groups_take_the_same_steps(model: nn.Module) -> None:
     other = copy.deepcopy(model)
     joined = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor')
     stock = wrap(other, 'DefaultOptimWrapperConstructor')
@@ -79,48 +79,7 @@ def test_the_log_names_groups_not_parameters(model: nn.Module) -> None:
     assert after == 'paramwise_options of others'
 
 
-def test_weights_learn_at_rates_in_proportion_to_their_size(model: nn.Module) -> None:
-    layers = [layer for _, layer in quantized_layers(model)]
-    with torch.no_grad():
-        # Their geometric mean is 2.
-        for layer, size in zip(layers, (0.5, 4.0, 4.0), strict=True):
-            layer.weight.copy_(size * torch.randn_like(layer.weight).sign())
-    groups = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor', relative_lr=True).optimizer.param_groups
-    rates = {id(p): group['lr'] for group in groups for p in group['params']}
-    assert [rates[id(layer.weight)] for layer in layers] == [0.25 * LR, 2 * LR, 2 * LR]
-    # Of all else they are what they are without.
-    for name, parameter in model.named_parameters():
-        if not any(parameter is layer.weight for layer in layers):
-            assert rates[id(parameter)] == pytest.approx(10 * LR if '_quantizer.' in name else LR)
-    # Rates of two sizes make two groups of the one.
-    assert len(groups) == 4 and all('weight_decay' in group for group in groups)
-
-
-@pytest.mark.parametrize('kdim', [None, 3], ids=['in one parameter', 'in three'])
-def test_projections_of_attention_learn_at_a_rate_of_their_own(kdim: int | None) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, kdim=kdim, vdim=kdim)
-            self.output = nn.Linear(4, 4)
-
-    network = Attention()
-    prepare(network, QuantizationConfig.from_dict(dict(w_bits=4, a_bits=4, first_bits='same', last_bits='same')))
-    weights = {name: p for name, p in network.named_parameters() if p.dim() == 2}
-    projections = {name for name in weights if 'proj_weight' in name}
-    assert len(projections) == (1 if kdim is None else 3) and len(weights) == len(projections) + 2
-    with torch.no_grad():
-        for name, weight in weights.items():
-            # Against the geometric mean of all.
-            size = 2.0 ** (2 if name in projections else -len(projections))
-            weight.copy_(size * torch.randn_like(weight).sign())
-    groups = wrap(network, 'mmzsq.GroupedOptimWrapperConstructor', relative_lr=True).optimizer.param_groups
-    rates = {id(p): group['lr'] for group in groups for p in group['params']}
-    for name, weight in weights.items():
-        assert rates[id(weight)] == (4 if name in projections else 0.5 ** len(projections)) * LR
-
-
-def test_a_parameter_that_comes_twice_is_learnt_once() -> None:
+def test_a_parameter_in_two_groups_stays_in_the_first() -> None:
     shared, single = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups: list[dict[str, Any]] = [
         dict(params=[shared], lr=1.0), dict(params=[single], lr=2.0), dict(params=[shared], lr=2.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization on real images, for comparison: the whole run on a tiny Mask R-CNN, and that it says what it is."""
+"""Quantization on real images, as a comparison: a whole run of a tiny Mask R-CNN, whose report says so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from mmzsq.engine import ZeroShotRunner
-from mmzsq.qat.comparison import TwoStageComparison
+from mmzsq.qat.paired_forward import TwoStagePairedForward
 
 SIZE = (48, 64)
 
@@ -94,9 +94,9 @@ def test_a_run_on_real_images_ends_with_box_and_mask_ap_and_says_what_it_learnt_
     told: list[str] = []
     monkeypatch.setattr(logging.Logger, 'info', lambda self, text, *args: told.append(str(text)))
     compared: list[bool] = []
-    compare = TwoStageComparison.__call__
+    compare = TwoStagePairedForward.__call__
     monkeypatch.setattr(
-        TwoStageComparison, '__call__', lambda self, *args: compared.append(True) or compare(self, *args)
+        TwoStagePairedForward, '__call__', lambda self, *args: compared.append(True) or compare(self, *args)
     )
     runner = run(kind)
     assert any('learns from real images, for comparison only' in text for text in warned)

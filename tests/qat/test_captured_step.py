@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step as a CUDA graph against the same step run eagerly, and when it has to run eagerly."""
+"""Captured training steps match eager ones, and run eagerly if they cannot be captured."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def train(model: ZeroShotDetector, data: list[dict[str, Any]], wrapper: str = 'O
 @pytest.mark.cuda
 @pytest.mark.parametrize('wrapper', ['OptimWrapper', 'AmpOptimWrapper'])
 @pytest.mark.parametrize('name', ['yolov5', 'retinanet_r18'])
-def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wrapper: str) -> None:
+def test_captured_steps_match_eager_steps(make: Make, name: str, wrapper: str) -> None:
     """The same losses, step for step, over more steps than the eager ones, and in a last batch of another size."""
     data = batches(EAGER_STEPS + 4) + batches(1, images=1)
     logs, moves = [], []
@@ -140,7 +140,7 @@ def test_a_captured_step_learns_what_an_eager_one_does(make: Make, name: str, wr
     assert copy.deepcopy(model)._captured_step.graph is None
 
 
-def test_a_released_step_holds_nothing_and_begins_anew() -> None:
+def test_release_frees_the_graph_and_a_new_one_is_captured() -> None:
     step, reset = CapturedStep(), []
     step.release()
     step.graph = SimpleNamespace(reset=lambda: reset.append(1))
@@ -168,7 +168,7 @@ def test_training_goes_on_after_a_release(make: Make) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_what_depends_on_labels_or_proposals_runs_eagerly(make: Make) -> None:
+def test_losses_with_labels_or_proposals_run_eagerly(make: Make) -> None:
     for name, preset in (('retinanet_r18', PAPER), ('mask-rcnn_r18', DEFAULT)):
         model = make(name, preset).cuda()
         train(model, batches(EAGER_STEPS + 2))
@@ -197,13 +197,13 @@ def test_padded_targets_are_the_labels(make: Make, monkeypatch: pytest.MonkeyPat
     data = labeled([(1, 3), (0, 2 * PAD_MULTIPLE + 1), (2, 1)])
     model, stock = make('yolov5', PAPER), make('yolov5', PAPER)
     logs = train(model, data)
-    assert model._room.targets == 3 * PAD_MULTIPLE
+    assert model._target_capacity.targets == 3 * PAD_MULTIPLE
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
     for padded, own in zip(logs, train(stock, data), strict=True):
         assert padded == pytest.approx(own, rel=1e-5) and padded['loss_detection'] > 0
 
 
-def test_once_there_is_a_graph_room_stays() -> None:
+def test_padded_length_stays_once_there_is_a_graph() -> None:
     room = TargetCapacity()
     assert [
         room.pad([labels(count)], fixed).labels.shape[1] for count, fixed in ((3, False), (33, True), (3, True))

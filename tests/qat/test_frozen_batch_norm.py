@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The faster backward of a frozen BatchNorm against PyTorch's own."""
+"""The backward of frozen BatchNorm matches that of PyTorch."""
 
 from __future__ import annotations
 

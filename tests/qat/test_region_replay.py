@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second stages of two detectors look at the same places, whatever is in them."""
+"""The second stages of two detectors see the same regions, whatever heads they have."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mmzsq.distillation import PredictionLoss, RegionPredictionLoss
 from mmzsq.masks import ellipse_masks
-from mmzsq.qat import comparison as module
-from mmzsq.qat.comparison import RegionComparison, build_comparison
+from mmzsq.qat import paired_forward as module
+from mmzsq.qat.paired_forward import RegionPairedForward, build_paired_forward
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
 from mmzsq.tasks.detection_task import data_samples, leave_semantics_out, sum_losses
 
@@ -34,8 +34,8 @@ def batch() -> tuple[Tensor, list[Any]]:
 @pytest.fixture
 def pair(tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[nn.Module, Any]]:
     """A student whose weights are near the teacher's, and the teacher, by name; on few regions."""
-    monkeypatch.setattr(module, 'BOX_ROIS', 12)
-    monkeypatch.setattr(module, 'REGIONS_WITH_MASKS', 6)
+    monkeypatch.setattr(module, 'MAX_BOX_ROIS', 12)
+    monkeypatch.setattr(module, 'MAX_REGIONS_WITH_MASKS', 6)
 
     def pair(name: str) -> tuple[nn.Module, Any]:
         cfg = tiny_cfg(name)
@@ -50,13 +50,13 @@ def pair(tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Cal
     return pair
 
 
-def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> None:
+def test_each_stage_of_a_cascade_sees_the_teachers_regions(pair: Any) -> None:
     """Worked out apart: the teacher's cascade by MMDetection, and each head of the student on what its stage saw."""
     student, teacher = pair('cascade-rcnn_r18')
     inputs, samples = batch()
     heads = [f'roi_head.bbox_head.{stage}' for stage in range(3)]
-    compare = build_comparison(student, teacher, heads)
-    assert type(compare) is RegionComparison
+    compare = build_paired_forward(student, teacher, heads)
+    assert type(compare) is RegionPairedForward
     compared = compare(inputs, samples, with_losses=False)
     with torch.no_grad():
         features = {'S': student.extract_feat(inputs), 'T': teacher.extract_feat(inputs)}
@@ -80,11 +80,11 @@ def test_each_stage_of_a_cascade_answers_to_the_teachers_regions(pair: Any) -> N
 
 
 @pytest.mark.parametrize('name', ['cascade-rcnn_r18', 'htc_r18'])
-def test_an_exact_student_has_no_loss_and_another_one_learns_in_every_head(pair: Any, name: str) -> None:
+def test_an_exact_student_has_zero_loss_and_others_get_gradients_in_every_head(pair: Any, name: str) -> None:
     student, teacher = pair(name)
     loss = PredictionLoss().resolve(student)
     assert type(loss) is RegionPredictionLoss
-    compare = build_comparison(student, teacher, loss.taps(student))
+    compare = build_paired_forward(student, teacher, loss.taps(student))
     inputs, samples = batch()
 
     def total() -> Tensor:
@@ -109,21 +109,21 @@ def test_heads_act_as_in_use_and_go_back_to_training(pair: Any) -> None:
     student.train()
     seen = []
     student.roi_head.bbox_head[0].fc_cls.register_forward_pre_hook(lambda layer, _: seen.append(layer.training))
-    build_comparison(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
+    build_paired_forward(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
     assert seen == [False]
     assert student.roi_head.bbox_head[0].fc_cls.training
 
 
-def test_an_image_without_proposals_is_one_region_itself(pair: Any) -> None:
+def test_an_image_without_proposals_becomes_one_region(pair: Any) -> None:
     student, teacher = pair('cascade-rcnn_r18')
     teacher.rpn_head.test_cfg.min_bbox_size = 10**6
     seen: list[Tensor] = []
     student.roi_head.bbox_roi_extractor[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    build_comparison(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
+    build_paired_forward(student, teacher, ['roi_head.bbox_head.0'])(*batch(), with_losses=False)
     assert seen[0].tolist() == [[0, 0, 0, 96, 64], [1, 0, 0, 96, 64]]
 
 
-def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any) -> None:
+def test_the_students_own_loss_matches_and_runs_the_trunk_once(pair: Any) -> None:
     """Of a detector with a semantic branch, for which no pixel has a label: that term is zero."""
     student, teacher = pair('htc_r18')
     inputs, samples = batch()
@@ -131,7 +131,7 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any)
     calls: list[str] = []
     student.backbone.register_forward_hook(lambda *_: calls.append('backbone'))
     torch.manual_seed(1)
-    compared = build_comparison(student, teacher, ['rpn_head'])(inputs, samples, with_losses=True)
+    compared = build_paired_forward(student, teacher, ['rpn_head'])(inputs, samples, with_losses=True)
     assert calls == ['backbone']
     assert compared.losses['loss_semantic_seg'] == 0
     torch.manual_seed(1)
@@ -139,7 +139,7 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(pair: Any)
     assert sum_losses(compared.losses).item() == pytest.approx(sum_losses(expected).item(), rel=1e-5)
 
 
-def test_extractors_are_as_before_afterwards(pair: Any) -> None:
+def test_regions_are_replayed_and_extractors_restored(pair: Any) -> None:
     roi_head = pair('cascade-rcnn_r18')[0].roi_head
     features = [torch.rand(1, 16, 16, 16) for _ in range(4)]
     with recording_regions(roi_head) as regions:
@@ -149,5 +149,8 @@ def test_extractors_are_as_before_afterwards(pair: Any) -> None:
     }
     with replaying_regions(roi_head, regions):
         replayed = roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 5, 5, 60, 60]]))
+    with recording_regions(roi_head) as outer, recording_regions(roi_head) as inner:
+        roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 0, 0, 9, 9]]))
+    assert len(outer['bbox_roi_extractor.1']) == len(inner['bbox_roi_extractor.1']) == 1
     assert torch.equal(replayed, roi_head.bbox_roi_extractor[1](features, torch.tensor([[0.0, 0, 0, 9, 9]])))
     assert all('forward' not in vars(extractor) for extractor in roi_head.bbox_roi_extractor)

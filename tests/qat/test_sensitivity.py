@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What few bits of one layer cost: as much as in a student of which nothing else is quantized."""
+"""The sensitivity of a layer is the loss of a student in which only this layer is quantized."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def alone(make: Make, layer: str, bits: int, batches: list[dict[str, Any]], inpu
 
 
 @pytest.mark.parametrize('inputs', [True, False])
-def test_it_is_the_loss_of_a_student_of_which_nothing_else_is_quantized(
+def test_sensitivity_is_the_loss_of_a_student_with_one_quantized_layer(
     make: Make, batches: list[dict[str, Any]], inputs: bool
 ) -> None:
     measured = measure_sensitivity(make(), LAYERS[:2], (8, 3), batches, batches[:1], inputs)
@@ -118,7 +118,7 @@ def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batc
 
 
 @pytest.mark.parametrize('inputs', [True, False])
-def test_where_inputs_are_equalized_no_candidate_knows_of_another(
+def test_with_equalized_inputs_candidates_are_independent(
     make: Make, batches: list[dict[str, Any]], inputs: bool
 ) -> None:
     """Each is what it is alone, and in a student that starts its training with these bits."""
@@ -150,7 +150,7 @@ def test_after_measuring_a_student_with_equalized_inputs_starts_as_it_would_have
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_what_is_drawn_at_random_is_drawn_alike(
+def test_random_numbers_are_the_same_in_each_measurement(
     make: Make, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
@@ -189,5 +189,5 @@ def test_a_loss_that_is_not_finite_names_layer_and_bits(
         return (total * float('inf') if quantized.enabled and quantized.bits == 2 else total), log
 
     monkeypatch.setattr(ZeroShotDetector, 'parse_losses', overflow)
-    with pytest.raises(UserError, match=f'with 2 bits in {LAYERS[0]} alone: leave 2 out'):
+    with pytest.raises(UserError, match=f'with 2 bits in {LAYERS[0]} alone: remove 2 from'):
         measure_sensitivity(model, LAYERS[:1], (8, 2), batches, batches[:1])

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmzsq import cli
-from mmzsq.engine.bit_allocation import bits_within
+from mmzsq.engine.bit_allocation import allocate_within_budget
 from mmzsq.errors import UserError
 from mmzsq.quantization.allocation import Budget, as_settings, overrides_of, totals
 from mmzsq.quantization.config import AllocationSettings, Bits
@@ -67,7 +67,7 @@ def main() -> None:
     console = Console(width=WIDTH)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task('measuring layers', total=len(budget.layers))
-        bits, sensitivity = bits_within(runner, budget, args.batches, lambda: progress.advance(task))
+        bits, sensitivity = allocate_within_budget(runner, budget, args.batches, lambda: progress.advance(task))
     uniform = budget.uniform()
     same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
     summary = (

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of a zero-shot run."""
+"""Hooks of zero-shot quantization."""
 
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
 from mmzsq.engine.hooks.finite_loss_hook import FiniteLossHook
-from mmzsq.engine.hooks.quantization_drop_hook import QuantizationDropHook
 from mmzsq.engine.hooks.quantizer_init_hook import QuantizerInitHook
 
-__all__ = ['CalibrationSetHook', 'FiniteLossHook', 'QuantizationDropHook', 'QuantizerInitHook']
+__all__ = ['CalibrationSetHook', 'FiniteLossHook', 'QuantizerInitHook']

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the calibration set before training when it is missing or unfinished."""
+"""Hook that generates the calibration set before training if it is missing or incomplete."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 
 GALLERY_IMAGES = 16
-LONGEST_WAIT = timedelta(days=30)
-"""For the slowest process; a shard may take longer than the ten minutes after which NCCL gives up."""
+BARRIER_TIMEOUT = timedelta(days=30)
+"""Time to wait for the slowest process. A shard may take longer than NCCL's timeout of ten minutes."""
 
 
 @HOOKS.register_module()
 class CalibrationSetHook(Hook):
-    """The DeepInversion-style generator, run by :class:`~mmzsq.engine.ZeroShotRunner` before anything is built.
+    """Generates the calibration set in the style of DeepInversion.
 
-    Ranks take shards in turn and rank 0 merges; a set that is complete and fits is used as it is.
+    :class:`~mmzsq.engine.ZeroShotRunner` calls the hook at its own hook point ``before_build``, before it builds data
+    loaders and the optimizer: they need the set. Shards are distributed over the ranks, and rank 0 merges them. A
+    complete set with the same settings is reused.
 
     Args:
         root: Folder of the set.
-        num_images: Images in it.
-        batch_size: Images a batch where a stage does not say.
-        seed: Of the set.
+        num_images: Number of images in the set.
+        batch_size: Default batch size of the synthesis stages.
+        seed: Random seed of the set.
         synthesis: The section ``zsq.synthesis``.
         label_sampler: The section ``zsq.label_sampler``.
-        classes: Names of the categories; None: those of the teacher's checkpoint, else ``class_0`` and so on.
+        classes: Names of the categories. By default those in the teacher's checkpoint, or else ``class_0``,
+            ``class_1`` and so on.
     """
 
     def __init__(
@@ -66,7 +69,15 @@ class CalibrationSetHook(Hook):
         self.classes = classes
 
     def before_build(self, runner: Runner) -> None:
-        """Make what is missing of the set."""
+        """Generate the missing shards of the set.
+
+        Args:
+            runner: The :class:`~mmzsq.engine.ZeroShotRunner` with the teacher.
+
+        Raises:
+            UserError: If the set in the folder has other settings, the class names do not match the detector, or an
+                image size does not suit it.
+        """
         detector = runner.detector
         task = detection_task(detector.load_teacher())
         generator = CalibrationSetGenerator(task, self.synthesis, self.label_sampler, self.batch_size, self.seed)
@@ -88,13 +99,13 @@ class CalibrationSetHook(Hook):
             return
         generator.check_sizes()
         missing = calibration_set.missing_shards()
-        # All ranks list before any writes: they share out the same shards.
-        group = dist.new_group(backend='gloo', timeout=LONGEST_WAIT) if get_world_size() > 1 else None
+        # All ranks must list the missing shards before any rank writes one, so that they share the same list.
+        group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
         barrier(group)
-        mine = missing[get_rank() :: get_world_size()]
+        own_shards = missing[get_rank() :: get_world_size()]
         runner.logger.info(
-            f'making the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
-            f'{calibration_set.num_shards} shards to go'
+            f'generating the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
+            f'{calibration_set.num_shards} shards missing'
         )
         if task.note is not None:
             runner.logger.warning(task.note)
@@ -105,11 +116,11 @@ class CalibrationSetHook(Hook):
             f'of a batch; priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
             f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
         )
-        with SynthesisProgress(runner, generator, calibration_set, mine, self.root / 'previews') as progress:
-            generator.generate(calibration_set, mine, progress.update)
+        with SynthesisProgress(runner, generator, calibration_set, own_shards, self.root / 'previews') as progress:
+            generator.generate(calibration_set, own_shards, progress.update)
         if synthesizer.eager_reason is not None:
             runner.logger.warning(
-                f'synthesis ran without a CUDA graph: the detection loss waits for the device '
+                f'synthesis ran without a CUDA graph: the detection loss synchronizes with the device '
                 f'({synthesizer.eager_reason})'
             )
         barrier(group)
@@ -120,7 +131,7 @@ class CalibrationSetHook(Hook):
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
     def _fingerprint(self, detector: Any, task: DetectionTask) -> dict[str, Any]:
-        """What the set depends on: another teacher or other settings make another set."""
+        """Return everything that determines the content of the set."""
         config = json.dumps(detector.detector_cfg, sort_keys=True, default=str)
         return dict(
             teacher=digest(task.detector),
@@ -135,8 +146,8 @@ class CalibrationSetHook(Hook):
         if self.classes is not None and len(self.classes) != task.num_classes:
             first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'
             raise UserError(
-                f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector tells '
-                f'{task.num_classes} apart: name its own, val_dataloader.dataset.metainfo=dict(classes=[...])'
+                f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector has '
+                f'{task.num_classes}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
             )
         known = self.classes or detector.teacher_meta.get('dataset_meta', {}).get('classes')
         if known is not None and len(known) == task.num_classes:

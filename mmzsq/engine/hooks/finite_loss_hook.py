@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops a run whose loss is no longer a number, before its checkpoint replaces a good one."""
+"""Hook that stops a run with a non-finite loss before its checkpoint replaces a good one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mmzsq.registry import HOOKS
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Looks at the loss from time to time and before each checkpoint.
+    """Checks at intervals, at the end of each epoch and before each checkpoint that the loss is finite.
 
     Args:
-        interval: Iterations between two looks; each waits for the device once.
+        interval: Iterations between two checks. Each check synchronizes with the device. Defaults to 50.
     """
 
-    # Before CheckpointHook (VERY_LOW), which deletes what it replaces and only then saves.
+    # Before CheckpointHook (VERY_LOW), which deletes an old checkpoint before it saves a new one.
     priority = 'LOW'
 
     def __init__(self, interval: int = 50) -> None:
@@ -30,7 +30,17 @@ class FiniteLossHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
     ) -> None:
-        """Check the loss of this iteration."""
+        """Check the loss of this iteration, if a check is due.
+
+        Args:
+            runner: The runner.
+            batch_idx: Index of the batch in the epoch.
+            data_batch: Not used.
+            outputs: Logged values of the iteration. The check reads ``'loss'``, a scalar.
+
+        Raises:
+            UserError: If the loss is not finite.
+        """
         intervals = [self.interval, *(hook.interval for hook in runner.hooks if _saves_between_epochs(hook))]
         due = any(self.every_n_train_iters(runner, interval) for interval in intervals)
         if not (due or self.end_of_epoch(runner.train_dataloader, batch_idx)):
@@ -39,7 +49,7 @@ class FiniteLossHook(Hook):
         if loss is not None and not torch.isfinite(loss):
             raise UserError(
                 f'the loss is {loss} at iteration {runner.iter}: lower zsq.train.optimizer.lr or zsq.train.step_lr, or '
-                'set zsq.train.amp=False; the checkpoints written before are intact'
+                'set zsq.train.amp=False; earlier checkpoints are intact'
             )
 
 

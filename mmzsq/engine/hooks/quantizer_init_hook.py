@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives every quantizer its first step from the calibration set."""
+"""Hook that initializes the quantizers from the calibration set."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -15,37 +16,47 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, quantizers
+from mmzsq.qat.zero_shot_detector import trained_quantization
+from mmzsq.quantization import quantizers
+from mmzsq.quantization.config import QuantizationConfig
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
-"""The student right after initialization, in the work_dir: post-training quantization, the baseline of a run."""
+"""File in the work_dir with the student right after initialization: the post-training quantization baseline."""
 
 REPORT_FILE = 'quantization_report.json'
-"""Every layer, in the work_dir: bits, scheme, first steps, or why it stayed float."""
+"""File in the work_dir that lists every layer: bits, scheme and initial steps, or why it stays float."""
 
 
-SHOWN = 100
-"""Characters of a setting that a message shows: bits of each layer fill a page."""
+SHOWN_LENGTH = 100
+"""Length to which a message shortens a setting. The bits of all layers would fill a page."""
 
 
 @HOOKS.register_module()
 class QuantizerInitHook(Hook):
-    """Initializes the steps on batches of the calibration set; a resumed run finds them initialized.
+    """Initializes the quantizers on batches of the calibration set, unless a checkpoint has initialized them.
 
     Args:
-        num_batches: Training batches (of every rank) that the statistics are taken from.
+        num_batches: Number of training batches on each rank from which the steps are computed. Defaults to 4.
     """
 
-    # After the model is loaded, before anything trains or copies it.
+    # After the model is loaded, and before another hook copies it (EMAHook).
     priority = 'VERY_HIGH'
 
     def __init__(self, num_batches: int = 4) -> None:
         self.num_batches = num_batches
 
     def before_train(self, runner: Runner) -> None:
-        """Initialize what is not."""
+        """Initialize uninitialized quantizers, and write the PTQ checkpoint and the report.
+
+        Args:
+            runner: The runner with the student and the training data.
+
+        Raises:
+            UserError: If a file cannot be written.
+        """
         detector = runner.detector
         if not _uninitialized(detector.student):
             return
@@ -57,37 +68,49 @@ class QuantizerInitHook(Hook):
     def _save(self, runner: Runner) -> None:
         folder = Path(runner.work_dir)
         checkpoint = dict(state_dict=runner.detector.state_dict())
-        # Its bits may be other than the config's.
+        # Allocated bits differ from those of the config.
         self.before_save_checkpoint(runner, checkpoint)
-        torch.save(checkpoint, folder / PTQ_FILE)
-        (folder / REPORT_FILE).write_text(json.dumps(runner.detector.report.to_dict(), indent=2) + '\n')
+        delete_unfinished(folder, {PTQ_FILE, REPORT_FILE})
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(folder / PTQ_FILE, content.getvalue())
+        write_atomically(folder / REPORT_FILE, to_json(runner.detector.report.to_dict(), indent=2))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Write down what a resumed run and a reader of the file need to know."""
+        """Store the teacher and the quantizer section in ``meta`` of the checkpoint, for resumed runs and readers.
+
+        Args:
+            runner: The runner.
+            checkpoint: The checkpoint to complete in place.
+        """
         checkpoint.setdefault('meta', {})['mmzsq'] = dict(
             teacher=runner.detector.teacher_checkpoint,
-            # Plain data alone: the checkpoint is to be read with weights_only=True.
+            # Plain data, so that torch.load can read the checkpoint with weights_only=True.
             quantizer=json.loads(json.dumps(runner.detector.quantizer_cfg)),
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse a checkpoint of other integers than the config has, or of other layers: it would load all the same.
+        """Reject a checkpoint with other quantization settings, which would load without an error.
+
+        Args:
+            runner: The runner with the student.
+            checkpoint: The loaded checkpoint.
 
         Raises:
-            UserError: Names the settings that differ, or a layer.
+            UserError: If settings of integers differ, or the layers with input scales.
         """
-        trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
+        trained = trained_quantization(checkpoint)
         if trained is not None:
             self._check_settings(runner, checkpoint, trained)
-        _check_factors(runner.detector, checkpoint.get('state_dict', {}))
+        _check_input_scales(runner.detector, checkpoint.get('state_dict', {}))
 
-    def _check_settings(self, runner: Runner, checkpoint: dict, trained: dict) -> None:
-        # In training an optimizer holds the steps, and the bits are those of the checkpoint already.
+    def _check_settings(self, runner: Runner, checkpoint: dict, trained: QuantizationConfig) -> None:
+        # In training, the optimizer exists, and the runner has already loaded the bits of the checkpoint.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             runner.detector.load_bits_from(checkpoint)
-        before, now = (QuantizationConfig.from_dict(cfg).integers() for cfg in (trained, runner.detector.quantizer_cfg))
+        before, now = trained.integers(), runner.detector.quantization_config.integers()
         differing = [
-            f'{key} {shorten(repr(before[key]), SHOWN)}, not {shorten(repr(now[key]), SHOWN)}'
+            f'{key} {shorten(repr(before[key]), SHOWN_LENGTH)}, not {shorten(repr(now[key]), SHOWN_LENGTH)}'
             for key in before
             if before[key] != now[key]
         ]
@@ -98,21 +121,31 @@ class QuantizerInitHook(Hook):
             )
 
     def before_test(self, runner: Runner) -> None:
-        """Refuse to test a float checkpoint as if it were quantized."""
+        """Reject a float checkpoint.
+
+        Args:
+            runner: The runner with the loaded student.
+
+        Raises:
+            UserError: If quantizers are not initialized.
+        """
         names = _uninitialized(runner.detector.student)
         if names:
             raise UserError(
                 f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
-                "float checkpoint. Test it with the detector's own config, or give the checkpoint that training wrote"
+                "float checkpoint. Test it with the detector's own config, or use the checkpoint that training wrote"
             )
 
     def before_val(self, runner: Runner) -> None:
-        """As before a test."""
+        """Reject a float checkpoint, see :meth:`before_test`."""
         self.before_test(runner)
 
 
-def _check_factors(detector: nn.Module, state: dict) -> None:
-    """Refuse a checkpoint with factors of inputs (``zsq.quantizer.equalize``), which weights make up for, elsewhere."""
+def _check_input_scales(detector: nn.Module, state: dict) -> None:
+    """Reject a checkpoint with input scales (``zsq.quantizer.equalize``) in other layers than the model has.
+
+    The weights of the checkpoint compensate for its input scales.
+    """
     if not any('_quantizer.' in name for name in state):
         return
     loaded, own = (
@@ -120,9 +153,9 @@ def _check_factors(detector: nn.Module, state: dict) -> None:
     )
     if loaded != own:
         raise UserError(
-            'the checkpoint divides the inputs of other layers than the model (zsq.quantizer.equalize), such as '
-            f'{min(loaded ^ own).removesuffix(".input_scale")} in one of the two, and its weights make up for it. Give '
-            'the config that it was trained with, or train again'
+            'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '
+            f'{min(loaded ^ own).removesuffix(".input_scale")} in only one of the two, and its weights compensate for '
+            'them. Give the config that it was trained with, or train again'
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of its calibration set when that is not zero-shot."""
+"""The calibration set hook: labels of real images, class names, and sets of noise."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def test_manifest_of_a_set_without_real_labels_says_so_too(make_runner: Any) -> 
     assert 'real labels' not in log.read_text()
 
 
-def test_data_of_another_number_of_classes_is_told_before_anything_is_made(make_runner: Any) -> None:
+def test_wrong_number_of_class_names_is_an_error_before_synthesis(make_runner: Any) -> None:
     """Evaluation would fail hours later."""
     runner = make_runner(**{'val_dataloader.dataset.metainfo': dict(classes=['a', 'b', 'c'])})
-    with pytest.raises(UserError, match=r'3 classes \(a, b, c.*tells 8 apart.*metainfo=dict\(classes='):
+    with pytest.raises(UserError, match=r'3 classes \(a, b, c.*has 8: set.*metainfo=dict\(classes='):
         runner.generate()
     assert not Path('out/calibration_set').exists()
 
 
-def test_a_set_of_noise_is_a_set_like_any_other(make_runner: Any) -> None:
+def test_a_set_of_noise_is_generated_reused_and_checked(make_runner: Any) -> None:
     """The paper's Gaussian noise (Table 5): nothing is optimized, and another set cannot be taken for it."""
     sizes = dict(image_size=64, batch_size=2)
     noise = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How transformers are compared: on the queries that the teacher chose, and without those of training."""
+"""Transformers are compared on the teacher's queries, without denoising queries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
 from mmzsq.qat import ZeroShotDetector
-from mmzsq.qat.comparison import TopkReplay, TransformerComparison, build_comparison
+from mmzsq.qat.paired_forward import TopkReplay, TransformerPairedForward, build_paired_forward
 from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import data_samples, sum_losses
 
@@ -68,13 +68,13 @@ def proposing(detector: Any) -> nn.Linear:
     return detector.bbox_head.cls_branches[detector.decoder.num_layers]
 
 
-def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[Any, Any]) -> None:
+def test_the_student_gets_the_teachers_queries(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     inputs, samples = batch()
     with torch.no_grad():
         proposing(student).weight.normal_()
-    compare = build_comparison(student, teacher, ['bbox_head'])
-    assert type(compare) is TransformerComparison
+    compare = build_paired_forward(student, teacher, ['bbox_head'])
+    assert type(compare) is TransformerPairedForward
     compared = compare(inputs, samples, with_losses=False)
     torch.testing.assert_close(compared.student, compared.teacher)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_student_answers_to_the_queries_that_the_teacher_chose(pair: tuple[A
     assert not torch.allclose(alone[0][-1], compared.teacher['bbox_head'][DECODER_LAYERS - 1])
 
 
-def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, Any]) -> None:
+def test_query_proposals_are_compared_and_all_layers_are_trained(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     losses = [PredictionKLLoss(), FeatureMSELoss(normalize=True)]
     taps = {tap for loss in losses for tap in loss.taps(student)}
@@ -90,7 +90,7 @@ def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, A
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    compared = build_comparison(student, teacher, taps)(*batch(), with_losses=False)
+    compared = build_paired_forward(student, teacher, taps)(*batch(), with_losses=False)
     torch.stack([loss(compared.student, compared.teacher, student) for loss in losses]).sum().backward()
     lost = [
         name
@@ -104,7 +104,7 @@ def test_what_chooses_is_compared_itself_and_all_layers_learn(pair: tuple[Any, A
 def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     inputs, samples = batch()
-    compare = build_comparison(student, teacher, ['bbox_head'])
+    compare = build_paired_forward(student, teacher, ['bbox_head'])
     plain = compare(inputs, samples, with_losses=False)
     torch.manual_seed(1)
     compared = compare(inputs, samples, with_losses=True)
@@ -123,7 +123,7 @@ def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(
     torch.testing.assert_close(sum_losses(compared.losses), sum_losses(expected))
 
 
-def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_inputs(
+def test_a_student_that_drops_all_input_quantization_matches_float_inputs(
     cfg: Any, pair: tuple[Any, Any], without_inputs: Any
 ) -> None:
     """Those of attention too, which stays in eval mode for what else drops at random."""
@@ -131,7 +131,7 @@ def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_
     quantizer = dict(w_bits=8, a_bits=2, weight=dict(init='lsq'), activation=dict(init='lsq'))
     model = ZeroShotDetector(cfg, quantizer)
     model.student.load_state_dict(pair[1].state_dict(), strict=False)
-    compare = build_comparison(model.student, pair[1], ['bbox_head'])
+    compare = build_paired_forward(model.student, pair[1], ['bbox_head'])
     with torch.no_grad(), calibrating(model.eval().student):
         model.student(inputs, samples, mode='tensor')
     model.train()
@@ -146,12 +146,12 @@ def test_a_student_that_leaves_all_inputs_as_they_are_answers_as_one_with_float_
     assert not torch.allclose(dropped, quantized)
 
 
-def test_choices_are_made_once_and_taken_again() -> None:
+def test_topk_indices_are_recorded_and_replayed() -> None:
     first, second = torch.rand(2, 6), torch.rand(2, 6)
-    with TopkReplay() as choices:
+    with TopkReplay() as recorded:
         by_rows, by_columns = torch.topk(first, 2, dim=1), first.topk(k=1, dim=0)
         assert torch.equal(torch.sort(first).values, first.sort().values)
-    with TopkReplay(choices.made):
+    with TopkReplay(recorded.indices):
         again_rows, again_columns = torch.topk(second, 2, dim=1), second.topk(k=1, dim=0)
     assert torch.equal(again_rows.indices, by_rows.indices)
     assert torch.equal(again_rows.values, second.gather(1, by_rows.indices))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How teacher and student are run: on the same regions, those of the teacher, and the student no more than once."""
+"""Paired forward passes: both detectors see the teacher's regions, and the student's trunk runs once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmzsq.distillation import MASK_ROIS, FeatureMSELoss, PredictionKLLoss, TwoStagePredictionLoss
-from mmzsq.qat import comparison as module
-from mmzsq.qat.comparison import Comparison, RegionComparison, TwoStageComparison, build_comparison
+from mmzsq.distillation import MASK_ROI_INDICES, FeatureMSELoss, PredictionKLLoss, TwoStagePredictionLoss
+from mmzsq.qat import paired_forward as module
+from mmzsq.qat.paired_forward import PairedForward, RegionPairedForward, TwoStagePairedForward, build_paired_forward
 from mmzsq.tasks.detection_task import sum_losses
 
 SIZE = (64, 96)
@@ -59,16 +59,16 @@ def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def few_rois(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, 'BOX_ROIS', 20)
-    monkeypatch.setattr(module, 'MASK_HEAD_ROIS', 3)
+    monkeypatch.setattr(module, 'MAX_BOX_ROIS', 20)
+    monkeypatch.setattr(module, 'MAX_MASK_ROIS', 3)
 
 
 @pytest.mark.usefixtures('few_rois')
-def test_both_answer_to_the_teachers_best_proposals(cfg: Any) -> None:
+def test_both_detectors_see_the_teachers_best_proposals(cfg: Any) -> None:
     """Worked out apart: MMDetection's proposals of the teacher, cut, through the RoI head of each."""
     student, teacher = pair(cfg)
     inputs, samples = batch()
-    compared = build_comparison(student, teacher, HEADS)(inputs, samples, with_losses=False)
+    compared = build_paired_forward(student, teacher, HEADS)(inputs, samples, with_losses=False)
     assert compared.losses is None
     with torch.no_grad():
         features = {'S': student.extract_feat(inputs), 'T': teacher.extract_feat(inputs)}
@@ -86,20 +86,20 @@ def test_both_answer_to_the_teachers_best_proposals(cfg: Any) -> None:
             torch.testing.assert_close(outputs['roi_head.mask_head'], [masks])
             levels = [m for kind in detector.rpn_head(feats) for m in kind]
             torch.testing.assert_close(outputs['rpn_head'], levels)
-    assert compared.teacher[MASK_ROIS][0].tolist() == torch.cat(best).tolist()
+    assert compared.teacher[MASK_ROI_INDICES][0].tolist() == torch.cat(best).tolist()
     assert len(rois) == 40
     student_proposals = student.rpn_head.predict(features['S'], samples)
     assert not torch.allclose(student_proposals[0].bboxes[:20], proposals[0])
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin', 'faster-rcnn_r18'])
-def test_an_exact_student_has_no_loss_and_another_one_learns_everywhere(
+def test_an_exact_student_has_zero_loss_and_others_get_gradients_everywhere(
     tiny_cfg: Callable[[str], Any], name: str
 ) -> None:
     student, teacher = pair(tiny_cfg(name))
     inputs, samples = batch()
     losses = [TwoStagePredictionLoss(), FeatureMSELoss(normalize=True)]
-    compare = build_comparison(student, teacher, {tap for loss in losses for tap in loss.taps(student)})
+    compare = build_paired_forward(student, teacher, {tap for loss in losses for tap in loss.taps(student)})
 
     def total() -> Tensor:
         compared = compare(inputs, samples, with_losses=False)
@@ -120,14 +120,14 @@ def test_an_exact_student_has_no_loss_and_another_one_learns_everywhere(
 
 
 @pytest.mark.parametrize('taps', [HEADS, ['rpn_head']], ids=['regions', 'proposals alone'])
-def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(cfg: Any, taps: list[str]) -> None:
+def test_the_students_own_loss_matches_and_runs_the_trunk_once(cfg: Any, taps: list[str]) -> None:
     student, teacher = pair(cfg)
     inputs, samples = batch()
     calls: list[str] = []
     for name in ('backbone', 'neck', 'rpn_head.rpn_conv'):
         student.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     torch.manual_seed(1)
-    compared = build_comparison(student, teacher, taps)(inputs, samples, with_losses=True)
+    compared = build_paired_forward(student, teacher, taps)(inputs, samples, with_losses=True)
     # The proposal network runs once over each of five levels.
     assert calls == ['backbone', 'neck', *['rpn_head.rpn_conv'] * 5]
     torch.manual_seed(1)
@@ -140,14 +140,14 @@ def test_its_own_loss_is_the_detectors_and_takes_one_run_of_the_trunk(cfg: Any, 
     assert student.backbone.conv1.weight.grad.abs().sum() > 0
 
 
-def test_regions_are_not_run_where_nobody_looks(cfg: Any) -> None:
+def test_roi_heads_do_not_run_if_no_loss_reads_them(cfg: Any) -> None:
     student, teacher = pair(cfg)
     kl = PredictionKLLoss(tau=1.0, join_maps=True, heads=['rpn_head'])
     assert kl.taps(student) == ['rpn_head']
     for detector in (student, teacher):
         detector.roi_head._bbox_forward = None
         detector.rpn_head.predict_by_feat = None
-    compared = build_comparison(student, teacher, kl.taps(student))(*batch(), with_losses=False)
+    compared = build_paired_forward(student, teacher, kl.taps(student))(*batch(), with_losses=False)
     assert compared.student.keys() == compared.teacher.keys() == {'rpn_head'}
 
 
@@ -157,7 +157,7 @@ def test_regions_keep_their_pixels_under_autocast(cfg: Any) -> None:
     for detector in (student, teacher):
         detector.roi_head.bbox_roi_extractor.register_forward_pre_hook(lambda _, args: seen.append(args))
     with torch.autocast('cpu', torch.bfloat16):
-        compared = build_comparison(student, teacher, HEADS)(*batch(), with_losses=False)
+        compared = build_paired_forward(student, teacher, HEADS)(*batch(), with_losses=False)
         loss = TwoStagePredictionLoss()(compared.student, compared.teacher, student)
     assert compared.student['rpn_head'][0].dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for features, rois in seen for tensor in (*features, rois))
@@ -170,8 +170,8 @@ def test_regions_keep_their_pixels_under_autocast(cfg: Any) -> None:
 def test_other_detectors_run_as_tensors(tiny_cfg: Callable[[str], Any]) -> None:
     student, teacher = pair(tiny_cfg('retinanet_r18'))
     inputs, samples = batch()
-    compare = build_comparison(student, teacher, ['bbox_head'])
-    assert type(compare) is Comparison
+    compare = build_paired_forward(student, teacher, ['bbox_head'])
+    assert type(compare) is PairedForward
     compared = compare(inputs, samples, with_losses=False)
     for detector, outputs in ((student, compared.student), (teacher, compared.teacher)):
         with torch.no_grad():
@@ -181,9 +181,9 @@ def test_other_detectors_run_as_tensors(tiny_cfg: Callable[[str], Any]) -> None:
 
 def test_a_two_stage_detector_of_other_heads_runs_on_the_same_regions(cfg: Any) -> None:
     student, teacher = pair(cfg)
-    assert type(build_comparison(student, teacher, ['rpn_head'])) is TwoStageComparison
+    assert type(build_paired_forward(student, teacher, ['rpn_head'])) is TwoStagePairedForward
     student.rpn_head.use_sigmoid_cls = False
-    assert type(build_comparison(student, teacher, ['rpn_head'])) is RegionComparison
+    assert type(build_paired_forward(student, teacher, ['rpn_head'])) is RegionPairedForward
 
 
 class RunsItsHeadTwice(nn.Module):
@@ -203,13 +203,13 @@ class RunsItsHeadTwice(nn.Module):
         return dict(loss=self.bbox_head(inputs).square().mean())
 
 
-def test_a_head_that_its_own_loss_runs_less_often_is_compared_in_a_run_of_its_own() -> None:
+def test_a_second_pass_runs_if_the_loss_calls_a_head_less_often() -> None:
     student, teacher = RunsItsHeadTwice(), RunsItsHeadTwice()
     inputs, samples = batch()
-    compared = build_comparison(student, teacher, ['bbox_head'])(inputs, samples, with_losses=True)
+    compared = build_paired_forward(student, teacher, ['bbox_head'])(inputs, samples, with_losses=True)
     assert student.runs == ['loss', 'tensor'] and teacher.runs == ['tensor']
     assert len(compared.student['bbox_head']) == len(compared.teacher['bbox_head']) == 2
     torch.testing.assert_close(compared.losses['loss'], student.bbox_head(inputs).square().mean())
     student.runs.clear()
-    build_comparison(student, teacher, ['bbox_head'])(inputs, samples, with_losses=False)
+    build_paired_forward(student, teacher, ['bbox_head'])(inputs, samples, with_losses=False)
     assert student.runs == ['tensor']

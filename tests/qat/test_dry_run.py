@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run shows every layer of a detector, whatever its weights propose."""
+"""The dry run executes every layer of a detector, independently of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmzsq.errors import UserError
 from mmzsq.mmcv_ops.torchvision_ops import TorchvisionOps
 from mmzsq.qat import ZeroShotDetector
-from mmzsq.qat.probe import probe, probe_size
+from mmzsq.qat.dry_run import dry_run, dry_run_size
 from mmzsq.quantization import QuantizationConfig, QuantizationReport, prepare
 
 LAST = {
@@ -36,7 +36,7 @@ FIRST = {
 
 def _report(detector: nn.Module) -> QuantizationReport:
     config = QuantizationConfig.from_dict(dict(w_bits=4, a_bits=4))
-    return prepare(detector, config, run=lambda: probe(detector))
+    return prepare(detector, config, run=lambda: dry_run(detector))
 
 
 @pytest.mark.parametrize('name', LAST)
@@ -64,7 +64,7 @@ def test_the_report_does_not_depend_on_what_is_proposed(keep: str, tiny_cfg: Cal
 
 def test_the_detector_is_as_before_afterwards(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('faster-rcnn_r18'))
-    probe(detector)
+    dry_run(detector)
     assert 'forward' not in vars(detector.roi_head)
 
 
@@ -102,11 +102,11 @@ class ManyQueries(nn.Module):
         return self.norm(self.embed(inputs)).flatten(1).topk(self.queries, dim=1).values
 
 
-def test_the_image_is_as_large_as_the_detector_needs() -> None:
-    assert probe_size(ManyQueries(queries=100)) == 64
+def test_the_image_is_large_enough_for_the_queries() -> None:
+    assert dry_run_size(ManyQueries(queries=100)) == 64
     detector = ManyQueries(queries=900).train()
-    assert probe_size(detector) == 128
+    assert dry_run_size(detector) == 128
     assert detector.training and detector.norm.training
     assert not detector.norm.running_mean.any()
     with pytest.raises(RuntimeError, match='out of range'):
-        probe_size(ManyQueries(queries=10**6))
+        dry_run_size(ManyQueries(queries=10**6))

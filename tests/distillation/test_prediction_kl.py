@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of raw predictions against torch.distributions, and the recorder of what losses read."""
+"""The KL loss of raw predictions against torch.distributions, and the recorder of outputs."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_heads_are_those_of_maps_and_of_masks_where_there_are_no_others() -> Non
     assert PredictionKLLoss().taps(detector) == ['bbox_head', 'bbox_head.cls_branches.6', 'bbox_head.reg_branches.6']
 
 
-def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
+def test_recorder_records_calls_and_direct_forwards_and_restores_them() -> None:
     detector = Detector().eval()
     recorder = Recorder(detector, ['backbone.1', 'bbox_head'])
     images = torch.rand(1, 3, 4, 4)
@@ -73,6 +73,20 @@ def test_recorder_hears_every_call_however_made_and_leaves_no_trace() -> None:
     assert torch.equal(outputs['bbox_head'][0], result) and torch.equal(outputs['bbox_head'][1], result)
     detector(images)
     assert len(outputs['bbox_head']) == 2
+
+
+def test_nested_recorders_of_one_module_both_record_every_call() -> None:
+    detector = Detector().eval()
+    head, images = detector.bbox_head, torch.rand(1, 4, 2, 2)
+    outer, inner = Recorder(detector, ['bbox_head']), Recorder(detector, ['bbox_head', 'backbone.0'])
+    with outer.recording() as of_outer:
+        head(images)
+        with inner.recording() as of_inner:
+            head(2 * images)
+        head(3 * images)
+    assert [output.equal(head(scale * images)) for scale, output in enumerate(of_outer['bbox_head'], 1)] == [True] * 3
+    assert [output.equal(head(2 * images)) for output in of_inner['bbox_head']] == [True]
+    assert 'forward' not in vars(head)
 
 
 def test_modules_are_matched_by_pattern_expression_and_type() -> None:
