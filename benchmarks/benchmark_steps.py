@@ -116,7 +116,7 @@ def measure_relabeling(cfg: Config, settings: Settings) -> dict[str, Any]:
     per_image = 1000 / stage.batch_size
     correction, spread = middle([per_image * (b - a) for a, b in zip(plain, corrected, strict=True)])
     step, step_spread = middle([per_image * seconds / settings.steps for seconds in plain])
-    corrections = sum(sampler.due(iteration) for iteration in range(stage.iterations))
+    corrections = sum(sampler.should_relabel(iteration) for iteration in range(stage.iterations))
     return dict(
         ms_per_image_iteration=round(step + correction * corrections / max(stage.iterations, 1), 4),
         ms_per_image_correction=correction,
@@ -360,7 +360,7 @@ class _Clock(LabelSampler):
         """Not what a clock is for."""
         raise NotImplementedError
 
-    def due(self, iteration: int) -> bool:
+    def should_relabel(self, iteration: int) -> bool:
         """Note the time where a measurement begins or ends; return whether labels are corrected now."""
         position = iteration - SYNTHESIS_WARMUP
         index, step = divmod(position, self.settings.steps)

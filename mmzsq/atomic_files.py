@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all, whatever happens while they are written.
+"""Atomic writing and deletion of files.
 
-A file is written beside its place, forced to the disk, and renamed into place, which file systems
-do in one step.
+A file is written under a temporary name in the same directory, synced to disk, and renamed, which is atomic.
 """
 
 from __future__ import annotations
@@ -22,42 +21,44 @@ from mmzsq.errors import UserError
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system on ``path`` into one that a user can act on.
+    """Convert an :class:`OSError` inside the block to an error that a user can act on.
+
+    Args:
+        path: The path to name in the message.
 
     Raises:
-        UserError: If the body raises :class:`OSError`: full disk, exceeded quota, missing
-            permission.
+        UserError: If the block raises :class:`OSError`: full disk, exceeded quota, missing permission.
     """
     try:
         yield
     except OSError as error:
         raise UserError(
-            f'cannot write {path}: {error.strerror or error}. All that was written before is kept: '
-            'free space or grant write access there, and run the same command again to go on'
+            f'cannot write {path}: {error.strerror or error}. Files written before are kept: '
+            'free disk space or grant write access, and run the same command again to continue'
         ) from error
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents; it may exist.
+    """Create a directory and its parents, if missing.
 
     Raises:
-        UserError: If the disk is full or the place not writable.
+        UserError: If the disk is full or not writable.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that ``path`` holds its old content or all of the new, whatever happens.
+    """Write a file atomically: at any time, ``path`` has either its old or its new content.
 
     Args:
-        path: The file, in a directory that exists.
-        content: All of it.
+        path: The file, in an existing directory.
+        content: The whole content.
 
     Raises:
-        UserError: If the disk is full or the place not writable; what ``path`` held is kept.
+        UserError: If the disk is full or not writable; ``path`` then keeps its old content.
     """
-    # A name of its own, lest two runs that share the directory by mistake write into one file.
+    # A unique name, in case two runs share the directory by mistake.
     unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
     with disk_errors(path):
         try:
@@ -73,15 +74,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def to_json(content: Any, indent: int | None = None) -> bytes:
-    """Encode JSON with a newline at its end; ``indent`` is that of :func:`json.dumps`."""
+    """Encode ``content`` as JSON with a final newline; ``indent`` is passed to :func:`json.dumps`."""
     return json.dumps(content, indent=indent).encode() + b'\n'
 
 
 def delete(path: Path) -> None:
-    """Delete a file for good; it may be missing.
+    """Delete a file, if it exists, and sync its directory.
 
     Raises:
-        UserError: If the place is not writable.
+        UserError: If the directory is not writable.
     """
     with disk_errors(path):
         path.unlink(missing_ok=True)
@@ -89,7 +90,12 @@ def delete(path: Path) -> None:
 
 
 def delete_unfinished(directory: Path, names: set[str]) -> None:
-    """Delete what killed processes left of the files ``names`` in ``directory``."""
+    """Delete temporary files that killed processes left in ``directory``.
+
+    Args:
+        directory: The directory.
+        names: Names of the files that were being written.
+    """
     for path in directory.glob('.*.tmp'):
         name, _unique, _suffix = path.name[1:].rsplit('.', 2)
         if name in names:
@@ -97,19 +103,19 @@ def delete_unfinished(directory: Path, names: set[str]) -> None:
 
 
 def sha256(content: bytes) -> str:
-    """Return the SHA-256 of ``content``, in hexadecimal."""
+    """Return the SHA-256 of ``content`` in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def _sync_directory(path: Path) -> None:
-    """Force renames in a directory to the disk; only POSIX can and must."""
+    """Sync renames in a directory to disk, which is possible and necessary only on POSIX."""
     if os.name != 'posix':
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a directory; their servers order renames.
+        # Some network file systems cannot sync a directory; their servers keep the order of renames.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

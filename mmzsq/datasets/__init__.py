@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets and transforms."""
+"""Data sets, transforms and the collate function."""
 
 from mmzsq.datasets.calibration import CalibrationDataset
 from mmzsq.datasets.collate import stack_images

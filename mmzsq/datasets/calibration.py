@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration set as a data set of MMDetection."""
+"""A calibration set as a data set for MMDetection."""
 
 from __future__ import annotations
 
@@ -16,39 +16,38 @@ from mmzsq.errors import UserError
 from mmzsq.registry import DATASETS
 from mmzsq.synthesis.calibration_set import CalibrationSet
 
+MAX_CACHED_BYTES = 4 * 2**30
+"""Largest total size of decoded images that is held in memory."""
+
 
 @DATASETS.register_module()
 class CalibrationDataset(CocoDataset):
     """Synthetic images and labels, read through a detector's own pipeline.
 
-    The set's paths and class names come from the set itself. To decode a PNG of 640x640 pixels takes a core some ten
-    milliseconds, to train on it a GPU three: images are decoded once, by all cores, into memory that the processes of a
-    data loader share, where they are forked.
+    The calibration set provides paths and class names. Decoding a PNG of 640x640 pixels takes about ten milliseconds on
+    one core, and training on it takes about three on a GPU. Images are therefore decoded once, on all cores, into
+    memory that forked worker processes of a data loader share. Images are instead decoded on each access if they exceed
+    :data:`MAX_CACHED_BYTES` in total, or if the pipeline does not begin with ``LoadImageFromFile``.
 
     Args:
         data_root: Directory of a complete calibration set.
-        metainfo: Further meta information; ``classes``, if given, must be the set's.
-        cache_gib: Of decoded images, all of them, that may be held in memory. A set that needs more is decoded image by
-            image, as is one whose pipeline does not begin with ``LoadImageFromFile``; 0 always does.
-        **kwargs: Any further argument of MMDetection's ``CocoDataset``, such as ``pipeline``.
+        metainfo: Further meta information; ``classes``, if given, must match the set.
+        **kwargs: Further arguments of MMDetection's ``CocoDataset``, such as ``pipeline``.
 
     Raises:
-        UserError: If there is no complete set, or of another format version, or of other classes.
+        UserError: If there is no complete set, or if it has another format version or other classes.
     """
 
     METAINFO: dict[str, Any] = {}
 
-    def __init__(
-        self, data_root: str, metainfo: Mapping[str, Any] | None = None, cache_gib: float = 4.0, **kwargs: Any
-    ) -> None:
-        self.cache_gib = cache_gib
+    def __init__(self, data_root: str, metainfo: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._images: np.ndarray | None = None
         classes = CalibrationSet.load(data_root).classes
         metainfo = dict(metainfo or {})
         if tuple(metainfo.setdefault('classes', classes)) != classes:
             raise UserError(
-                f'metainfo names the classes {tuple(metainfo["classes"])}, the calibration set in '
-                f'{data_root} has {classes}: leave them out, or make the set with this detector'
+                f'metainfo has the classes {tuple(metainfo["classes"])}, but the calibration set in {data_root} has '
+                f'{classes}: remove classes from metainfo, or generate the set with this detector'
             )
         super().__init__(
             ann_file='annotations/instances.json',
@@ -59,7 +58,7 @@ class CalibrationDataset(CocoDataset):
         )
 
     def full_init(self) -> None:
-        """Read the annotations and, if there is room, the images."""
+        """Read the annotations and, if they fit into the cache, the images."""
         if not self._fully_initialized:
             super().full_init()
             self._images = self._read_images()
@@ -74,7 +73,7 @@ class CalibrationDataset(CocoDataset):
         return Compose(self.pipeline.transforms[1:])(info)
 
     def _read_images(self) -> np.ndarray | None:
-        """All images (N, H, W, 3) as the pipeline loads them; None where they are not to be held."""
+        """Return all images (N, H, W, 3) as loaded by the pipeline; None if they are not to be cached."""
         load: Any = next(iter(self.pipeline.transforms), None)
         if type(load) is not LoadImageFromFile or not len(self):
             return None
@@ -83,17 +82,17 @@ class CalibrationDataset(CocoDataset):
             return load.transform(self.get_data_info(index))['img']
 
         first = read(0)
-        if first.nbytes * len(self) > self.cache_gib * 2**30:
+        if first.nbytes * len(self) > MAX_CACHED_BYTES:
             return None
         images = np.empty((len(self), *first.shape), first.dtype)
 
-        def keep(index: int) -> None:
+        def store(index: int) -> None:
             images[index] = read(index)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else None) as pool:
-            list(pool.map(keep, range(len(self))))
+            list(pool.map(store, range(len(self))))
         return images
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the images behind: a process that is not forked reads its own files."""
+        """Drop the cached images: processes that are not forked decode images themselves."""
         return dict(self.__dict__, _images=None)

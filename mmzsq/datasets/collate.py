@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How images of a calibration set become a batch."""
+"""Collate function for images of a calibration set."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ LABELS = ('gt_instances', 'ignored_instances')
 
 @FUNCTIONS.register_module()
 def stack_images(batch: Sequence[Any], labels: bool = True) -> dict[str, Any]:
-    """Join images by MMEngine's ``pseudo_collate``, and those of one size into one tensor.
+    """Collate a batch by MMEngine's ``pseudo_collate``, and stack images of equal size into one tensor.
 
-    MMEngine hands images over one by one. One tensor passes from a worker to its process, and on to the GPU, at once,
-    and MMDetection's preprocessor changes it by a few kernels instead of a few an image; what comes out is the same.
+    MMEngine transfers images one by one. A single tensor moves from a worker to the main process, and on to the GPU, in
+    one transfer, and MMDetection's preprocessor then needs a few kernels for the batch instead of a few for each image.
+    The preprocessed images are the same.
 
     Args:
-        batch: What the data set returns, ``inputs`` (3, H, W) and ``data_samples``.
-        labels: Whether the boxes of the images are kept. Without, each image has an empty ``gt_instances``: nothing is
-            passed on that nobody reads.
+        batch: Items of the data set, with ``inputs`` (3, H, W) and ``data_samples``.
+        labels: Whether to keep the boxes. If False, every image gets an empty ``gt_instances``, which saves the
+            transfer of labels that no loss reads.
 
     Returns:
-        ``inputs``: (N, 3, H, W), or a list of (3, H, W) where sizes differ; ``data_samples``: a list.
+        ``inputs``: (N, 3, H, W), or a list of (3, H, W) if sizes differ; ``data_samples``: a list.
     """
     data: dict[str, Any] = pseudo_collate(batch)
     if len({(image.shape, image.dtype) for image in data['inputs']}) == 1:
-        # In a worker it stacks into shared memory.
+        # In a worker process, default_collate stacks into shared memory.
         data['inputs'] = default_collate(data['inputs'])
     if not labels:
         for sample in data['data_samples']:

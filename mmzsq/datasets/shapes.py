@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set drawn while it is read: training and evaluation anywhere, with nothing to download.
+"""A data set of drawn scenes for training and evaluation without a download.
 
-It behaves as any data set of MMDetection. Every item carries its image in ``img``, so a pipeline
-starts with MMDetection's ``InferencerLoader``, which takes that image and reads files otherwise.
-One pipeline so serves both the drawn scenes and a calibration set on disk.
+Scenes are drawn on access. Every item holds its image in ``img``, so a pipeline starts with MMDetection's
+``InferencerLoader``, which uses that image if present and otherwise reads a file. The same pipeline therefore works for
+drawn scenes and for a calibration set on disk.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 from mmdet.datasets import BaseDetDataset
-from pycocotools import mask as coco_mask
 
 from mmzsq.datasets.shapes_drawing import CLASS_NAMES, draw_scene
 from mmzsq.errors import UserError
+from mmzsq.masks import encode_mask
 from mmzsq.registry import DATASETS
 
 _MIN_IMAGE_SIZE = 64
@@ -25,21 +24,20 @@ _MIN_IMAGE_SIZE = 64
 
 @DATASETS.register_module()
 class ShapesDataset(BaseDetDataset):
-    """``num_images`` consecutive scenes of an endless series.
+    """``num_images`` consecutive scenes of an infinite series.
 
-    Ground truth: boxes in xyxy pixels and masks as compressed RLE, both of the visible part, in
-    ``instances``. The image is (H, W, 3) uint8, BGR. Image ``i`` depends on ``seed`` and
-    ``start + i`` only, whatever worker draws it.
+    The ground truth in ``instances`` describes the visible part of each figure: boxes in xyxy pixels, and masks as
+    compressed run lengths. The image is (H, W, 3) uint8, BGR. Image ``i`` depends only on ``seed`` and ``start + i``,
+    not on the worker that draws it.
 
     Args:
         num_images: Length of the data set.
         image_size: Side of the square images in pixels, at least 64.
-        seed: Which series of scenes.
-        start: Number of the first scene. Splits with one seed and ranges that do not overlap
-            share no image.
-        pipeline: Transforms, the first of them ``dict(type='mmdet.InferencerLoader')``.
-        test_mode: Whether this is for evaluation.
-        **kwargs: Any further argument of MMDetection's ``BaseDetDataset``, for example ``indices``.
+        seed: Seed of the series.
+        start: Index of the first scene. Splits with the same seed share no image if their ranges do not overlap.
+        pipeline: Transforms, starting with ``dict(type='mmdet.InferencerLoader')``.
+        test_mode: Whether the data set is used for evaluation.
+        **kwargs: Further arguments of MMDetection's ``BaseDetDataset``, for example ``indices``.
 
     Raises:
         UserError: If a number is not an integer or out of range.
@@ -92,14 +90,14 @@ class ShapesDataset(BaseDetDataset):
             idx: Position in the data set.
 
         Returns:
-            ``img_id``, ``scene``, ``height``, ``width``, ``sample_idx``, ``img`` and
-            ``instances``, each with ``bbox``, ``bbox_label``, ``ignore_flag`` and ``mask``.
+            ``img_id``, ``scene``, ``height``, ``width``, ``sample_idx``, ``img`` and ``instances``, each with ``bbox``,
+            ``bbox_label``, ``ignore_flag`` and ``mask``.
         """
         info = super().get_data_info(idx)
         scene = draw_scene(self.seed, info['scene'], self.image_size)
         info['img'] = scene.image
         info['instances'] = [
-            {'bbox': bbox, 'bbox_label': label, 'ignore_flag': 0, 'mask': _encode(mask)}
+            {'bbox': bbox, 'bbox_label': label, 'ignore_flag': 0, 'mask': encode_mask(mask)}
             for bbox, label, mask in zip(scene.bboxes.tolist(), scene.labels.tolist(), scene.masks, strict=True)
         ]
         return info
@@ -109,9 +107,3 @@ def _checked(name: str, value: int, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise UserError(f'ShapesDataset: {name} must be an integer of at least {minimum}, got {value!r}')
     return int(value)
-
-
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    """(H, W) bool to COCO's compressed RLE with text counts, as JSON holds it."""
-    rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
-    return {'size': rle['size'], 'counts': rle['counts'].decode('ascii')}

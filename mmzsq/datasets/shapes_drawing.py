@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn scenes of labeled figures: real detection work without a file to download.
+"""Drawn scenes of labeled figures for object detection.
 
-A scene is a textured background under a shuffled pile of layers. Some layers are figures of the
-eight classes, the others are clutter without a label (blobs, splinters, lines, crumbs). What a
-later layer covers is gone from the masks of those below, and a figure of which too little stays
-visible loses its label. A class is told by form or texture and never by color. Scenes follow one
-another without end: scene ``index`` of ``seed`` depends on these two numbers only.
+A scene is a textured background under layers in random order. Some layers are figures of the eight classes; the others
+are unlabeled clutter (blobs, splinters, lines, specks). Masks exclude the pixels that later layers cover, and a figure
+loses its label if too little of it remains visible. Classes differ in shape or texture, never in color. Scene ``index``
+of the infinite series ``seed`` depends on these two numbers only.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 
 CLASS_NAMES = ('disc', 'ring', 'box', 'triangle', 'star', 'cross', 'crescent', 'stripes')
 CLASS_FREQUENCIES = (0.23, 0.18, 0.15, 0.13, 0.11, 0.09, 0.06, 0.05)
-# Of 1, 2, ... figures in a scene.
+# Frequencies of 1, 2, ... figures in a scene.
 COUNT_FREQUENCIES = (0.10, 0.16, 0.18, 0.17, 0.14, 0.11, 0.08, 0.06)
-SIZE_RANGE = (0.07, 0.6)  # diameter of the circle around a figure, as a share of the image side
-MIN_VISIBLE = 0.35  # share of a figure's area that must show for it to keep its label
+SIZE_RANGE = (0.07, 0.6)  # Diameter of the circle around a figure, as a fraction of the image side.
+MIN_VISIBLE = 0.35  # Visible fraction of a figure's area below which it loses its label.
 
 _SUBPIXEL_BITS = 4
-_MIN_CONTRAST = 45.0  # mean over B, G and R, of 255
+_MIN_CONTRAST = 45.0  # Mean over B, G and R, in [0, 255].
 
 Contours = list[NDArray[np.float64]]
 Image = NDArray[Any]
@@ -40,8 +39,8 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8, BGR as OpenCV reads it.
         labels: (n,) int64, indices into ``CLASS_NAMES``; n >= 1.
-        bboxes: (n, 4) float32 xyxy pixels, tight around what is visible.
-        masks: (n, H, W) bool, what is visible.
+        bboxes: (n, 4) float32 xyxy pixels, tight around the visible part.
+        masks: (n, H, W) bool, the visible part.
     """
 
     image: Image
@@ -54,13 +53,13 @@ def draw_scene(seed: int, index: int, image_size: int = 256) -> Scene:
     """Draw one scene.
 
     Args:
-        seed: Which endless series of scenes, >= 0.
-        index: Which scene of the series, >= 0.
+        seed: Seed of the series, >= 0.
+        index: Index of the scene in the series, >= 0.
         image_size: Side of the square image in pixels.
 
     Returns:
-        The scene, with at least one labeled figure. Bits are the same for the same arguments and
-        versions of NumPy and OpenCV.
+        The scene, with at least one labeled figure. The same arguments give the same bits with the same versions of
+        NumPy and OpenCV.
     """
     rng = np.random.default_rng([seed, index])
     while True:
@@ -111,7 +110,11 @@ def _draw_scene(rng: Generator, image_size: int) -> Scene:
 
 
 def _rasterize(rng: Generator, contours: Contours, size: float, image_size: int) -> tuple[Image, int, int, float]:
-    """Put contours in [-1, 1] at a random place: (h, w) uint8 coverage, left, top, angle."""
+    """Rotate, scale and place contours in [-1, 1] at random.
+
+    Returns:
+        Coverage (h, w), uint8; left and top edge in pixels; angle in radians.
+    """
     angle = float(rng.uniform(0, 2 * np.pi))
     cos, sin = np.cos(angle), np.sin(angle)
     rotation = np.array([[cos, sin], [-sin, cos]]) * (size / 2)
@@ -138,7 +141,7 @@ def _paint(
     stripe_angle: float | None,
     position: int,
 ) -> None:
-    """Lay one layer over the image, in place: shaded in one hue, or in stripes of two colors."""
+    """Draw one layer on the image in place, shaded in one hue, or in stripes of two colors."""
     left, top = origin
     size = image.shape[0]
     x1, y1 = max(left, 0), max(top, 0)
@@ -161,7 +164,7 @@ def _paint(
 
 
 def _contrasting_color(rng: Generator, against: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A random BGR color in [0, 255] that stands out from another one."""
+    """Draw a random BGR color in [0, 255] that contrasts with another one."""
     while True:
         color = rng.uniform(10, 245, 3)
         if np.abs(color - against).mean() > _MIN_CONTRAST:
@@ -169,13 +172,13 @@ def _contrasting_color(rng: Generator, against: NDArray[np.float64]) -> NDArray[
 
 
 def _shaded(rng: Generator, color: NDArray[np.float64], height: int, width: int) -> Image:
-    """(h, w, 3) uint8: the color under a light that falls off between the four corners."""
+    """Interpolate random brightness between the four corners; (h, w, 3) uint8."""
     corners = color * rng.uniform(0.7, 1.15, (2, 2, 1))
     return cv2.resize(corners.clip(0, 255).astype(np.uint8), (width, height))
 
 
 def _stripes(rng: Generator, angle: float, height: int, width: int) -> NDArray[np.bool_]:
-    """(h, w) bool: about three to four pairs of bands across the figure's first axis."""
+    """Draw three to four pairs of bands across the first axis of the figure; (h, w) bool."""
     period = min(height, width) / rng.uniform(2.6, 4.0)
     ramp_y = np.arange(height, dtype=np.float32) * np.float32(np.sin(angle) / period)
     ramp_x = np.arange(width, dtype=np.float32) * np.float32(np.cos(angle) / period)
@@ -184,7 +187,7 @@ def _stripes(rng: Generator, angle: float, height: int, width: int) -> NDArray[n
 
 
 def _background(rng: Generator, size: int) -> Image:
-    """(size, size, 3) uint8: muted colors that run into each other, under clouds or tiles."""
+    """Draw a gradient of muted colors under clouds or tiles; (size, size, 3) uint8."""
     base = rng.uniform(50, 205) + rng.uniform(-45, 45, 3)
     light = rng.uniform(-35, 35, (3, 3, 1)) + rng.uniform(-20, 20, (3, 3, 3))
     coarse = (base + light).clip(0, 255).astype(np.uint8)
@@ -200,7 +203,7 @@ def _background(rng: Generator, size: int) -> Image:
 
 
 def _expose(rng: Generator, image: Image) -> Image:
-    """What a camera adds: at times a soft focus, always grain."""
+    """Simulate a camera: blur in some images, and noise in all."""
     if rng.random() < 0.35:
         image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.4, 1.0)) * image.shape[0] / 256)
     grain = np.frombuffer(rng.bytes(image.size), np.uint8).reshape(image.shape)
@@ -209,13 +212,13 @@ def _expose(rng: Generator, image: Image) -> Image:
 
 
 def _arc(start: float, stop: float, radius: float = 1.0, points: int = 40) -> NDArray[np.float64]:
-    """(points, 2) of a circle around zero, angles in radians."""
+    """Return (points, 2) on a circle around zero; angles in radians."""
     angles = np.linspace(start, stop, points)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius
 
 
 def _rectangle(half_width: float, half_height: float) -> NDArray[np.float64]:
-    """(4, 2) corners around zero."""
+    """Return the (4, 2) corners of a rectangle around zero."""
     return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (half_width, half_height)
 
 
@@ -250,7 +253,7 @@ def _cross(rng: Generator) -> Contours:
 
 
 def _crescent(rng: Generator) -> Contours:
-    """The unit disc less a disc of the same size moved to the right."""
+    """The unit disc minus a disc of the same size, shifted to the right."""
     offset = rng.uniform(0.55, 0.85)
     cut = float(np.arccos(offset / 2))
     inner = _arc(np.pi + cut, np.pi - cut) + (offset, 0)
@@ -258,7 +261,7 @@ def _crescent(rng: Generator) -> Contours:
 
 
 def _blob(rng: Generator) -> tuple[Contours, float]:
-    """A lump without corners."""
+    """A smooth shape without corners."""
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     waves = np.arange(2, 5)
     phases = np.outer(angles, waves) + rng.uniform(0, 2 * np.pi, 3)
@@ -268,7 +271,7 @@ def _blob(rng: Generator) -> tuple[Contours, float]:
 
 
 def _splinter(rng: Generator) -> tuple[Contours, float]:
-    """A polygon of five to eight uneven corners."""
+    """An irregular polygon with five to eight corners."""
     corners = int(rng.integers(5, 9))
     angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * np.pi / corners
     radii = rng.uniform(0.3, 1.0, corners)
@@ -277,12 +280,12 @@ def _splinter(rng: Generator) -> tuple[Contours, float]:
 
 
 def _line(rng: Generator) -> tuple[Contours, float]:
-    """A thin bar across a good part of the image."""
+    """A long thin bar."""
     length, thickness = float(rng.uniform(0.3, 1.2)), rng.uniform(0.003, 0.012)
     return [_rectangle(1.0, thickness / length)], length
 
 
-def _crumb(rng: Generator) -> tuple[Contours, float]:
+def _specks(rng: Generator) -> tuple[Contours, float]:
     """Scattered specks."""
     places = rng.uniform(-1, 1, (int(rng.integers(3, 9)), 2))
     specks = [_arc(0, 2 * np.pi, rng.uniform(0.02, 0.08), 10) + place for place in places]
@@ -303,5 +306,5 @@ _CLUTTER: tuple[Callable[[Generator], tuple[Contours, float]], ...] = (
     _blob,
     _splinter,
     _line,
-    _crumb,
+    _specks,
 )

@@ -116,15 +116,11 @@ def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = {}
     for shard in manifest['shards']:
         for name, measured in shard['info'].items():
-            stage = stages.setdefault(
-                name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0, adopted=0)
-            )
+            stage = stages.setdefault(name, dict(measured, seconds=0.0, image_iterations=0, added=0, removed=0))
             stage['seconds'] += measured['seconds']
             stage['image_iterations'] += len(shard['images']) * measured['iterations']
             stage['added'] += measured['added']
             stage['removed'] += measured['removed']
-            # Calibration sets of earlier versions lack this entry.
-            stage['adopted'] += measured.get('adopted', 0)
     for stage in stages.values():
         stage['seconds'] = round(stage['seconds'], 3)
         if stage['image_iterations']:

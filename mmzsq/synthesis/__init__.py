@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic images and their labels: where they start, what they become, how they are kept."""
+"""Synthesis of calibration sets: label samplers, priors, image optimization, and storage on disk."""
 
 from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
@@ -16,7 +16,7 @@ from mmzsq.synthesis.label_samplers import (
 )
 from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
 from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior, select_priors
-from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
+from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
 
 __all__ = [
     'BNStatisticsPrior',
@@ -26,8 +26,8 @@ __all__ = [
     'Prior',
     'StepProgress',
     'SynthesisResult',
+    'SynthesisTask',
     'Synthesizer',
-    'Task',
     'TotalVariationPrior',
     'AdaptiveLabelSampler',
     'CalibrationSet',

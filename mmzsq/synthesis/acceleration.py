@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen detector's layers in the form that a GPU runs fast, for the time of a synthesis.
+"""Faster layers of a frozen detector on a GPU, for the duration of a synthesis.
 
-Nothing here changes what is computed beyond rounding; :class:`Acceleration` puts other ``forward`` methods on layers
-and takes them off again.
+:class:`Acceleration` temporarily replaces the ``forward`` of layers. Results differ only by rounding.
 
-* Weights are cast to the precision of the step once, not in every step.
-* Output channels that are no multiple of 8 (255 of a COCO head) keep a convolution from the tensor cores: they are
-  padded, and the padding is cut off.
-* A strided convolution of an image (3 channels: unaligned again, and most of its cost is moving them) becomes a dense
-  one of the image's blocks, stride x stride pixels each, with zeros up to the next multiple of 8 channels.
-* Max pooling of stride 1 and nearest upsampling are kernels of our own (:mod:`mmzsq.synthesis.layer_kernels`).
+* Weights are cast to the data type of the step once instead of in each step.
+* A convolution whose number of output channels is not a multiple of 8 (255 in a COCO head) cannot use tensor cores. Its
+  output channels are padded, and the padding is cut off.
+* A strided convolution of an image has 3 unaligned input channels, and memory traffic dominates its cost. It is
+  replaced by a dense convolution of blocks of stride x stride pixels, padded with zeros to a multiple of 8 channels.
+* Max pooling with stride 1 and nearest upsampling use Triton kernels (:mod:`mmzsq.synthesis.layer_kernels`).
 """
 
 from __future__ import annotations
@@ -26,25 +25,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mmzsq.fused_kernels import HAS_TRITON
+from mmzsq.patching import patched_forwards
 
 ALIGNMENT = 8
-"""Channels that tensor cores want in multiples of, in 16-bit types."""
+"""Tensor cores need channel counts in multiples of this, for 16-bit types."""
 
 CONVOLUTIONS = (nn.Conv2d, mmcv_layers.Conv2d)
 LINEARS = (nn.Linear, mmcv_layers.Linear)
 MAX_POOLS = (nn.MaxPool2d, mmcv_layers.MaxPool2d)
-"""Exact classes: a subclass may compute something else."""
+"""Exact classes to replace; a subclass may compute something else."""
 
-MAX_POOL_SIDE = 15
-"""Of a window of max pooling: a place in it is one byte, and 255 is no place."""
+MAX_POOL_KERNEL_SIZE = 15
+"""Limit of the max pooling kernel, which stores a position in the window in one byte and uses 255 for none."""
 
 
 class Acceleration:
-    """Fast convolutions and linear layers of a detector, to be switched on and off.
+    """Faster forwards of a detector's layers; calling the object gives a context manager that applies them.
 
     Args:
-        detector: Frozen, in eval mode, on a GPU; its layers get gradients for their inputs only.
-        dtype: What they compute in.
+        detector: Frozen, in eval mode, on a GPU. Its parameters get no gradients.
+        dtype: Data type of convolutions and linear layers.
     """
 
     def __init__(self, detector: nn.Module, dtype: torch.dtype) -> None:
@@ -57,33 +57,28 @@ class Acceleration:
                 self._forwards[module] = partial(_linear, weight=module.weight.detach().to(dtype), bias=bias)
             elif type(module) is nn.Upsample and module.mode == 'nearest':
                 self._forwards[module] = partial(_upsample, module)
-            elif isinstance(module, nn.MaxPool2d) and _keeps_size(module):
+            elif isinstance(module, nn.MaxPool2d) and _is_same_size_max_pool(module):
                 self._forwards[module] = partial(_max_pool, module)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside the block the layers are fast."""
-        for module, forward in self._forwards.items():
-            module.forward = forward
-        try:
+        """Use the faster forwards inside the block; blocks may be nested."""
+        with patched_forwards(self._forwards):
             yield
-        finally:
-            for module in self._forwards:
-                del module.forward
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
     return type(layer) in CONVOLUTIONS and layer.padding_mode == 'zeros' and isinstance(layer.padding, tuple)
 
 
-def _keeps_size(layer: nn.MaxPool2d) -> bool:
-    """Whether ``layer`` takes the maximum of an odd square around each pixel, and returns that alone."""
+def _is_same_size_max_pool(layer: nn.MaxPool2d) -> bool:
+    """Whether ``layer`` takes the maximum over an odd square around each pixel, and returns no indices."""
     side = layer.kernel_size
     return (
         type(layer) in MAX_POOLS
         and isinstance(side, int)
         and side % 2 == 1
-        and side <= MAX_POOL_SIDE
+        and side <= MAX_POOL_KERNEL_SIZE
         and layer.stride in (1, (1, 1))
         and layer.padding in (side // 2, (side // 2,) * 2)
         and layer.dilation in (1, (1, 1))
@@ -92,11 +87,11 @@ def _keeps_size(layer: nn.MaxPool2d) -> bool:
 
 
 def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes what ``layer`` does, in ``dtype``.
+    """Return a function that computes the same as a convolution, in ``dtype``.
 
     Args:
-        layer: Its padding is a pair of numbers and zeros.
-        dtype: Of the computation and the result.
+        layer: A convolution with numeric zero padding.
+        dtype: Data type of the computation and the result.
     """
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -109,7 +104,7 @@ def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor],
         and layer.dilation == (1, 1)
     )
     if is_stem:
-        weight, padding = blocks_of_weight(weight, stride, layer.padding)  # type: ignore[arg-type]
+        weight, padding = weight_for_blocks(weight, stride, layer.padding)  # type: ignore[arg-type]
         weight = F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % ALIGNMENT))
         weight = _for_gpu(weight, dtype)
         return partial(_stem, layer=layer, weight=weight, bias=bias, block=stride, padding=padding)
@@ -129,20 +124,19 @@ def fast_convolution(layer: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor],
     )
 
 
-def blocks_of_weight(weight: Tensor, block: int, padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """Rewrite a convolution of stride ``block`` for images whose blocks of pixels are channels.
+def weight_for_blocks(weight: Tensor, block: int, padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Rewrite a convolution of stride ``block`` for inputs whose blocks of pixels were moved to channels.
 
     Args:
         weight: Shape (C_out, C_in, K_h, K_w).
         block: Height and width of a block, and the stride.
         padding: Rows and columns of zeros around the image.
 
-    Returns:
-        A weight (C_out, C_in * block^2, K_h', K_w') for stride 1 and inputs as ``pixel_unshuffle`` makes them; and the
-        blocks of zeros that it wants left, right, above and below.
+    Returns: The weight (C_out, C_in * block^2, K_h', K_w') of a convolution of stride 1 on the output of
+        ``pixel_unshuffle``; and its padding left, right, above and below, in blocks.
     """
-    padding_h, kernel_h, (above, below) = _blocks_of_side(weight.shape[2], block, padding[0])
-    padding_w, kernel_w, (left, right) = _blocks_of_side(weight.shape[3], block, padding[1])
+    padding_h, kernel_h, (above, below) = _side_in_blocks(weight.shape[2], block, padding[0])
+    padding_w, kernel_w, (left, right) = _side_in_blocks(weight.shape[3], block, padding[1])
     behind_h, behind_w = (
         kernel * block - zeros - size
         for kernel, zeros, size in zip((kernel_h, kernel_w), (padding_h, padding_w), weight.shape[2:], strict=True)
@@ -151,12 +145,21 @@ def blocks_of_weight(weight: Tensor, block: int, padding: tuple[int, int]) -> tu
     return F.pixel_unshuffle(weight, block), (left, right, above, below)
 
 
-def _blocks_of_side(size: int, block: int, padding: int) -> tuple[int, int, tuple[int, int]]:
-    """Zeros in front of a kernel of ``size`` pixels, its size in blocks, and blocks of padding before and behind."""
+def _side_in_blocks(size: int, block: int, padding: int) -> tuple[int, int, tuple[int, int]]:
+    """Convert one side of a kernel to blocks.
+
+    Args:
+        size: Kernel size in pixels.
+        block: Block size in pixels.
+        padding: Padding in pixels.
+
+    Returns:
+        Zeros to add before the kernel, in pixels; the kernel size in blocks; the padding before and behind, in blocks.
+    """
     before = -(-padding // block)
     zeros = before * block - padding
     kernel = -(-(zeros + size) // block)
-    # So many that an image of h blocks gives h + (2 padding - size) // block + 1 outputs, as the strided one does.
+    # With this padding, an image of h blocks gives h + (2 padding - size) // block + 1 outputs, as with the stride.
     return zeros, kernel, (before, (2 * padding - size) // block + kernel - before)
 
 
@@ -168,17 +171,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def _has_kernel(x: Tensor, places: int) -> bool:
-    """Whether a kernel runs where ``x`` (N, C, H, W) is, with so many places, which it takes as 32-bit numbers."""
+def _can_use_kernel(x: Tensor, num_values: int) -> bool:
+    """Whether a Triton kernel can process ``x`` (N, C, H, W); it indexes ``num_values`` values by 32-bit integers."""
     if not (x.is_cuda and HAS_TRITON and x.dim() == 4):
         return False
     from mmzsq.synthesis.kernels import MAX_VALUES
 
-    return places <= MAX_VALUES
+    return num_values <= MAX_VALUES
 
 
 def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
-    if not _has_kernel(x, x.numel()):
+    if not _can_use_kernel(x, x.numel()):
         return type(layer).forward(layer, x)
     from mmzsq.synthesis.layer_kernels import MaxPool
 
@@ -188,11 +191,11 @@ def _max_pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
 
 def _upsample(layer: nn.Upsample, x: Tensor) -> Tensor:
     factor = layer.scale_factor
-    if isinstance(factor, float) and factor.is_integer() and _has_kernel(x, x.numel() * int(factor) ** 2):
+    if isinstance(factor, float) and factor.is_integer() and _can_use_kernel(x, x.numel() * int(factor) ** 2):
         from mmzsq.synthesis.layer_kernels import Upsample
 
         return Upsample.apply(x, int(factor))
-    # Autocast would copy to fp32, and with it all that is concatenated.
+    # Autocast would upsample in fp32, and then also convert the tensors concatenated with the result.
     with torch.autocast(x.device.type, enabled=False):
         return nn.Upsample.forward(layer, x)
 
@@ -212,9 +215,9 @@ def _convolution(
 
 
 class _FirstChannels(torch.autograd.Function):
-    """The first channels of features, whose gradient keeps the layout: that of a slice would be rearranged.
+    """Slice of the first channels whose backward keeps the channels_last layout, unlike that of indexing.
 
-    Inputs: features (N, C, H, W), channels last; how many channels.
+    Inputs: features (N, C, H, W), channels_last; number of channels to keep.
     """
 
     @staticmethod
@@ -226,7 +229,7 @@ class _FirstChannels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """Zeros behind the gradient."""
+        """Pad the gradient with zeros."""
         count, channels, *size = grad_output.shape
         shape = (count, ctx.padded, *size)
         grad = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=torch.channels_last)
@@ -249,8 +252,8 @@ def _stem(
 
 
 def _image_blocks(images: Tensor, block: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """``pixel_unshuffle`` of images in ``dtype``, with zeros up to so many channels."""
-    if _has_kernel(images, images.numel() * channels):
+    """``pixel_unshuffle`` of images in ``dtype``, padded with zeros to a number of channels."""
+    if _can_use_kernel(images, images.numel() * channels):
         from mmzsq.synthesis.layer_kernels import ImageBlocks
 
         return ImageBlocks.apply(images, block, channels, dtype)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differentiable mean and variance of the inputs of a detector's BatchNorm layers.
+"""Differentiable batch statistics (mean and variance) of the inputs of a detector's BatchNorm layers.
 
-:class:`BatchNormStatisticsCollector` collects them while a detector runs. On CUDA, one kernel computes the statistics,
-BatchNorm in eval mode and the activation behind it (:mod:`mmzsq.synthesis.kernels`). Elsewhere a hook collects them.
+:class:`BatchNormStatisticsCollector` collects them during a forward. On CUDA, one kernel computes the statistics,
+BatchNorm in eval mode, and the activation that follows (:mod:`mmzsq.synthesis.kernels`). Elsewhere a hook collects
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +20,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
+from mmzsq.patching import patched_forwards
 
 FUSED_ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.SiLU: 2}
-"""Activations of the fused kernel, by exact class, and its numbers for them."""
+"""Maps the exact class of an activation to its number in the fused kernel."""
 
 MAX_CHANNELS = 4096
-"""Of the fused kernel, which holds a value of every channel at once."""
+"""Limit of the fused kernel, which holds one value of every channel at once."""
 
 
 class BatchNormStatistics(NamedTuple):
-    """Statistics of all layers that ran, one after the other in order of execution.
+    """Batch statistics of all layers that ran, concatenated in order of execution.
 
     Attributes:
-        mean: Of the inputs over (N, H, W), fp32, shape (sum of channels,).
-        variance: Biased, likewise.
+        mean: Means of the inputs over (N, H, W), fp32, shape (sum of channels,).
+        variance: Biased variances, fp32, shape (sum of channels,).
         layers: The layers, in the same order.
     """
 
@@ -42,21 +44,33 @@ class BatchNormStatistics(NamedTuple):
 
 
 class BatchNormStatisticsCollector:
-    """Takes the statistics of every forward of a detector's BatchNorm layers."""
+    """Collects batch statistics of the inputs of a detector's BatchNorm layers.
+
+    Statistics are kept as sums: for each run of a layer, over (N, H, W), the sum of ``x - c`` and of ``(x - c)^2``,
+    where c is the running mean of the channel. The fused kernel leaves partial sums (P, 2, C), one for each of its P
+    programs; other sums have shape (2, C).
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[_BatchNorm, list[tuple[Tensor, int]]] = {}
+        # Runs of each layer since the last collect(): sums, and the number of values in each sum.
+        self._runs: dict[_BatchNorm, list[tuple[Tensor, int]]] = {}
         self._handles: list[RemovableHandle] = []
         self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._patches = ExitStack()
         self._active = False
-        self._layouts: dict[tuple[tuple[_BatchNorm, int], ...], tuple[Tensor, Tensor]] = {}
+        # Centers and counts of each channel, by the layers that ran and their counts.
+        self._constants: dict[tuple[tuple[_BatchNorm, int], ...], tuple[Tensor, Tensor]] = {}
 
     def attach(self, detector: nn.Module) -> None:
-        """Watch the layers with running statistics; those of a shared pyramid head may run several times a forward."""
+        """Start collecting; layers of a head shared between pyramid levels may run several times in one forward.
+
+        Args:
+            detector: Frozen, in eval mode. Layers without running statistics are ignored.
+        """
         on_gpu = next(detector.parameters()).is_cuda
         fused = on_gpu and HAS_TRITON and fused_kernels_enabled()
         activations = _activations_behind(detector) if fused else {}
-        for layer in watched_layers(detector):
+        for layer in batch_norm_layers(detector):
             if fused and _is_replaceable(layer) and layer.num_features <= MAX_CHANNELS:
                 activation = activations.get(layer)
                 kind = 0
@@ -71,19 +85,19 @@ class BatchNormStatisticsCollector:
         self._resume()
 
     def detach(self) -> None:
-        """Stop watching, and forget."""
+        """Stop collecting, and discard everything collected; may be called repeatedly."""
         self._pause()
         for handle in self._handles:
             handle.remove()
         self._handles, self._forwards = [], {}
-        self._seen.clear()
-        self._layouts.clear()
+        self._runs.clear()
+        self._constants.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block nothing is watched, and the layers are as they were.
+        """Inside the block nothing is collected, and patched layers have their original ``forward``.
 
-        What a captured CUDA graph reads stays where it is, unlike after :meth:`detach`.
+        Unlike after :meth:`detach`, memory that a captured CUDA graph reads stays allocated.
         """
         self._pause()
         try:
@@ -91,37 +105,34 @@ class BatchNormStatisticsCollector:
         finally:
             self._resume()
 
-    def forget(self) -> None:
-        """Drop what was seen since the last :meth:`collect`."""
-        self._seen.clear()
+    def reset(self) -> None:
+        """Discard the statistics since the last :meth:`collect`."""
+        self._runs.clear()
 
     def _pause(self) -> None:
         self._active = False
-        for module in self._forwards:
-            # A module may have been un-patched already: detach() may be called twice.
-            vars(module).pop('forward', None)
+        self._patches.close()
 
     def _resume(self) -> None:
         self._active = True
-        for module, forward in self._forwards.items():
-            module.forward = forward
+        self._patches.enter_context(patched_forwards(self._forwards))
 
     def collect(self) -> BatchNormStatistics | None:
-        """Return the statistics since the last call, and forget them; None if no layer ran.
+        """Return the statistics since the last call and discard them; None if no layer ran.
 
-        Those of a layer that ran several times are averaged over its runs.
+        The statistics of a layer that ran several times are averaged over its runs.
         """
-        if not self._seen:
+        if not self._runs:
             return None
-        layers = list(self._seen)
-        runs = [layer for layer, seen in self._seen.items() for _ in seen]
-        sums = _added_up([run for seen in self._seen.values() for run, _ in seen])
-        counts = [count for seen in self._seen.values() for _, count in seen]
-        self._seen.clear()
+        layers = list(self._runs)
+        runs = [layer for layer, of_layer in self._runs.items() for _ in of_layer]
+        sums = _total_sums([sums for of_layer in self._runs.values() for sums, _ in of_layer])
+        counts = [count for of_layer in self._runs.values() for _, count in of_layer]
+        self._runs.clear()
         key = tuple(zip(runs, counts, strict=True))
-        if key not in self._layouts:
-            self._layouts[key] = (torch.cat([_center(run) for run in runs]), _spread(counts, runs))
-        center, count = self._layouts[key]
+        if key not in self._constants:
+            self._constants[key] = (torch.cat([_center(run) for run in runs]), _channel_counts(counts, runs))
+        center, count = self._constants[key]
         total, squares = torch.cat(sums, dim=1)
         distance = total / count
         mean, variance = center + distance, squares / count - distance.square()
@@ -132,21 +143,21 @@ class BatchNormStatisticsCollector:
     def _record(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not self._active:
             return
-        self._remember_statistics(layer, *batch_statistics(inputs[0]), _center(layer))
+        self._store_statistics(layer, *batch_statistics(inputs[0]), _center(layer))
 
-    def _remember(self, layer: nn.Module, sums: Tensor, count: int) -> None:
-        """Keep the sums (2, C), or parts of them (P, 2, C), of the distance to the center and of its square.
+    def _store_sums(self, layer: nn.Module, sums: Tensor, count: int) -> None:
+        """Store the sums of one run.
 
         Args:
-            layer: That ran.
-            sums: Over (N, H, W).
-            count: Of values in each sum.
+            layer: The layer that ran.
+            sums: Sums (2, C) or partial sums (P, 2, C); see the class.
+            count: Number of values in each sum.
         """
-        self._seen.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
+        self._runs.setdefault(layer, []).append((sums, count))  # type: ignore[arg-type]
 
-    def _remember_statistics(self, layer: nn.Module, mean: Tensor, variance: Tensor, center: Tensor) -> None:
+    def _store_statistics(self, layer: nn.Module, mean: Tensor, variance: Tensor, center: Tensor) -> None:
         distance = mean - center
-        self._remember(layer, torch.stack((distance, variance + distance.square())), 1)
+        self._store_sums(layer, torch.stack((distance, variance + distance.square())), 1)
 
     def _joint_forward(self, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         scale, bias = _affine(layer)
@@ -154,7 +165,7 @@ class BatchNormStatisticsCollector:
 
         def forward(features: Tensor) -> Tensor:
             output, mean, variance = _BatchNormWithStatistics.apply(features, scale, bias)
-            self._remember_statistics(layer, mean, variance, center)
+            self._store_statistics(layer, mean, variance, center)
             return output
 
         return forward
@@ -167,19 +178,23 @@ class BatchNormStatisticsCollector:
 
         def forward(features: Tensor) -> Tensor:
             output, partial = BatchNormActivation.apply(features, center, scale, bias, activation)
-            self._remember(layer, partial, features.numel() // features.shape[1])
+            self._store_sums(layer, partial, features.numel() // features.shape[1])
             return output
 
         return forward
 
 
-def watched_layers(detector: nn.Module) -> list[_BatchNorm]:
-    """BatchNorm layers of ``detector`` that remember statistics, in order of registration."""
-    return [m for m in detector.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def batch_norm_layers(detector: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of ``detector`` that have running statistics, in order of registration."""
+    return [
+        module
+        for module in detector.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    ]
 
 
 def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each channel, in fp32 whatever the type of ``features``.
+    """Return the mean and the biased variance of each channel, in fp32 for any type of ``features``.
 
     Args:
         features: Shape (N, C, ...).
@@ -192,7 +207,7 @@ def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """One pass over the features forward, one backward."""
+    """Batch statistics in one pass over the features, with a backward in one pass."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,18 +223,18 @@ class _BatchStatistics(torch.autograd.Function):
 
 
 class _BatchNormWithStatistics(torch.autograd.Function):
-    """What a BatchNorm layer in eval mode returns, and the statistics of what it got, by PyTorch's operators alone.
+    """BatchNorm in eval mode together with the batch statistics of its input, by PyTorch operators only.
 
-    The layer's own backward rearranges gradients that lie channels last, and all that follows is then slow on a GPU:
-    the gradients of its two readers are of two layouts, and so are the inputs of the convolution before it.
+    The backward of ``nn.BatchNorm2d`` changes the layout of channels_last gradients. Mixed layouts then slow down the
+    rest of the backward on a GPU, starting with the convolution before the layer.
 
     Args:
         features: Shape (N, C, H, W).
-        scale: Of each channel, (C,), fp32.
-        bias: Added after it, likewise.
+        scale: Scale of each channel, (C,), fp32.
+        bias: Bias of each channel, (C,), fp32.
 
     Returns:
-        ``features * scale + bias``, and mean and biased variance of ``features``, (C,) each, fp32. ``scale`` and
+        ``features * scale + bias``, and the mean and biased variance of ``features``, (C,) each, fp32. ``scale`` and
         ``bias`` get no gradient.
     """
 
@@ -241,24 +256,24 @@ class _BatchNormWithStatistics(torch.autograd.Function):
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, (C,), fp32.
 
-    On CUDA by the operators of SyncBatchNorm, which accumulate bf16 in fp32 without a copy of the features.
+    On CUDA, the operators of SyncBatchNorm accumulate bf16 features in fp32 without copying them.
     """
     if features.is_cuda:
         mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
         return mean, inverse_deviation.square().reciprocal()
-    # A third of the time of var_mean, whose reduction is over several dimensions at once.
+    # Takes a third of the time of var_mean, which reduces several dimensions at once.
     mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
     return mean, variance
 
 
 def _statistics_backward(features: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
-    """The gradient of ``features`` by those of their mean and variance."""
+    """Gradient of ``features``, given those of their mean and variance."""
     count = features.numel() // features.shape[1]
     return _scaled(features, 2 * grad_variance / count, grad_mean / count, mean)
 
 
 def _scaled(features: Tensor, scale: Tensor, bias: Tensor, center: Tensor | None = None) -> Tensor:
-    """``(features - center) * scale + bias`` of each channel, in the type of ``features``; without a center it is 0."""
+    """Return ``(features - center) * scale + bias`` for each channel, in the type of ``features``; center 0 if None."""
     center = torch.zeros_like(scale) if center is None else center
     if features.is_cuda:
         return torch.batch_norm_elemt(features, scale, bias, center, torch.ones_like(scale), 0.0)
@@ -271,7 +286,7 @@ def _is_channels_last(features: Tensor) -> bool:
 
 
 def _affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """By what each channel is multiplied in eval mode, and what is added then, (C,) each, fp32."""
+    """Scale and bias of each channel of a BatchNorm layer in eval mode, (C,) each, fp32."""
     assert layer.running_mean is not None and layer.running_var is not None
     scale = (layer.running_var.float() + layer.eps).rsqrt()
     if layer.weight is not None:
@@ -285,8 +300,8 @@ def _center(layer: nn.Module) -> Tensor:
     return running_mean.float()
 
 
-def _added_up(sums: list[Tensor]) -> list[Tensor]:
-    """Add up what fused layers left in parts (P, 2, C), all of them at once; other sums (2, C) stay as they are."""
+def _total_sums(sums: list[Tensor]) -> list[Tensor]:
+    """Reduce partial sums (P, 2, C) to (2, C), all in one kernel; sums (2, C) are returned unchanged."""
     parts = [run for run in sums if run.dim() == 3]
     if not parts:
         return sums
@@ -301,8 +316,8 @@ def _is_replaceable(layer: _BatchNorm) -> bool:
 
 
 def _activations_behind(detector: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The activation of each BatchNorm layer whose output nothing else reads, where it can be fused."""
-    found: dict[nn.Module, nn.Module] = {}
+    """Map each BatchNorm layer to the activation that alone reads its output, if that can be fused."""
+    activations: dict[nn.Module, nn.Module] = {}
     for block in detector.modules():
         if type(block) is not ConvModule or block.order != ('conv', 'norm', 'act'):
             continue
@@ -310,21 +325,21 @@ def _activations_behind(detector: nn.Module) -> dict[nn.Module, nn.Module]:
         if not isinstance(norm, nn.Module) or not isinstance(activation, nn.Module):
             continue
         if type(activation) in FUSED_ACTIVATIONS:
-            found[norm] = activation
-    return found
+            activations[norm] = activation
+    return activations
 
 
 def _identity(features: Tensor) -> Tensor:
     return features
 
 
-def _spread(counts: list[int], runs: list[_BatchNorm]) -> Tensor:
-    """The count of each run for each of its channels, made without a wait for the device."""
+def _channel_counts(counts: list[int], runs: list[_BatchNorm]) -> Tensor:
+    """Repeat the count of each run for each of its channels, without synchronizing with the device."""
     return torch.cat([torch.full_like(_center(run), count) for run, count in zip(runs, counts, strict=True)])
 
 
 def _average(values: Tensor, runs: list[_BatchNorm], layers: list[_BatchNorm]) -> Tensor:
-    """Mean over the runs of each layer of values (sum of channels over runs,)."""
+    """Average values (sum of channels over runs,) over the runs of each layer; returns (sum of channels,)."""
     parts: dict[_BatchNorm, list[Tensor]] = {layer: [] for layer in layers}
     for run, part in zip(runs, values.split([run.num_features for run in runs]), strict=True):
         parts[run].append(part)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration set on disk: an ordinary COCO data set that may be interrupted at any moment.
+"""Storage of a calibration set: a COCO data set whose generation can be interrupted at any time.
 
     root/
       images/000000.png ...        8-bit RGB
-      annotations/instances.json   COCO; written when every shard is there
-      manifest.json                what made the set, SHA-256 of files; last: the set is complete
-      shards/settings.json         what the set is to be; first: it claims the directory
-      shards/00000.json ...        one record a shard; after its images: the shard is complete
+      annotations/instances.json   COCO; written when all shards are complete
+      manifest.json                metadata and SHA-256 of all files; written last, completes the set
+      shards/settings.json         metadata; written first, claims the directory
+      shards/00000.json ...        one record for each shard; written after its images, completes the shard
 
-Every file appears whole, in one step, so that the set is sound at any moment. A kill loses at most
-the shard in work. Processes, on any number of machines that share the directory, may write
-different shards at once.
+Every file is written atomically, so the set is consistent at any time, and a kill loses at most the current shard.
+Processes on any number of machines that share the directory may write different shards at the same time.
 """
 
 from __future__ import annotations
@@ -34,37 +33,31 @@ from mmzsq.atomic_files import (
 )
 from mmzsq.errors import UserError
 from mmzsq.synthesis import coco_format
-from mmzsq.synthesis.set_settings import (
-    enumerate_some,
-    read_json,
-    read_settings,
-    refuse_other_settings,
-    set_settings,
-)
+from mmzsq.synthesis.set_metadata import build_metadata, check_metadata, join_some, read_json, read_metadata
 
 
 class CalibrationSet:
-    """Synthetic images and their labels, on disk.
+    """Synthetic images and their labels on disk.
 
-    Made by :meth:`open`, to write, or :meth:`load`, to read.
+    Use :meth:`open` to write a set, and :meth:`load` to read one.
 
     Attributes:
         root: Directory of the set.
-        num_images: Images in the complete set.
-        shard_size: Images in each shard but, perhaps, the last.
-        classes: Names, in the order of the labels.
+        num_images: Number of images in the complete set.
+        shard_size: Number of images in each shard; the last may have fewer.
+        classes: Class names, in the order of the labels.
         uses_real_labels: Whether any label of a real image was read.
-        fingerprint: What decides the content, as given to :meth:`open`.
+        fingerprint: All values that determine the content, see :meth:`open`.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, metadata: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         self.root = root
-        self.num_images: int = settings['num_images']
-        self.shard_size: int = settings['shard_size']
-        self.classes: tuple[str, ...] = tuple(settings['classes'])
-        self.uses_real_labels: bool = settings['uses_real_labels']
-        self.fingerprint: dict[str, Any] = settings['fingerprint']
-        self._settings = dict(settings)
+        self.num_images: int = metadata['num_images']
+        self.shard_size: int = metadata['shard_size']
+        self.classes: tuple[str, ...] = tuple(metadata['classes'])
+        self.uses_real_labels: bool = metadata['uses_real_labels']
+        self.fingerprint: dict[str, Any] = metadata['fingerprint']
+        self._metadata = dict(metadata)
         self._versions = dict(versions)
 
     @classmethod
@@ -79,96 +72,112 @@ class CalibrationSet:
         uses_real_labels: bool = False,
         versions: Mapping[str, str] | None = None,
     ) -> CalibrationSet:
-        """Begin a set, or go on with the one that is there.
+        """Start a set, or continue an existing one.
 
-        Any number of processes may open one set at once, with the same arguments.
+        Any number of processes may open a set at the same time, with the same arguments.
 
         Args:
-            root: Directory of the set; made if missing.
-            fingerprint: All that decides the content: digests of teacher and code, seeds, settings.
-                Nested dicts, lists, strings, numbers, None.
-            num_images: Images in the complete set.
-            shard_size: Images made and committed together.
-            classes: Names, in the order of the labels.
+            root: Directory of the set; created if missing.
+            fingerprint: All values that determine the content: digests of teacher and code, seeds, settings. Nested
+                dicts, lists, strings, numbers, None.
+            num_images: Number of images in the complete set.
+            shard_size: Number of images generated and committed together.
+            classes: Class names, in the order of the labels.
             uses_real_labels: Whether any label of a real image is read.
-            versions: Of the software at work, by name. Kept with every shard that this process
-                writes; a set may be continued with others.
+            versions: Software versions by name. They are stored with every shard that this process writes, and may
+                differ between the shards of a set.
+
+        Returns:
+            The set, open for writing.
 
         Raises:
-            UserError: If the directory holds a set made otherwise, or anything else; if it cannot
-                be written; if ``num_images`` or ``shard_size`` is below one.
+            UserError: If the directory holds a set with other settings or other files, if it cannot be written, or if
+                ``num_images`` or ``shard_size`` is below 1.
         """
         if num_images < 1 or shard_size < 1:
             raise UserError(
-                'a calibration set needs at least one image, and one image a shard, got '
+                'a calibration set needs at least one image, and at least one image in each shard, got '
                 f'num_images={num_images}, shard_size={shard_size}'
             )
         root = Path(root)
-        settings = set_settings(
+        metadata = build_metadata(
             num_images=num_images,
             shard_size=shard_size,
             classes=classes,
             uses_real_labels=uses_real_labels,
             fingerprint=fingerprint,
         )
-        found = read_settings(root)
+        found = read_metadata(root)
         if found is None:
             foreign = sorted(_names(root) - {'shards'})
-            # Another process may have begun the set since the first look.
-            found = read_settings(root)
+            # Another process may have started the set in the meantime.
+            found = read_metadata(root)
             if foreign and found is None:
                 raise UserError(
-                    f'{root} holds files but no calibration set ({enumerate_some(foreign, 3)}): '
-                    'give an empty or a new directory as zsq.calibration_set.dir'
+                    f'{root} holds files but no calibration set ({join_some(foreign, 3)}): '
+                    'set zsq.calibration_set.dir to an empty or a new directory'
                 )
         if found is not None:
-            refuse_other_settings(root, found, settings)
+            check_metadata(root, found, metadata)
         make_directory(root / 'shards')
         if not (root / 'shards' / 'settings.json').exists():
-            write_atomically(root / 'shards' / 'settings.json', to_json(settings, indent=1))
+            write_atomically(root / 'shards' / 'settings.json', to_json(metadata, indent=1))
         make_directory(root / 'images')
         make_directory(root / 'annotations')
-        return cls(root, settings, versions or {})
+        return cls(root, metadata, versions or {})
 
     @classmethod
     def load(cls, root: str | Path) -> CalibrationSet:
         """Open a complete set for reading.
 
+        Args:
+            root: Directory of the set.
+
+        Returns:
+            The set.
+
         Raises:
-            UserError: If there is none, if files are missing, or if a newer version of mmzsq made
-                it.
+            UserError: If there is no set, if files are missing, or if it has another format version.
         """
         root = Path(root)
-        settings = read_settings(root)
-        if settings is None:
-            raise UserError(f'{root} holds no calibration set: make it with `python tools/generate.py CONFIG`')
-        calibration_set = cls(root, settings, {})
+        metadata = read_metadata(root)
+        if metadata is None:
+            raise UserError(f'{root} holds no calibration set: generate it with `python tools/generate.py CONFIG`')
+        calibration_set = cls(root, metadata, {})
         if not calibration_set.is_complete:
             raise UserError(
                 f'the calibration set in {root} is not complete '
                 f'({len(calibration_set.missing_shards())} of {calibration_set.num_shards} shards '
-                'to go): run the command that makes it again, it goes on from there'
+                'are missing): run the command that generates it again to continue'
             )
         return calibration_set
 
     @property
     def num_shards(self) -> int:
-        """Shards in the complete set."""
+        """Number of shards in the complete set."""
         return -(-self.num_images // self.shard_size)
 
     def shard_images(self, index: int) -> range:
-        """Return which images shard ``index`` holds."""
+        """Return the indices of the images in shard ``index``.
+
+        Raises:
+            IndexError: If there is no such shard.
+        """
         if not 0 <= index < self.num_shards:
-            raise IndexError(f'shard {index} of {self.num_shards}')
+            raise IndexError(f'there is no shard {index}: the set has {self.num_shards} shards')
         first = index * self.shard_size
         return range(first, min(first + self.shard_size, self.num_images))
 
     def shard_length(self, index: int) -> int:
-        """Return how many images shard ``index`` holds: ``shard_size``, or fewer in the last."""
+        """Return the number of images in shard ``index``.
+
+        Raises:
+            IndexError: If there is no such shard.
+        """
         return len(self.shard_images(index))
 
     def missing_shards(self) -> list[int]:
-        """List the shards still to write: without a record, or with an image deleted since."""
+        """Return the indices of shards to write: without a record, or with an image that was deleted."""
         if self.is_complete:
             return []
         present = _names(self.root / 'images')
@@ -186,24 +195,24 @@ class CalibrationSet:
         labels: Sequence[InstanceData],
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write one shard; it counts from the moment that this returns, and not before.
+        """Write one shard, which is complete when this method returns, and not before.
 
         Args:
-            index: Of the shard.
+            index: Index of the shard.
             images: Shape (n, H, W, 3), uint8, RGB.
-            labels: One entry an image: ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,), perhaps
-                ``masks`` (n, H, W).
-            info: What is to be remembered of its making (seconds, losses); ready for JSON.
+            labels: One entry for each image: ``bboxes`` (m, 4) xyxy in pixels, ``labels`` (m,), optionally ``masks``
+                (m, H, W).
+            info: Measurements to store with the shard (seconds, losses); ready for JSON.
 
         Raises:
-            ValueError: If the arguments are not of this form, or not as many as the shard holds.
+            IndexError: If there is no such shard.
+            ValueError: If images or labels have another form or number.
             UserError: If the disk is full or not writable; shards written before are kept.
         """
         numbers = self.shard_images(index)
         self._check_shard(images, labels, len(numbers))
         names = [f'{number:06d}.png' for number in numbers]
-        # A shard that is made anew does not count meanwhile, and neither does a set that it is part
-        # of.
+        # A shard that is written again is incomplete in the meantime, and so is the set.
         delete(self._manifest_path)
         delete(self._record_path(index))
         delete_unfinished(self.root / 'images', set(names))
@@ -214,7 +223,7 @@ class CalibrationSet:
             write_atomically(self.root / 'images' / name, content)
             return sha256(content)
 
-        # A GPU waits meanwhile: images are encoded side by side, and so is the disk waited for.
+        # Encode and sync images in parallel, because the GPU is idle in the meantime.
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(write, names, images))
         record = {
@@ -235,9 +244,9 @@ class CalibrationSet:
         write_atomically(self._record_path(index), to_json(record))
 
     def merge(self) -> None:
-        """Write annotations and manifest, which makes the set complete.
+        """Write annotations and manifest, which completes the set.
 
-        For one process, once all shards are there.
+        Call it in one process, after all shards were written.
 
         Raises:
             UserError: If shards are missing, or the disk is full.
@@ -248,7 +257,7 @@ class CalibrationSet:
         if missing:
             raise UserError(
                 f'the calibration set in {self.root} lacks {len(missing)} of {self.num_shards} '
-                'shards: run the command that makes it again, it goes on from there'
+                'shards: run the command that generates it again to continue'
             )
         records = [read_json(self._record_path(index)) for index in range(self.num_shards)]
         coco = coco_format.to_coco(
@@ -262,7 +271,7 @@ class CalibrationSet:
             delete_unfinished(path.parent, {path.name})
         write_atomically(self._annotation_path, annotations)
         manifest = {
-            **self._settings,
+            **self._metadata,
             'annotations_sha256': sha256(annotations),
             'shards': [{key: record[key] for key in ('index', 'versions', 'info', 'images')} for record in records],
         }
@@ -270,7 +279,7 @@ class CalibrationSet:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the set is merged and none of its files was deleted since."""
+        """Whether the set was merged and none of its files was deleted since."""
         manifest = self.manifest
         return (
             manifest is not None
@@ -280,14 +289,14 @@ class CalibrationSet:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What ``manifest.json`` holds; None before the set is merged."""
+        """Content of ``manifest.json``; None before the set is merged."""
         return read_json(self._manifest_path) if self._manifest_path.exists() else None
 
     def verify(self) -> None:
-        """Compare every file of a complete set with the SHA-256 that was taken when it was made.
+        """Compare every file of a complete set with the SHA-256 in its manifest.
 
         Raises:
-            UserError: If the set is not complete, or files are missing or changed; names them.
+            UserError: If the set is not complete, or if files are missing or changed; the message lists them.
         """
         manifest = self.manifest
         if manifest is None:
@@ -306,15 +315,15 @@ class CalibrationSet:
         if damaged:
             raise UserError(
                 f'{len(damaged)} files of the calibration set in {self.root} are damaged: '
-                f'{enumerate_some(damaged)}. Delete them and run the command that makes the set '
-                'again: it makes these anew and keeps the others'
+                f'{join_some(damaged)}. Delete them and run the command that generates the set '
+                'again: it replaces these files and keeps the others'
             )
 
     def statistics(self) -> dict[str, Any]:
-        """Count images, boxes, classes and areas of a complete set.
+        """Count the images, boxes and classes of a complete set.
 
         Returns:
-            What :func:`mmzsq.synthesis.coco_format.statistics` does.
+            The result of :func:`mmzsq.synthesis.coco_format.statistics`.
         """
         return coco_format.statistics(read_json(self._annotation_path))
 
@@ -331,18 +340,18 @@ class CalibrationSet:
 
     def _check_shard(self, images: np.ndarray, labels: Sequence[InstanceData], length: int) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f'images are uint8 (n, H, W, 3), not {images.dtype} {images.shape}')
+            raise ValueError(f'images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}')
         if not len(images) == len(labels) == length:
-            raise ValueError(f'the shard holds {length} images, got {len(images)} images, {len(labels)} labels')
+            raise ValueError(f'the shard needs {length} images, got {len(images)} images and {len(labels)} labels')
         for instances in labels:
             if not instances.bboxes.isfinite().all():
-                raise ValueError(f'boxes are not finite: {instances.bboxes}')
+                raise ValueError(f'boxes must be finite, not {instances.bboxes}')
             if not ((instances.labels >= 0) & (instances.labels < len(self.classes))).all():
-                raise ValueError(f'labels of {len(self.classes)} classes: {instances.labels}')
+                raise ValueError(f'labels must be in [0, {len(self.classes)}), not {instances.labels}')
 
 
 def _encode_png(image: np.ndarray) -> bytes:
-    """Encode an RGB image (H, W, 3), uint8; lossless."""
+    """Encode an RGB image (H, W, 3), uint8, as PNG."""
     encoded, content = cv2.imencode('.png', np.ascontiguousarray(image[..., ::-1]))
     if not encoded:
         raise RuntimeError('OpenCV cannot encode PNG')

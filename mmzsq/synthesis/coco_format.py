@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels as COCO's annotations, the form that every detection tool reads, and back, and their statistics.
+"""Conversion between labels and COCO annotations, and label statistics.
 
-See https://cocodataset.org/#format-data. Category ids are class indices plus one, image ids count
-from zero, annotation ids from one (pycocotools takes an annotation of id zero for none).
+See https://cocodataset.org/#format-data. In the files written here, category ids are class indices plus one, image ids
+start at zero, and annotation ids start at one, because pycocotools ignores matches with an annotation of id zero.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,21 +17,66 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.structures import InstanceData
-from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from torch import Tensor
+
+from mmzsq.masks import encode_mask
+
+
+def parse_coco(content: bytes) -> COCO:
+    """Parse and index an annotation file.
+
+    Args:
+        content: The bytes of the file, JSON.
+
+    Returns:
+        The index of pycocotools. Annotations keep the order of the file.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: If the content is not a COCO annotation file.
+    """
+    coco = COCO()
+    coco.dataset = json.loads(content)
+    # createIndex accepts files that lack these keys, and annotations of unknown images and categories.
+    for key in ('categories', 'images', 'annotations'):
+        if key not in coco.dataset:
+            raise KeyError(key)
+    # pycocotools needs ids of annotations, which nothing else here reads.
+    for index, annotation in enumerate(coco.dataset['annotations']):
+        annotation.setdefault('id', index)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    for annotation in coco.dataset['annotations']:
+        for index, key in ((coco.imgs, 'image_id'), (coco.cats, 'category_id')):
+            if annotation[key] not in index:
+                raise KeyError(annotation[key])
+    return coco
+
+
+def annotation_boxes(annotations: Sequence[dict[str, Any]]) -> Tensor:
+    """Return the boxes of annotations.
+
+    Args:
+        annotations: n COCO annotations.
+
+    Returns:
+        Boxes (n, 4), float32, xyxy in pixels.
+    """
+    boxes = torch.tensor([annotation['bbox'] for annotation in annotations], dtype=torch.float32)
+    boxes = boxes.view(len(annotations), 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
-    """Describe the labels of one image.
+    """Convert the labels of one image to COCO annotations.
 
     Args:
-        instances: ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,), and perhaps ``masks`` (n, H,
-            W) bool.
+        instances: ``bboxes`` (n, 4) xyxy in pixels, ``labels`` (n,), and optionally ``masks`` (n, H, W) bool.
 
     Returns:
-        One dict a box: ``category_id``, ``bbox`` (xywh, to a thousandth of a pixel), ``area``,
-        ``iscrowd``, and ``segmentation`` (compressed RLE) where there are masks, whose pixels then
-        make up the area.
+        One dict for each box: ``category_id``, ``bbox`` (xywh, rounded to a thousandth of a pixel), ``area``,
+        ``iscrowd``. With masks also ``segmentation`` (compressed run lengths); ``area`` is then that of the mask.
     """
     annotations = []
     for index, (bbox, label) in enumerate(zip(instances.bboxes.tolist(), instances.labels.tolist(), strict=True)):
@@ -41,39 +89,11 @@ def to_annotations(instances: InstanceData) -> list[dict[str, Any]]:
             'iscrowd': 0,
         }
         if 'masks' in instances:
-            mask = instances.masks[index].numpy().astype(np.uint8)
-            rle = coco_mask.encode(np.asfortranarray(mask))
+            mask = instances.masks[index].numpy()
             annotation['area'] = int(mask.sum())
-            annotation['segmentation'] = {
-                'size': rle['size'],
-                'counts': rle['counts'].decode('ascii'),
-            }
+            annotation['segmentation'] = encode_mask(mask)
         annotations.append(annotation)
     return annotations
-
-
-def read_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor | None:
-    """Read the mask of one annotation.
-
-    Args:
-        segmentation: What stands under that key: polygons (lists of x, y, x, y, ... in pixels), or run lengths,
-            compressed or not; or None.
-        image_size: Height and width of its image in pixels.
-
-    Returns:
-        Shape (H, W), bool; None if there is no segmentation, or none with a pixel in it.
-    """
-    if isinstance(segmentation, list):
-        # Fewer than three points bound nothing.
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
-        segmentation = coco_mask.frPyObjects(segmentation, *image_size)
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(segmentation)
-    mask = torch.from_numpy(coco_mask.decode(segmentation)).bool()
-    return mask if mask.any() else None
 
 
 def to_coco(
@@ -81,15 +101,15 @@ def to_coco(
     annotations: Sequence[Sequence[dict[str, Any]]],
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """Put a data set together.
+    """Build the content of an annotation file.
 
     Args:
-        images: ``file_name``, ``width`` and ``height`` of each; other keys are left out.
-        annotations: Of each image, as :func:`to_annotations` makes them.
-        classes: Names, in the order of the labels.
+        images: ``file_name``, ``width`` and ``height`` of each image; other keys are dropped.
+        annotations: Annotations of each image, as returned by :func:`to_annotations`.
+        classes: Class names, in the order of the labels.
 
     Returns:
-        What an annotation file holds.
+        The content of the annotation file.
     """
     flat = [
         {'image_id': image_id, **annotation} for image_id, of_image in enumerate(annotations) for annotation in of_image
@@ -106,29 +126,29 @@ def to_coco(
 
 
 def statistics(coco: dict[str, Any]) -> dict[str, Any]:
-    """Count what is in a data set.
+    """Count the images, boxes and classes of a data set.
 
     Args:
-        coco: What an annotation file holds.
+        coco: The content of an annotation file.
 
     Returns:
-        Plain numbers, ready for JSON: ``images``; ``boxes``; ``boxes_per_image`` with ``mean``,
-        ``min``, ``max`` and ``histogram`` (number of boxes, as text, to number of images);
-        ``classes`` (name to number of boxes, every class); ``box_area`` with ``mean``, ``p10``,
-        ``median``, ``p90`` of the boxes' shares of their image.
+        Plain numbers, ready for JSON: ``images``; ``boxes``; ``boxes_per_image`` with ``mean``, ``min``, ``max`` and
+        ``histogram`` (maps a number of boxes, as text, to the number of images with that many); ``classes`` (maps every
+        class name to its number of boxes); ``box_area`` with ``mean``, ``p10``, ``median`` and ``p90`` of box areas as
+        fractions of the image area.
     """
     pixels = {image['id']: image['width'] * image['height'] for image in coco['images']}
     per_image = Counter(annotation['image_id'] for annotation in coco['annotations'])
     counts = [per_image[image_id] for image_id in pixels]
     per_class = Counter(annotation['category_id'] for annotation in coco['annotations'])
-    shares = [
+    areas = [
         annotation['bbox'][2] * annotation['bbox'][3] / pixels[annotation['image_id']]
         for annotation in coco['annotations']
     ]
-    p10, median, p90 = np.percentile(shares or [0.0], [10, 50, 90]).tolist()
+    p10, median, p90 = np.percentile(areas or [0.0], [10, 50, 90]).tolist()
     return {
         'images': len(counts),
-        'boxes': len(shares),
+        'boxes': len(areas),
         'boxes_per_image': {
             'mean': float(np.mean(counts)),
             'min': min(counts),
@@ -137,7 +157,7 @@ def statistics(coco: dict[str, Any]) -> dict[str, Any]:
         },
         'classes': {category['name']: per_class[category['id']] for category in coco['categories']},
         'box_area': {
-            'mean': float(np.mean(shares or [0.0])),
+            'mean': float(np.mean(areas or [0.0])),
             'p10': p10,
             'median': median,
             'p90': p90,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation of the images under synthesis: what the detector sees differs from step to step, the image does not."""
+"""Cutout augmentation of the detector's input during synthesis; the optimized images stay unchanged."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mmzsq.errors import UserError
 
 
 class Cutout:
-    """Random erasing (Zhong et al. 2020) of one rectangle an image, drawn anew each step, for all images at once.
+    """Random erasing (Zhong et al. 2020) of one rectangle in each image, drawn again in each step.
 
-    Random numbers come from PyTorch's default generator of the images' device, so that a captured step draws too.
+    Random numbers come from PyTorch's default generator of the images' device, so a captured step draws new ones.
 
     Args:
-        probability: That an image is erased, in [0, 1].
-        area: Range of the erased share of the image, in (0, 1].
+        probability: Probability that an image is erased, in [0, 1].
+        area: Range of the erased fraction of the image area, in (0, 1].
         ratio: Range of height over width, drawn log-uniformly.
-        value: What the rectangle is filled with, in [0, 1], or ``'mean'``: each image's own mean color. The paper's is
-            black. To statistics of batches a black rectangle is an outlier, the more so the brighter and smoother what
-            the images show: BatchNorm's memory is then matched by images that have lost all contrast themselves.
+        value: Fill value in [0, 1], or ``'mean'`` for the mean color of each image. The authors fill with black. In
+            batch statistics a black rectangle is an outlier, especially if the images are bright and smooth. Images
+            that match the running statistics of BatchNorm then lose their own contrast.
 
     Raises:
         UserError: If an argument is out of range.
@@ -37,9 +37,9 @@ class Cutout:
         value: float | str = 0.0,
     ) -> None:
         if value != 'mean' and not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise UserError(f"value of cutout is a number in [0, 1] or 'mean', not {value!r}")
+            raise UserError(f"value of cutout must be a number in [0, 1] or 'mean', not {value!r}")
         if not 0 <= probability <= 1:
-            raise UserError(f'probability of cutout is in [0, 1], not {probability}')
+            raise UserError(f'probability of cutout must be in [0, 1], not {probability}')
         if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
             raise UserError(f'cutout needs 0 < low <= high for area (up to 1) and ratio, not {area} and {ratio}')
         self.probability = probability
@@ -48,7 +48,7 @@ class Cutout:
         self.value: Any = value
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return ``images`` (N, 3, H, W) with rectangles erased; erased pixels get no gradient."""
+        """Erase a rectangle in some images (N, 3, H, W); erased pixels get no gradient."""
         count, _, height, width = images.shape
         draw = torch.rand(5, count, device=images.device)
         area = (self.area[0] + draw[0] * (self.area[1] - self.area[0])) * height * width
@@ -63,5 +63,5 @@ class Cutout:
         in_columns = (columns >= left[:, None]) & (columns < (left + box_width)[:, None])
         erased = in_rows[:, :, None] & in_columns[:, None, :] & (draw[4] < self.probability)[:, None, None]
         fill = images.detach().mean((2, 3), keepdim=True) if self.value == 'mean' else self.value
-        # masked_fill would rearrange images that lie channels last, and with them all features.
+        # masked_fill would change the channels_last layout of the images, and so that of all features.
         return torch.where(erased[:, None], fill, images)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole calibration set: every shard sampled, relabeled at low resolution, synthesized at full, and written.
+"""Generation of a calibration set, shard by shard: sample labels, relabel at low resolution, synthesize, write to disk.
 
-A shard is the unit of work and of loss. Its content depends on the seed and its index alone, so any number of
-processes, in any order, interrupted or not, make the same set.
+A shard is generated as a whole, and an interruption loses at most one. Its content depends only on the seed and its
+index, so any number of processes, in any order, generate the same set.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
 from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.label_samplers import fit_masks, rescale_labels
 from mmzsq.synthesis.priors import select_priors
-from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, Synthesizer, Task
+from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
 
 STAGE_KEYS = ('image_size', 'iterations', 'batch_size', 'lr', 'start')
 STARTS = ('noise', 'previous')
 SIZE_MULTIPLE = 32
-"""Sizes that are shares of another are rounded to a multiple of this many pixels."""
+"""Image sizes given as a fraction are rounded to a multiple of this many pixels."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class Stage:
     """One pass over a shard.
 
     Attributes:
-        name: ``'relabel'``, ``'refine'`` or ``'synthesize'``: labels are corrected in the first, fixed in the others.
+        name: ``'relabel'``, ``'refine'`` or ``'synthesize'``. Labels change only in ``'relabel'``, or in all stages if
+            there is no ``'relabel'``.
         image_size: Height and width in pixels.
-        iterations: Steps; 0 takes the images as they are: noise, if they start from it.
-        batch_size: Images optimized together.
+        iterations: Number of steps; 0 leaves the initial images unchanged.
+        batch_size: Number of images optimized together.
         lr: Learning rate; None: that of ``zsq.synthesis``.
-        start: ``'noise'``, or ``'previous'``: the images of the stage before, resized, if there was one.
+        start: Initial images: ``'noise'``, or ``'previous'`` for the resized images of the previous stage, if any.
     """
 
     name: str
@@ -52,24 +53,25 @@ class Stage:
 
     @property
     def work(self) -> float:
-        """Pixels times iterations that one image takes."""
+        """Cost of one image: pixels times iterations."""
         return float(self.image_size[0] * self.image_size[1] * self.iterations)
 
     @classmethod
     def from_cfg(
         cls, name: str, cfg: dict[str, Any], batch_size: int, full_size: tuple[int, int] | None = None
     ) -> Stage:
-        """Read ``zsq.synthesis.relabel``, ``refine`` or ``synthesize``.
+        """Parse ``zsq.synthesis.relabel``, ``refine`` or ``synthesize``.
 
         Args:
             name: Key of the section.
-            cfg: ``image_size`` (one number, (height, width), or a share of ``full_size`` below 1), ``iterations`` (0 is
-                for ``synthesize`` and for ``relabel`` with ``start='previous'``), and perhaps the other attributes.
-            batch_size: Where ``cfg`` names none.
-            full_size: Height and width of the finished images; None if this is their stage.
+            cfg: ``image_size`` (one number, (height, width), or a fraction of ``full_size`` below 1), ``iterations``
+                (0 is allowed for ``synthesize``, and for ``relabel`` with ``start='previous'``), and optionally the
+                other attributes.
+            batch_size: Default batch size.
+            full_size: Height and width of the finished images; None for ``synthesize``, which defines it.
 
         Raises:
-            UserError: If a key is unknown or a number is not positive.
+            UserError: If a key is unknown or missing, or a value is not allowed.
         """
         where = f'zsq.synthesis.{name}'
         check_keys(cfg, STAGE_KEYS, where)
@@ -84,50 +86,63 @@ class Stage:
         stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size, **options)
         if stage.start not in STARTS:
             raise UserError(f'{where}.start is one of {", ".join(map(repr, STARTS))}, not {stage.start!r}')
-        untouched = name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
-        numbers = [*size, stage.batch_size, *([] if untouched and stage.iterations == 0 else [stage.iterations])]
+        may_skip_steps = name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
+        numbers = [*size, stage.batch_size, *([] if may_skip_steps and stage.iterations == 0 else [stage.iterations])]
         if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in numbers):
             raise UserError(
-                f'{where} needs positive image_size (one number, (height, width) or, below 1, a share of the size of '
-                "synthesize's images), iterations, batch_size"
+                f'{where} needs positive iterations, batch_size and image_size; image_size is one number, '
+                '(height, width), or a fraction below 1 of the image_size of synthesize'
             )
         return stage
 
 
 def shard_seed(seed: int, shard: int, stage: int, batch: int) -> int:
-    """A seed of its own for every batch, equal on every machine."""
+    """Derive the seed of a batch, the same on every machine.
+
+    Args:
+        seed: Seed of the set.
+        shard: Index of the shard.
+        stage: Index of the stage, from 1; 0 for the labels.
+        batch: Index of the batch in the shard.
+    """
     return int(np.random.SeedSequence([seed, shard, stage, batch]).generate_state(1, np.uint32)[0])
 
 
-def _rounds(cfg: dict[str, Any] | Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+def _as_list(cfg: dict[str, Any] | Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [] if cfg is None else list(cfg) if isinstance(cfg, Sequence) else [cfg]
 
 
 class CalibrationSetGenerator:
-    """Makes shards of synthetic images with labels.
+    """Generates shards of labeled synthetic images.
 
     Args:
         task: The frozen detector.
         synthesis: The section ``zsq.synthesis``: ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
-            several rounds), ``synthesize``, ``priors``, ``require_feature_prior`` (True if absent), and arguments of
+            several rounds), ``synthesize``, ``priors``, ``require_feature_prior`` (True by default), and arguments of
             :class:`Synthesizer`.
         label_sampler: The section ``zsq.label_sampler``.
-        batch_size: Images a batch where a stage does not say.
-        seed: Of the whole set.
+        batch_size: Default batch size of a stage.
+        seed: Seed of the set.
 
     Attributes:
-        priors_left_out: Those of ``priors`` that do not apply to the detector.
+        stages: The stages of each shard, in order.
+        sampler: The label sampler.
+        synthesizer: Optimizes the batches.
+        priors_left_out: Configured priors that do not apply to the detector.
+
+    Raises:
+        UserError: If a section is invalid.
     """
 
     def __init__(
-        self, task: Task, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
+        self, task: SynthesisTask, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
     ) -> None:
         options = dict(synthesis)
         last = Stage.from_cfg('synthesize', options.pop('synthesize'), batch_size)
         self.stages = [
             Stage.from_cfg(name, stage, batch_size, last.image_size)
             for name in ('relabel', 'refine')
-            for stage in _rounds(options.pop(name, None))
+            for stage in _as_list(options.pop(name, None))
         ]
         self.stages.append(last)
         self.task = task
@@ -136,11 +151,13 @@ class CalibrationSetGenerator:
         if self.sampler.uses_detector_prior:
             self.sampler.set_label_prior(task.label_prior(), last.image_size)
         self.relabels_while_synthesizing = self.sampler.adaptive and self.stages[0].name != 'relabel'
-        # What nothing remains of is not worth its time: neither corrected labels nor images to start from.
+        # Skip stages without an effect: no labels are corrected, and a later stage starts from noise again.
         while not self.sampler.adaptive and any(stage.start == 'noise' for stage in self.stages[1:]):
             self.stages = self.stages[1:]
         if self.stages[0].iterations == 0 and len(self.stages) > 1:
-            raise UserError('zsq.synthesis.relabel begins with 0 iterations: there are no images yet to look at')
+            raise UserError(
+                'the first round of zsq.synthesis.relabel has 0 iterations, but there are no images yet to predict on'
+            )
         priors = [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')]
         selected = select_priors(priors, task.detector, options.pop('require_feature_prior', True))
         self.priors_left_out = [prior for prior in priors if prior not in selected]
@@ -148,10 +165,10 @@ class CalibrationSetGenerator:
 
     @torch.no_grad()
     def check_sizes(self) -> None:
-        """See that the detector takes images of every stage, before minutes go into those of the first.
+        """Check that the detector accepts the image size of every stage, before time is spent on the first one.
 
         Raises:
-            UserError: Names the stage whose images it does not take.
+            UserError: If it does not; the message names the stage and a valid size.
         """
         for size, name in {stage.image_size: stage.name for stage in self.stages}.items():
             try:
@@ -160,29 +177,31 @@ class CalibrationSetGenerator:
                 if all(side % SIZE_MULTIPLE == 0 for side in size):
                     raise
                 fitting = 'x'.join(str(-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in size)
+                detector_name = type(self.task.detector).__name__
                 raise UserError(
-                    f'{type(self.task.detector).__name__} takes no images of {size[0]}x{size[1]} pixels ({error}): set '
-                    f'zsq.synthesis.{name}.image_size to multiples of {SIZE_MULTIPLE}, as {fitting}'
+                    f'{detector_name} does not accept images of {size[0]}x{size[1]} pixels ({error}): '
+                    f'set zsq.synthesis.{name}.image_size to multiples of {SIZE_MULTIPLE}, for example {fitting}'
                 ) from error
 
     @property
     def shard_size(self) -> int:
-        """Images a shard: the largest batch of any stage."""
+        """Number of images in a shard: the largest batch size of any stage."""
         return max(stage.batch_size for stage in self.stages)
 
     def make_shard(
         self, shard: int, count: int, on_progress: Callable[[Stage, StepProgress], None] | None = None
     ) -> tuple[np.ndarray, list[InstanceData], dict[str, Any]]:
-        """Make one shard.
+        """Generate one shard.
 
         Args:
-            shard: Its index.
-            count: Images in it.
-            on_progress: Called about twenty times a batch.
+            shard: Index of the shard.
+            count: Number of images.
+            on_progress: Called about twenty times for each batch.
 
         Returns:
-            Images, uint8 RGB of shape (count, H, W, 3); their labels in pixels of these; and what was measured: per
-            stage seconds, milliseconds per image and iteration, last losses, whether a CUDA graph ran, boxes changed.
+            The images, uint8 RGB of shape (count, H, W, 3); their labels in pixels of these images; and for each stage
+            the measurements: seconds, milliseconds per image and iteration, last losses, whether a CUDA graph ran, and
+            the numbers of boxes changed.
         """
         generator = torch.Generator().manual_seed(shard_seed(self.seed, shard, 0, 0))
         size = self.stages[0].image_size
@@ -195,7 +214,7 @@ class CalibrationSetGenerator:
             size = stage.image_size
             results = []
             start = time.perf_counter()
-            before = images if stage.start == 'previous' else None
+            previous = images if stage.start == 'previous' else None
             for batch, first in enumerate(range(0, count, stage.batch_size)):
                 chosen = slice(first, first + stage.batch_size)
                 results.append(
@@ -204,7 +223,7 @@ class CalibrationSetGenerator:
                         size,
                         stage.iterations,
                         shard_seed(self.seed, shard, index + 1, batch),
-                        start=None if before is None else before[chosen],
+                        start=None if previous is None else previous[chosen],
                         lr=stage.lr,
                         sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesizing else None,
                         on_progress=None if on_progress is None else lambda progress: on_progress(stage, progress),  # noqa: B023
@@ -235,7 +254,6 @@ class CalibrationSetGenerator:
             'cuda_graph': all(result.captured for result in results),
             'added': sum(result.counts.get('added', 0) for result in results),
             'removed': sum(result.counts.get('removed', 0) for result in results),
-            'adopted': sum(result.counts.get('adopted', 0) for result in results),
         }
 
     def generate(
@@ -244,7 +262,17 @@ class CalibrationSetGenerator:
         shards: Sequence[int],
         on_progress: Callable[[int, Stage, StepProgress], None] | None = None,
     ) -> None:
-        """Make and write the given shards of ``calibration_set``, one after the other."""
+        """Generate shards and write them to a calibration set.
+
+        Args:
+            calibration_set: The set, open for writing.
+            shards: Indices of the shards.
+            on_progress: Called with the index of the shard, the stage and its progress, about twenty times for each
+                batch.
+
+        Raises:
+            UserError: If the loss diverges, or the disk is full or not writable.
+        """
         for shard in shards:
             images, labels, info = self.make_shard(
                 shard,

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the synthesis step, for CUDA: what PyTorch computes in many passes over memory, in one.
+"""Fused Triton kernels of the synthesis step for CUDA.
 
-The step is bound by memory. BatchNorm with remembered statistics, the activation behind it and the statistics of the
-batch read the same features; together they are one pass forward and one backward. The four norms of the total variation
-are one pass each way over the images. Sums are taken in a fixed order, so that equal inputs give equal bits.
+Memory bandwidth limits the step, and PyTorch needs many passes over memory. BatchNorm in eval mode, the activation that
+follows, and the batch statistics read the same features. They are fused into one pass forward and one backward. The
+four norms of the total variation take one pass each way over the images. Sums have a fixed order, so equal inputs give
+equal bits.
 
-Each kernel computes what a plain PyTorch function in :mod:`mmzsq.synthesis.batch_norm` or
-:mod:`mmzsq.synthesis.priors` does, which is its reference in the tests. Import this module only where
+Each kernel computes the same as a plain PyTorch function in :mod:`mmzsq.synthesis.batch_norm` or
+:mod:`mmzsq.synthesis.priors`, its reference in the tests. Import this module only where
 :data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
@@ -21,21 +22,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 4096
-"""Values that one program holds at once."""
+"""Number of values that one program processes at a time."""
+
 PROGRAMS = 1024
-"""Programs of a reduction, at most: each leaves one partial sum."""
+"""Maximum number of programs of the total variation divided by 4; each program leaves one partial sum."""
+
 BATCH_NORM_TILE = 2048
-"""Values that one program of BatchNorm holds at once, beside as many sums of two kinds."""
+"""Number of values that one BatchNorm program processes at a time; it also holds two sums for each of them."""
+
 BATCH_NORM_PROGRAMS = 528
-"""Programs of BatchNorm, whatever the size of a layer: the sums of all layers are one reduction."""
+"""Number of BatchNorm programs for a layer of any size, so that one reduction can sum all layers."""
+
 SUM_COLUMNS = 16
-"""Columns that one program adds up."""
+"""Number of columns that one program sums."""
+
 MAX_VALUES = 2**31 - TILE
-"""Values of the images whose total variation is taken: places are 32-bit, because the kernel divides them."""
+"""Maximum number of values of a tensor whose kernel divides its indices, which are therefore 32-bit."""
 
 
 def ceil_div(value: int, divisor: int) -> int:
-    """How many times ``divisor`` covers ``value``."""
+    """Return ``value / divisor``, rounded up."""
     return -(-value // divisor)
 
 
@@ -50,7 +56,7 @@ def _batch_norm_forward(
     center = tl.load(shift + column, mask=is_column, other=0.0)
     slope = tl.load(scale + column, mask=is_column, other=0.0)
     offset = tl.load(bias + column, mask=is_column, other=0.0)
-    # One reduction at the end: one a tile would wait for all threads each time.
+    # Reduce once at the end: a reduction in each tile would synchronize all threads each time.
     total = tl.zeros((block_rows, block_channels), tl.float32)
     squares = tl.zeros((block_rows, block_channels), tl.float32)
     step = tl.num_programs(0) * block_rows
@@ -59,7 +65,7 @@ def _batch_norm_forward(
     inside = (row < rows)[:, None] & is_column[None, :]
     loaded = tl.load(x + place, mask=inside, other=0.0)
     for _ in range(program * block_rows, rows, step):
-        # The next tile is on its way while this one is worked on.
+        # Load the next tile while this one is processed.
         next_row = row + step
         next_place = next_row.to(tl.int64)[:, None] * channels + column[None, :]
         next_inside = (next_row < rows)[:, None] & is_column[None, :]
@@ -92,7 +98,7 @@ def _sum_rows(x, y, rows, columns, block_rows: tl.constexpr, block_columns: tl.c
 
 
 class SumRows(torch.autograd.Function):
-    """Sum of fp32 values (N, ...) over N, always in the same order: of some hundred rows of very many columns."""
+    """Sum of fp32 values (N, ...) over N in a fixed order, for hundreds of rows with a large number of columns."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class SumRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        """The same for all rows."""
+        """Expand the gradient to all rows."""
         return grad_output.expand(ctx.rows, *grad_output.shape)
 
 
@@ -141,14 +147,14 @@ def _batch_norm_backward(
 
 
 class BatchNormActivation(torch.autograd.Function):
-    """An activation of BatchNorm in eval mode, and the sums behind the statistics of its input.
+    """BatchNorm in eval mode with its activation, and partial sums for the batch statistics of its input.
 
-    Inputs: features (N, C, H, W), channels last; the statistics' center, the scale and the bias of each channel, fp32
-    (C,), without gradient; the activation: 0 for none, 1 for ReLU, 2 for SiLU.
+    Inputs: features (N, C, H, W), channels_last; center of the statistics, scale and bias of each channel, fp32 (C,),
+    without gradient; activation: 0 for none, 1 for ReLU, 2 for SiLU.
 
-    Outputs: ``activation(features * scale + bias)``, of the type of the features, and fp32
-    (:data:`BATCH_NORM_PROGRAMS`, 2, C), whose sum over the programs is that over (N, H, W) of ``features - center`` and
-    of its square. It is left to :class:`SumRows`, which takes all layers at once; another use has no gradient.
+    Outputs: ``activation(features * scale + bias)``, in the type of the features; and partial sums, fp32
+    (:data:`BATCH_NORM_PROGRAMS`, 2, C), whose sum over the programs is that of ``features - center`` and of its square
+    over (N, H, W). Pass them to :class:`SumRows`, for all layers at once; gradients of other uses are not supported.
     """
 
     @staticmethod
@@ -176,10 +182,10 @@ class BatchNormActivation(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_partial: Tensor | None
     ) -> tuple[Tensor, None, None, None, None]:
-        """Gradient of the features alone.
+        """Compute the gradient of the features.
 
         Raises:
-            RuntimeError: If the gradient of the programs' sums is not that of a sum over them.
+            RuntimeError: If the gradient of the partial sums does not come from :class:`SumRows`.
         """
         features, center, scale, bias = ctx.saved_tensors
         channels = features.shape[1]
@@ -196,7 +202,7 @@ class BatchNormActivation(torch.autograd.Function):
             grad_output = grad_output.contiguous(memory_format=torch.channels_last)
             grad_stride = channels
         if grad_partial.stride(0) != 0 or grad_partial.stride(2) != 1:
-            raise RuntimeError('the sums of the programs are to be added up by SumRows')
+            raise RuntimeError('partial sums must be reduced by SumRows')
         _batch_norm_backward[(ceil_div(rows, block_rows),)](
             features, grad_output, grad, grad_partial, center, scale, bias, rows, grad_stride, grad_partial.stride(1),
             channels, block_rows, block_channels, ctx.activation, num_warps=8,
@@ -205,9 +211,13 @@ class BatchNormActivation(torch.autograd.Function):
 
 
 def row_stride(features: Tensor) -> int | None:
-    """Values between neighboring pixels of features (N, C, H, W), if a pixel's channels lie together; else None.
+    """Return the distance in memory between neighboring pixels of features (N, C, H, W).
 
-    More than C for some of the channels of a wider tensor: the gradient of a concatenation needs no copy.
+    The distance exceeds C for a slice of the channels of a wider tensor, so that the gradient of a concatenation needs
+    no copy.
+
+    Returns:
+        Number of values; None unless the channels of a pixel are contiguous and pixels are evenly spaced.
     """
     _, _, height, width = features.shape
     batch, channel, row, column = features.stride()
@@ -277,7 +287,7 @@ def _total_variation_backward(x, grad, factors, size, height, width, channels: t
 
 
 class TotalVariation(torch.autograd.Function):
-    """Sum of the Frobenius norms of the four directional differences of images (N, C, H, W), fp32, channels last."""
+    """Sum of the Frobenius norms of the four directional differences of images (N, C, H, W), fp32, channels_last."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -298,12 +308,12 @@ class TotalVariation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        """Gradient of the images; 0 where a norm is."""
+        """Compute the gradient of the images; a norm of 0 contributes 0."""
         images, norms = ctx.saved_tensors
         channels, height, width = images.shape[1:]
         block = TILE // 4
         grad = torch.empty_like(images)
-        # Where a norm is 0 so are all of its differences.
+        # If a norm is 0, all of its differences are 0.
         factors = grad_output * norms.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
         _total_variation_backward[(ceil_div(images.numel(), block),)](
             images, grad, factors, images.numel(), height, width, channels, block

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of layers that PyTorch runs far below the speed of a GPU's memory, for CUDA.
+"""Triton kernels for layers that in PyTorch use only a fraction of the memory bandwidth of a GPU.
 
-An image's blocks of pixels as aligned channels, in one pass; max pooling of stride 1 and nearest upsampling, channels
-last, many values a program; what the gradient of a concatenation gives is read where it lies. Each kernel computes what
-a PyTorch function does, its reference in the tests. Import this module only where
-:data:`mmzsq.fused_kernels.HAS_TRITON` is true.
+They move blocks of pixels to aligned channels in one pass, and compute max pooling with stride 1 and nearest upsampling
+of channels_last features with many values in each program. The backward reads slices of wider gradients, as returned by
+a concatenation, without a copy. Each kernel computes the same as a PyTorch function, its reference in the tests. Import
+this module only where :data:`mmzsq.fused_kernels.HAS_TRITON` is true.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from mmzsq.synthesis.kernels import ceil_div, row_stride
 
 TILE = 1024
-"""Values of a program."""
+"""Number of values of one program."""
 
 
-def _rows_of(grad: Tensor) -> tuple[Tensor, int]:
-    """A gradient whose pixels' channels lie together, and the values between pixels."""
+def _with_row_stride(grad: Tensor) -> tuple[Tensor, int]:
+    """Return a gradient and its :func:`row_stride`, copied only if it has none."""
     stride = row_stride(grad)
     if stride is not None:
         return grad, stride
@@ -67,9 +67,10 @@ def _image_blocks_backward(
 
 
 class ImageBlocks(torch.autograd.Function):
-    """``pixel_unshuffle`` of images, channels last, with zeros behind the channels, in another type.
+    """``pixel_unshuffle`` of images to channels_last, padded with zero channels, in another type.
 
-    Inputs: images (N, C, H, W), H and W multiples of the block; its side; how many channels the result has; its type.
+    Inputs: images (N, C, H, W), with H and W multiples of the block side; the block side; number of channels and type
+    of the output.
 
     Output: (N, channels, H / block, W / block).
     """
@@ -89,8 +90,8 @@ class ImageBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        """Gradient of the images."""
-        grad_output, grad_stride = _rows_of(grad_output)
+        """Compute the gradient of the images."""
+        grad_output, grad_stride = _with_row_stride(grad_output)
         grad = _empty(ctx.shape, grad_output, ctx.dtype)
         size = grad.numel()
         _image_blocks_backward[(ceil_div(size, TILE),)](
@@ -142,9 +143,10 @@ def _max_pool_backward(
 
 
 class MaxPool(torch.autograd.Function):
-    """Max pooling of stride 1 that keeps the size of features (N, C, H, W).
+    """Max pooling with stride 1 and padding that keeps the size of features (N, C, H, W).
 
-    Inputs: the features; the window's side, odd, at most 15: a place in it is one byte, and 255 is no place.
+    Inputs: the features; the side of the window, odd, at most 15, because a position in the window is stored in one
+    byte, and 255 denotes none.
     """
 
     @staticmethod
@@ -165,9 +167,9 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """Gradient of the features."""
+        """Compute the gradient of the features."""
         (best_at,) = ctx.saved_tensors
-        grad_output, grad_stride = _rows_of(grad_output)
+        grad_output, grad_stride = _with_row_stride(grad_output)
         grad = torch.empty_like(best_at, dtype=ctx.dtype)
         _, channels, height, width = grad.shape
         size = grad.numel()
@@ -206,7 +208,7 @@ def _upsample_backward(
 
 
 class Upsample(torch.autograd.Function):
-    """Nearest upsampling of features (N, C, H, W) by a whole factor."""
+    """Nearest upsampling of features (N, C, H, W) by an integer factor."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, factor: int) -> Tensor:
@@ -224,8 +226,8 @@ class Upsample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """Gradient of the features."""
-        grad_output, grad_stride = _rows_of(grad_output)
+        """Compute the gradient of the features."""
+        grad_output, grad_stride = _with_row_stride(grad_output)
         grad = _empty(ctx.shape, grad_output)
         _, channels, height, width = ctx.shape
         size = grad.numel()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How diverse the patches of an image look to a transformer: the feature prior of networks without BatchNorm.
+"""Diversity of patch features in a transformer: the feature prior of networks without BatchNorm.
 
-PSAQ-ViT (Li et al. 2022): the self-attention of a trained transformer answers an image with patch features that differ
-from each other, and noise with features that are all alike. The prior is, for every attention block, the differential
-entropy of the distribution of cosine similarities between patches, negative: to minimize it raises the diversity.
-:func:`similarity_entropy` is the math, :class:`PatchSimilarityPrior` watches a detector.
+PSAQ-ViT (Li et al. 2022): in a trained transformer, the patch features of an image differ from each other, while those
+of noise are all alike. For each attention block, the prior is the negative differential entropy of the cosine
+similarities between patches, so minimizing it increases diversity. :func:`similarity_entropy` computes the entropy, and
+:class:`PatchSimilarityPrior` observes a detector.
 """
 
 from __future__ import annotations
@@ -28,87 +28,95 @@ from mmzsq.registry import PRIORS
 from mmzsq.synthesis.priors import Prior
 
 MAX_PATCHES = 1024
-"""Patches of a window that are compared; of more (global attention at high resolution), so many evenly spaced ones."""
+"""Maximum number of patches compared in a window.
+
+Larger windows (global attention at high resolution) are reduced to this many evenly spaced patches.
+"""
 
 DENSITY_FLOOR = 1e-6
-"""Added to a density before its logarithm is taken: where no similarity is near, the entropy has a finite slope."""
+"""Added to a density inside the logarithm, to keep the gradient of the entropy finite far from all similarities."""
 
 FAR = 1e4
-"""Stands for the similarity of pairs that are not compared: so far from every point that its kernel is 0."""
+"""Similarity assigned to excluded pairs, so far from every grid point that their kernel is 0."""
 
 
-def similarity_entropy(features: Tensor, apart: Tensor, bandwidth: float, points: int) -> Tensor:
+def similarity_entropy(features: Tensor, excluded: Tensor, bandwidth: float, points: int) -> Tensor:
     """Differential entropy of the cosine similarities between the patches of each image.
 
-    A Gaussian kernel density of all similarities of the image, read at ``points`` evenly spaced points from the least
-    to the greatest of them, and -p log p integrated over these by the trapezoidal rule. The points are constants of
-    the gradient. Points over all of [-1, 1] would lie 22 bandwidths (of 0.01) apart, and most of them where no
-    similarity is: the kernels reach some 3 bandwidths, so nearly all pairs would have no gradient.
+    A Gaussian kernel density estimate of all similarities of the image is evaluated at ``points`` evenly spaced points
+    between the smallest and the largest similarity, and -p log p is integrated over them by the trapezoidal rule. The
+    points are constants in the gradient. Ten points over all of [-1, 1] would be 22 bandwidths (of 0.01) apart, most of
+    them without similarities. A kernel reaches about 3 bandwidths, so nearly all pairs would get no gradient.
 
     Args:
-        features: One vector a patch, shape (N, windows, patches, channels); N images.
-        apart: Pairs not to be compared, boolean, symmetric, shape (windows, patches, patches); the same for all images.
+        features: Patch features, shape (N, windows, patches, channels), for N images.
+        excluded: Pairs not to compare, bool, symmetric, shape (windows, patches, patches), the same for all images.
         bandwidth: Standard deviation of the kernel, in units of similarity.
         points: Number of points, at least 2.
 
     Returns:
-        Entropy in nats, shape (N,); 0 for an image without any pair.
+        Entropy in nats, shape (N,); 0 for an image without pairs.
     """
     unit = F.normalize(features, dim=-1, eps=1e-6)
     with torch.no_grad():
-        low, high = similarity_range(unit, apart)
+        low, high = similarity_range(unit, excluded)
         span = torch.linspace(0, 1, points, device=unit.device, dtype=unit.dtype)
         grid = low[:, None] + (high - low)[:, None] * span
-    density = similarity_density(unit, apart, grid, bandwidth)
+    density = similarity_density(unit, excluded, grid, bandwidth)
     return torch.trapezoid(-density * (density + DENSITY_FLOOR).log(), grid, dim=1)
 
 
-def similarity_range(unit: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest similarity of each image, shape (N,) each; arguments as of :func:`similarity_density`."""
-    pairs = _pairs(apart)
-    similarities, apart = _of_pairs(unit @ unit.mT, pairs), _of_pairs(apart, pairs)
-    low = similarities.masked_fill(apart, math.inf).flatten(1).amin(1)
-    high = similarities.masked_fill_(apart, -math.inf).flatten(1).amax(1)
+def similarity_range(unit: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest similarity of each image, shape (N,) each.
+
+    Args:
+        unit: As in :func:`similarity_density`.
+        excluded: As in :func:`similarity_density`.
+    """
+    pairs = _pairs(excluded)
+    similarities, excluded = _of_pairs(unit @ unit.mT, pairs), _of_pairs(excluded, pairs)
+    low = similarities.masked_fill(excluded, math.inf).flatten(1).amin(1)
+    high = similarities.masked_fill_(excluded, -math.inf).flatten(1).amax(1)
     any_pair = low <= high
     return torch.where(any_pair, low, 0.0), torch.where(any_pair, high, 0.0)
 
 
-def similarity_density(unit: Tensor, apart: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+def similarity_density(unit: Tensor, excluded: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
     """Gaussian kernel density of the similarities of each image.
 
     Args:
         unit: Patch features of length 1, shape (N, windows, patches, channels).
-        apart: Pairs not to be compared, boolean, symmetric, shape (windows, patches, patches).
-        grid: Where the density is wanted, shape (N, points).
+        excluded: Pairs not to compare, bool, symmetric, shape (windows, patches, patches).
+        grid: Points at which to evaluate the density, shape (N, points).
         bandwidth: Standard deviation of the kernel.
 
     Returns:
         The density, shape (N, points), differentiable with respect to ``unit``.
     """
-    return _SimilarityDensity.apply(unit, apart, grid, bandwidth)
+    return _SimilarityDensity.apply(unit, excluded, grid, bandwidth)
 
 
 class _SimilarityDensity(torch.autograd.Function):
-    """Keeps the features alone: similarities, a number for each pair, are computed again in backward."""
+    """Kernel density that saves only the features; the backward recomputes the similarities of all pairs."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, apart: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(unit, apart, grid)
+    def forward(ctx: Any, unit: Tensor, excluded: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(unit, excluded, grid)
         ctx.bandwidth = bandwidth
-        pairs = _pairs(apart)
-        apart = _of_pairs(apart, pairs)
-        similarities = _of_pairs(unit @ unit.mT, pairs).masked_fill_(apart, FAR).flatten(1)
+        pairs = _pairs(excluded)
+        excluded = _of_pairs(excluded, pairs)
+        similarities = _of_pairs(unit @ unit.mT, pairs).masked_fill_(excluded, FAR).flatten(1)
         sums = [_kernel(similarities - point[:, None], bandwidth).sum(1) for point in grid.unbind(1)]
-        return torch.stack(sums, 1) * _share_of_pair(apart, bandwidth)
+        return torch.stack(sums, 1) * _share_of_pair(excluded, bandwidth)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_density: Tensor) -> tuple[Tensor, None, None, None]:
-        unit, apart, grid = ctx.saved_tensors
-        pairs = _pairs(apart)
-        apart = _of_pairs(apart, pairs)
-        similarities = _of_pairs(unit @ unit.mT, pairs).masked_fill_(apart, FAR).flatten(1)
-        slopes = grad_density * _share_of_pair(apart, ctx.bandwidth) / -(ctx.bandwidth**2)
+        unit, excluded, grid = ctx.saved_tensors
+        pairs = _pairs(excluded)
+        excluded = _of_pairs(excluded, pairs)
+        similarities = _of_pairs(unit @ unit.mT, pairs).masked_fill_(excluded, FAR).flatten(1)
+        slopes = grad_density * _share_of_pair(excluded, ctx.bandwidth) / -(ctx.bandwidth**2)
         grad = torch.zeros_like(similarities)
         for point, slope in zip(grid.unbind(1), slopes.unbind(1), strict=True):
             offset = similarities - point[:, None]
@@ -120,33 +128,36 @@ class _SimilarityDensity(torch.autograd.Function):
         return grad @ unit + grad.mT @ unit, None, None, None
 
 
-def _pairs(apart: Tensor) -> Tensor:
-    """Where each pair of patches stands, once, in a flattened (patches, patches) matrix."""
-    patches = apart.shape[-1]
-    first, second = torch.triu_indices(patches, patches, device=apart.device)
+def _pairs(excluded: Tensor) -> Tensor:
+    """Indices of all unordered pairs of patches in a flattened (patches, patches) matrix."""
+    patches = excluded.shape[-1]
+    first, second = torch.triu_indices(patches, patches, device=excluded.device)
     return first * patches + second
 
 
 def _of_pairs(matrices: Tensor, pairs: Tensor) -> Tensor:
-    """Read ``pairs`` from matrices (..., patches, patches): shape (..., pairs)."""
+    """Select ``pairs`` from matrices (..., patches, patches); returns (..., pairs)."""
     return matrices.flatten(-2).index_select(-1, pairs)
 
 
 def _kernel(offset: Tensor, bandwidth: float) -> Tensor:
-    """Gaussian of height 1; in two passes, where memory is what takes time."""
+    """Gaussian with maximum 1, computed in two passes because memory bandwidth limits the speed."""
     return torch.addcmul(offset.new_zeros(()), offset, offset, value=-0.5 / bandwidth**2).exp_()
 
 
-def _share_of_pair(apart: Tensor, bandwidth: float) -> Tensor:
-    """What one pair adds to the density at its own similarity; ``apart`` of shape (windows, pairs)."""
-    return 1 / ((~apart).sum().clamp(min=1) * (bandwidth * math.sqrt(2 * math.pi)))
+def _share_of_pair(excluded: Tensor, bandwidth: float) -> Tensor:
+    """Contribution of one pair to the density at its own similarity; ``excluded`` has shape (windows, pairs)."""
+    return 1 / ((~excluded).sum().clamp(min=1) * (bandwidth * math.sqrt(2 * math.pi)))
 
 
 def output_projection(module: nn.Module) -> nn.Linear | None:
-    """The layer of an attention module that takes the concatenated heads; None if ``module`` is no such module.
+    """Return the linear layer that an attention module applies to its concatenated heads.
 
-    An attention module is what says into how many heads it splits its channels (``num_heads`` or
-    ``num_attention_heads``) and owns a linear layer ``proj`` or ``out_proj``.
+    A module counts as attention if it has a number of heads (``num_heads`` or ``num_attention_heads``) and a linear
+    layer ``proj`` or ``out_proj``.
+
+    Returns:
+        The layer; None if ``module`` is not an attention module.
     """
     heads = _num_heads(module)
     for name in ('proj', 'out_proj'):
@@ -162,9 +173,9 @@ def _num_heads(module: nn.Module) -> int | None:
 
 
 def attention_modules(detector: nn.Module) -> list[nn.Module]:
-    """Attention modules of a detector's backbone, or of the whole of a network that has no ``backbone``.
+    """Return the attention modules of a detector's backbone, or of the whole network if it has no ``backbone``.
 
-    Elsewhere attention is between object queries, or words, and not between the patches of an image.
+    Attention outside of the backbone relates object queries or words instead of image patches.
     """
     backbone = getattr(detector, 'backbone', detector)
     return [
@@ -176,9 +187,12 @@ def attention_modules(detector: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Block:
-    """What one run of an attention module left: features (B, T, channels) in fp32, and which patches belong together.
+    """Observation of one run of an attention module.
 
-    ``padding`` (B, T) is true where there is no patch; ``mask`` (windows, T, T) is negative where two are apart.
+    Attributes:
+        features: Patch features (B, T, channels), fp32.
+        padding: True for padding tokens, (B, T).
+        mask: Negative for pairs of patches that the attention separates, (windows, T, T).
     """
 
     features: Tensor
@@ -188,29 +202,33 @@ class _Block:
 
 @PRIORS.register_module()
 class PatchSimilarityPrior(Prior):
-    """Patch similarity entropy of every attention block of the backbone, negative; the mean over blocks and images.
+    """Negative patch similarity entropy of the attention blocks of the backbone, averaged over blocks and images.
 
-    Attention modules are known by what they are (:func:`output_projection`), and what is compared is the input of
-    their output projection, averaged over heads: one vector a patch. ``nn.MultiheadAttention`` does not show that
-    input; there it is the output, in which the projection has summed over heads. Patches are compared within
-    their window; all windows of an image make one distribution. Left out are the similarity of a patch with itself;
-    patches that the additive ``mask`` (windows, T, T) of shifted windows separates; and zero rows of a module's input,
-    with which windows are filled up beyond the border of the feature map. Every other token counts as a patch.
+    :func:`output_projection` identifies attention modules. The patch feature is the input of the output projection,
+    averaged over heads. ``nn.MultiheadAttention`` does not expose that input; its output is used instead, where the
+    projection has already combined the heads. Patches are compared within their window, and all windows of an image
+    form one distribution. These are excluded: the similarity of a patch with itself; pairs that the additive ``mask``
+    (windows, T, T) of shifted windows separates; and zero rows of the module's input, which pad windows at the border
+    of the feature map. All other tokens count as patches.
 
     Args:
         weight: Weight of the mean.
-        bandwidth: Of the kernel density, in units of cosine similarity.
-        points: At which the density is read, between the least and the greatest similarity in an image.
+        bandwidth: Bandwidth of the kernel density, in units of cosine similarity.
+        points: Number of points at which the density is evaluated, between the smallest and the largest similarity of
+            an image.
+
+    Raises:
+        UserError: If ``bandwidth`` or ``points`` is out of range.
     """
 
-    judges_features = True
-    needs = 'attention in its backbone'
+    is_feature_prior = True
+    requirement = 'attention in its backbone'
 
     def __init__(self, weight: float = 1.0, bandwidth: float = 0.01, points: int = 10) -> None:
         if bandwidth <= 0:
-            raise UserError(f'bandwidth of PatchSimilarityPrior is above 0, not {bandwidth!r}')
+            raise UserError(f'bandwidth of PatchSimilarityPrior must be above 0, not {bandwidth!r}')
         if not isinstance(points, int) or points < 2:
-            raise UserError(f'points of PatchSimilarityPrior is a whole number of at least 2, not {points!r}')
+            raise UserError(f'points of PatchSimilarityPrior must be an integer of at least 2, not {points!r}')
         self.weight = weight
         self.bandwidth = bandwidth
         self.points = points
@@ -219,19 +237,19 @@ class PatchSimilarityPrior(Prior):
         self._blocks: list[_Block] = []
 
     def applies_to(self, detector: nn.Module) -> bool:
-        """Whether the backbone of ``detector`` has attention."""
+        """Return whether the backbone of ``detector`` has attention modules."""
         return bool(attention_modules(detector))
 
     def attach(self, detector: nn.Module) -> None:
-        """Watch every attention module of the backbone of ``detector``.
+        """Observe every attention module of the backbone of ``detector``.
 
         Raises:
-            UserError: If there is none.
+            UserError: If the backbone has no attention module.
         """
         modules = attention_modules(detector)
         if not modules:
             raise UserError(
-                'PatchSimilarityPrior needs attention in the backbone and this detector has none; '
+                'PatchSimilarityPrior needs attention in the backbone, but this detector has none; '
                 'remove it from zsq.synthesis.priors'
             )
         for module in modules:
@@ -239,30 +257,30 @@ class PatchSimilarityPrior(Prior):
             if isinstance(module, nn.MultiheadAttention) or projection is None:
                 self._handles.append(module.register_forward_hook(self._record_output))
             else:
-                self._handles.append(module.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(self._record_inputs, with_kwargs=True))
                 self._handles.append(projection.register_forward_pre_hook(partial(self._record_context, module)))
 
     def detach(self) -> None:
-        """Remove all hooks and forget what they saw."""
+        """Remove all hooks and discard the observations."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.forget()
+        self.reset()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block what runs is not judged."""
+        """Ignore forwards inside the block; see :meth:`Prior.paused`."""
         try:
             yield
         finally:
-            self.forget()
+            self.reset()
 
-    def forget(self) -> None:
-        """Drop what was seen since the last call."""
+    def reset(self) -> None:
+        """Discard the observations since the last call; see :meth:`Prior.reset`."""
         self._inputs.clear()
         self._blocks.clear()
 
-    def _note_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record_inputs(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         padding = (tokens == 0).all(-1).flatten(1)
         arguments = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
@@ -281,10 +299,10 @@ class PatchSimilarityPrior(Prior):
         self._blocks.append(_thin_out(_Block(features, None, None)))
 
     def block_entropies(self, num_images: int) -> list[Tensor]:
-        """Entropies, shape (N,), of each block that ran since the last call, in order; forgets them.
+        """Return the entropies, shape (N,), of each block that ran since the last call, in order; discards the blocks.
 
         Args:
-            num_images: N, the images of that forward.
+            num_images: Number of images N of that forward.
         """
         blocks, self._blocks = self._blocks, []
         return [self._entropy(block, num_images) for block in blocks]
@@ -292,22 +310,22 @@ class PatchSimilarityPrior(Prior):
     def _entropy(self, block: _Block, num_images: int) -> Tensor:
         rows, patches = block.features.shape[:2]
         if rows % num_images:
-            raise RuntimeError(f'{rows} windows of attention cannot be shared out among {num_images} images')
-        # The windows of an image are next to each other.
+            raise RuntimeError(f'{rows} windows of attention cannot be divided among {num_images} images')
+        # The windows of an image are adjacent.
         features = block.features.unflatten(0, (num_images, -1)).float()
-        apart = torch.eye(patches, dtype=torch.bool, device=features.device).expand(features.shape[1], -1, -1)
+        excluded = torch.eye(patches, dtype=torch.bool, device=features.device).expand(features.shape[1], -1, -1)
         if block.padding is not None:
             padding = block.padding.unflatten(0, (num_images, -1)).all(0)
-            apart = apart | padding[:, :, None] | padding[:, None, :]
+            excluded = excluded | padding[:, :, None] | padding[:, None, :]
         if block.mask is not None and block.mask.shape[0] == features.shape[1]:
-            apart = apart | (block.mask < 0)
-        return similarity_entropy(features, apart, self.bandwidth, self.points)
+            excluded = excluded | (block.mask < 0)
+        return similarity_entropy(features, excluded, self.bandwidth, self.points)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty of the detector's forward on ``images``, a scalar.
 
         Raises:
-            UserError: If the penalty has no gradient for images that want one.
+            UserError: If the images require a gradient but the penalty has none.
         """
         with torch.autocast(images.device.type, enabled=False):
             entropies = self.block_entropies(len(images))
@@ -315,14 +333,14 @@ class PatchSimilarityPrior(Prior):
                 raise RuntimeError('PatchSimilarityPrior saw no forward pass: attach it and run the detector first')
             if images.requires_grad and not all(entropy.requires_grad for entropy in entropies):
                 raise UserError(
-                    'PatchSimilarityPrior has no gradient: activation checkpointing hides what the attention sees; '
+                    'PatchSimilarityPrior has no gradient: activation checkpointing hides the inputs of the attention; '
                     "set with_cp=False in the detector's backbone"
                 )
             return -self.weight * torch.stack(entropies).mean()
 
 
 def _thin_out(block: _Block) -> _Block:
-    """Keep at most :data:`MAX_PATCHES` of each window's patches, evenly spaced."""
+    """Reduce each window to at most :data:`MAX_PATCHES` evenly spaced patches."""
     patches = block.features.shape[1]
     if patches <= MAX_PATCHES:
         return block

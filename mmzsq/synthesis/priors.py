@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a natural image looks like to a trained detector, as differentiable penalties.
+"""Differentiable penalties on synthetic images that do not look natural to a trained detector.
 
-A prior watches a detector while it runs on synthetic images and returns one scalar. :class:`BNStatisticsPrior` is
-DeepInversion's feature prior (Yin et al. 2020, eq. 4): the statistics that BatchNorm layers gathered on real images
-are the only trace of these that a checkpoint carries. :class:`TotalVariationPrior` is its image prior (eq. 3).
-:class:`~mmzsq.synthesis.patch_similarity.PatchSimilarityPrior` is the feature prior of networks without BatchNorm;
-:func:`select_priors` combines what fits a detector.
+A prior observes a detector's forward on synthetic images and returns a scalar. :class:`BNStatisticsPrior` is the
+feature prior of DeepInversion (Yin et al. 2020, eq. 4). It uses the running statistics of BatchNorm, the only
+statistics of real images in a checkpoint. :class:`TotalVariationPrior` is the image prior of DeepInversion (eq. 3).
+:class:`~mmzsq.synthesis.patch_similarity.PatchSimilarityPrior` is a feature prior for networks without BatchNorm.
+:func:`select_priors` selects the priors that apply to a detector.
 """
 
 from __future__ import annotations
@@ -22,42 +22,45 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.errors import UserError
 from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
 from mmzsq.registry import PRIORS
-from mmzsq.synthesis.batch_norm import BatchNormStatisticsCollector, watched_layers
+from mmzsq.synthesis.batch_norm import BatchNormStatisticsCollector, batch_norm_layers
 
 DEAD_CHANNEL_VARIANCE = 1e-12
-"""Channels below this running variance never fired while training (some checkpoints hold 1e-27): no information."""
+"""Channels with a lower running variance were constant during training and carry no information.
+
+Some checkpoints have running variances of 1e-27.
+"""
 
 
 class Prior:
-    """A penalty on synthetic images; watches a detector between :meth:`attach` and :meth:`detach`.
+    """A penalty on synthetic images; observes a detector between :meth:`attach` and :meth:`detach`.
 
     Attributes:
-        judges_features: Whether it compares features inside the detector with what the detector knows of real images.
-        needs: What a detector must have for it, as a message to the user says it.
+        is_feature_prior: Whether the penalty depends on features of the detector rather than on the images alone.
+        requirement: Layers that a detector needs for this prior, as quoted in error messages.
     """
 
-    judges_features: ClassVar[bool] = False
-    needs: ClassVar[str] = ''
+    is_feature_prior: ClassVar[bool] = False
+    requirement: ClassVar[str] = ''
 
     def applies_to(self, detector: nn.Module) -> bool:
-        """Whether ``detector`` has what this prior needs."""
+        """Return whether the prior can be used with ``detector``."""
         return True
 
     def attach(self, detector: nn.Module) -> None:
-        """Start to watch ``detector``; what its forwards produce from now on is what the next call judges."""
+        """Start observing the forwards of ``detector``."""
 
     def detach(self) -> None:
-        """Stop watching."""
+        """Stop observing."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Inside the block ``detector`` may run unseen; what a captured CUDA graph reads stays where it is."""
+        """Ignore forwards of the detector inside the block; memory that a captured CUDA graph reads stays allocated."""
         return nullcontext()
 
-    def forget(self) -> None:
-        """Drop what was seen since the last call: a forward that did not come to its end is not judged."""
+    def reset(self) -> None:
+        """Discard the observations since the last call, for example of a forward that failed."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the weighted penalty, a scalar.
+        """Return the weighted penalty of the observed forward, a scalar.
 
         Args:
             images: Synthetic images in [0, 1], shape (N, 3, H, W).
@@ -66,38 +69,38 @@ class Prior:
 
 
 def select_priors(priors: Sequence[Prior], detector: nn.Module, require_features: bool) -> list[Prior]:
-    """Leave out the priors that do not apply to a detector.
+    """Select the priors that apply to a detector.
 
     Args:
-        priors: To choose from.
-        detector: What they are to watch.
-        require_features: Whether at least one of the priors that judge features, if there are any, has to apply.
+        priors: The candidates.
+        detector: The detector to observe.
+        require_features: Whether at least one feature prior must apply, if ``priors`` has any.
 
     Returns:
-        Those that apply, in the given order.
+        The priors that apply, in the given order.
 
     Raises:
-        UserError: If a prior of features is required and none applies.
+        UserError: If a feature prior is required and none applies.
     """
     selected = [prior for prior in priors if prior.applies_to(detector)]
-    needs = [prior.needs for prior in priors if prior.judges_features]
-    if require_features and needs and not any(prior.judges_features for prior in selected):
+    requirements = [prior.requirement for prior in priors if prior.is_feature_prior]
+    if require_features and requirements and not any(prior.is_feature_prior for prior in selected):
         raise UserError(
             f'no feature prior of zsq.synthesis.priors applies: {type(detector).__name__} has '
-            f'{"neither " if len(needs) > 1 else "no "}{" nor ".join(needs)}. Set '
-            'zsq.synthesis.require_feature_prior=False to go on with the detection loss and the image prior alone'
+            f'{"neither " if len(requirements) > 1 else "no "}{" nor ".join(requirements)}. Set '
+            'zsq.synthesis.require_feature_prior=False to continue with the detection loss and the image prior alone'
         )
     return selected
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, prior_mean: Tensor, prior_variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(prior_mean, prior_variance)) for each element.
+    """Elementwise KL divergence KL(N(mean, variance) || N(prior_mean, prior_variance)).
 
     Args:
-        mean: Any shape, like all others.
-        variance: At least 0.
-        prior_mean: Of the reference.
-        prior_variance: Of the reference, above 0.
+        mean: Means, of any shape; all arguments have the same shape.
+        variance: Variances, at least 0.
+        prior_mean: Means of the reference.
+        prior_variance: Variances of the reference, above 0.
 
     Returns:
         The divergence in nats, at least 0.
@@ -108,83 +111,88 @@ def gaussian_kl(mean: Tensor, variance: Tensor, prior_mean: Tensor, prior_varian
 
 @PRIORS.register_module()
 class BNStatisticsPrior(Prior):
-    """Distance between the statistics of a synthetic batch and those that BatchNorm layers remember.
+    """Distance between batch statistics of synthetic images and the running statistics of BatchNorm layers.
 
-    ``form='l2'`` is the paper's: for every layer the Euclidean norms over channels of the differences of variances and
-    of means, summed over layers. ``form='kl'`` is, for every layer, the mean over channels of the Gaussian KL
-    divergence (batch || running), summed over layers: free of the scale of the features, so that no layer dominates.
+    ``form='l2'`` is the paper's: for each layer, the Euclidean norm over channels of the difference of variances plus
+    that of the difference of means, summed over layers. ``form='kl'`` is the mean over live channels of the Gaussian KL
+    divergence (batch || running) of each layer, summed over layers. It does not depend on the scale of the features, so
+    no layer dominates. Live channels have a running variance above :data:`DEAD_CHANNEL_VARIANCE`.
 
     Args:
         weight: Weight of the sum over all layers.
-        first_weight: Weight of the first layer's term, on top of ``weight``.
+        first_weight: Weight of the first executed layer's term, in addition to ``weight``.
         form: ``'l2'`` or ``'kl'``.
 
     Raises:
-        UserError: From :meth:`attach`, if the detector has no BatchNorm layer with running statistics.
+        UserError: If ``form`` is unknown.
     """
 
-    judges_features = True
-    needs = 'BatchNorm layers with running statistics'
+    is_feature_prior = True
+    requirement = 'BatchNorm layers with running statistics'
 
     def __init__(self, weight: float = 0.01, first_weight: float = 0.0, form: str = 'kl') -> None:
         if form not in ('l2', 'kl'):
-            raise UserError(f"form of BNStatisticsPrior is 'l2' or 'kl', not {form!r}")
+            raise UserError(f"form of BNStatisticsPrior must be 'l2' or 'kl', not {form!r}")
         self.weight = weight
         self.first_weight = first_weight
         self.form = form
-        self._watch = BatchNormStatisticsCollector()
-        self._layouts: dict[tuple[_BatchNorm, ...], _Layout] = {}
+        self._collector = BatchNormStatisticsCollector()
+        self._running: dict[tuple[_BatchNorm, ...], _RunningStatistics] = {}
 
     def applies_to(self, detector: nn.Module) -> bool:
-        """Whether ``detector`` has BatchNorm layers with running statistics."""
-        return bool(watched_layers(detector))
+        """Return whether ``detector`` has BatchNorm layers with running statistics."""
+        return bool(batch_norm_layers(detector))
 
     def attach(self, detector: nn.Module) -> None:
-        """Watch the input of every BatchNorm layer of ``detector``."""
-        if not watched_layers(detector):
+        """Observe the input of every BatchNorm layer of ``detector``.
+
+        Raises:
+            UserError: If the detector has no BatchNorm layer with running statistics.
+        """
+        if not batch_norm_layers(detector):
             raise UserError(
-                'BNStatisticsPrior needs BatchNorm layers with running statistics and this detector has none; '
+                'BNStatisticsPrior needs BatchNorm layers with running statistics, but this detector has none; '
                 'remove it from zsq.synthesis.priors'
             )
-        self._watch.attach(detector)
+        self._collector.attach(detector)
 
     def detach(self) -> None:
-        """Remove all hooks."""
-        self._watch.detach()
-        self._layouts.clear()
+        """Stop observing and remove all hooks and patches."""
+        self._collector.detach()
+        self._running.clear()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Inside the block BatchNorm layers are not watched."""
-        return self._watch.paused()
+        """Ignore forwards inside the block; see :meth:`Prior.paused`."""
+        return self._collector.paused()
 
-    def forget(self) -> None:
-        """Drop what was seen since the last call."""
-        self._watch.forget()
+    def reset(self) -> None:
+        """Discard the observations since the last call; see :meth:`Prior.reset`."""
+        self._collector.reset()
 
     def layer_distances(self) -> Tensor:
-        """The un-weighted terms of the layers that ran since the last call, in order of execution; forgets them.
+        """Return the unweighted terms of the layers that ran since the last call, in order of execution.
 
-        A layer shared between pyramid levels runs several times in one forward; its running statistics are then a mean
-        over levels, and so is what they are compared with.
+        A layer shared between pyramid levels runs several times in one forward. Its running statistics are averages
+        over levels, so the batch statistics are averaged over its runs, too. The observations are then discarded.
 
         Returns:
             Shape (layers,), empty if none ran.
         """
-        seen = self._watch.collect()
-        if seen is None:
+        batch = self._collector.collect()
+        if batch is None:
             return torch.zeros(0)
-        key = tuple(seen.layers)
-        if key not in self._layouts:
-            self._layouts[key] = _Layout.of(seen.layers)
-        layout = self._layouts[key]
+        key = tuple(batch.layers)
+        if key not in self._running:
+            self._running[key] = _RunningStatistics.of(batch.layers)
+        running = self._running[key]
         if self.form == 'l2':
-            variances = layout.sum_by_layer((seen.variance - layout.variance).square())
-            means = layout.sum_by_layer((seen.mean - layout.mean).square())
+            variances = running.sum_by_layer((batch.variance - running.variance).square())
+            means = running.sum_by_layer((batch.mean - running.mean).square())
             return _norm(variances) + _norm(means)
         divergence = gaussian_kl(
-            seen.mean, seen.variance, layout.mean, layout.variance.clamp(min=DEAD_CHANNEL_VARIANCE)
+            batch.mean, batch.variance, running.mean, running.variance.clamp(min=DEAD_CHANNEL_VARIANCE)
         )
-        return layout.sum_by_layer(torch.where(layout.alive, divergence, 0.0)) / layout.num_alive
+        return running.sum_by_layer(torch.where(running.is_live, divergence, 0.0)) / running.num_live
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty of the detector's forward on ``images``, a scalar."""
@@ -195,47 +203,51 @@ class BNStatisticsPrior(Prior):
         return total + distances[0] * self.first_weight if self.first_weight else total
 
 
-class _Layout(NamedTuple):
-    """What layers remember, one after the other, and which channel is whose: one computation for all of them.
+class _RunningStatistics(NamedTuple):
+    """Running statistics of several layers, concatenated so that one computation covers all layers.
 
     Attributes:
         mean: Running means, (sum of channels,).
-        variance: Running variances, likewise.
-        alive: Whether a channel ever fired, likewise.
-        members: 1 where a channel is of a layer, (layers, sum of channels).
-        num_alive: Channels of each layer that ever fired, at least 1, (layers,).
+        variance: Running variances, (sum of channels,).
+        is_live: Whether a channel is live, (sum of channels,).
+        members: 1 where a channel belongs to a layer, else 0, (layers, sum of channels).
+        num_live: Number of live channels of each layer, at least 1, (layers,).
     """
 
     mean: Tensor
     variance: Tensor
-    alive: Tensor
+    is_live: Tensor
     members: Tensor
-    num_alive: Tensor
+    num_live: Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[_BatchNorm]) -> _Layout:
-        mean = torch.cat([layer.running_mean.float() for layer in layers if layer.running_mean is not None])
-        variance = torch.cat([layer.running_var.float() for layer in layers if layer.running_var is not None])
-        alive = variance > DEAD_CHANNEL_VARIANCE
+    def of(cls, layers: Sequence[_BatchNorm]) -> _RunningStatistics:
+        means, variances = [], []
+        for layer in layers:
+            assert layer.running_mean is not None and layer.running_var is not None
+            means.append(layer.running_mean.float())
+            variances.append(layer.running_var.float())
+        mean, variance = torch.cat(means), torch.cat(variances)
+        is_live = variance > DEAD_CHANNEL_VARIANCE
         members = torch.block_diag(*(torch.ones(1, layer.num_features, device=mean.device) for layer in layers))
-        return cls(mean, variance, alive, members, (members * alive).sum(1).clamp(min=1))
+        return cls(mean, variance, is_live, members, (members * is_live).sum(1).clamp(min=1))
 
     def sum_by_layer(self, values: Tensor) -> Tensor:
-        """Sum (sum of channels,) over the channels of each layer, (layers,); in a fixed order."""
+        """Sum values (sum of channels,) over the channels of each layer, in a fixed order; returns (layers,)."""
         return (self.members * values).sum(1)
 
 
 def _norm(squares: Tensor) -> Tensor:
-    """Square root with a gradient of 0 at 0."""
+    """Square root whose gradient at 0 is 0."""
     return torch.where(squares > 0, squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt(), 0.0)
 
 
 @PRIORS.register_module()
 class TotalVariationPrior(Prior):
-    """Differences between neighboring pixels: vertical, horizontal and both diagonals.
+    """Total variation: differences between vertical, horizontal and diagonal neighbors.
 
-    Each direction's differences give one Frobenius norm over the whole batch (the paper's code), so the value grows
-    with the square root of the number of pixels.
+    As in the authors' code, the differences of each direction give one Frobenius norm over the whole batch. The value
+    therefore grows with the square root of the number of pixels.
 
     Args:
         weight: Weight of the sum of the four norms.
@@ -245,7 +257,7 @@ class TotalVariationPrior(Prior):
         self.weight = weight
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the weighted penalty, a scalar, of images (N, 3, H, W) in [0, 1]."""
+        """Return the weighted penalty of images (N, 3, H, W) in [0, 1], a scalar."""
         return self.weight * total_variation(images)
 
 
@@ -261,7 +273,7 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def directional_differences(images: Tensor) -> Tensor:
-    """:func:`total_variation` as it is written down, the reference of its two faster forms."""
+    """Plain definition of :func:`total_variation`, the reference of its two faster implementations."""
     vertical = images[:, :, 1:, :] - images[:, :, :-1, :]
     horizontal = images[:, :, :, 1:] - images[:, :, :, :-1]
     diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
@@ -270,7 +282,7 @@ def directional_differences(images: Tensor) -> Tensor:
 
 
 class _TotalVariation(torch.autograd.Function):
-    """One buffer for the gradient; autograd makes a whole image of zeros for each of the eight slices."""
+    """Total variation with a single gradient buffer; autograd would allocate one for each of the eight slices."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -293,7 +305,7 @@ class _TotalVariation(torch.autograd.Function):
 
 
 def _neighbors(images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Views of the pixels and of those above, to the left, and on both diagonals."""
+    """Return pairs of views: pixels, and their neighbors above, to the left, and on both diagonals."""
     return [
         (images[:, :, 1:, :], images[:, :, :-1, :]),
         (images[:, :, :, 1:], images[:, :, :, :-1]),

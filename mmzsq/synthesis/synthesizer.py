@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of synthetic images: noise, optimized until a detector sees the labels in it and its priors agree.
+"""Synthesis of one batch of images: optimize noise until a detector detects the labels in it.
 
     L(x) = detection_weight * L_det(x, labels) + sum_p prior_p(x)
 
-(the paper's eq. 1-3; DeepInversion, Yin et al. 2020, for a detector). On a GPU the whole step, from erasing a rectangle
-to clamping the pixels, is captured into one CUDA graph when the detector's loss never waits for the device.
+(eq. 1-3 of the paper; DeepInversion, Yin et al. 2020, for a detector). On a GPU, the whole step from cutout to clamping
+is captured into one CUDA graph, provided that the detector's loss never synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mmzsq.synthesis.label_samplers import LabelPrior, LabelSampler, RelabelCoun
 from mmzsq.synthesis.priors import Prior
 
 EAGER_STEPS = 3
-"""Steps run eagerly before a capture: they allocate what a captured step must find in place."""
+"""Eager steps before a capture. They allocate state that a captured step must not allocate."""
 
 
-class Task(Protocol):
-    """What synthesis needs of a detector; see :class:`mmzsq.tasks.DetectionTask`."""
+class SynthesisTask(Protocol):
+    """Interface of a detector for synthesis; implemented by :class:`mmzsq.tasks.DetectionTask`."""
 
     detector: nn.Module
     num_classes: int
@@ -43,35 +43,35 @@ class Task(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the detector is."""
+        """Device of the detector."""
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> Any:
-        """Labels in the form that :meth:`loss` takes."""
+        """Convert labels to the form that :meth:`loss` takes."""
 
     def update_samples(self, samples: Any, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> bool:
-        """Put other labels into ``samples`` in place, if they fit; return whether they did."""
+        """Replace the labels of ``samples`` in place if they fit; return whether they did."""
 
     def loss(self, images: Tensor, samples: Any) -> Tensor:
-        """The detector's training loss for images in [0, 1], a scalar."""
+        """Return the detector's training loss for images in [0, 1], a scalar."""
 
     def predict(self, images: Tensor) -> list[InstanceData]:
-        """What the detector finds in images in [0, 1]."""
+        """Return the detector's predictions for images in [0, 1]."""
 
     def denormalize(self, inputs: Tensor) -> Tensor:
-        """Images in [0, 1] of what the network takes; the inverse of the detector's normalization."""
+        """Convert normalized network inputs to images in [0, 1]."""
 
     def label_prior(self) -> LabelPrior:
-        """What the detector's weights tell of the labels that it was trained on."""
+        """Return the label statistics of the detector's training data, estimated from its weights."""
 
 
 @dataclass(frozen=True)
 class StepProgress:
-    """Where one batch stands; handed to a caller's ``on_progress`` about twenty times a batch.
+    """State of one batch, passed to ``on_progress`` about twenty times.
 
     Attributes:
-        iteration: Steps done.
-        iterations: Steps in all.
-        losses: The latest value of each weighted term.
+        iteration: Number of steps done.
+        iterations: Total number of steps.
+        losses: Latest value of each weighted term.
         images: Shape (N, 3, H, W), in [0, 1].
         labels: The current labels.
     """
@@ -92,8 +92,8 @@ class SynthesisResult:
         labels: Labels of each image, on the CPU, in pixels of ``images``.
         losses: Last value of each weighted term.
         seconds: Wall time.
-        captured: Whether the steps ran as a CUDA graph.
-        counts: What relabeling did: ``added`` and ``removed`` boxes.
+        captured: Whether the last step ran as a CUDA graph.
+        counts: Number of boxes ``added`` and ``removed`` by relabeling.
     """
 
     images: Tensor
@@ -106,7 +106,7 @@ class SynthesisResult:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's default generators of the CPU and ``device``; the state before comes back at the end."""
+    """Seed PyTorch's default generators of the CPU and ``device`` inside the block, then restore their state."""
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         yield
@@ -115,28 +115,41 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 class Synthesizer:
     """Optimizes batches of images for a detector.
 
+    ``keep='best'`` compares the images every ``keep_interval`` steps, before the step, by the sum of all weighted terms
+    that the step computes, with its cutout. It compares whole batches, starts over when labels change, and ignores the
+    images after the last step, because no step evaluates them. This is our reading of the authors' code, which keeps
+    the iterate with the lowest "teacher loss", checked every 50 or 100 iterations; the paper does not mention it. The
+    sum is the objective that is minimized. The detection loss alone would prefer images that ignore the priors.
+
     Args:
         task: The frozen detector.
         priors: Penalties added to the detection loss.
         detection_weight: Weight of the detection loss.
-        detection_reduction: ``'sum'`` multiplies the detector's loss, a mean over images, by their number (the paper's
-            code); ``'mean'`` leaves it.
-        lr: Learning rate of Adam, falling to 0 along a cosine.
-        warmup: Steps in which the learning rate rises evenly from 0 to ``lr``, before it falls.
-        init: The start: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise of mean 0 and deviation 1 in what the
-            network takes.
-        betas: Adam's.
-        cutout: Arguments of :class:`~mmzsq.synthesis.cutout.Cutout`, or None for no erasing.
-        clamp: Whether pixels are clamped to [0, 1] after each step.
-        keep: ``'last'`` image, or ``'best'``: that of the lowest total loss among the steps looked at.
-        keep_interval: Steps between two looks, for ``keep='best'``.
+        detection_reduction: ``'sum'`` multiplies the detector's loss, a mean over images, by the number of images (as
+            in the authors' code); ``'mean'`` uses it unchanged.
+        lr: Initial learning rate of Adam; decays to 0 along a cosine.
+        warmup: Number of steps in which the learning rate increases linearly from 0 to ``lr``, before it decays.
+        init: Initial images: ``'uniform'`` noise in [0, 1], or ``'normal'`` noise with mean 0 and standard deviation 1
+            in normalized network inputs.
+        betas: ``betas`` of Adam.
+        cutout: Arguments of :class:`~mmzsq.synthesis.cutout.Cutout`, or None for no cutout.
+        clamp: Whether to clamp pixels to [0, 1] after each step. Predictions for relabeling and finished images are
+            always clamped.
+        keep: ``'last'`` returns the images after the last step, ``'best'`` those with the lowest loss, as above.
+        keep_interval: Number of steps between two comparisons for ``keep='best'``.
         precision: ``'fp32'`` or ``'bf16'`` (autocast; CUDA only, the CPU always computes in fp32).
-        capture: Whether to capture the step into a CUDA graph where that is possible.
+        capture: Whether to capture the step into a CUDA graph if possible.
+
+    Attributes:
+        eager_reason: Why steps are not captured; None if nothing has prevented it.
+
+    Raises:
+        UserError: If an option has an unknown value.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: SynthesisTask,
         priors: Sequence[Prior],
         detection_weight: float = 0.5,
         detection_reduction: str = 'sum',
@@ -174,7 +187,7 @@ class Synthesizer:
         self.precision = precision
         self.capture = capture
         self.eager_reason: str | None = None
-        self.layers: Acceleration | None = None
+        self.acceleration: Acceleration | None = None
 
     def run(
         self,
@@ -190,38 +203,41 @@ class Synthesizer:
         """Optimize one batch.
 
         Args:
-            labels: One entry an image, ``bboxes`` xyxy in pixels of images of ``image_size``.
+            labels: One entry for each image, with ``bboxes`` xyxy in pixels of images of ``image_size``.
             image_size: Height and width in pixels.
-            iterations: Steps; after none, the images are what they started from, and labels are corrected once.
-            seed: Fixes noise and erasing: the same seed gives the same bits on the same device.
-            start: Images in [0, 1], (N, 3, any height, any width), to start from, resized; None: fresh noise.
-            lr: Learning rate in place of the synthesizer's own.
-            sampler: If given and adaptive, corrects the labels by the detector's predictions on the way.
-            on_progress: Called about twenty times; never, without steps.
+            iterations: Number of steps. With 0, the initial images are returned, and labels are corrected once.
+            seed: Seed of noise and cutout: the same seed gives the same bits on the same device.
+            start: Initial images in [0, 1], (N, 3, any height, any width), which are resized; None: noise.
+            lr: Learning rate; None: that of the synthesizer.
+            sampler: If given and adaptive, corrects the labels by the detector's predictions during optimization.
+            on_progress: Called about twenty times, or never if ``iterations`` is 0.
+
+        Returns:
+            The finished batch.
 
         Raises:
             UserError: If the loss stops being finite.
         """
         device = self.task.device
         fast = device.type == 'cuda' and fused_kernels_enabled()
-        self.layers = Acceleration(self.task.detector, self.dtype) if fast else None
+        self.acceleration = Acceleration(self.task.detector, self.dtype) if fast else None
         for prior in self.priors:
             prior.attach(self.task.detector)
         try:
             with seeded(seed, device):
-                images = self._start(start, len(labels), image_size)
+                images = self._initial_images(start, len(labels), image_size)
                 if iterations == 0:
-                    return self._untouched(images, list(labels), sampler)
+                    return self._run_without_steps(images, list(labels), sampler)
                 rate = self.lr if lr is None else lr
                 return self._run(images, list(labels), iterations, rate, sampler, on_progress)
         finally:
-            self.layers = None
+            self.acceleration = None
             for prior in self.priors:
                 prior.detach()
 
     @property
     def dtype(self) -> torch.dtype:
-        """What convolutions compute in, on a GPU."""
+        """Data type of convolutions and linear layers on a GPU."""
         return torch.bfloat16 if self.precision == 'bf16' else torch.float32
 
     def _run(
@@ -236,26 +252,28 @@ class Synthesizer:
         start = time.perf_counter()
         image_size = (images.shape[2], images.shape[3])
         if images.is_cuda:
-            # The layout of the fast convolutions and reductions on a GPU.
+            # Convolutions and reductions on a GPU are faster in this layout.
             images = images.contiguous(memory_format=torch.channels_last)
         step = _Step(self, images, labels)
         counts = asdict(RelabelCounts())
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
         for iteration in range(iterations):
-            if sampler is not None and sampler.adaptive and sampler.due(iteration):
+            if sampler is not None and sampler.adaptive and sampler.should_relabel(iteration):
                 labels, relabeled = sampler.relabel(labels, self.predict(step.images), image_size)
                 counts = {key: counts[key] + number for key, number in asdict(relabeled).items()}
                 if relabeled.any:
                     step.set_labels(labels)
                     if best_images is not None:
-                        # What showed the labels of before best does not show these.
+                        # The best images so far show the old labels.
                         best_images = step.images.detach().clone()
                         best_loss.fill_(math.inf)
-            if best_images is not None and iteration % self.keep_interval == 0:
+            compares = iteration % self.keep_interval == 0
+            if best_images is not None and compares:
+                # The step evaluates these images and then changes them.
                 before = step.images.detach().clone()
             step(lr * self.schedule(iteration, iterations))
-            if best_images is not None and iteration % self.keep_interval == 0:
+            if best_images is not None and compares:
                 total = torch.stack(list(step.losses.values())).sum()
                 best_images = torch.where(total < best_loss, before, best_images)
                 best_loss = torch.minimum(total, best_loss)
@@ -268,7 +286,9 @@ class Synthesizer:
         seconds = time.perf_counter() - start
         return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts)
 
-    def _untouched(self, images: Tensor, labels: list[InstanceData], sampler: LabelSampler | None) -> SynthesisResult:
+    def _run_without_steps(
+        self, images: Tensor, labels: list[InstanceData], sampler: LabelSampler | None
+    ) -> SynthesisResult:
         start = time.perf_counter()
         counts = RelabelCounts()
         if sampler is not None and sampler.adaptive:
@@ -276,22 +296,31 @@ class Synthesizer:
         return SynthesisResult(images.clamp(0, 1), labels, {}, time.perf_counter() - start, False, asdict(counts))
 
     def schedule(self, iteration: int, iterations: int) -> float:
-        """Share of the learning rate at step ``iteration`` (from 0) of ``iterations``: warm-up, then a half cosine."""
+        """Return the learning rate as a fraction of the initial one: linear warm-up, then half a cosine.
+
+        Args:
+            iteration: Index of the step, from 0.
+            iterations: Total number of steps.
+        """
         if iteration < self.warmup:
             return (iteration + 1) / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (iteration - self.warmup) / (iterations - self.warmup)))
 
-    def _start(self, start: Tensor | None, count: int, image_size: tuple[int, int]) -> Tensor:
-        """What the images start from, on the detector's device."""
+    def _initial_images(self, start: Tensor | None, count: int, image_size: tuple[int, int]) -> Tensor:
+        """Return resized ``start`` images, or else noise, on the detector's device."""
         if start is not None:
             return F.interpolate(start, image_size, mode='bilinear', antialias=True)
-        # Noise is drawn on the CPU: the same on every kind of device.
+        # The CPU draws the same noise for every kind of device.
         if self.init == 'uniform':
             return torch.rand(count, 3, *image_size).to(self.task.device)
         return self.task.denormalize(torch.randn(count, 3, *image_size).to(self.task.device))
 
     def predict(self, images: Tensor) -> list[InstanceData]:
-        """What the detector finds in images in [0, 1] as they are, un-augmented; leaves no trace in the priors."""
+        """Return the detector's predictions for un-augmented images, clamped to [0, 1]; the priors ignore this forward.
+
+        Images are clamped even where the optimization does not clamp them (``paper`` preset of YOLO11): the calibration
+        set stores clamped images, and labels should describe the stored images.
+        """
         with ExitStack() as stack:
             for prior in self.priors:
                 stack.enter_context(prior.paused())
@@ -310,7 +339,7 @@ class Synthesizer:
 
 
 class _Step:
-    """One optimization step over a batch; eager, or a replayed CUDA graph."""
+    """One optimization step of a batch, run eagerly or replayed from a CUDA graph."""
 
     def __init__(self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData]) -> None:
         self.synthesizer = synthesizer
@@ -329,17 +358,17 @@ class _Step:
             fused=on_cuda,
         )
         self.may_capture = on_cuda and synthesizer.capture and synthesizer.eager_reason is None
-        # One for all eager steps: memory freed on a stream serves that stream alone.
+        # All eager steps share one stream, because memory freed on a stream is reused on that stream only.
         self.side_stream = torch.cuda.Stream() if self.may_capture else None
         self.set_labels(labels)
 
     @property
     def captured(self) -> bool:
-        """Whether steps are replayed from a CUDA graph now."""
+        """Whether steps are currently replayed from a CUDA graph."""
         return self.graph is not None
 
     def set_labels(self, labels: list[InstanceData]) -> None:
-        """Change what the detector is to see; images, moments and learning rate carry on, and a graph if it can."""
+        """Replace the labels; images and optimizer state are kept, and so is a captured graph if the labels fit."""
         if self.samples is not None and self.task.update_samples(self.samples, labels, self.size):
             return
         self.samples = self.task.data_samples(labels, self.size)
@@ -369,7 +398,7 @@ class _Step:
         self.eager_steps += 1
 
     def _step_and_capture(self) -> None:
-        """Take one step that may not wait for the device, then capture it; or note why it cannot be."""
+        """Run one step with synchronization forbidden, then capture it; record the reason if that fails."""
         mode = torch.cuda.get_sync_debug_mode()
         random = _random_states(self.images.device)
         torch.cuda.set_sync_debug_mode('error')
@@ -379,20 +408,21 @@ class _Step:
             self.may_capture = False
             self.synthesizer.eager_reason = str(error).splitlines()[0]
             warnings.warn(
-                f'synthesis runs eagerly: the detection loss waits for the device ({self.synthesizer.eager_reason})',
+                f'synthesis runs eagerly: the detection loss synchronizes with the device '
+                f'({self.synthesizer.eager_reason})',
                 stacklevel=2,
             )
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         if not self.may_capture:
-            # The step is taken again: with the same random numbers, and features are seen once.
+            # Repeat the step with the same random numbers; the priors drop the features of the failed attempt.
             _set_random_states(random)
             for prior in self.synthesizer.priors:
-                prior.forget()
+                prior.reset()
             self._eager()
             return
         self.optimizer.zero_grad(set_to_none=True)
-        # A graph has memory of its own: that of the eager steps would stay beside it.
+        # A graph uses a memory pool of its own, so release the cached memory of the eager steps.
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -402,9 +432,9 @@ class _Step:
     def _compute(self) -> None:
         options = self.synthesizer
         self.optimizer.zero_grad(set_to_none=True)
-        seen = options.cutout(self.images) if options.cutout is not None else self.images
-        with self._fast_network():
-            detection = self.task.loss(seen, self.samples)
+        inputs = options.cutout(self.images) if options.cutout is not None else self.images
+        with self._accelerated():
+            detection = self.task.loss(inputs, self.samples)
         scale = len(self.images) if options.detection_reduction == 'sum' else 1
         losses = {'detection': options.detection_weight * scale * detection.float()}
         for prior in options.priors:
@@ -420,11 +450,11 @@ class _Step:
         self.losses = {name: loss.detach() for name, loss in losses.items()}
 
     @contextmanager
-    def _fast_network(self) -> Iterator[None]:
-        layers = self.synthesizer.layers
-        with nullcontext() if layers is None else layers():
+    def _accelerated(self) -> Iterator[None]:
+        acceleration = self.synthesizer.acceleration
+        with nullcontext() if acceleration is None else acceleration():
             if self.images.is_cuda and self.synthesizer.precision == 'bf16':
-                # The cache of weights cast to bf16 would be filled inside a captured step and freed outside of it.
+                # The cache of cast weights would be filled inside a captured step and freed outside of it.
                 with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
                     yield
             else:
@@ -432,12 +462,12 @@ class _Step:
 
 
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of the CPU, and of ``device`` if that is another."""
+    """Return the random state of the CPU, and that of ``device`` if it is a GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
 
 
 def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
-    of_cpu, of_device = states
-    torch.set_rng_state(of_cpu)
-    if of_device is not None:
-        torch.cuda.set_rng_state(of_device)
+    cpu_state, device_state = states
+    torch.set_rng_state(cpu_state)
+    if device_state is not None:
+        torch.cuda.set_rng_state(device_state)

@@ -18,8 +18,9 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmzsq.errors import UserError
+from mmzsq.masks import mask_boxes
 from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
-from mmzsq.synthesis.label_samplers import LabelPrior, mask_boxes
+from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
 
 

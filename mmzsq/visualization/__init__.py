@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what was made."""
+"""Images of calibration sets with their labels."""
 
 from mmzsq.visualization.gallery import draw_labels, save_gallery, save_set_gallery, save_side_by_side
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets of images with their boxes and masks: the look that no loss replaces."""
+"""Contact sheets of images with their boxes and masks."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,17 +14,23 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
-from mmzsq.synthesis.coco_format import read_mask
+from mmzsq.masks import decode_mask
+from mmzsq.synthesis.coco_format import annotation_boxes, parse_coco
 
 TILE = 256
+"""Side of the square that an image is scaled to fit, in pixels."""
+
 GAP = 4
-TITLE = 28
-"""Height in pixels of a row's name."""
+"""White space between images, in pixels."""
+
+TITLE_HEIGHT = 28
+"""Height of the title above a row, in pixels."""
+
 MASK_OPACITY = 0.15
 
 
 def _color(label: int) -> tuple[int, int, int]:
-    """A bright RGB color of its own for each category."""
+    """Return a bright RGB color for a category; neighboring categories differ in hue."""
     hue = int(label * 180 * 0.618034) % 180
     red, green, blue = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
     return int(red), int(green), int(blue)
@@ -37,12 +41,12 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
 
     Args:
         image: uint8 RGB, (H, W, 3).
-        labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,), and perhaps ``masks`` (n, H, W) bool.
+        labels: ``bboxes`` (n, 4) xyxy in pixels of ``image``, ``labels`` (n,), and optionally ``masks`` (n, H, W) bool.
         classes: Category names.
         tile: Side of the square in pixels.
 
     Returns:
-        uint8 RGB, (H', W', 3), the longer of them ``tile``.
+        uint8 RGB, (H', W', 3); the longer side is ``tile``.
     """
     height, width = image.shape[:2]
     scale = tile / max(height, width)
@@ -50,7 +54,7 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     canvas = cv2.resize(image, size, interpolation=interpolation)
     if 'masks' in labels:
-        # Below all boxes and names.
+        # Masks first, so that they cover no box and no name.
         for mask, label in zip(labels.masks.numpy(), labels.labels.tolist(), strict=True):
             _draw_mask(canvas, mask, _color(label))
     for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
@@ -78,12 +82,12 @@ def save_gallery(
     labels: Sequence[InstanceData],
     classes: Sequence[str],
 ) -> None:
-    """Write a PNG with all images, about twice as wide as high, in the order given.
+    """Write a PNG with all images in order, on a grid about twice as wide as high.
 
     Args:
-        path: The file, replaced at once.
+        path: The file; replaced atomically.
         images: uint8 RGB, (H, W, 3) each.
-        labels: One entry an image, see :func:`draw_labels`.
+        labels: One entry for each image, see :func:`draw_labels`.
         classes: Category names.
     """
     tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
@@ -91,83 +95,83 @@ def save_gallery(
 
 
 def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str], indices: Iterable[int]) -> None:
-    """Write a PNG with images of a calibration set, chosen by index, and their labels.
+    """Write a PNG with some images of a calibration set and their labels.
 
     Args:
-        path: The file, replaced at once.
+        path: The file; replaced atomically.
         root: Folder of a complete set.
-        indices: Which images.
+        indices: Indices of the images.
     """
-    save_gallery(path, *read_labeled(root, indices))
+    save_gallery(path, *load_labeled_images(root, indices))
 
 
 def save_side_by_side(
     path: str | os.PathLike[str], roots: Mapping[str, str | os.PathLike[str]], indices: Sequence[int]
 ) -> None:
-    """Write a PNG with a row of labeled images for each calibration set, the same indices of all, under its name.
+    """Write a PNG with a titled row of labeled images for each calibration set, the same indices in each row.
 
     Args:
-        path: The file, replaced at once.
-        roots: Folders of complete sets, by what their rows are called.
-        indices: Which images.
+        path: The file; replaced atomically.
+        roots: Maps the title of each row to the folder of a complete set.
+        indices: Indices of the images.
     """
     rows = []
     for name, root in roots.items():
-        images, labels, classes = read_labeled(root, indices)
+        images, labels, classes = load_labeled_images(root, indices)
         row = _sheet([draw_labels(*pair, classes) for pair in zip(images, labels, strict=True)], len(indices))
-        title = np.full((TITLE, row.shape[1], 3), 255, np.uint8)
-        cv2.putText(title, name, (2, TITLE - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+        title = np.full((TITLE_HEIGHT, row.shape[1], 3), 255, np.uint8)
+        cv2.putText(title, name, (2, TITLE_HEIGHT - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
         rows += [title, row]
     _save(path, np.concatenate(rows))
 
 
-def read_labeled(
+def load_labeled_images(
     root: str | os.PathLike[str], indices: Iterable[int]
 ) -> tuple[list[np.ndarray], list[InstanceData], list[str]]:
-    """Read images of a calibration set.
+    """Read images of a calibration set and their labels.
 
     Args:
         root: Folder of a complete set.
-        indices: Which images.
+        indices: Indices of the images.
 
     Returns:
-        Images, uint8 RGB (H, W, 3); their labels, as :func:`draw_labels` takes them; category names.
+        The images, uint8 RGB (H, W, 3); their labels, as in :func:`draw_labels`; the category names.
 
     Raises:
-        UserError: If the set has no such image, or its file is missing or damaged.
+        UserError: If the set is not complete, its annotations are damaged, an index is out of range, or an image file
+            is missing or damaged.
     """
     annotations_file = Path(root) / 'annotations' / 'instances.json'
     if not annotations_file.is_file():
         raise UserError(f'{root} is not the folder of a complete calibration set')
-    coco = json.loads(annotations_file.read_text())
-    category_index = {category['id']: index for index, category in enumerate(coco['categories'])}
-    annotations = defaultdict(list)
-    for annotation in coco['annotations']:
-        annotations[annotation['image_id']].append(annotation)
+    try:
+        coco = parse_coco(annotations_file.read_bytes())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{annotations_file} is damaged ({error!r}): run CalibrationSet.verify()') from error
+    category_index = {category_id: index for index, category_id in enumerate(coco.cats)}
+    records = list(coco.imgs.values())
     images, labels = [], []
     for index in indices:
-        if not 0 <= index < len(coco['images']):
-            raise UserError(f'{root} has images 0 to {len(coco["images"]) - 1}, and {index} was asked for')
-        image = coco['images'][index]
-        pixels = cv2.imread(str(Path(root) / 'images' / image['file_name']))
+        if not 0 <= index < len(records):
+            raise UserError(f'{root} has images 0 to {len(records) - 1}, but {index} was requested')
+        record = records[index]
+        pixels = cv2.imread(str(Path(root) / 'images' / record['file_name']))
         if pixels is None:
-            raise UserError(f'{image["file_name"]} in {root} is missing or damaged: run CalibrationSet.verify()')
+            raise UserError(f'{record["file_name"]} in {root} is missing or damaged: run CalibrationSet.verify()')
         images.append(pixels[..., ::-1])
-        of_image = annotations[image['id']]
-        boxes = torch.tensor([a['bbox'] for a in of_image], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        classes = torch.tensor([category_index[a['category_id']] for a in of_image], dtype=torch.long)
-        instances = InstanceData(bboxes=boxes, labels=classes)
-        masks = [read_mask(a.get('segmentation'), (image['height'], image['width'])) for a in of_image]
+        annotations = coco.imgToAnns[record['id']]
+        classes = torch.tensor([category_index[a['category_id']] for a in annotations], dtype=torch.long)
+        instances = InstanceData(bboxes=annotation_boxes(annotations), labels=classes)
+        masks = [decode_mask(a.get('segmentation'), (record['height'], record['width'])) for a in annotations]
         known = [mask for mask in masks if mask is not None]
         if known and len(known) == len(masks):
             instances.masks = torch.stack(known)
         labels.append(instances)
-    return images, labels, [category['name'] for category in coco['categories']]
+    return images, labels, [category['name'] for category in coco.cats.values()]
 
 
 def _sheet(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Tiles row by row, on white, each with as much room as the largest takes."""
+    """Arrange tiles row by row on white; all cells have the size of the largest tile."""
     rows = math.ceil(len(tiles) / columns)
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)

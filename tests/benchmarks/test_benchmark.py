@@ -147,7 +147,7 @@ def test_a_measurement_is_of_whole_steps_and_every_second_of_a_correction(
     clock = benchmark_steps._Clock(sampler, settings)
     corrected = []
     for iteration in range(clock.iterations):
-        if clock.due(iteration):
+        if clock.should_relabel(iteration):
             corrected.append(iteration)
             clock.relabel([], [], (64, 64))
         Clock.now += 1

@@ -85,7 +85,7 @@ def test_plain_coco_dataset_reads_it_too(root):
     )
 
 
-def test_nothing_of_coco_is_inherited(root):
+def test_no_meta_information_of_coco_is_inherited(root):
     assert CalibrationDataset(str(root)).metainfo == dict(classes=CLASSES)
 
 
@@ -96,7 +96,7 @@ def test_further_meta_information_is_kept(root):
 
 
 def test_classes_of_another_detector_are_refused(root):
-    with pytest.raises(UserError, match=r"\('cat',\), the calibration set .* \('cat', 'dog', 'per"):
+    with pytest.raises(UserError, match=r"\('cat',\), but the calibration set .* \('cat', 'dog', 'per"):
         CalibrationDataset(str(root), metainfo=dict(classes=('cat',)))
 
 
@@ -108,7 +108,7 @@ def test_an_incomplete_set_is_refused(root):
 
 @pytest.fixture
 def files_read(monkeypatch) -> list[str]:
-    """Paths of the images that were decoded since."""
+    """Paths of the decoded images."""
     paths: list[str] = []
     transform = LoadImageFromFile.transform
 
@@ -129,25 +129,31 @@ def test_images_are_decoded_once(root, files_read):
     assert len(files_read) == read
 
 
-def test_items_do_not_depend_on_where_images_come_from(root):
-    held, read = (CalibrationDataset(str(root), pipeline=PIPELINE, cache_gib=size) for size in (4.0, 0.0))
+def test_cached_items_equal_decoded_ones(root, monkeypatch):
+    cached = CalibrationDataset(str(root), pipeline=PIPELINE)
+    monkeypatch.setattr('mmzsq.datasets.calibration.MAX_CACHED_BYTES', 0)
+    decoded = CalibrationDataset(str(root), pipeline=PIPELINE)
+    assert cached._images is not None and decoded._images is None
     for index in (0, 2, -1):
-        a, b = held[index], read[index]
+        a, b = cached[index], decoded[index]
         assert torch.equal(a['inputs'], b['inputs'])
         assert a['data_samples'].metainfo == b['data_samples'].metainfo
         assert torch.equal(a['data_samples'].gt_instances.bboxes.tensor, b['data_samples'].gt_instances.bboxes.tensor)
 
 
 @pytest.mark.parametrize(('images_that_fit', 'decoded_again'), [(3, 0), (2, 3)])
-def test_a_set_larger_than_the_room_for_it_is_decoded_image_by_image(root, files_read, images_that_fit, decoded_again):
-    room = images_that_fit * HEIGHT * WIDTH * 3 / 2**30
-    dataset = CalibrationDataset(str(root), pipeline=PIPELINE, cache_gib=room)
+def test_a_set_larger_than_the_cache_is_decoded_on_access(
+    root, files_read, monkeypatch, images_that_fit, decoded_again
+):
+    limit = images_that_fit * HEIGHT * WIDTH * 3
+    monkeypatch.setattr('mmzsq.datasets.calibration.MAX_CACHED_BYTES', limit)
+    dataset = CalibrationDataset(str(root), pipeline=PIPELINE)
     files_read.clear()
     assert_is_the_set(dataset)
     assert len(files_read) == decoded_again
 
 
-def test_what_a_pipeline_does_to_an_image_is_done_to_a_copy(root):
+def test_the_pipeline_gets_a_copy_of_a_cached_image(root):
     class Blacken:
         def __call__(self, results):
             results['img'][:] = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a batch as one tensor, which the detector sees as it sees single ones."""
+"""A batch collated into one tensor is preprocessed like single images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def items(sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize('sizes', [[(40, 64), (40, 64)], [(40, 64), (64, 33)]])
-def test_a_detector_sees_what_it_sees_of_single_images(sizes: list[tuple[int, int]]) -> None:
+def test_preprocessed_batches_equal_those_of_single_images(sizes: list[tuple[int, int]]) -> None:
     preprocess = DetDataPreprocessor(
         mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=True, pad_size_divisor=32, pad_value=7
     )
@@ -43,7 +43,7 @@ def test_a_detector_sees_what_it_sees_of_single_images(sizes: list[tuple[int, in
         assert torch.equal(one.gt_instances.bboxes, other.gt_instances.bboxes)
 
 
-def test_labels_that_nobody_reads_are_left_behind() -> None:
+def test_unused_labels_are_dropped() -> None:
     data = FUNCTIONS.get('mmzsq.stack_images')(items([(8, 8)] * 3), labels=False)
     assert [sample.img_id for sample in data['data_samples']] == [0, 1, 2]
     for sample in data['data_samples']:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn scenes: what a picture of them promises, and what MMDetection needs to read them."""
+"""Properties of drawn scenes, and how MMDetection reads them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_sizes_span_a_factor_of_five(scenes: list[Scene]) -> None:
     assert sides.max() < 0.72
 
 
-def test_what_is_mostly_hidden_has_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mostly_hidden_figures_have_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = [draw_scene(1, index) for index in range(60)]
     monkeypatch.setattr(shapes_drawing, 'MIN_VISIBLE', 1e-9)
     everything = [draw_scene(1, index) for index in range(60)]

@@ -337,7 +337,7 @@ def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
 
 def test_images_of_a_size_that_the_neck_cannot_take_are_refused_before_a_set_is_begun(make_runner: Any) -> None:
     runner = make_runner('out', **NO_EVALUATION, **{'zsq.synthesis.synthesize.image_size': 100})
-    with pytest.raises(UserError, match='takes no images of 100x100 pixels'):
+    with pytest.raises(UserError, match='does not accept images of 100x100 pixels'):
         runner.generate()
     assert not list(Path('out').glob('calibration_set/images/*'))
 

@@ -15,10 +15,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.distillation import PredictionLoss, RegionPredictionLoss
+from mmzsq.masks import ellipse_masks
 from mmzsq.qat import paired_forward as module
 from mmzsq.qat.paired_forward import RegionPairedForward, build_paired_forward
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
-from mmzsq.synthesis.label_samplers import ellipse_masks
 from mmzsq.tasks.detection_task import add_ignored_semantic_labels, data_samples, sum_losses
 
 SIZE = (64, 96)

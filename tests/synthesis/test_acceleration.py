@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers rewritten for a GPU compute what they did."""
+"""Accelerated layers compute the same as the original ones."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from mmzsq.synthesis.acceleration import Acceleration, _FirstChannels, fast_conv
     ('kernel', 'stride', 'padding'),
     [(6, 2, 2), (7, 2, 3), (3, 2, 1), (4, 4, 0), (3, 3, 0), (5, 2, 0), (16, 16, 0), ((3, 5), 2, (1, 2))],
 )
-def test_a_strided_convolution_of_an_image_is_one_of_its_blocks(kernel: int, stride: int, padding: int) -> None:
+def test_a_strided_convolution_of_an_image_equals_one_of_its_blocks(kernel: int, stride: int, padding: int) -> None:
     layer = nn.Conv2d(3, 8, kernel, stride, padding).requires_grad_(False)
     images = torch.rand(2, 3, 96, 144, requires_grad=True)
     expected, output = layer(images), fast_convolution(layer, torch.float32)(images)
@@ -22,7 +22,7 @@ def test_a_strided_convolution_of_an_image_is_one_of_its_blocks(kernel: int, str
     torch.testing.assert_close(*grads)
 
 
-def test_an_image_that_is_no_multiple_of_the_stride_is_convolved_as_ever() -> None:
+def test_images_not_divisible_by_the_stride_use_the_original_convolution() -> None:
     layer = nn.Conv2d(3, 8, 4, 4)
     images = torch.rand(1, 3, 30, 34)
     assert torch.equal(fast_convolution(layer, torch.float32)(images), layer(images))
@@ -60,6 +60,16 @@ def test_layers_are_fast_inside_the_block_and_themselves_outside() -> None:
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02)
     assert torch.equal(network(images), expected)
+
+
+def test_nested_accelerations_restore_each_other() -> None:
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 1)).requires_grad_(False), torch.rand(1, 3, 4, 4)
+    with Acceleration(network, torch.bfloat16)():
+        with Acceleration(network, torch.float32)():
+            assert network(images).dtype == torch.float32
+        assert network(images).dtype == torch.bfloat16
+    assert network(images).dtype == torch.float32
+    assert 'forward' not in vars(network[0])
 
 
 def test_a_subclass_that_computes_something_else_is_left_alone() -> None:

@@ -90,7 +90,7 @@ def test_only_predictions_of_a_likely_area_are_added(box, added):
     assert relabel(labels_of(A), predictions_of((box, 0.9, 7)))[1] == (added, 0)
 
 
-def test_what_reaches_out_of_the_image_is_cut_off():
+def test_predictions_are_clipped_to_the_image():
     new, _ = relabel(labels_of(A), predictions_of(((80.0, 80.0, 130.0, 120.0), 0.9, 7)))
     assert new == [(A, 0), ((80.0, 80.0, 100.0, 100.0), 7)]
 
@@ -130,7 +130,7 @@ def test_an_only_label_is_never_removed():
     assert counts == (1, 0)
 
 
-def test_an_image_without_labels_gets_what_is_seen():
+def test_an_image_without_labels_gets_all_predictions():
     new, counts = relabel(labels_of(), predictions_of((B, 0.9, 7)))
     assert new == [(B, 7)]
     assert counts == (1, 0)
@@ -138,7 +138,7 @@ def test_an_image_without_labels_gets_what_is_seen():
 
 
 @pytest.mark.parametrize('predictions', [predictions_of(), predictions_of((C, 0.1, 7))])
-def test_nothing_is_removed_when_nothing_is_seen(predictions):
+def test_nothing_is_removed_when_nothing_is_predicted(predictions):
     new, counts = relabel(labels_of(A, B), predictions)
     assert new == [(A, 0), (B, 0)]
     assert counts == (0, 0)
@@ -277,9 +277,9 @@ def test_half_precision_predictions_become_labels_of_the_usual_type():
     assert new.labels.dtype == torch.long
 
 
-def test_it_is_due_after_warmup_and_every_interval():
+def test_it_relabels_after_warmup_and_then_every_interval():
     sampler = AdaptiveLabelSampler(warmup=800, interval=100)
-    due = [iteration for iteration in range(1150) if sampler.due(iteration)]
+    due = [iteration for iteration in range(1150) if sampler.should_relabel(iteration)]
     assert due == [800, 900, 1000, 1100]
 
 
@@ -291,7 +291,7 @@ def test_it_starts_from_one_box_an_image_by_default():
     assert [len(instances) for instances in labels] == [1, 1, 1]
 
 
-def test_a_real_start_makes_it_real(monkeypatch):
+def test_it_uses_real_labels_if_its_start_does(monkeypatch):
     class RealStub(LabelSampler):
         uses_real_labels = True
 
@@ -321,71 +321,3 @@ def test_a_real_start_makes_it_real(monkeypatch):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         AdaptiveLabelSampler(**arguments)
-
-
-def boxes(*rows: tuple[list[float], int], scores: list[float] | None = None, masks: bool = False) -> InstanceData:
-    """Boxes and classes of one image of 100 x 100 pixels; a mask is all of its box."""
-    instances = InstanceData(
-        bboxes=torch.tensor([box for box, _ in rows]).view(-1, 4), labels=torch.tensor([label for _, label in rows])
-    )
-    if scores is not None:
-        instances.scores = torch.tensor(scores)
-    if masks:
-        instances.masks = torch.zeros(len(rows), 100, 100, dtype=torch.bool)
-        for mask, (x1, y1, x2, y2) in zip(instances.masks, instances.bboxes.int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = True
-    return instances
-
-
-def test_labels_may_become_what_the_teacher_sees() -> None:
-    labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1), ([5.0, 60, 25, 80], 2), masks=True)
-    seen = boxes(
-        ([12.0, 10, 50, 54], 3),  # the first, of another class
-        ([60.0, 60, 90, 90], 1),  # the second, as it is
-        ([60.0, 10, 90, 40], 4),  # what no label asked for
-        scores=[0.9, 0.8, 0.7],
-        masks=True,
-    )
-    before = labels.clone()
-    ((stays,), kept), ((adopted,), counts) = (
-        AdaptiveLabelSampler(adopt=adopt).relabel([labels], [seen], (100, 100)) for adopt in (False, True)
-    )
-    assert stays.labels.tolist() == [0, 1, 4] and adopted.labels.tolist() == [3, 1, 4]
-    assert torch.equal(stays.bboxes[0], labels.bboxes[0])
-    assert torch.equal(adopted.bboxes, seen.bboxes)
-    assert torch.equal(adopted.masks, seen.masks) and adopted.masks.dtype == torch.bool
-    # The third label was not seen.
-    assert (kept.added, kept.removed, kept.adopted) == (1, 1, 0)
-    assert (counts.added, counts.removed, counts.adopted) == (1, 1, 1)
-    assert torch.equal(labels.bboxes, before.bboxes) and torch.equal(labels.masks, before.masks)
-
-
-def test_no_label_becomes_a_box_without_a_mask() -> None:
-    labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1), masks=True)
-    seen = boxes(([12.0, 10, 50, 54], 3), ([60.0, 60, 90, 94], 2), scores=[0.9, 0.8], masks=True)
-    seen.masks[0] = False
-    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
-    assert relabeled.labels.tolist() == [0, 2] and counts.adopted == 1
-    assert torch.equal(relabeled.masks[0], labels.masks[0]) and torch.equal(relabeled.masks[1], seen.masks[1])
-
-
-def test_a_prediction_is_adopted_by_the_closest_label_alone() -> None:
-    labels = boxes(([10.0, 10, 50, 50], 0), ([10.0, 10, 54, 50], 1))
-    seen = boxes(([10.0, 10, 55, 50], 2), scores=[0.9])
-    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [seen], (100, 100))
-    assert relabeled.labels.tolist() == [0, 2]
-    assert torch.equal(relabeled.bboxes, torch.stack((labels.bboxes[0], seen.bboxes[0])))
-    assert counts.adopted == 1
-
-
-def test_nothing_seen_changes_nothing() -> None:
-    labels = boxes(([10.0, 10, 50, 50], 0), ([60.0, 60, 90, 90], 1))
-    nothing = boxes(scores=[])
-    nothing.labels = nothing.labels.long()
-    ((relabeled,), counts) = AdaptiveLabelSampler(adopt=True).relabel([labels], [nothing], (100, 100))
-    assert torch.equal(relabeled.bboxes, labels.bboxes) and not counts.any
-
-
-def test_adopt_is_a_switch() -> None:
-    with pytest.raises(UserError, match="adopt must be True or False, got 'box'"):
-        AdaptiveLabelSampler(adopt='box')

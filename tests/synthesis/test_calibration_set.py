@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration set is an ordinary COCO data set, refuses to be mistaken for another, and heals."""
+"""A calibration set is a COCO data set, refuses other settings, and can be repaired."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEIGHT, WIDTH = 24, 32
 
 
 def make_shard(index: int, count: int) -> tuple[np.ndarray, list[InstanceData]]:
-    """What a synthesizer would return: a function of the shard's index alone."""
+    """Images and labels that depend only on the index of the shard."""
     images = np.random.default_rng(index).integers(0, 256, (count, HEIGHT, WIDTH, 3), dtype=np.uint8)
     generator = torch.Generator().manual_seed(index)
     return images, MultiBoxSampler((1, 3)).sample(count, (HEIGHT, WIDTH), 3, generator)
@@ -155,7 +155,7 @@ def test_a_set_of_other_settings_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize('change', [dict(classes=['cat', 'dog']), dict(shard_size=3), dict(uses_real_labels=True)])
 def test_no_setting_is_overlooked_even_before_the_first_shard(tmp_path, change):
     CalibrationSet.open(tmp_path, **SETTINGS)
-    with pytest.raises(UserError, match='made otherwise'):
+    with pytest.raises(UserError, match='generated with other settings'):
         CalibrationSet.open(tmp_path, **{**SETTINGS, **change})
 
 
@@ -184,10 +184,10 @@ def test_a_manifest_of_another_kind_or_version_is_refused(tmp_path):
     path = tmp_path / 'manifest.json'
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, 'format_version': 2}))
-    with pytest.raises(UserError, match='has format version 2, this version of mmzsq reads 1'):
+    with pytest.raises(UserError, match='has format version 2, but this version of mmzsq reads 1'):
         CalibrationSet.load(tmp_path)
     path.write_text('{"name": "my web app"}')
-    with pytest.raises(UserError, match='is not of a calibration set'):
+    with pytest.raises(UserError, match='does not belong to a calibration set'):
         CalibrationSet.open(tmp_path, **SETTINGS)
     path.write_text('{"name": "my we')
     with pytest.raises(UserError, match='is damaged'):
@@ -195,12 +195,12 @@ def test_a_manifest_of_another_kind_or_version_is_refused(tmp_path):
 
 
 def test_only_complete_sets_are_loaded(tmp_path):
-    with pytest.raises(UserError, match=r'no calibration set: make it with .*generate\.py'):
+    with pytest.raises(UserError, match=r'no calibration set: generate it with .*generate\.py'):
         CalibrationSet.load(tmp_path / 'nowhere')
     assert not (tmp_path / 'nowhere').exists()
     begun = CalibrationSet.open(tmp_path / 'set', **SETTINGS)
     begun.write_shard(0, *make_shard(0, 2))
-    with pytest.raises(UserError, match=r'not complete \(2 of 3 shards to go\)'):
+    with pytest.raises(UserError, match=r'not complete \(2 of 3 shards are missing\)'):
         CalibrationSet.load(tmp_path / 'set')
     with pytest.raises(UserError, match='not complete'):
         begun.verify()
@@ -248,7 +248,7 @@ def test_damage_is_found_named_and_healed(tmp_path):
     again.verify()
 
 
-def test_lost_annotations_take_a_merge_only(tmp_path):
+def test_a_merge_restores_lost_annotations(tmp_path):
     calibration_set = make(tmp_path)
     whole = content(tmp_path)
     (tmp_path / 'annotations' / 'instances.json').unlink()
@@ -258,7 +258,7 @@ def test_lost_annotations_take_a_merge_only(tmp_path):
     assert content(tmp_path) == whole
 
 
-def test_a_shard_made_anew_does_not_count_until_it_is_whole(tmp_path, monkeypatch):
+def test_a_rewritten_shard_is_incomplete_until_it_is_written(tmp_path, monkeypatch):
     calibration_set = make(tmp_path)
 
     def fail(*_: Any) -> None:
@@ -276,17 +276,17 @@ def test_a_shard_made_anew_does_not_count_until_it_is_whole(tmp_path, monkeypatc
     [
         (np.zeros((2, 8, 8, 3), np.float32), make_shard(0, 2)[1], 'uint8'),
         (np.zeros((2, 3, 8, 8), np.uint8), make_shard(0, 2)[1], r'\(2, 3, 8, 8\)'),
-        (np.zeros((1, 8, 8, 3), np.uint8), make_shard(0, 1)[1], 'holds 2 images, got 1'),
+        (np.zeros((1, 8, 8, 3), np.uint8), make_shard(0, 1)[1], 'needs 2 images, got 1'),
         (np.zeros((2, 8, 8, 3), np.uint8), make_shard(0, 1)[1], '1 labels'),
         (
             np.zeros((2, 8, 8, 3), np.uint8),
             [InstanceData(bboxes=torch.full((1, 4), torch.nan), labels=torch.tensor([0]))] * 2,
-            'not finite',
+            'must be finite',
         ),
         (
             np.zeros((2, 8, 8, 3), np.uint8),
             [InstanceData(bboxes=torch.ones(1, 4), labels=torch.tensor([3]))] * 2,
-            'labels of 3 classes',
+            r'labels must be in \[0, 3\)',
         ),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_malformed_shard_is_refused_before_anything_is_written(tmp_path, image
 
 def test_shards_and_sets_have_bounds(tmp_path):
     calibration_set = CalibrationSet.open(tmp_path / 'set', **SETTINGS)
-    with pytest.raises(IndexError, match='shard 3 of 3'):
+    with pytest.raises(IndexError, match='no shard 3: the set has 3 shards'):
         calibration_set.write_shard(3, *make_shard(0, 2))
     with pytest.raises(UserError, match='num_images=0'):
         CalibrationSet.open(tmp_path / 'none', **{**SETTINGS, 'num_images': 0})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever happens while a calibration set is written, a restart ends with the same bits.
+"""A restart gives the same bits after any interruption while a calibration set is written.
 
 Run as a program, this file writes a set, slowly, to be killed.
 """
@@ -29,7 +29,7 @@ NUM_IMAGES, SHARD_SIZE = 5, 2
 
 
 def write(root: Path, seconds_a_shard: float = 0.0) -> None:
-    """Write a set or go on with it; its content depends on nothing but the shard's index."""
+    """Start or continue a set whose content depends only on the index of each shard."""
     calibration_set = CalibrationSet.open(
         root,
         fingerprint=dict(seed=0),
@@ -52,7 +52,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def die_at_system_call(root: Path, number: int) -> bool:
-    """Write a set in a process that is killed at its call ``number`` that reaches for the disk.
+    """Write a set in a process that is killed at its disk access ``number``.
 
     Of a file that it was about to force to the disk, half is lost.
 
@@ -135,7 +135,7 @@ def test_kill_9_from_outside_loses_at_most_the_shard_in_work(tmp_path, repo):
 
 @pytest.mark.parametrize('function', ['fsync', 'replace'])
 @pytest.mark.parametrize('call', range(1, 12, 2))
-def test_a_full_disk_is_told_and_nothing_written_is_lost(tmp_path, monkeypatch, function, call):
+def test_a_full_disk_is_reported_and_written_files_are_kept(tmp_path, monkeypatch, function, call):
     write(tmp_path / 'whole')
     root = tmp_path / 'set'
     real = getattr(os, function)
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_and_nothing_written_is_lost(tmp_path, monkeypatch, 
     message = str(caught.value)
     assert 'No space left on device' in message
     assert str(root) in message
-    assert 'All that was written before is kept' in message
+    assert 'Files written before are kept' in message
     assert not list(root.rglob('.*.tmp'))
     kept = {path: path.stat().st_mtime_ns for path in root.glob('shards/0*.json')}
     write(root)
@@ -176,7 +176,7 @@ def test_file_systems_that_cannot_sync_directories_are_fine(tmp_path, monkeypatc
     CalibrationSet.load(tmp_path / 'set').verify()
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_an_unwritable_directory_is_reported(tmp_path):
     (tmp_path / 'file').write_bytes(b'')
     with pytest.raises(UserError, match='cannot write .*Not a directory'):
         write(tmp_path / 'file' / 'set')

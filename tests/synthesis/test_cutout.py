@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutout erases what its arguments say, and nothing else."""
+"""Cutout erases rectangles as configured, and nothing else."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_erased_pixels_get_no_gradient_and_the_others_theirs() -> None:
 
 
 def test_images_and_gradients_stay_channels_last() -> None:
-    """Else all features of the network would lie otherwise, where a GPU is several times slower."""
+    """Another layout would spread to all features of the network and be several times slower on a GPU."""
     images = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     seen = Cutout(probability=1.0)(images)
     assert seen.is_contiguous(memory_format=torch.channels_last)

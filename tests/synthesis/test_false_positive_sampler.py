@@ -62,7 +62,7 @@ def test_its_thresholds_are_configured() -> None:
     assert relabel(instances_of(A), twice)[1].added == 1
     assert relabel(instances_of(A), twice, nms_iou=0.9)[1].added == 2
     sampler = FalsePositiveSampler(warmup=20, interval=7)
-    assert [iteration for iteration in range(40) if sampler.due(iteration)] == [20, 27, 34]
+    assert [iteration for iteration in range(40) if sampler.should_relabel(iteration)] == [20, 27, 34]
 
 
 @settings(max_examples=40, deadline=None)

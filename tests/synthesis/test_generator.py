@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards made with a real, tiny detector: what they depend on, and how their stages hang together."""
+"""Shards and their stages, generated with a real, tiny detector."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SINGLE = dict(type='mmzsq.SingleBoxSampler')
 
 @pytest.fixture(scope='module')
 def detector(repo: Path) -> nn.Module:
-    """The shapes detector with random weights, and BatchNorm statistics of random images: it sees much."""
+    """The shapes detector with random weights, and BatchNorm statistics of random images: it predicts many boxes."""
     register_all_modules()
     torch.manual_seed(3)
     detector = MODELS.build(Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model)
@@ -57,7 +57,7 @@ def task(detector: nn.Module) -> DetectionTask:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """Records what a generator asks of the synthesizer, and what it gets."""
+    """Records the arguments and results of each call of the synthesizer."""
     calls: list[dict[str, Any]] = []
     run = Synthesizer.run
 
@@ -142,7 +142,7 @@ def test_labels_of_one_stage_are_the_next_ones_rescaled(task: DetectionTask, run
     # Labels are fixed while the images of the set are made.
     assert last['sampler'] is None
     assert all(call['sampler'] is not None for call in relabel)
-    assert last['result'].counts == dict(added=0, removed=0, adopted=0)
+    assert last['result'].counts == dict(added=0, removed=0)
 
 
 def test_one_stage_corrects_labels_and_images_together(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
@@ -205,9 +205,7 @@ def same_labels(first: InstanceData, second: InstanceData) -> bool:
 
 
 @pytest.mark.parametrize('init', ['uniform', 'normal'])
-def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
-    task: DetectionTask, runs: list[dict[str, Any]], init: str
-) -> None:
+def test_without_iterations_noise_is_kept(task: DetectionTask, runs: list[dict[str, Any]], init: str) -> None:
     stage = dict(image_size=(64, 96), iterations=0)
     made = generator(task, SINGLE, relabel=None, synthesize=stage, init=init)
     images, labels, info = made.make_shard(1, 2)
@@ -218,14 +216,14 @@ def test_noise_is_kept_as_it_is_where_there_are_no_iterations(
     np.testing.assert_array_equal(images, expected.numpy())
     assert info['synthesize']['iterations'] == 0
     assert info['synthesize']['losses'] == {}
-    assert run['result'].counts == dict(added=0, removed=0, adopted=0)
+    assert run['result'].counts == dict(added=0, removed=0)
     rng = torch.Generator().manual_seed(shard_seed(0, 1, 0, 0))
     assert all(map(same_labels, labels, made.sampler.sample(2, (64, 96), 8, rng)))
 
 
-def test_only_stages_that_can_may_go_without_iterations(task: DetectionTask) -> None:
+def test_only_some_stages_may_have_no_iterations(task: DetectionTask) -> None:
     look = dict(image_size=64, iterations=0, start='previous')
-    with pytest.raises(UserError, match='begins with 0 iterations'):
+    with pytest.raises(UserError, match='relabel has 0 iterations'):
         generator(task, relabel=look)
     with pytest.raises(UserError, match=r'refine needs positive'):
         generator(task, refine=look)
@@ -299,7 +297,7 @@ def test_work_counts_pixels_times_iterations() -> None:
 
 @pytest.mark.parametrize('form', ['kl', 'l2'])
 def test_every_layer_is_compared_with_its_own_statistics(detector: nn.Module, form: str) -> None:
-    """On the batch whose statistics the layers hold, no layer has a distance; on others, all have."""
+    """All distances are 0 for the batch that the running statistics came from, and above 0 for others."""
     detector = copy.deepcopy(detector).eval()
     images = torch.rand(4, 3, 64, 64)
     _remember(detector, images)
@@ -363,7 +361,7 @@ def test_labels_are_corrected_in_the_first_stage_alone(task: DetectionTask, runs
     assert [run['sampler'] is not None for run in runs] == [True, False, False]
 
 
-def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
+def test_stages_without_effect_are_skipped(task: DetectionTask) -> None:
     def names(**stages: Any) -> list[str]:
         return [stage.name for stage in generator(task, SINGLE, **stages).stages]
 
@@ -380,18 +378,18 @@ def test_stages_that_leave_nothing_are_skipped(task: DetectionTask) -> None:
     ('stage', 'message'),
     [
         (dict(image_size=64, iterations=1, start='earlier'), 'start is one of'),
-        (dict(image_size=1.5, iterations=1), 'below 1, a share'),
-        (dict(image_size=0.0, iterations=1), 'below 1, a share'),
+        (dict(image_size=1.5, iterations=1), 'or a fraction below 1'),
+        (dict(image_size=0.0, iterations=1), 'or a fraction below 1'),
         (dict(image_size=64, iterations=0), 'positive'),
     ],
 )
-def test_a_stage_that_makes_no_sense_is_refused(task: DetectionTask, stage: dict[str, Any], message: str) -> None:
+def test_an_invalid_stage_is_an_error(task: DetectionTask, stage: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generator(task, refine=stage)
 
 
 def test_a_size_that_the_neck_cannot_take_is_refused_before_anything_is_made(task: DetectionTask) -> None:
-    message = r'YOLOv5 takes no images of 64x100 pixels .*: set zsq.synthesis.synthesize.image_size .* 64x128'
+    message = r'YOLOv5 does not accept images of 64x100 pixels .*: set zsq.synthesis.synthesize.image_size .* 64x128'
     with pytest.raises(UserError, match=message):
         generator(task, synthesize=dict(image_size=(64, 100), iterations=2, batch_size=3)).check_sizes()
     generator(task, synthesize=dict(image_size=(64, 128), iterations=2, batch_size=3)).check_sizes()

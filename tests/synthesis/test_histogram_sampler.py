@@ -94,7 +94,7 @@ def test_both_histograms_go_together_and_the_generator_alone_decides() -> None:
 
 
 def test_without_histograms_labels_are_those_of_the_ranges() -> None:
-    """Sets made before stay what they were: the same draws in the same order."""
+    """The order of random draws is fixed, so that earlier sets can be reproduced."""
     (instances,) = sample(1, num_boxes=(3, 3), side=(0.1, 0.5))
     generator = torch.Generator().manual_seed(0)
     torch.randint(3, 4, (1,), generator=generator)

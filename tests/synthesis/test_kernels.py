@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmzsq.fused_kernels import HAS_TRITON
-from mmzsq.synthesis import batch_norm as watching
+from mmzsq.patching import patched
+from mmzsq.synthesis import batch_norm as batch_norm_module
 from mmzsq.synthesis.batch_norm import BatchNormStatisticsCollector
 from mmzsq.synthesis.priors import BNStatisticsPrior, directional_differences
 
@@ -116,7 +117,7 @@ def check_layers(device: str) -> None:
 
 
 def compare(function: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor) -> None:
-    """Values and gradient, that of the output as it may come: dense, in the other layout, or part of a wider one."""
+    """Values and gradients, for output gradients that are dense, in the other layout, or a slice of a wider tensor."""
     inputs = inputs.clone().requires_grad_()
     output, expected = function(inputs), reference(inputs)
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -143,7 +144,7 @@ def test_kernels_compute_what_pytorch_does() -> None:
 
 
 @pytest.mark.cuda
-def test_kernels_take_bf16_and_sum_in_fp32() -> None:
+def test_kernels_accept_bf16_and_sum_in_fp32() -> None:
     features = torch.randn(8, 32, 40, 40, device='cuda').bfloat16().to(memory_format=torch.channels_last)
     constants = torch.randn(3, 32, device='cuda')
     output, sums = batch_norm(features, *constants, 2)
@@ -161,7 +162,7 @@ def test_kernels_take_bf16_and_sum_in_fp32() -> None:
     ],
 )
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
+def test_an_observed_network_has_the_outputs_statistics_and_gradient_of_the_plain_one(
     device: str, path: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.cnn import ConvModule
@@ -182,10 +183,12 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
     results = []
     # cuDNN would round to TF32, to other values in another layout.
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    replaceable = watching._is_replaceable
+    replaceable = batch_norm_module._is_replaceable
     for taken in ('hooks', path):
-        monkeypatch.setattr(watching, 'HAS_TRITON', taken == 'fused')
-        monkeypatch.setattr(watching, '_is_replaceable', replaceable if taken != 'hooks' else lambda layer: False)
+        monkeypatch.setattr(batch_norm_module, 'HAS_TRITON', taken == 'fused')
+        monkeypatch.setattr(
+            batch_norm_module, '_is_replaceable', replaceable if taken != 'hooks' else lambda layer: False
+        )
         prior = BNStatisticsPrior(form='kl', weight=1.0)
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         images = images.to(device).contiguous(memory_format=layout).requires_grad_()
@@ -193,9 +196,9 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
         if device == 'cpu' and taken == 'joint':
             # Only a GPU gains from it; what it computes is the same anywhere.
             prior.detach()
-            prior._watch._forwards = {layer: prior._watch._joint_forward(layer) for layer in layers}
-            prior._watch._resume()
-        assert bool(prior._watch._forwards) == (taken != 'hooks')
+            prior._collector._forwards = {layer: prior._collector._joint_forward(layer) for layer in layers}
+            prior._collector._resume()
+        assert bool(prior._collector._forwards) == (taken != 'hooks')
         output = network(images)
         # The half of it, as a concatenation would hand on, has gaps.
         total = prior(images) + output[:, :4].square().mean()
@@ -206,19 +209,43 @@ def test_a_watched_network_has_the_outputs_statistics_and_gradient_of_the_plain_
     assert not any('forward' in vars(module) for module in network.modules())
 
 
-def test_a_paused_watch_sees_nothing_and_keeps_its_constants() -> None:
+def test_a_paused_collector_ignores_forwards_and_keeps_its_constants() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    watch = BatchNormStatisticsCollector()
-    watch.attach(network)
+    collector = BatchNormStatisticsCollector()
+    collector.attach(network)
     network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is not None
-    constants = dict(watch._layouts)
-    with watch.paused():
+    assert collector.collect() is not None
+    constants = dict(collector._constants)
+    with collector.paused():
         network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is None
-    assert watch._layouts == constants
+    assert collector.collect() is None
+    assert collector._constants == constants
     network(torch.rand(2, 3, 4, 4))
-    assert watch.collect() is not None
+    assert collector.collect() is not None
+
+
+def test_collectors_restore_the_forward_that_they_found() -> None:
+    layer = nn.BatchNorm2d(3).eval()
+    features = torch.rand(2, 3, 4, 4)
+
+    def outer_forward(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    collector = BatchNormStatisticsCollector()
+    with patched(layer, 'forward', outer_forward):
+        # On a GPU, attach() patches the layer in this way.
+        collector._forwards = {layer: collector._joint_forward(layer)}
+        collector._resume()
+        layer(features)
+        assert collector.collect() is not None
+        with collector.paused():
+            assert torch.equal(layer(features), features + 1)
+        layer(features)
+        assert collector.collect() is not None
+        collector.detach()
+        collector.detach()
+        assert torch.equal(layer(features), features + 1)
+    assert 'forward' not in vars(layer)
 
 
 if __name__ == '__main__':

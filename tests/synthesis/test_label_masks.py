@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks of labels: ellipses as geometry defines them, outlines that stay smooth, and nothing ever empty."""
+"""Masks of labels: ellipses, resizing and bounding boxes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mmengine.structures import InstanceData
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
+from mmzsq.masks import ellipse_masks, mask_boxes, resize_masks
 from mmzsq.synthesis import MultiBoxSampler
-from mmzsq.synthesis.label_samplers import ellipse_masks, fit_masks, mask_boxes, resize_masks
+from mmzsq.synthesis.label_samplers import fit_masks
 
 SIZE = (40, 60)
 
@@ -78,7 +79,7 @@ def test_no_boxes_have_no_masks() -> None:
     assert mask_boxes(torch.zeros(0, *SIZE, dtype=torch.bool)).shape == (0, 4)
 
 
-def test_an_ellipse_carried_to_a_higher_resolution_is_the_ellipse_drawn_there() -> None:
+def test_an_enlarged_ellipse_equals_one_drawn_at_that_size() -> None:
     bboxes = boxes(10, (160, 160), (0.2, 0.8))
     small, large = ellipse_masks(bboxes, (160, 160)), ellipse_masks(4 * bboxes, (640, 640))
     resized = resize_masks(small, (640, 640))
@@ -87,13 +88,13 @@ def test_an_ellipse_carried_to_a_higher_resolution_is_the_ellipse_drawn_there() 
     assert (iou(resized, large) > iou(blocky, large)).all()
 
 
-def test_a_mask_carried_to_a_lower_resolution_keeps_its_area() -> None:
+def test_a_reduced_mask_keeps_its_area() -> None:
     large = ellipse_masks(boxes(10, (640, 640), (0.2, 0.8)), (640, 640))
     share = large.float().mean((1, 2))
     torch.testing.assert_close(resize_masks(large, (80, 100)).float().mean((1, 2)), share, rtol=0.03, atol=0)
 
 
-def test_a_mask_too_small_for_a_resolution_becomes_the_pixel_it_is_in() -> None:
+def test_a_mask_smaller_than_a_pixel_becomes_one_pixel() -> None:
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     masks[0, 63, 63] = masks[1, 20, 41] = True
     # The third is empty, and stays so.

@@ -50,7 +50,7 @@ def reference(features: Tensor, apart: Tensor, **options: Any) -> Tensor:
 
 
 def random_pairs(windows: int, patches: int) -> Tensor:
-    """Pairs that are apart: each patch with itself, and a third of the others."""
+    """Excluded pairs: each patch with itself, and a third of the others."""
     apart = torch.rand(windows, patches, patches) < 0.3
     return apart | apart.mT | torch.eye(patches, dtype=torch.bool)
 
@@ -95,7 +95,7 @@ def test_density_integrates_to_one() -> None:
     torch.testing.assert_close(torch.trapezoid(density, grid), torch.ones(3), rtol=1e-4, atol=1e-4)
 
 
-def test_points_where_no_similarity_is_neither_count_nor_break_the_gradient() -> None:
+def test_points_far_from_all_similarities_have_no_effect_on_the_gradient() -> None:
     # Two groups of patches, opposite to each other: similarities about 1 and about -1, nothing between.
     features = torch.tensor([1.0, 0.0]).repeat(8, 1) * torch.tensor([1.0, -1.0]).repeat(4)[:, None]
     features = (features + 0.01 * torch.randn(8, 2)).view(1, 1, 8, 2).requires_grad_()
@@ -113,7 +113,7 @@ def test_no_pairs_and_equal_patches_have_no_entropy_and_a_finite_gradient(shape:
     assert torch.isfinite(features.grad).all()
 
 
-def test_nothing_of_the_size_of_all_pairs_is_kept_for_the_backward_pass() -> None:
+def test_the_backward_saves_no_tensor_of_all_pairs() -> None:
     kept: list[int] = []
     features = torch.randn(2, 3, 40, 4, requires_grad=True)
     apart = torch.eye(40, dtype=torch.bool).repeat(3, 1, 1)
@@ -127,7 +127,7 @@ def test_nothing_of_the_size_of_all_pairs_is_kept_for_the_backward_pass() -> Non
 
 
 def shifted_reference(msa: ShiftWindowMSA, features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mean entropy, worked out from where each patch stands in the image."""
+    """Mean entropy, computed from the position of each patch in the image."""
     context: list[Tensor] = []
     handle = msa.w_msa.proj.register_forward_pre_hook(lambda _, inputs: context.append(inputs[0].detach()))
     msa(features, size)
@@ -152,7 +152,7 @@ def shifted_reference(msa: ShiftWindowMSA, features: Tensor, size: tuple[int, in
 
 @pytest.mark.parametrize('shift', [0, 2])
 @pytest.mark.parametrize('size', [(8, 8), (6, 9)])
-def test_real_windows_compare_the_patches_of_an_image_that_are_together(shift: int, size: tuple[int, int]) -> None:
+def test_real_windows_compare_only_patches_of_one_window(shift: int, size: tuple[int, int]) -> None:
     msa = ShiftWindowMSA(8, 2, 4, shift_size=shift)
     nn.init.normal_(msa.w_msa.qkv.bias)
     features = torch.randn(2, size[0] * size[1], 8)
@@ -213,7 +213,7 @@ def test_following_the_gradient_makes_patches_less_alike() -> None:
     assert spreads[-1] > 1.5 * spreads[0]
 
 
-def test_features_in_bf16_are_judged_in_fp32() -> None:
+def test_bf16_features_are_compared_in_fp32() -> None:
     backbone = swin()
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     exact = run(PatchSimilarityPrior(bandwidth=0.1), backbone, images).item()
@@ -231,7 +231,7 @@ def test_features_in_bf16_are_judged_in_fp32() -> None:
 
 
 class NoValueIsAskedFor(TorchDispatchMode):
-    """Fails on the operators that make the host wait for a device."""
+    """Fails on operators that synchronize with the device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
@@ -241,7 +241,7 @@ class NoValueIsAskedFor(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+def test_a_step_never_synchronizes() -> None:
     backbone, images = swin((1, 2)), torch.rand(1, 3, 24, 24, requires_grad=True)
     with NoValueIsAskedFor():
         run(PatchSimilarityPrior(), backbone, images).backward()
@@ -249,7 +249,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 
 @pytest.mark.cuda
-def test_a_captured_step_is_the_eager_one() -> None:
+def test_a_captured_step_equals_the_eager_one() -> None:
     backbone, prior = swin((1, 2)).cuda(), PatchSimilarityPrior()
     images = torch.rand(2, 3, 32, 32, device='cuda', requires_grad=True)
     stream = torch.cuda.Stream()
@@ -285,7 +285,7 @@ class PlainAttention(nn.Module):
         return self.out_proj((query @ key.mT).softmax(-1).matmul(value).transpose(1, 2).flatten(2))
 
 
-def test_attention_is_known_by_its_heads_and_projection() -> None:
+def test_attention_is_identified_by_its_heads_and_projection() -> None:
     attention, tokens = PlainAttention(), torch.randn(2, 6, 8)
     contexts: list[Tensor] = []
     handle = attention.out_proj.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[0]))
@@ -297,7 +297,7 @@ def test_attention_is_known_by_its_heads_and_projection() -> None:
 
 
 @pytest.mark.parametrize('batch_first', [False, True])
-def test_attention_that_hides_its_context_is_judged_by_its_output(batch_first: bool) -> None:
+def test_attention_without_visible_heads_is_compared_by_its_output(batch_first: bool) -> None:
     attention = MultiheadAttention(8, 2, batch_first=batch_first).eval()
     tokens = torch.randn(2, 6, 8)
     laid_out = tokens if batch_first else tokens.transpose(0, 1)
@@ -310,7 +310,7 @@ def test_attention_that_hides_its_context_is_judged_by_its_output(batch_first: b
     assert prior(tokens).item() == pytest.approx(-float(expected), rel=1e-3)
 
 
-def test_every_block_of_a_pyramid_transformer_is_judged() -> None:
+def test_every_block_of_a_pyramid_transformer_is_observed() -> None:
     backbone = PyramidVisionTransformer(
         embed_dims=8,
         num_stages=2,
@@ -335,7 +335,7 @@ def test_every_block_of_a_pyramid_transformer_is_judged() -> None:
     assert images.grad.abs().sum() > 0
 
 
-def test_attention_between_object_queries_is_none_of_patches() -> None:
+def test_attention_between_object_queries_is_ignored() -> None:
     detector = nn.Module()
     detector.backbone = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     detector.decoder = MultiheadAttention(8, 2)
@@ -343,7 +343,7 @@ def test_attention_between_object_queries_is_none_of_patches() -> None:
     assert PatchSimilarityPrior().applies_to(detector.decoder)
 
 
-def test_of_very_many_patches_evenly_spaced_ones_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_windows_are_reduced_to_evenly_spaced_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, tokens = PlainAttention(), torch.randn(2, 12, 8)
     prior = PatchSimilarityPrior()
     prior.attach(attention)

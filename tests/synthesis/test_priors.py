@@ -93,12 +93,37 @@ def test_is_zero_where_the_batch_has_the_running_statistics() -> None:
         assert float(run(BNStatisticsPrior(weight=1.0, form=form), model, images)) < 1e-5
 
 
-def test_dead_channels_neither_count_nor_break_the_gradient() -> None:
-    model = build()
+def test_kl_form_averages_over_live_channels_only() -> None:
+    model, images = build(), torch.rand(2, 3, 8, 8)
+    model.bn_last.running_var[1] = 1e-30
+    inputs = {model.bn_first: images, model.bn_last: model.conv(model.bn_first(images))}
+    expected = 0.0
+    for bn, features in inputs.items():
+        mean, variance = (torch.from_numpy(value) for value in numpy_statistics(features))
+        running = Normal(bn.running_mean.double(), bn.running_var.double().sqrt())
+        divergences = kl_divergence(Normal(mean, variance.sqrt()), running)
+        live = [0, 2, 3] if bn is model.bn_last else [0, 1, 2]
+        expected += float(divergences[live].mean())
+    assert float(run(BNStatisticsPrior(weight=1.0, form='kl'), model, images)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_dead_channels_get_no_gradient_and_break_none() -> None:
+    bn = nn.BatchNorm2d(3).eval()
+    bn.running_var[1] = 1e-30
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
-    model.bn_last.running_var[0] = 1e-30
-    run(BNStatisticsPrior(form='kl'), model, images).backward()
-    assert torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+    run(BNStatisticsPrior(form='kl'), bn, images).backward()
+    assert torch.isfinite(images.grad).all()
+    assert not images.grad[:, 1].any() and images.grad[:, 0].any() and images.grad[:, 2].any()
+
+
+def test_a_layer_without_dead_channels_is_not_affected_by_one_of_only_dead_channels() -> None:
+    model, images = build(), torch.rand(2, 3, 8, 8)
+    model.bn_last.running_var.fill_(1e-30)
+    prior = BNStatisticsPrior(form='kl')
+    prior.attach(model)
+    model(images)
+    first, last = prior.layer_distances().tolist()
+    assert first > 0 and last == 0
 
 
 def test_a_layer_shared_between_scales_is_compared_once() -> None:
@@ -211,7 +236,7 @@ def test_priors_that_fit_the_detector_are_combined(parts: dict[str, nn.Module], 
 
 
 @pytest.mark.parametrize('parts', [WITH_GROUPNORM, WITHOUT_STATISTICS])
-def test_without_a_feature_prior_one_goes_on_only_if_asked_to(parts: dict[str, nn.Module]) -> None:
+def test_a_missing_feature_prior_is_an_error_unless_allowed(parts: dict[str, nn.Module]) -> None:
     detector = nn.ModuleDict(parts)
     message = (
         'neither BatchNorm layers with running statistics nor attention in its backbone. '
@@ -225,19 +250,19 @@ def test_without_a_feature_prior_one_goes_on_only_if_asked_to(parts: dict[str, n
     assert isinstance(left, TotalVariationPrior)
 
 
-def test_a_user_who_lists_no_feature_prior_has_asked_for_none() -> None:
+def test_no_feature_prior_is_required_if_none_is_configured() -> None:
     prior = TotalVariationPrior()
     assert select_priors([prior], nn.ModuleDict(WITH_GROUPNORM), require_features=True) == [prior]
 
 
 class FakeTask(NamedTuple):
-    """As much of a task as a generator looks at when it is built."""
+    """The part of a task that the constructor of the generator reads."""
 
     detector: nn.Module
 
 
 @pytest.mark.parametrize('options', [dict(), dict(require_feature_prior=True), dict(require_feature_prior=False)])
-def test_a_generator_synthesizes_with_those_that_fit_and_says_which_do_not(options: dict[str, bool]) -> None:
+def test_a_generator_uses_applicable_priors_and_lists_the_others(options: dict[str, bool]) -> None:
     synthesis = dict(
         relabel=None,
         synthesize=dict(image_size=32, iterations=1),

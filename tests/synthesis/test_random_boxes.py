@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blind samplers draw what Table 1 of the paper says, from their generator and nothing else."""
+"""Random samplers follow Table 1 of the paper and use no randomness but their generator."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_blind_samplers_never_relabel():
     labels = sampler.sample(2, SIZE, 5, generator())
     assert not sampler.adaptive
     assert not sampler.uses_real_labels
-    assert not any(sampler.due(iteration) for iteration in range(3000))
+    assert not any(sampler.should_relabel(iteration) for iteration in range(3000))
     same, counts = sampler.relabel(labels, labels, SIZE)
     assert same == labels
     assert (counts.added, counts.removed) == (0, 0)

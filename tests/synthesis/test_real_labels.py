@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of real images, against pycocotools and MMDetection's reader of Pascal VOC; and files that are not right."""
+"""Labels of real images, against pycocotools and MMDetection's reader of Pascal VOC; errors for invalid files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
 
 from mmzsq.errors import UserError
+from mmzsq.masks import ellipse_masks
 from mmzsq.registry import LABEL_SAMPLERS
 from mmzsq.synthesis import AdaptiveLabelSampler, RealLabelSampler
-from mmzsq.synthesis.label_samplers import ellipse_masks
-from mmzsq.synthesis.label_samplers.real import labels_at
+from mmzsq.synthesis.label_samplers.real import stretch_labels
 
 CELLS = ['RBC', 'WBC', 'Platelets']
 SIZE = (64, 96)
@@ -80,7 +80,7 @@ def test_every_object_of_coco_is_read_but_crowds(shared: Path, capsys: Any) -> N
     assert len(by_size) == len(images)
     for image, objects in list(zip(images, sampler.images, strict=True))[::10]:
         real = coco.loadAnns(coco.getAnnIds(image['id'], iscrowd=False))
-        labels = labels_at(objects, (image['height'], image['width']))
+        labels = stretch_labels(objects, (image['height'], image['width']))
         # At the image's own size only what is thinner than a pixel goes.
         real = [a for a in real if min(a['bbox'][2:]) >= 1]
         xywh = torch.tensor([a['bbox'] for a in real])
@@ -122,7 +122,7 @@ def test_run_lengths_and_broken_polygons_are_read(tmp_path: Path, segmentation: 
     [objects] = RealLabelSampler(str(write(tmp_path, content))).images
     expected = torch.zeros(32, 48, dtype=torch.bool)
     expected[10:30, 20:23] = True
-    assert torch.equal(labels_at(objects, (32, 48)).masks[0], expected)
+    assert torch.equal(stretch_labels(objects, (32, 48)).masks[0], expected)
 
 
 def test_classes_select_and_order_categories(coco_file: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_generator_alone_decides(shared: Path) -> None:
     assert first == second != other
 
 
-def test_it_says_that_it_is_not_zero_shot_alone_and_as_a_start(coco_file: Path) -> None:
+def test_it_uses_real_labels_alone_and_as_a_start(coco_file: Path) -> None:
     cfg = dict(type='mmzsq.RealLabelSampler', ann_file=str(coco_file))
     assert LABEL_SAMPLERS.build(cfg).uses_real_labels
     adaptive = AdaptiveLabelSampler(start=cfg)
@@ -232,7 +232,7 @@ def test_difficult_objects_and_other_classes_are_left_out(tmp_path: Path) -> Non
     [image] = read_voc(voc(tmp_path, objects)).images
     assert image.bboxes.tolist() == [[10.0, 5.0, 30.0, 25.5]]
     assert image.labels.tolist() == [0]
-    assert 'masks' not in labels_at(image, SIZE)
+    assert 'masks' not in stretch_labels(image, SIZE)
 
 
 def test_a_document_that_defines_entities_is_refused(tmp_path: Path) -> None:
@@ -249,12 +249,12 @@ def test_a_document_that_defines_entities_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('objects', 'size', 'message'),
     [
-        ('<object>', '', 'a.xml is no annotation of Pascal VOC'),
+        ('<object>', '', 'a.xml is not a Pascal VOC annotation'),
         (voc_object('cat'), '<width>48</width>', 'annotation lacks size/height'),
         (voc_object('cat').replace('<ymax>26.5</ymax>', ''), None, 'object lacks bndbox/ymax'),
         (voc_object('cat').replace('26.5', 'low'), None, 'low'),
-        (voc_object('cats'), None, "nothing in .*Annotations is of class 'cat'; did you mean 'cats'"),
-        ('', None, "is of class 'cat'; it has no objects"),
+        (voc_object('cats'), None, "Annotations has no object of class 'cat'; did you mean 'cats'"),
+        ('', None, "has no object of class 'cat'; it has no objects"),
     ],
 )
 def test_mistakes_in_voc_are_named(tmp_path: Path, objects: str, size: str | None, message: str) -> None:
@@ -284,11 +284,11 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ([1, 2], 'no annotation file of COCO'),
-        (changed(categories=[]), 'no annotation file of COCO'),
-        (changed(annotations=[annotation(77, [0, 0, 5, 5])]), r'no annotation file of COCO \(KeyError\(77\)\)'),
-        (changed(annotations=[annotation(5, [0, 0])]), 'no annotation file of COCO'),
-        (changed(annotations=[]), 'no object of the classes wanted'),
+        ([1, 2], 'not a COCO annotation file'),
+        (changed(categories=[]), 'not a COCO annotation file'),
+        (changed(annotations=[annotation(77, [0, 0, 5, 5])]), r'not a COCO annotation file \(KeyError\(77\)\)'),
+        (changed(annotations=[annotation(5, [0, 0])]), 'not a COCO annotation file'),
+        (changed(annotations=[]), 'no object of the requested classes'),
     ],
 )
 def test_mistakes_in_coco_are_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -297,7 +297,7 @@ def test_mistakes_in_coco_are_named(tmp_path: Path, content: Any, message: str) 
 
 
 def test_other_classes_than_the_detectors_are_refused(coco_file: Path) -> None:
-    with pytest.raises(UserError, match='read with 2 classes, the detector has 80'):
+    with pytest.raises(UserError, match='read with 2 classes, but the detector has 80'):
         draw(RealLabelSampler(str(coco_file)), 1, 80)
-    with pytest.raises(UserError, match="is of class 'dgo'; did you mean 'dog'"):
+    with pytest.raises(UserError, match="no object of class 'dgo'; did you mean 'dog'"):
         RealLabelSampler(str(coco_file), classes=['cat', 'dgo'])

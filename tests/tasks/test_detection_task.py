@@ -19,9 +19,9 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from mmzsq.config.compose import has_masks
+from mmzsq.masks import ellipse_masks, mask_boxes
 from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.synthesis import CalibrationSetGenerator
-from mmzsq.synthesis.label_samplers import ellipse_masks, mask_boxes
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.detection_task import add_ignored_semantic_labels, needs_masks, sum_losses
 

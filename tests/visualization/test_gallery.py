@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets show what a set holds: boxes and, where there are any, masks."""
+"""Contact sheets show the boxes and masks of a set."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
+from mmzsq.masks import ellipse_masks
 from mmzsq.synthesis import CalibrationSet
-from mmzsq.synthesis.label_samplers import ellipse_masks
 from mmzsq.visualization import save_gallery, save_set_gallery, save_side_by_side
-from mmzsq.visualization.gallery import GAP, MASK_OPACITY, TITLE, draw_labels
+from mmzsq.visualization.gallery import GAP, MASK_OPACITY, TITLE_HEIGHT, draw_labels
 
 SIZE = (128, 128)
 TILE = 256
 INNER = torch.tensor([[24.0, 40.0, 88.0, 104.0]])
-"""What the mask fills an ellipse of: less than the box, whose lines would hide the outline."""
+"""Box of the mask's ellipse; smaller than the label's box, whose lines would hide the outline."""
 
 
 def label(masks: bool = True) -> InstanceData:
@@ -88,7 +88,7 @@ def test_the_gallery_of_a_set_shows_the_labels_on_disk(tmp_path: Path, masks: bo
     assert ((tmp_path / 'set.png').read_bytes() != (tmp_path / 'plain.png').read_bytes()) == masks
 
 
-def test_sets_stand_one_under_the_other_by_the_same_indices(repo: Path, tmp_path: Path) -> None:
+def test_side_by_side_shows_the_same_indices_of_each_set(repo: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     many = random.integers(0, 256, (2, 3, *SIZE, 3), dtype=np.uint8)
     roots = [write_set(tmp_path / name, images, masks=False) for name, images in zip('ab', many, strict=True)]
@@ -96,21 +96,27 @@ def test_sets_stand_one_under_the_other_by_the_same_indices(repo: Path, tmp_path
     words = [f'first={roots[0]}', roots[1], '--out', tmp_path / 'both.png', '--indices', '2', '0']
     subprocess.run([*tool, *words], check=True, timeout=60)
     sheet = cv2.imread(str(tmp_path / 'both.png'))[..., ::-1]
-    height = TITLE + TILE
+    height = TITLE_HEIGHT + TILE
     assert sheet.shape == (2 * height, 2 * TILE + GAP, 3)
     for row, images in enumerate(many):
         for column, index in enumerate((2, 0)):
             left = column * (TILE + GAP)
-            shown = sheet[row * height + TITLE :][:TILE, left : left + TILE]
+            shown = sheet[row * height + TITLE_HEIGHT :][:TILE, left : left + TILE]
             np.testing.assert_array_equal(shown, draw_labels(images[index], label(False), ['cat']))
-        assert (sheet[row * height : row * height + TITLE] < 128).any(), 'no name over the row'
+        assert (sheet[row * height : row * height + TITLE_HEIGHT] < 128).any(), 'no name over the row'
 
 
-def test_what_cannot_be_shown_is_told(tmp_path: Path) -> None:
+def test_missing_images_sets_and_folders_are_errors(tmp_path: Path) -> None:
     root = write_set(tmp_path / 'set', np.zeros((2, *SIZE, 3), np.uint8), masks=False)
-    with pytest.raises(UserError, match='has images 0 to 1, and 2 was asked for'):
+    with pytest.raises(UserError, match='has images 0 to 1, but 2 was requested'):
         save_side_by_side(tmp_path / 'out.png', {'set': root}, [2])
     with pytest.raises(UserError, match='not the folder of a complete calibration set'):
         save_side_by_side(tmp_path / 'out.png', {'set': tmp_path}, [0])
+    annotations = root / 'annotations' / 'instances.json'
+    annotations.write_text('{')
+    with pytest.raises(UserError, match='instances.json is damaged'):
+        save_side_by_side(tmp_path / 'out.png', {'set': root}, [0])
+    write_set(tmp_path / 'other', np.zeros((2, *SIZE, 3), np.uint8), masks=False)
+    root = tmp_path / 'other'
     with pytest.raises(UserError, match='cannot be written'):
         save_side_by_side(tmp_path / 'missing' / 'out.png', {'set': root}, [0])

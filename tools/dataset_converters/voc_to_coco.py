@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
-from xml.parsers.expat import ExpatError
 
 from mmzsq.atomic_files import make_directory, write_atomically
 from mmzsq.errors import UserError
@@ -74,8 +73,8 @@ def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> d
             tree = parse_xml(_read(path))
             size = {side: int(_text(tree, f'size/{side}')) for side in ('width', 'height')}
             objects = [_object(node) for node in tree.iter('object')]
-        except (ExpatError, ValueError) as error:
-            raise UserError(f'{path} is no annotation of Pascal VOC: {error}') from error
+        except ValueError as error:
+            raise UserError(f'{path} is not a Pascal VOC annotation: {error}') from error
         images.append(dict(id=len(images) + 1, file_name=f'{name}.jpg', **size))
         for label, difficult, (x1, y1, x2, y2) in objects:
             if label not in classes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of data pipelines that MMDetection lacks."""
+"""Pipeline transforms that MMDetection lacks."""
 
 from mmzsq.datasets.transforms.letterbox import LetterResize
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizing an image into a fixed frame without changing its aspect ratio, as YOLOv5 takes it."""
+"""Letterbox resizing as in YOLOv5: fit an image into a fixed size without changing its aspect ratio."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mmzsq.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class LetterResize(Resize):
-    """Resize to the largest size that fits a frame, and pad evenly on both sides to fill it.
+    """Resize an image to the largest size that fits a frame, and pad it evenly on both sides to fill the frame.
 
-    Boxes, masks and the segmentation map follow. Adds ``pad_param``, the padding in pixels at the
-    top, bottom, left and right; ``scale_factor`` (width, height) is that of the resize alone, so
-    that a point of the original image lies at ``point * scale_factor + (left, top)``.
+    Boxes, masks and the segmentation map are transformed accordingly. Adds ``pad_param``, the padding in pixels at the
+    top, bottom, left and right. ``scale_factor`` (width, height) describes only the resize: a point of the original
+    image moves to ``point * scale_factor + (left, top)``.
 
     Args:
         scale: Width and height of the frame in pixels.
-        pad_val: Value of the padding in [0, 255], for every channel.
-        seg_pad_val: Value of the padding of the segmentation map.
-        **kwargs: ``clip_object_border``, ``backend`` and ``interpolation``, as of
+        pad_val: Padding value of every channel, in [0, 255].
+        seg_pad_val: Padding value of the segmentation map.
+        **kwargs: ``clip_object_border``, ``backend`` and ``interpolation`` of
             :class:`~mmdet.datasets.transforms.Resize`.
 
     Raises:
@@ -41,15 +41,18 @@ class LetterResize(Resize):
         self.seg_pad_val = seg_pad_val
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize and pad what a pipeline has loaded.
+        """Resize and pad an image and its annotations.
 
         Args:
-            results: Holds ``img`` (H, W, 3) and optionally ``gt_bboxes``, ``gt_masks`` and
-                ``gt_seg_map``, in pixels of ``img``.
+            results: ``img`` (H, W, 3) and optionally ``gt_bboxes``, ``gt_masks`` and ``gt_seg_map``, in pixels of
+                ``img``.
+
+        Returns:
+            ``results``, updated.
         """
         results = super().transform(results)
         height, width = results['img_shape']
-        # The odd pixel goes to the bottom and to the right.
+        # An odd pixel is added at the bottom and on the right.
         top, left = (self.scale[1] - height) // 2, (self.scale[0] - width) // 2
         bottom, right = self.scale[1] - height - top, self.scale[0] - width - left
         self._pad(results, (top, bottom, left, right))
@@ -58,17 +61,17 @@ class LetterResize(Resize):
         return results
 
     def _resize_img(self, results: dict[str, Any]) -> None:
-        """Resize to the largest size that fits the frame in place of the frame's own."""
+        """Resize to the largest size that fits the frame."""
         height, width = results['img'].shape[:2]
         factor = min(self.scale[0] / width, self.scale[1] / height)
         results['scale'] = (max(round(width * factor), 1), max(round(height * factor), 1))
         super()._resize_img(results)
 
     def _pad(self, results: dict[str, Any], padding: tuple[int, int, int, int]) -> None:
-        """Pad everything that ``results`` holds by top, bottom, left, right."""
+        """Pad all entries of ``results`` by (top, bottom, left, right) pixels."""
         top, bottom, left, right = padding
         sides = (left, top, right, bottom)
-        # OpenCV takes a single number as the value of the first channel alone.
+        # OpenCV would use a single number for the first channel only.
         pad_val = (self.pad_val,) * results['img'].shape[2]
         results['img'] = mmcv.impad(results['img'], padding=sides, pad_val=pad_val)
         results['img_shape'] = results['pad_shape'] = results['img'].shape[:2]
@@ -89,7 +92,7 @@ class LetterResize(Resize):
 
 
 def _pad_masks(masks: BitmapMasks | PolygonMasks, padding: tuple[int, int, int, int]) -> BitmapMasks | PolygonMasks:
-    """Pad masks by top, bottom, left, right; what is added belongs to no instance."""
+    """Pad masks with background by (top, bottom, left, right) pixels."""
     top, bottom, left, right = padding
     size = (masks.height + top + bottom, masks.width + left + right)
     if isinstance(masks, BitmapMasks):

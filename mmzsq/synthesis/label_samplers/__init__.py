@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the labels of synthetic images come from."""
+"""Label samplers: sources of labels for synthetic images."""
 
 from mmzsq.synthesis.label_samplers.adaptive import AdaptiveLabelSampler
-from mmzsq.synthesis.label_samplers.base import LabelSampler, RelabelCounts, rescale_labels
-from mmzsq.synthesis.label_samplers.detector_prior import DetectorPriorSampler, LabelPrior
+from mmzsq.synthesis.label_samplers.base import LabelPrior, LabelSampler, RelabelCounts, fit_masks, rescale_labels
+from mmzsq.synthesis.label_samplers.detector_prior import DetectorPriorSampler
 from mmzsq.synthesis.label_samplers.false_positive import FalsePositiveSampler
-from mmzsq.synthesis.label_samplers.masks import ellipse_masks, fit_masks, mask_boxes, resize_masks
 from mmzsq.synthesis.label_samplers.random_boxes import MultiBoxSampler, SingleBoxSampler
 from mmzsq.synthesis.label_samplers.real import RealLabelSampler
 from mmzsq.synthesis.label_samplers.tile import TileSampler
@@ -21,9 +20,6 @@ __all__ = [
     'RelabelCounts',
     'SingleBoxSampler',
     'TileSampler',
-    'ellipse_masks',
     'fit_masks',
-    'mask_boxes',
     'rescale_labels',
-    'resize_masks',
 ]

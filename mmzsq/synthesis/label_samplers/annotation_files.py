@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What real images hold, read from annotation files of COCO's and Pascal VOC's form, without their pixels."""
+"""Readers for annotation files in COCO and Pascal VOC format. They never open an image."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import Element, ParseError
 
 import torch
+from defusedxml import DTDForbidden, ElementTree
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from mmzsq.errors import UserError
+from mmzsq.synthesis.coco_format import annotation_boxes, parse_coco
 
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 
 @dataclass(frozen=True)
 class RealObjects:
-    """What is annotated in one real image.
+    """Annotations of one real image.
 
     Attributes:
         image_size: Height and width in pixels.
         bboxes: Boxes (n, 4), xyxy in pixels, inside the image; n is at least 1.
         labels: Class indices (n,).
-        segmentations: COCO's, of each object; None where there is none.
+        segmentations: COCO segmentation of each object; None for an object without one.
     """
 
     image_size: tuple[int, int]
@@ -39,62 +39,65 @@ class RealObjects:
 
 
 def read_coco(path: Path, classes: Sequence[str] | None) -> tuple[list[str], list[RealObjects]]:
-    """Read an annotation file of COCO's form.
+    """Read an annotation file in COCO format.
 
     Args:
         path: The JSON file.
-        classes: Names of categories, in the order of the labels; None: all, by rising id.
+        classes: Category names, in the order of the labels; None: all categories, by ascending id.
 
     Returns:
-        The names, and what is annotated in each image that has an object of these classes, in the order of the file.
+        The category names, and the annotations of each image with an object of these classes, in the order of the file.
+        Crowds and ignored objects are left out.
 
     Raises:
-        UserError: If there is no such file, it is of another form, or it lacks a class or any object.
+        UserError: If the file is missing or not in COCO format, or if it lacks a class or has no object of the classes.
     """
     try:
-        coco = json.loads(_read(path))
-        names = {category['id']: category['name'] for category in sorted(coco['categories'], key=lambda c: c['id'])}
+        coco = parse_coco(_read(path))
+        names = {index: coco.cats[index]['name'] for index in sorted(coco.cats)}
         classes = list(names.values()) if classes is None else list(classes)
-        _refuse_unknown(classes, list(names.values()), path)
-        found: dict[Any, list[dict[str, Any]]] = {image['id']: [] for image in coco['images']}
-        for annotation in coco['annotations']:
-            wanted = names[annotation['category_id']] in classes
-            if wanted and not annotation.get('iscrowd') and not annotation.get('ignore'):
-                found[annotation['image_id']].append(annotation)
+        _check_classes(classes, list(names.values()), path)
         images = []
-        for image in coco['images']:
-            annotations = found[image['id']]
-            bboxes = torch.tensor([a['bbox'] for a in annotations], dtype=torch.float32).view(len(annotations), 4)
-            bboxes[:, 2:] += bboxes[:, :2]
+        for image_id, image in coco.imgs.items():
+            annotations = [
+                annotation
+                for annotation in coco.imgToAnns[image_id]
+                if names[annotation['category_id']] in classes
+                and not annotation.get('iscrowd')
+                and not annotation.get('ignore')
+            ]
+            image_size = (image['height'], image['width'])
+            labels = [classes.index(names[annotation['category_id']]) for annotation in annotations]
             images.append(
                 RealObjects(
-                    (image['height'], image['width']),
-                    clip_boxes_to_image(bboxes, (image['height'], image['width'])),
-                    torch.tensor([classes.index(names[a['category_id']]) for a in annotations], dtype=torch.long),
+                    image_size,
+                    clip_boxes_to_image(annotation_boxes(annotations), image_size),
+                    torch.tensor(labels, dtype=torch.long),
                     [annotation.get('segmentation') for annotation in annotations],
                 )
             )
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f'RealLabelSampler: {path} is no annotation file of COCO ({error!r})') from error
-    return classes, _with_objects(images, path)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'RealLabelSampler: {path} is not a COCO annotation file ({error!r})') from error
+    return classes, _keep_with_objects(images, path)
 
 
 def read_voc(root: Path, classes: Sequence[str], list_file: Path | None) -> list[RealObjects]:
-    """Read annotations of Pascal VOC's form.
+    """Read annotations in Pascal VOC format.
 
     Args:
         root: Folder with ``Annotations/*.xml``.
-        classes: Names, in the order of the labels.
-        list_file: Text file with the name of one image, less its suffix, at the start of each line; None: all.
+        classes: Class names, in the order of the labels.
+        list_file: Text file whose lines begin with the name of an image, without suffix; None: all images.
 
     Returns:
-        What is annotated in each image that has an object of these classes, in the order of the list or of the names.
-        Coordinates count from 1 in the files and from 0 here, as MMDetection reads them.
+        The annotations of each image with an object of these classes, in the order of the list, or else sorted by file
+        name. Coordinates start at 1 in the files and at 0 here, as in MMDetection. Objects marked as difficult are left
+        out.
 
     Raises:
-        UserError: If a file is missing or of another form, or none has an object of some class.
+        UserError: If a file is missing or not in VOC format, or if a class has no object.
     """
     folder = root / 'Annotations'
     if list_file is not None:
@@ -103,18 +106,18 @@ def read_voc(root: Path, classes: Sequence[str], list_file: Path | None) -> list
     else:
         paths = sorted(folder.glob('*.xml'))
     images = []
-    seen: set[str] = set()
+    found: set[str] = set()
     for path in paths:
-        text = _read(path)
+        content = _read(path)
         try:
-            tree = parse_xml(text)
+            tree = parse_xml(content)
             image_size = (int(_text(tree, 'size/height')), int(_text(tree, 'size/width')))
             objects = [item for item in tree.findall('object') if item.findtext('difficult', '0').strip() != '1']
-            seen.update(_text(item, 'name') for item in objects)
+            found.update(_text(item, 'name') for item in objects)
             objects = [item for item in objects if _text(item, 'name') in classes]
             corners = [[float(_text(item, f'bndbox/{key}')) for key in _CORNERS] for item in objects]
-        except (expat.ExpatError, ValueError) as error:
-            raise UserError(f'RealLabelSampler: {path} is no annotation of Pascal VOC ({error})') from error
+        except ValueError as error:
+            raise UserError(f'RealLabelSampler: {path} is not a Pascal VOC annotation ({error})') from error
         images.append(
             RealObjects(
                 image_size,
@@ -123,24 +126,30 @@ def read_voc(root: Path, classes: Sequence[str], list_file: Path | None) -> list
                 [None] * len(objects),
             )
         )
-    _refuse_unknown(classes, sorted(seen), list_file or folder)
-    return _with_objects(images, list_file or folder)
+    _check_classes(classes, sorted(found), list_file or folder)
+    return _keep_with_objects(images, list_file or folder)
 
 
-def parse_xml(text: bytes) -> Element:
-    """Parse a document that defines no entities: those are how XML is made to eat memory or to read other files."""
+def parse_xml(content: bytes) -> Element:
+    """Parse an XML document that declares no document type.
 
-    def refuse(name: str, *_: Any) -> None:
-        raise ValueError(f'it has a document type, {name}')
+    Entities, which a document type defines, can exhaust the memory or include other files.
 
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.Parse(text, True)
-    return builder.close()
+    Args:
+        content: The bytes of the file.
+
+    Returns:
+        The root element.
+
+    Raises:
+        ValueError: If the document is not well-formed or declares a document type.
+    """
+    try:
+        return ElementTree.fromstring(content, forbid_dtd=True)
+    except DTDForbidden as error:
+        raise ValueError(f'it declares a document type, {error.name}') from error
+    except ParseError as error:
+        raise ValueError(str(error)) from error
 
 
 def _text(element: Element, path: str) -> str:
@@ -157,16 +166,16 @@ def _read(path: Path) -> bytes:
         raise UserError(f'RealLabelSampler: {path} cannot be read ({error.strerror})') from error
 
 
-def _refuse_unknown(classes: Sequence[str], known: Sequence[str], path: Path) -> None:
+def _check_classes(classes: Sequence[str], known: Sequence[str], path: Path) -> None:
     for name in classes:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f'; did you mean {nearest[0]!r}?' if nearest else f'; it has {", ".join(known) or "no objects"}'
-            raise UserError(f'RealLabelSampler: nothing in {path} is of class {name!r}{hint}')
+            raise UserError(f'RealLabelSampler: {path} has no object of class {name!r}{hint}')
 
 
-def _with_objects(images: list[RealObjects], path: Path) -> list[RealObjects]:
+def _keep_with_objects(images: list[RealObjects], path: Path) -> list[RealObjects]:
     images = [image for image in images if len(image.labels) > 0]
     if not images:
-        raise UserError(f'RealLabelSampler: {path} has no object of the classes wanted')
+        raise UserError(f'RealLabelSampler: {path} has no object of the requested classes')
     return images

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every label sampler offers, and the form of the labels that it deals in.
+"""Interface of label samplers, and functions on labels.
 
-Labels are a list of :class:`mmengine.structures.InstanceData` on the CPU, one entry an image, never
-empty: ``bboxes`` (n, 4) float32, xyxy in pixels of the image they are meant for, ``labels`` (n,)
-int64, and, where the detector learns them, ``masks`` (n, H, W) bool.
+Labels are a list of :class:`mmengine.structures.InstanceData` on the CPU, one entry for each image, never empty:
+``bboxes`` (n, 4) float32, xyxy in pixels of the image, ``labels`` (n,) int64, and, for detectors that learn masks,
+``masks`` (n, H, W) bool.
 """
 
 from __future__ import annotations
@@ -12,36 +12,44 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from mmengine.structures import InstanceData
+from torch import Tensor
 
 from mmzsq.errors import UserError
-from mmzsq.synthesis.label_samplers.masks import resize_masks
+from mmzsq.masks import ellipse_masks, resize_masks
 
-if TYPE_CHECKING:
-    from mmzsq.synthesis.label_samplers.detector_prior import LabelPrior
+
+@dataclass(frozen=True)
+class LabelPrior:
+    """Label statistics of a detector's training data, estimated from its weights.
+
+    Attributes:
+        categories: Weight of each category, (C,), positive; None if the weights do not reveal any.
+        sizes: Widths and heights in pixels, all equally likely, (K, 2); None if the weights do not reveal any.
+    """
+
+    categories: Tensor | None
+    sizes: Tensor | None
 
 
 @dataclass(frozen=True)
 class RelabelCounts:
-    """How many boxes one :meth:`LabelSampler.relabel` changed, over all images.
+    """Number of boxes changed by one :meth:`LabelSampler.relabel`, over all images.
 
     Attributes:
-        added: Boxes that the detector saw and the labels lacked.
-        removed: Boxes that the labels had and the detector did not see.
-        adopted: Boxes that became what the detector saw in their place.
+        added: Boxes that the detector predicted and the labels lacked.
+        removed: Boxes of the labels that the detector did not predict.
     """
 
     added: int = 0
     removed: int = 0
-    adopted: int = 0
 
     @property
     def any(self) -> bool:
-        """Whether a label changed at all."""
-        return bool(self.added or self.removed or self.adopted)
+        """Whether any label changed."""
+        return bool(self.added or self.removed)
 
 
 class LabelSampler(ABC):
@@ -49,8 +57,8 @@ class LabelSampler(ABC):
 
     Attributes:
         adaptive: Whether :meth:`relabel` can change labels while the images are optimized.
-        uses_real_labels: Whether any label of a real image is read: such a run is not zero-shot.
-        uses_detector_prior: Whether :meth:`set_label_prior` has to come before :meth:`sample`.
+        uses_real_labels: Whether any label of a real image is read. Such a run is not zero-shot.
+        uses_detector_prior: Whether :meth:`set_label_prior` must be called before :meth:`sample`.
     """
 
     adaptive: bool = False
@@ -58,11 +66,11 @@ class LabelSampler(ABC):
     uses_detector_prior: bool = False
 
     def set_label_prior(self, prior: LabelPrior, image_size: tuple[int, int]) -> None:
-        """Learn what the detector's weights tell of labels; of use to samplers that ask for it alone.
+        """Set the label statistics of the detector; ignored unless :attr:`uses_detector_prior` is true.
 
         Args:
-            prior: Of the detector.
-            image_size: Height and width in pixels of the images that its sizes are of.
+            prior: Label statistics of the detector.
+            image_size: Height and width, in pixels, of the images that ``prior.sizes`` refers to.
         """
         return None
 
@@ -74,20 +82,20 @@ class LabelSampler(ABC):
         num_classes: int,
         generator: torch.Generator,
     ) -> list[InstanceData]:
-        """Draw the labels to start from.
+        """Draw the initial labels.
 
         Args:
-            num_images: Length of the list returned.
+            num_images: Length of the returned list.
             image_size: Height and width in pixels.
             num_classes: Classes are drawn from ``range(num_classes)``.
-            generator: A CPU generator, the only source of randomness: one state, one result.
+            generator: CPU generator, the only source of randomness: the same state gives the same labels.
 
         Returns:
-            The labels, in the form that this module describes.
+            The labels, in the format described at the top of this module.
         """
 
-    def due(self, iteration: int) -> bool:
-        """Whether to relabel after ``iteration`` steps; never, unless a subclass says so."""
+    def should_relabel(self, iteration: int) -> bool:
+        """Return whether to relabel after ``iteration`` steps; False unless overridden."""
         return False
 
     def relabel(
@@ -96,17 +104,16 @@ class LabelSampler(ABC):
         predictions: Sequence[InstanceData],
         image_size: tuple[int, int],
     ) -> tuple[list[InstanceData], RelabelCounts]:
-        """Correct labels by what a detector sees; changes nothing unless a subclass does.
+        """Correct labels by the predictions of a detector; changes nothing unless overridden.
 
         Args:
-            labels: The current labels; left as they are.
-            predictions: One entry an image: ``bboxes`` (p, 4) xyxy in the same pixels, ``scores``
-                (p,) in [0, 1], ``labels`` (p,), and ``masks`` (p, H, W) where the labels have them.
-                Left as they are.
+            labels: The current labels; not modified.
+            predictions: One entry for each image: ``bboxes`` (p, 4) xyxy in the same pixels, ``scores`` (p,) in [0, 1],
+                ``labels`` (p,), and ``masks`` (p, H, W) if the labels have masks. Not modified.
             image_size: Height and width in pixels.
 
         Returns:
-            The new labels, and how many boxes came and went.
+            The new labels, and the number of boxes added and removed.
         """
         return list(labels), RelabelCounts()
 
@@ -114,15 +121,15 @@ class LabelSampler(ABC):
 def rescale_labels(
     labels: Sequence[InstanceData], from_size: tuple[int, int], to_size: tuple[int, int]
 ) -> list[InstanceData]:
-    """Carry labels over to images of another size.
+    """Rescale labels to another image size.
 
     Args:
-        labels: For images of ``from_size``; left as they are.
+        labels: Labels of images of ``from_size``; not modified.
         from_size: Height and width in pixels.
         to_size: Height and width in pixels.
 
     Returns:
-        Labels for images of ``to_size``; masks as :func:`resize_masks` carries them.
+        Labels of images of ``to_size``; masks are resized by :func:`~mmzsq.masks.resize_masks`.
 
     Example:
         >>> labels = [InstanceData(bboxes=torch.tensor([[0., 0., 10., 20.]]))]
@@ -141,11 +148,33 @@ def rescale_labels(
     return rescaled
 
 
+def fit_masks(labels: Sequence[InstanceData], image_size: tuple[int, int], needed: bool) -> list[InstanceData]:
+    """Add masks to labels, or remove them, to match the detector.
+
+    Args:
+        labels: Labels of images of ``image_size``; not modified.
+        image_size: Height and width in pixels.
+        needed: Whether the detector learns masks.
+
+    Returns:
+        The labels. With ``needed``, labels without masks get ellipses, and other masks are kept; else there are none.
+    """
+    fitted = []
+    for instances in labels:
+        new = instances.clone()
+        if not needed:
+            new.pop('masks', None)
+        elif 'masks' not in instances:
+            new.masks = ellipse_masks(instances.bboxes, image_size)
+        fitted.append(new)
+    return fitted
+
+
 def checked_range(name: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
     """Return ``value`` as a pair of numbers with ``low <= first <= second <= high``.
 
     Raises:
-        UserError: If it is not; the message names the argument, the value and what is allowed.
+        UserError: If it is not; the message gives the argument, the value and the allowed values.
     """
     if (
         not isinstance(value, Sequence)
@@ -161,7 +190,7 @@ def checked_number(name: str, value: float, low: float, high: float) -> float:
     """Return ``value`` if it is a number in ``[low, high]``.
 
     Raises:
-        UserError: If it is not; the message names the argument, the value and what is allowed.
+        UserError: If it is not; the message gives the argument, the value and the allowed values.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UserError(f'{name} must be a number in [{low}, {high}], got {value!r}')
@@ -169,10 +198,10 @@ def checked_number(name: str, value: float, low: float, high: float) -> float:
 
 
 def checked_histogram(name: str, value: Sequence[float] | None) -> list[float] | None:
-    """Return ``value`` as a list if it is a list of weights, none below 0 and one above; None stays None.
+    """Return ``value`` as a list if it is a sequence of finite weights >= 0, at least one of them > 0; None stays None.
 
     Raises:
-        UserError: If it is neither; the message names the argument, the value and what is allowed.
+        UserError: If it is neither; the message gives the argument, the value and the allowed values.
     """
     if value is None:
         return None
@@ -181,5 +210,5 @@ def checked_histogram(name: str, value: Sequence[float] | None) -> list[float] |
         or not all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in value)
         or not any(weight > 0 for weight in value)
     ):
-        raise UserError(f'{name} must be a list of weights, none below 0 and one above, got {value!r}')
+        raise UserError(f'{name} must be a list of weights >= 0, at least one > 0, got {value!r}')
     return list(value)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""False-positive sampling: what the teacher sees and no label asked for joins the labels, and none ever leaves.
+"""False-positive sampling: unlabeled predictions of the teacher are added to the labels, and no label is removed.
 
-This is how DIODE (Chawla et al. 2021, https://research.nvidia.com/publication/2021-01_Data-Free-Knowledge-Distillation)
-comes from one object an image to several; the paper compares adaptive sampling with it (Figures 5 and 6).
+DIODE (Chawla et al. 2021, https://research.nvidia.com/publication/2021-01_Data-Free-Knowledge-Distillation) extends one
+object in each image to several in this way. The paper compares adaptive sampling with it (Figures 5 and 6).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from mmzsq.synthesis.label_samplers.adaptive import AdaptiveLabelSampler
 
 @LABEL_SAMPLERS.register_module()
 class FalsePositiveSampler(AdaptiveLabelSampler):
-    """Starts from another sampler's labels and adds the teacher's false positives to them.
+    """Starts with the labels of another sampler and adds the teacher's false positives.
 
-    What counts as one is what :class:`AdaptiveLabelSampler` adds, by the same thresholds: a comparison of the two shows
-    what removing labels does.
+    False positives are the predictions that :class:`AdaptiveLabelSampler` adds, with the same thresholds. Comparing the
+    two samplers therefore shows the effect of removing labels.
 
     Args:
-        start: Config of the sampler to start from.
-        warmup: Steps of optimization before the first addition.
-        interval: Steps between two additions.
-        score_thr: Predictions count above this score, in [0, 1].
-        nms_iou: Of two predictions of one class that overlap by more, the lower-scoring one is dropped.
-        add_iou: Predictions are added that overlap every current box, of any class, by less.
-        area: Only predictions of an area strictly between these shares of the image are added.
+        start: Config of the sampler that draws the initial labels.
+        warmup: Optimization steps before the first correction.
+        interval: Optimization steps between two corrections.
+        score_thr: Predictions with lower or equal scores are ignored, in [0, 1].
+        nms_iou: If two predictions of one class have a higher IoU, the one with the lower score is dropped.
+        add_iou: A prediction is added if its IoU with every current box, of any class, is lower.
+        area: A prediction is added only if its area, as a fraction of the image area, is strictly between these.
 
     Raises:
-        UserError: If an argument is out of range, or ``start`` is adaptive itself.
+        UserError: If an argument is out of range, or ``start`` is itself adaptive.
     """
 
     def __init__(
@@ -44,5 +44,5 @@ class FalsePositiveSampler(AdaptiveLabelSampler):
         add_iou: float = 0.35,
         area: Sequence[float] = (0.01, 0.85),
     ) -> None:
-        # No overlap is below 0.
+        # No IoU is below 0, so no label is removed.
         super().__init__(start, warmup, interval, score_thr, nms_iou, add_iou, remove_iou=0.0, area=area)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels drawn blindly: boxes of random size, place and class.
+"""Random labels: boxes of random size, position and class.
 
-:class:`SingleBoxSampler` is where the paper's adaptive sampling starts (Table 1), :class:`MultiBoxSampler` its
-MultiSample baseline (Table 5): "out of distribution" as it stands, "in distribution" with the histogram of how many
-objects real images hold. ``tools/analysis_tools/label_statistics.py`` writes such histograms.
+:class:`SingleBoxSampler` draws the initial labels of the paper's adaptive sampling (Table 1). :class:`MultiBoxSampler`
+is its MultiSample baseline (Table 5): "out of distribution" by default, and "in distribution" with histograms of a real
+data set, as written by ``tools/analysis_tools/label_statistics.py``.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ def random_boxes(
     """Draw boxes that lie inside the image.
 
     Args:
-        count: How many.
+        count: Number of boxes.
         image_size: Height and width in pixels.
-        side: Range of width and of height, each drawn uniformly, as shares of the image's.
+        side: Range of the width and of the height, each drawn uniformly, as fractions of the image's.
         generator: A CPU generator.
 
     Returns:
-        Boxes (count, 4), xyxy in pixels; each box's center is uniform over where it can be.
+        Boxes (count, 4), xyxy in pixels; centers are uniform over all positions that keep the box inside.
     """
     size = side[0] + torch.rand(count, 2, generator=generator) * (side[1] - side[0])
     return place_boxes(size, image_size, generator)
 
 
-def boxes_by_size(
+def boxes_from_size_histogram(
     count: int,
     image_size: tuple[int, int],
     histogram: Sequence[float],
     ratio: tuple[float, float],
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw boxes that lie inside the image and are as large as a histogram says.
+    """Draw boxes that lie inside the image and whose sizes follow a histogram.
 
     Args:
-        count: How many.
+        count: Number of boxes.
         image_size: Height and width in pixels.
-        histogram: Weights of sizes, a size being the square root of a box's share of the image, in bins of equal width
-            over (0, 1]; uniform within a bin.
-        ratio: Range of width to height, both as shares of the image's, drawn log-uniformly from the part of the range
-            that leaves both within the image.
+        histogram: Weights of size bins of equal width over (0, 1]. The size of a box is the square root of its area as
+            a fraction of the image area; it is uniform within a bin.
+        ratio: Range of width to height, both as fractions of the image's, drawn log-uniformly from the part of the
+            range for which the box fits into the image.
         generator: A CPU generator.
 
     Returns:
-        Boxes (count, 4), xyxy in pixels, at least a pixel wide and high; each box's center is uniform over where it
-        can be.
+        Boxes (count, 4), xyxy in pixels, at least one pixel wide and high; centers are uniform over all positions that
+        keep the box inside.
     """
     bins = draw_bins(histogram, count, generator)
     size = (bins + 1 - torch.rand(count, generator=generator)) / len(histogram)
-    # Beyond these a side would be longer than the image's.
+    # Outside of these bounds a side would be longer than the image's.
     low, high = (torch.full_like(size, bound).clamp(size**2, size**-2).log() for bound in ratio)
     root = ((low + torch.rand(count, generator=generator) * (high - low)) / 2).exp()
     height, width = image_size
@@ -76,7 +76,16 @@ def boxes_by_size(
 
 
 def place_boxes(size: Tensor, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Boxes (n, 4), xyxy in pixels, of widths and heights (n, 2) that are shares of the image's."""
+    """Place boxes uniformly inside an image.
+
+    Args:
+        size: Widths and heights (n, 2), as fractions of the image's.
+        image_size: Height and width in pixels.
+        generator: A CPU generator.
+
+    Returns:
+        Boxes (n, 4), xyxy in pixels.
+    """
     corner = torch.rand(len(size), 2, generator=generator) * (1 - size)
     height, width = image_size
     pixels = torch.tensor([width, height, width, height])
@@ -84,27 +93,27 @@ def place_boxes(size: Tensor, image_size: tuple[int, int], generator: torch.Gene
 
 
 def draw_bins(histogram: Sequence[float], count: int, generator: torch.Generator) -> Tensor:
-    """Bins of a histogram, (count,) int64, each drawn in proportion to its weight."""
+    """Draw ``count`` bins of a histogram, (count,) int64, in proportion to their weights."""
     weights = torch.tensor(histogram, dtype=torch.float64)
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 @LABEL_SAMPLERS.register_module()
 class MultiBoxSampler(LabelSampler):
-    """A random number of boxes an image, each of random class, size and place; they may overlap.
+    """Draws a random number of boxes for each image, of random class, size and position; they may overlap.
 
     Args:
-        num_boxes: Fewest and most boxes of an image; every number between is equally likely.
-        side: Range of each box's width and height, drawn apart, as shares of the image's, in (0,
-            1].
-        count_histogram: In place of ``num_boxes``: weights of one box in an image, two, three, and so on. No label of a
-            real image is read, but such numbers come from somewhere: taken from the real data set, the labels are the
-            paper's "in distribution", which knows more than a label-free run.
-        size_histogram: In place of ``side``: weights of the boxes' sizes, see :func:`boxes_by_size`.
-        ratio: Width to height with ``size_histogram``, both as shares of the image's: its range, in (0, inf).
+        num_boxes: Minimum and maximum number of boxes in an image; all numbers in between are equally likely.
+        side: Range of the width and of the height of each box, drawn independently, as fractions of the image's, in
+            (0, 1].
+        count_histogram: Replaces ``num_boxes``: weights of one, two, three, ... boxes in an image. The sampler reads no
+            real label, but a histogram of a real data set makes the labels the paper's "in distribution" setting, which
+            uses more knowledge than a label-free run.
+        size_histogram: Replaces ``side``: weights of box sizes, see :func:`boxes_from_size_histogram`.
+        ratio: With ``size_histogram``, the range of width to height, both as fractions of the image's, in (0, inf).
 
     Raises:
-        UserError: If a range is empty or out of bounds, or a histogram is none.
+        UserError: If a range is empty or out of bounds, or a histogram is not a list of valid weights.
 
     Example:
         >>> sampler = MultiBoxSampler(count_histogram=[0, 1])
@@ -160,18 +169,18 @@ class MultiBoxSampler(LabelSampler):
         return torch.randint(low, high + 1, (num_images,), generator=generator).tolist()
 
     def _draw_boxes(self, counts: list[int], image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Boxes of all images, ``counts`` of each, (sum of counts, 4), xyxy in pixels."""
+        """Draw ``counts`` boxes for each image; shape (sum of counts, 4), xyxy in pixels."""
         if self.size_histogram is not None:
-            return boxes_by_size(sum(counts), image_size, self.size_histogram, self.ratio, generator)
+            return boxes_from_size_histogram(sum(counts), image_size, self.size_histogram, self.ratio, generator)
         return random_boxes(sum(counts), image_size, self.side, generator)
 
 
 @LABEL_SAMPLERS.register_module()
 class SingleBoxSampler(MultiBoxSampler):
-    """One box an image, of random class, size and place.
+    """Draws one box for each image, of random class, size and position.
 
     Args:
-        side: Range of its width and height, drawn apart, as shares of the image's, in (0, 1].
+        side: Range of the width and of the height, drawn independently, as fractions of the image's, in (0, 1].
 
     Raises:
         UserError: If the range is empty or out of bounds.

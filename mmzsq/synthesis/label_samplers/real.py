@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of real images, for comparison: what synthesis gains when it is told what real scenes hold.
+"""Labels of real images, for comparison with label-free synthesis.
 
-The paper's "real label" rows (its Table 5, and Table 2 as a whole) guide synthesis in this way. No pixel is read, but
-such a run is not zero-shot, and its log and manifest say so.
+The paper guides synthesis by real labels in the "real label" rows of Table 5 and in all of Table 2. No pixel is read,
+but such a run is not zero-shot. Its log and manifest say so.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmzsq.errors import UserError
+from mmzsq.masks import decode_mask, ellipse_masks, resize_masks
 from mmzsq.registry import LABEL_SAMPLERS
-from mmzsq.synthesis.coco_format import read_mask
 from mmzsq.synthesis.label_samplers.annotation_files import RealObjects, read_coco, read_voc
 from mmzsq.synthesis.label_samplers.base import LabelSampler, rescale_labels
-from mmzsq.synthesis.label_samplers.masks import ellipse_masks, resize_masks
 
 
 @LABEL_SAMPLERS.register_module()
 class RealLabelSampler(LabelSampler):
-    """Draws labels of real images, each the labels of one image; for comparison only.
+    """Gives each synthetic image the labels of a random real image; for comparison only.
 
-    Images are drawn without replacement until all are used up, then anew, within one call: a shard of a calibration set
-    depends on nothing that was made before it. Labels are stretched to the size wanted; boxes that are then thinner
-    than a pixel are dropped, images without boxes skipped. Crowds and what is marked difficult or to be ignored are
-    left out.
+    Each call draws images without replacement, and starts over when all are used. No state is kept between calls, so a
+    shard of a calibration set does not depend on earlier shards. Labels are stretched to the image size. Boxes that
+    become thinner than a pixel are dropped, and images without boxes are skipped. Crowds and objects marked as
+    difficult or ignored are left out.
 
     Args:
-        ann_file: For COCO the annotation file. For VOC a list of images, such as
-            ``'ImageSets/Main/trainval.txt'``, or None for all files in ``Annotations``.
-        data_root: Folder that ``ann_file`` is relative to; for VOC the one with ``Annotations/*.xml``.
+        ann_file: For COCO, the annotation file. For VOC, a list of images such as ``'ImageSets/Main/trainval.txt'``, or
+            None for all files in ``Annotations``.
+        data_root: Folder that ``ann_file`` is relative to; for VOC, the folder with ``Annotations/*.xml``.
         format: ``'coco'`` or ``'voc'``.
-        classes: Names in the order of the detector's labels; other objects are left out. Required for VOC; for COCO
-            None takes all categories of the file, by rising id.
+        classes: Class names, in the order of the detector's labels; objects of other classes are left out. Required for
+            VOC. For COCO, None uses all categories of the file, by ascending id.
 
     Raises:
-        UserError: If the arguments do not fit, or a file is missing, damaged or of another form.
+        UserError: If an argument is missing or invalid, or a file is missing, damaged or in another format.
     """
 
     uses_real_labels = True
@@ -80,15 +79,15 @@ class RealLabelSampler(LabelSampler):
         """Draw the labels of real images; see :meth:`LabelSampler.sample`.
 
         Returns:
-            With ``masks`` where any object of the image has a segmentation; its other objects then get ellipses.
+            Labels, with ``masks`` if any object of the image has a segmentation; its other objects then get ellipses.
 
         Raises:
-            UserError: If the classes are not as many as the detector's, or no object is as large as a pixel.
+            UserError: If the number of classes differs from the detector's, or every object is smaller than a pixel.
         """
         if len(self.classes) != num_classes:
             raise UserError(
-                f'RealLabelSampler: {self.source} is read with {len(self.classes)} classes, the detector has '
-                f'{num_classes}: name these, in their order, by classes'
+                f'RealLabelSampler: {self.source} is read with {len(self.classes)} classes, but the detector has '
+                f"{num_classes}: set classes to the names of the detector's classes, in order"
             )
         return list(itertools.islice(self._draw(image_size, generator), num_images))
 
@@ -96,33 +95,34 @@ class RealLabelSampler(LabelSampler):
         while True:
             drawn = 0
             for index in torch.randperm(len(self.images), generator=generator).tolist():
-                labels = labels_at(self.images[index], image_size)
+                labels = stretch_labels(self.images[index], image_size)
                 if len(labels) > 0:
                     drawn += 1
                     yield labels
             if drawn == 0:
                 raise UserError(
                     f'RealLabelSampler: no object of {self.source} is as large as a pixel of a {image_size[0]} x '
-                    f'{image_size[1]} image: raise image_size of zsq.synthesis, or look whether the file is right'
+                    f'{image_size[1]} image: increase image_size of zsq.synthesis, or check the file'
                 )
 
 
-def labels_at(objects: RealObjects, image_size: tuple[int, int]) -> InstanceData:
-    """Stretch what is annotated in a real image to another size.
+def stretch_labels(objects: RealObjects, image_size: tuple[int, int]) -> InstanceData:
+    """Stretch the annotations of a real image to another image size.
 
     Args:
-        objects: As they were read.
-        image_size: Height and width wanted, in pixels.
+        objects: The annotations.
+        image_size: New height and width in pixels.
 
     Returns:
-        ``bboxes``, ``labels`` and perhaps ``masks`` of the objects that are then at least a pixel wide and high.
+        ``bboxes``, ``labels`` and, if any object has a segmentation, ``masks`` of the objects that are at least one
+        pixel wide and high after stretching.
     """
     [labels] = rescale_labels(
         [InstanceData(bboxes=objects.bboxes, labels=objects.labels)], objects.image_size, image_size
     )
     large = (labels.bboxes[:, 2:] - labels.bboxes[:, :2] >= 1).all(dim=1)
     labels = labels[large]
-    masks = [read_mask(objects.segmentations[index], objects.image_size) for index in large.nonzero()[:, 0].tolist()]
+    masks = [decode_mask(objects.segmentations[index], objects.image_size) for index in large.nonzero()[:, 0].tolist()]
     known = torch.tensor([mask is not None for mask in masks], dtype=torch.bool)
     if known.any():
         labels.masks = ellipse_masks(labels.bboxes, image_size)

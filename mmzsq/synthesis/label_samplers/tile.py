@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels like those of tiled images: a grid with one object in a cell.
+"""Labels on a grid with at most one object in each cell, as in tiled images.
 
-The paper's Tile baseline (Table 5, after DIODE, Chawla et al. 2021) puts images of one object each side by side on a
-canvas. Here the labels alone are laid out so, and all cells of an image are synthesized together.
+The paper's Tile baseline (Table 5, after DIODE, Chawla et al. 2021) tiles single-object images on a canvas. Here only
+the labels are tiled, and all cells of an image are synthesized together.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mmzsq.synthesis.label_samplers.random_boxes import MultiBoxSampler, random_
 
 @LABEL_SAMPLERS.register_module()
 class TileSampler(MultiBoxSampler):
-    """A random number of boxes an image, each of random class and alone in a cell of a grid.
+    """Draws a random number of boxes for each image, of random class, with at most one box in each cell of a grid.
 
-    The grid has as many rows as columns, the fewest that give each box a cell of its own. Which cells stay empty is
-    drawn.
+    The grid is square, and the smallest with a cell for each box. Empty cells are drawn at random.
 
     Args:
-        num_boxes: Fewest and most boxes of an image; every number between is equally likely.
-        side: Range of each box's width and height, drawn apart, as shares of its cell's, in (0, 1].
-        count_histogram: In place of ``num_boxes``, see :class:`MultiBoxSampler`.
+        num_boxes: Minimum and maximum number of boxes in an image; all numbers in between are equally likely.
+        side: Range of the width and of the height of each box, drawn independently, as fractions of its cell's, in
+            (0, 1].
+        count_histogram: Replaces ``num_boxes``, see :class:`MultiBoxSampler`.
 
     Raises:
-        UserError: If a range is empty or out of bounds, or the histogram is none.
+        UserError: If a range is empty or out of bounds, or the histogram is not a list of valid weights.
 
     Example:
         >>> [labels] = TileSampler(num_boxes=(2, 2)).sample(1, (160, 160), 80, torch.Generator().manual_seed(0))

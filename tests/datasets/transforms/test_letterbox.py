@@ -84,12 +84,12 @@ def test_polygons_move_with_the_boxes() -> None:
     assert (results['gt_masks'].height, results['gt_masks'].width) == (160, 160)
 
 
-def test_an_image_alone_will_do() -> None:
+def test_annotations_are_optional() -> None:
     results = LetterResize(scale=(64, 64)).transform(dict(img=np.zeros((32, 16, 3), np.uint8)))
     assert results['img'].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize('scale', [640, (640,), (0, 640)])
-def test_a_frame_that_is_no_size_is_refused(scale: object) -> None:
+def test_an_invalid_scale_is_an_error(scale: object) -> None:
     with pytest.raises(UserError, match=r'LetterResize.scale'):
         LetterResize(scale=scale)

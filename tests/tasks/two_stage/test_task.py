@@ -75,7 +75,7 @@ def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatc
     priors = select_priors(kinds, task.detector, require_features=False)
     cutout = dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0)
     synthesizer = Synthesizer(task, priors, cutout=cutout)
-    synthesizer.layers = Acceleration(task.detector, torch.bfloat16 if images.is_cuda else torch.float32)
+    synthesizer.acceleration = Acceleration(task.detector, torch.bfloat16 if images.is_cuda else torch.float32)
     for prior in priors:
         prior.attach(task.detector)
     return _Step(synthesizer, images, [])
