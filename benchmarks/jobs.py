@@ -132,18 +132,19 @@ def run(
     return failed
 
 
-def keep_results(job: Job, path: Path) -> str:
+def keep_results(job: Job, path: Path, config: str | None = None) -> str:
     """Copy the ``results.json`` of a finished job for the repository, without a place on this machine.
 
     Args:
         job: One whose result that is, of the config in its command.
         path: The file to write.
+        config: Path of the config in the repository; None: the one in the command.
 
     Returns:
         The accuracies, for a line of progress.
     """
     results = json.loads(job.result.read_text())
-    results['config'] = job.command[1]
+    results['config'] = config or job.command[1]
     write(json.dumps(results, indent=2).encode() + b'\n', path)
     metrics: dict[str, Any] = results['metrics']
     shown = [f'{row} {100 * values.get("coco/bbox_mAP", 0.0):.1f}' for row, values in metrics.items()]

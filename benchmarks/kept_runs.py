@@ -219,11 +219,14 @@ def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, An
         Dotted keys with the recorded values. Folders outside :data:`RELATIVE_DIR` are left out.
     """
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
+        removed = set(recorded) - set(current)
         if recorded.get('type') != current.get('type'):
             # Another type replaces the section as a whole.
-            current = {}
+            current, removed = {}, set()
         for name, value in recorded.items():
-            yield from differences(value, current.get(name), f'{key}.{name}')
+            # A setting that was switched off in the run and no longer exists changes nothing.
+            if value or name not in removed:
+                yield from differences(value, current.get(name), f'{key}.{name}')
     elif _alike(recorded, current):
         for index, pair in enumerate(zip(recorded, current, strict=True)):
             yield from differences(*pair, f'{key}.{index}')

@@ -23,8 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ROOT, Job, keep_results, lock, run, tool, write_gallery
-from yolo_methods import BITS, METHODS, PRESETS, Images, Options, set_options, student_options
+from jobs import ROOT, Job, keep_results, lock, run, tool, write, write_gallery
+from yolo_methods import (
+    BITS,
+    METHODS,
+    PRESETS,
+    Images,
+    Method,
+    Options,
+    layer_overrides,
+    set_options,
+    student_options,
+)
 from yolo_tables import TABLES
 
 WORK = Path('work_dirs/yolov5-n')
@@ -107,6 +117,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = list(runs_of(args.tables, args.seeds, args.bits, args.presets, args.methods))
     kept = {path.stem for path in RESULTS.glob('*.json')} if not args.cfg_options else set()
+    write_configs(runs, args.work_dir)
     if args.list:
         sys.stdout.write(listing(runs, kept, args.work_dir, args.cfg_options))
         return
@@ -187,13 +198,35 @@ def student_command(student: Run, work: Path, options: Iterable[str]) -> tuple[s
     """Arguments of ``python`` that make a student, on a calibration set that is there."""
     method = METHODS[student.method]
     config, _ = method.config_for(student.bits)
-    chosen = student_options(method, student.bits)
+    chosen = dict(student_options(method, student.bits))
+    if chosen.pop('zsq.quantizer.overrides', None):
+        config = str(_layer_bits_config(method, student.bits, work))
     own = {
         **chosen,
         **_place(method.images, student.seed, work),
         'default_hooks.checkpoint.interval': max(chosen['zsq.train.max_epochs'] // 4, 1),
     }
     return tool('train', Path(config), work / student.name, [*_assignments(own), *options])
+
+
+def write_configs(runs: Iterable[Run], work: Path) -> None:
+    """Write the configs of students with allocated bits, since ``--cfg-options`` cannot hold them.
+
+    Args:
+        runs: All students.
+        work: Folder of sets and students; the configs go to ``configs`` in it.
+    """
+    for student in runs:
+        method = METHODS[student.method]
+        if overrides := layer_overrides(method, student.bits):
+            path = _layer_bits_config(method, student.bits, work)
+            base = os.path.relpath(ROOT / method.config_for(student.bits)[0], path.parent.resolve())
+            text = f'_base_ = [{Path(base).as_posix()!r}]\nzsq = dict(quantizer=dict(overrides={overrides!r}))\n'
+            write(text.encode(), path)
+
+
+def _layer_bits_config(method: Method, bits: str, work: Path) -> Path:
+    return work / 'configs' / f'yolov5-n_{method.layer_bits}_{bits}.py'
 
 
 def listing(runs: Sequence[Run], kept: Collection[str], work: Path, options: Sequence[str]) -> str:
@@ -216,7 +249,8 @@ def keep(job: Job, out: Path) -> str:
         The accuracies, for a line of progress.
     """
     if job.kind == STUDENT:
-        return keep_results(job, out / RESULTS / f'{job.name}.json')
+        method, bits, _ = job.name.rsplit('_', 2)
+        return keep_results(job, out / RESULTS / f'{job.name}.json', METHODS[method].config_for(bits)[0])
     gallery = job.work_dir / 'calibration_set' / 'gallery.png'
     if job.kind == SET and job.name.endswith(f'_seed{GALLERY_SEED}') and gallery.is_file():
         write_gallery(gallery, out / 'docs' / 'images' / 'yolov5-n' / f'{job.work_dir.name}.jpg')

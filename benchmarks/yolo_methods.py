@@ -11,8 +11,10 @@ methods of a preset take as many steps of training.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 Options = Mapping[str, Any]
@@ -28,6 +30,7 @@ SIZES = (64, 128, 256, 512, 1024, 2048)
 BATCH_AND_EPOCHS = dict(default=(16, 20), paper=(32, 12))
 """Of training on a set of :data:`IMAGES`."""
 COMPARISON = 'configs/zsq/comparison/yolov5-n_{}.py'
+LAYER_BITS = Path(__file__).parent / 'results' / 'yolov5-n_bits.json'
 SYNTHESIS: dict[str, Options] = dict(
     default={}, paper={'zsq.synthesis.relabel.iterations': 800, 'zsq.synthesis.synthesize.iterations': 300}
 )
@@ -96,22 +99,21 @@ class Method:
         name: Its own; of files it is a part.
         options: Settings of the student beside those of its images.
         images: The calibration set; None: real images.
-        config: Path in the repository, ``{bits}`` in it for the bits that it has of its own; None: that of the images,
-            and where these have none, the leaf of the bits.
+        config: Path in the repository; None: that of the images, and where these have none, the leaf of the bits.
+        layer_bits: Key in ``results/yolov5-n_bits.json``, less the bits, of the bits of each layer; None: all the same.
     """
 
     name: str
     options: Options = field(default_factory=dict)
     images: Images | None = None
     config: str | None = None
+    layer_bits: str | None = None
 
     def config_for(self, bits: str) -> tuple[str, Options]:
         """Config of the student at these bits, and the settings that give it the bits."""
         config = self.config or (self.images.config if self.images is not None else None)
         if config is None:
             return f'configs/zsq/yolov5-n_{bits}.py', {}
-        if '{bits}' in config:
-            return config.format(bits=bits), {}
         return config, {'zsq.quantizer.w_bits': int(bits[1]), 'zsq.quantizer.a_bits': int(bits[3])}
 
 
@@ -231,18 +233,11 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
         ('training', title, _on_set(_DEFAULT, f'default_{name}', config and COMPARISON.format(config), **options))
         for title, name, config, options in (
             ('steps: at the rate of weights', 'one-rate', None, dict(zsq__train__step_lr=None)),
-            (
-                "rate: in proportion to the size of a layer's weights",
-                'relative-rate',
-                None,
-                dict(zsq__train__relative_lr=True),
-            ),
             ('rate: twice as high', 'double-rate', None, dict(zsq__train__optimizer__lr=2e-4)),
             ('rate: constant', 'constant-rate', None, dict(zsq__train__schedule='constant')),
             ('BatchNorm: learns', 'bn-train', None, dict(zsq__train__bn='train')),
             ('augmentation: none', 'plain', None, dict(zsq__train__augmentation=None)),
             ('weights: averaged', 'ema', None, dict(zsq__train__ema=0.999)),
-            ('a half of the activations left float at first', 'drop', None, dict(zsq__train__drop__activations=0.5)),
             ('three times as many steps', 'long', None, dict(zsq__train__max_epochs=60)),
             ('predictions: one softmax over a map', 'kl', 'kl-predictions', {}),
             ('features: as they are, not normalized', 'raw-features', 'raw-features', {}),
@@ -293,13 +288,14 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
 _MORE = next(images for images in SETS if images.name == 'default_1024')
 
 
-def _mixed(name: str, config: str | None = None, **options: Any) -> tuple[Method, ...]:
-    return tuple(_on_set(images, f'{images.name}_{name}', config, **options) for images in (_DEFAULT, _MORE))
+def _mixed(name: str, layer_bits: str | None = None, **options: Any) -> tuple[Method, ...]:
+    methods = (_on_set(images, f'{images.name}_{name}', **options) for images in (_DEFAULT, _MORE))
+    return tuple(replace(method, layer_bits=layer_bits) for method in methods)
 
 
 MIXED: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
     *(
-        (bits, text, _mixed(name, COMPARISON.format(f'{name}_{{bits}}')))
+        (bits, text, _mixed(name, name))
         for bits, text, name in (
             ('w4a8', 'size of the weights', 'mixed-size'),
             ('w4a4', 'size of the weights', 'mixed-size'),
@@ -346,7 +342,16 @@ def student_options(method: Method, bits: str) -> Options:
     """Settings of a student on top of its config, less the seed and the place of its images."""
     _, of_bits = method.config_for(bits)
     of_images = {} if method.images is None else set_options(method.images)
-    return {**of_images, **of_bits, **method.options}
+    of_layers = {'zsq.quantizer.overrides': overrides} if (overrides := layer_overrides(method, bits)) else {}
+    return {**of_images, **of_bits, **of_layers, **method.options}
+
+
+def layer_overrides(method: Method, bits: str) -> dict[str, dict[str, int]]:
+    """Return ``zsq.quantizer.overrides`` of a method whose layers have allocated bits; empty for all others."""
+    if method.layer_bits is None:
+        return {}
+    layers = json.loads(LAYER_BITS.read_text(encoding='utf-8'))[f'{method.layer_bits}_{bits}']['layers']
+    return {name: dict(w_bits=int(of_layer[1]), a_bits=int(of_layer[3])) for name, of_layer in layers.items()}
 
 
 def set_options(images: Images) -> Options:

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import results_page
 import yolo
 from mmengine.config import Config, DictAction
+from yolo_methods import METHODS
 from yolo_tables import TABLES
 
 from mmzsq.config.compose import complete_section
@@ -37,11 +39,14 @@ def root(repo: Path, tmp_path: Path) -> Path:
 @cache
 def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
     """The settings that the tool's own command line makes, in JSON's types."""
-    command = yolo.student_command(yolo.Run(method, bits, seed, ()), yolo.WORK, ())
-    cfg = Config.fromfile(repo / command[1])
+    run = yolo.Run(method, bits, seed, ())
+    with tempfile.TemporaryDirectory() as folder:
+        yolo.write_configs([run], Path(folder))
+        command = yolo.student_command(run, Path(folder), ())
+        cfg = Config.fromfile(repo / command[1])
     options = (option.split('=', 1) for option in command[command.index('--cfg-options') + 1 :])
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
-    return json.loads(json.dumps(dict(complete_section(cfg.zsq.to_dict()), config=command[1])))
+    return json.loads(json.dumps(dict(complete_section(cfg.zsq.to_dict()), config=METHODS[method].config_for(bits)[0])))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kept_runs import differences
 from mmengine.config import Config, DictAction
 
 from mmzsq.config.compose import complete_section
@@ -332,3 +333,11 @@ def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo:
 def test_kept_results_name_no_place_on_a_machine(repo: Path) -> None:
     for path in (repo / 'benchmarks' / 'results').rglob('*.json'):
         assert '"/' not in path.read_text(), path
+
+
+def test_a_removed_setting_counts_only_if_a_run_had_it_switched_on() -> None:
+    recorded = dict(train=dict(lr=1, drop=None, relative=False, extra=True))
+    assert dict(differences(recorded, dict(train=dict(lr=1)), 'zsq')) == {'zsq.train.extra': True}
+    # Of a section of another type every setting counts.
+    recorded = dict(type='A', warmup=0)
+    assert dict(differences(recorded, dict(type='B'), 'zsq')) == {'zsq.type': 'A', 'zsq.warmup': 0}

@@ -7,6 +7,7 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -53,7 +54,13 @@ def section_of(repo: Path, command: tuple[str, ...]) -> dict[str, Any]:
 
 
 def student(repo: Path, method: str, bits: str = 'w4a4') -> dict[str, Any]:
-    return section_of(repo, yolo.student_command(yolo.Run(method, bits, 0, ()), yolo.WORK, ()))
+    run = yolo.Run(method, bits, 0, ())
+    with tempfile.TemporaryDirectory() as folder:
+        yolo.write_configs([run], Path(folder))
+        section = section_of(repo, yolo.student_command(run, Path(folder), ()))
+    # Of that folder.
+    section['calibration_set']['dir'] = 'any'
+    return section
 
 
 def without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -76,8 +83,9 @@ def test_a_table_is_whole() -> None:
     assert {method.images.name for method in METHODS.values() if method.images} == {images.name for images in SETS}
 
 
-def test_every_student_has_its_bits_and_the_images_that_were_made_for_it(repo: Path) -> None:
-    jobs = {job.name: job for job in yolo.plan(RUNS, Path('w.pt'), yolo.WORK, ())}
+def test_every_student_has_its_bits_and_the_images_that_were_made_for_it(repo: Path, tmp_path: Path) -> None:
+    yolo.write_configs(RUNS, tmp_path)
+    jobs = {job.name: job for job in yolo.plan(RUNS, Path('w.pt'), tmp_path, ())}
     made = {name: section_of(repo, job.command) for name, job in jobs.items() if job.kind == yolo.SET}
     assert len(made) == len(SETS)
     for run in RUNS:
@@ -187,7 +195,7 @@ def test_a_row_about_a_part_of_default_changes_that_part_alone(repo: Path) -> No
     default = student(repo, 'default')
     default['calibration_set'].pop('dir')
     first, *rows = TABLES[9].rows
-    assert first.cells[0].method == 'default' and len({row.cells for row in rows}) == len(rows) == 23
+    assert first.cells[0].method == 'default' and len({row.cells for row in rows}) == len(rows) == 21
     for row in rows:
         method = student(repo, row.cells[0].method)
         method['calibration_set'].pop('dir')
@@ -373,3 +381,15 @@ def test_urgent_is_what_is_named_first() -> None:
 
 def _names(runs: Iterable[yolo.Run]) -> list[str]:
     return [run.name for run in runs]
+
+
+def test_allocated_bits_reach_the_student_by_a_config_and_the_result_names_the_leaf(root: Path, repo: Path) -> None:
+    for name in ('configs/zsq/yolov5-n_w4a4.py', 'benchmarks/results/yolov5-n_bits.json'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text((repo / name).read_text() if name.endswith('.json') else 'zsq = dict(quantizer={})')
+    done = execute(root, '--tables', '10', '--methods', 'default_mixed-size', '--bits', 'w4a4')
+    assert done.returncode == 0, done.stdout + done.stderr
+    overrides = Config.fromfile(root / 'work_dirs/yolov5-n/configs/yolov5-n_mixed-size_w4a4.py').zsq.quantizer.overrides
+    assert overrides['backbone.stage2.0.conv'] == dict(w_bits=5, a_bits=4)
+    results = json.loads((root / 'benchmarks/results/yolov5-n/default_mixed-size_w4a4_seed0.json').read_text())
+    assert results['config'] == 'configs/zsq/yolov5-n_w4a4.py'
