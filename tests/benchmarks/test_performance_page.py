@@ -111,13 +111,13 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     assert cells(text, 'YOLOv5-s, 640 px, batch 32') == measured
     training = 'YOLOv5-s, 640 px, batch 32: training step, distilled / float'
     assert cells(text, training)[2:] == ['<= 1.8', '2.000', '1.900 to 2.100', '', '', 'no']
-    assert cells(text, 'two GPUs, generation, times as fast as one')[3] == '1.95'
-    assert cells(text, 'two GPUs, training, times as fast as one')[-1] == 'no'
+    assert cells(text, 'two GPUs, generation, speedup')[3] == '1.95'
+    assert cells(text, 'two GPUs, training, speedup')[-1] == 'no'
     assert 'Not measured: YOLOv5-s, 160 px, batch 256;' in text
     assert 'Measured on NVIDIA H100; mmzsq 0.1.0, torch 2.9:\n\n```bash\npython a.py\npython b.py\n```' in text
     # 1 / (0.1 + 0.9 / 4)
     assert cells(text, 'training') == ['1.70', '10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
-    assert 'same set, by its SHA-256 sums: yes' in text
+    assert 'same set, compared by SHA-256: yes' in text
     assert text.startswith('# Page\n') and 'Between.' in text and 'old' not in text
 
 
@@ -173,8 +173,8 @@ def test_check_tells_a_stale_page_and_writes_nothing(update: Callable[..., str],
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
-        ('other', MAIN, 'holds the case yolov5-s_640_b32: name it so'),
-        ('other', dict(MAIN, case='other'), "of no case in benchmarks/speed_cases.py: 'other'"),
+        ('other', MAIN, 'holds the case yolov5-s_640_b32: rename it to'),
+        ('other', dict(MAIN, case='other'), "no case of benchmarks/speed_cases.py: 'other'"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -195,7 +195,7 @@ def test_a_mistake_is_one_message(
 def test_a_page_without_tables_or_with_an_unknown_one_is_refused() -> None:
     with pytest.raises(performance_page.UserError, match='no table to write'):
         performance_page.update('text', Results({}, None))
-    with pytest.raises(performance_page.UserError, match="no table 'speeds': a page may have goals,"):
+    with pytest.raises(performance_page.UserError, match="unknown table 'speeds'. Known tables: goals,"):
         performance_page.update('<!-- speed: speeds -->\n<!-- end of speed -->', Results({}, None))
 
 
