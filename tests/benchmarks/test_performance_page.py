@@ -118,7 +118,7 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     # 1 / (0.1 + 0.9 / 4)
     assert cells(text, 'training') == ['1.70', '10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
     assert 'same set, compared by SHA-256: yes' in text
-    assert text.startswith('# Page\n') and 'Between.' in text and 'old' not in text
+    assert text.startswith('# Page\n') and 'Between.' in text and '\nold\n' not in text
 
 
 def test_the_tables_of_steps_say_what_ran() -> None:

@@ -126,11 +126,11 @@ def test_under_a_table_is_how_its_runs_were_made(root: Path, keep: Callable[...,
     # No set is made of real images.
     assert row(text, '`paper_lsq-real337`')[:4] == ['W4A4', '337 real', '', '']
     assert row(text, '`paper_lsq-real337`')[6] == ''
-    assert 'somebody' not in text and 'otherwise now' not in text
+    assert 'somebody' not in text and 'have changed since' not in text
 
 
 def test_what_was_not_run_is_empty_and_named(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
-    assert 'Nothing of it has been run yet' in section(root, 5)
+    assert 'No run yet: all of our columns are empty.' in section(root, 5)
     keep('default_tile-in_w4a4_seed0', 90)
     text = section(root, 5)
     assert 'Nothing' not in text
@@ -173,7 +173,7 @@ def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable
     keep('default_w4a4_seed0', 200, settings=settings)
     # What came later was not otherwise.
     text = section(root, 8)
-    assert '\nRun with settings that are otherwise now: `default`: `zsq.train.augmentation=absent`.' in text
+    assert '\nRun with settings that have changed since: `default`: `zsq.train.augmentation=absent`.' in text
     assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
 
 
@@ -181,7 +181,7 @@ def test_settings_of_sets_do_not_count_for_real_images(root: Path, keep: Callabl
     settings = copy.deepcopy(keep('default_real337_w4a4_seed0', 200)['settings'])
     settings['synthesis']['lr'] = 9.0
     keep('default_real337_w4a4_seed0', 200, settings=settings)
-    assert 'otherwise now' not in section(root, 2)
+    assert 'have changed since' not in section(root, 2)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_file_is_named_after_a_method_and_its_seed(root: Path, keep: Callable[
     keep('default_w4a4_seed0', 100)
     path = root / results_page.RESULTS / 'default_w4a4_seed0.json'
     path.rename(path.with_stem('default_w4a4_seed3'))
-    with pytest.raises(UserError, match='seed 0: name it so'):
+    with pytest.raises(UserError, match='seed 0: rename it'):
         results_page.read_runs(root)
     path.with_stem('default_w4a4_seed3').rename(path.with_stem('fancy_w4a4_seed0'))
     with pytest.raises(UserError, match='is not named METHOD_BITS_seedSEED.json'):

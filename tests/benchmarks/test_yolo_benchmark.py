@@ -201,7 +201,7 @@ def test_a_row_about_a_part_of_default_changes_that_part_alone(repo: Path) -> No
         method['calibration_set'].pop('dir')
         changed = {key for key in default if method[key] != default[key]}
         allowed = sections[row.labels[0]]
-        if 'at the rate of weights' in row.labels[1]:
+        if 'at the learning rate of weights' in row.labels[1]:
             allowed = allowed | {'train'}
             assert method['train'] == dict(default['train'], step_lr=None)
         if row.labels[1].startswith('2048'):
