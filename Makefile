@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test` install into .venv on first use; nothing else is needed than Python.
+# `make demo` and `make test` install into .venv on first use. Only Python is needed.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,18 +10,18 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
 
-# A process a core, each with one thread; what starts processes of its own comes first and alone.
+# One process per core with one thread each. Tests that start processes run first, without others.
 ALONE = tests/datasets tests/engine
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest $(ALONE)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --ignore=,$(ALONE))
 
-# Takes some twenty minutes on one core.
+# Takes about twenty minutes on one core.
 test-zoo: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/zoo -m ''
 
-# Holds a GPU against the goals of docs/performance.md; without one, what is no matter of the device.
+# Checks the goals of docs/performance.md on a GPU; without one, only the ratios that hold on any device.
 benchmark: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of times: what is measured stands beside its goal, what is not stays empty and is named."""
+"""Tests of benchmarks/performance_page.py."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_without_results_every_row_is_empty_and_says_so() -> None:
     assert cells(text, 'Mask R-CNN Swin-T, 640 px, batch 16')[1:3] == ['52.000*', '<= 12']
 
 
-def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tmp_path: Path) -> None:
+def test_measurements_are_shown_with_their_goals(update: Callable[..., str], tmp_path: Path) -> None:
     keep(tmp_path, MAIN['case'], MAIN)
     keep(tmp_path, COARSE['case'], COARSE)
     keep(tmp_path, 'scaling', SCALING)
@@ -121,7 +121,7 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     assert text.startswith('# Page\n') and 'Between.' in text and '\nold\n' not in text
 
 
-def test_the_tables_of_steps_say_what_ran() -> None:
+def test_step_tables_show_tasks_and_graphs() -> None:
     results = Results({result['case']: result for result in (MAIN, COARSE)}, None)
     title = 'YOLOv5-s, 640 px, batch 32'
     step = ['PaddedTargetsTask', '0.395', 'yes', '2.0', '1.0', '900.0', '12.5', '98 %', '99', '3.25']
@@ -139,7 +139,7 @@ def test_the_tables_of_steps_say_what_ran() -> None:
     assert '| `void gemm<a\\|b>` | 2.000 | 3.0 | 25 % |' in TABLES['costs'](results)
 
 
-def test_why_a_step_ran_eagerly_is_said() -> None:
+def test_the_reason_for_eager_steps_is_shown() -> None:
     eager = dict(MAIN, synthesis=dict(STEP, cuda_graph=False, eager_reason='it waits'))
     text = TABLES['synthesis'](Results({MAIN['case']: eager}, None))
     assert 'YOLOv5-s, 640 px, batch 32 runs eagerly: it waits.' in text
@@ -156,12 +156,12 @@ def test_the_whole_method_is_extrapolated_from_three_rates() -> None:
     assert whole_method_minutes(Results({COARSE['case']: COARSE}, None), labels=False) is None
 
 
-def test_a_part_that_is_all_serial_gains_nothing() -> None:
+def test_a_fully_serial_part_has_no_speedup() -> None:
     assert amdahl(1.0, 8) == 1
     assert amdahl(0.0, 8) == 8
 
 
-def test_check_tells_a_stale_page_and_writes_nothing(update: Callable[..., str], tmp_path: Path) -> None:
+def test_check_reports_a_stale_page_without_writing(update: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         update('--check')
     assert exit_.value.code == 1
@@ -206,7 +206,7 @@ def test_the_page_of_this_repository_is_up_to_date(repo: Path, monkeypatch: pyte
     runpy.run_path(str(repo / TOOL), run_name='__main__')
 
 
-def test_the_general_path_is_set_against_the_fused_one() -> None:
+def test_the_general_path_is_compared_with_fused_kernels() -> None:
     general = dict(MAIN, case='yolov5-s_640_b32_general', synthesis=dict(STEP, ms_per_image_iteration=0.79))
     both = Results({result['case']: result for result in (MAIN, general)}, None)
     assert general_ratio(both) == pytest.approx(2.0)
