@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def compare_synthesis(
         device: Where to measure.
     """
     settings = Settings((side, side), batch_size, 2, steps, None, device)
-    result = compare({variant: lambda v=variant: _Synthesis(cfg, settings, v) for variant in variants}, turns, device)
+    result = compare({variant: partial(_Synthesis, cfg, settings, variant) for variant in variants}, turns, device)
     return dict(image_size=side, batch_size=batch_size, precision=cfg.zsq.synthesis.precision, variants=result)
 
 
@@ -207,7 +208,7 @@ def compare_training(
 ) -> dict[str, Any]:
     """Time the training step with a teacher; arguments as of :func:`compare_synthesis`."""
     settings = Settings((side, side), batch_size, 1, steps, None, device)
-    result = compare({variant: lambda v=variant: _Training(cfg, settings, v) for variant in variants}, turns, device)
+    result = compare({variant: partial(_Training, cfg, settings, variant) for variant in variants}, turns, device)
     return dict(
         image_size=side, batch_size=batch_size, precision='bf16' if cfg.zsq.train.amp else 'fp32', variants=result
     )
@@ -224,9 +225,7 @@ def compare_fake_quantize(
         turns: Turns of each variant.
         device: Where to measure.
     """
-    result = compare(
-        {variant: lambda v=variant: _FakeQuantize(v, shape, device) for variant in variants}, turns, device
-    )
+    result = compare({variant: partial(_FakeQuantize, variant, shape, device) for variant in variants}, turns, device)
     return dict(shape=list(shape), precision='fp32', variants=result)
 
 

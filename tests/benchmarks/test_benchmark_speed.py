@@ -38,7 +38,7 @@ def measure(words):
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    """Measures in a process of its own, by the module above."""
+    """Worker process that measures with the module above."""
     (tmp_path / 'benchmark.py').write_text(BENCHMARK)
     worker = Worker('cpu', tmp_path)
     yield worker

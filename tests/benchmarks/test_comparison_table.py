@@ -160,7 +160,7 @@ def test_the_command_repeats_the_settings_of_the_first_seed(update: Update, root
     ]
     synthetic, real = (shlex.split(line) for line in commands)
     assert 'zsq.calibration_set.dir=work_dirs/set_1' in synthetic
-    # On real images there is no set.
+    # Runs on real images have no calibration set.
     assert real[:3] == ['python', 'tools/train.py', 'configs/cells/comparison/tiny_w8a8_lsq-real.py']
     assert not any('dir' in word for word in real[3:])
     cfg = Config.fromfile(root / real[2])

@@ -28,7 +28,7 @@ LEAF = (
 
 
 def results(**changes: Any) -> dict[str, Any]:
-    """What a run of W4A4 with settings of its own writes, as far as the tool reads it."""
+    """Results of a W4A4 run with changed settings, with the keys that the tool reads."""
     own = dict(
         quantizer=dict(w_bits=4, a_bits=4),
         calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),

@@ -235,7 +235,7 @@ def test_loss_ablations_only_remove_losses(repo: Path) -> None:
         whole = student(repo, name.split('_')[0])
         kept = section['distillation']['losses']
         assert all(loss in whole['distillation']['losses'] for loss in kept)
-        # With labels to be learnt, those of the images as they are.
+        # Training on labels has no augmentation.
         changed = ('distillation', 'train') if name.startswith('default') else ('distillation',)
         assert without(section, *changed) == without(whole, *changed)
         assert without(section['train'], 'augmentation') == without(whole['train'], 'augmentation')

@@ -134,11 +134,11 @@ def test_invalid_budgets_are_refused_before_synthesis(
         (r'budget is 0\.05 MB .*least possible is 0\.\d{4} MB', (leaf, '--budget-size-mb', '0.05', '--out', 'out.py')),
         (r'budget is 0\.01 G .*least possible is 0\.\d{4} G', (leaf, '--budget-gbops', '0.01', '--out', 'out.py')),
         ('--candidates is 9', (leaf, *four, '--candidates', '9', '--out', 'out.py')),
-        ('--batches is', (leaf, *four, '--batches', '0', '--out', 'out.py')),
-        ('a config is a .py file', (leaf, *four, '--out', 'out.txt')),
-        ('there is no folder', (leaf, *four, '--out', 'nowhere/out.py')),
-        ('is the config itself', (leaf, *four, '--out', leaf)),
-        ('by one process', (leaf, *four, '--out', 'out.py', '--launcher', 'pytorch')),
+        ('--batches must be', (leaf, *four, '--batches', '0', '--out', 'out.py')),
+        ('must be a .py file', (leaf, *four, '--out', 'out.txt')),
+        ('does not exist', (leaf, *four, '--out', 'nowhere/out.py')),
+        ('is the input config', (leaf, *four, '--out', leaf)),
+        ('in one process', (leaf, *four, '--out', 'out.py', '--launcher', 'pytorch')),
         ('has no zsq section', (str(repo / 'configs/shapes/yolov5-p_shapes.py'), *four, '--out', 'out.py')),
     ):
         with pytest.raises(UserError, match=message):

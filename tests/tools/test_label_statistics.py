@@ -190,16 +190,16 @@ def test_mistakes_are_named(
     real = write('real', of_classes(cat=1), 1)
     other = tmp_path / 'other.json'
     for content, message in (
-        ('{', 'is no annotation file of COCO'),
-        ('[]', 'is no annotation file of COCO'),
-        ('{"annotations": []}', "is no annotation file of COCO .*'images'"),
+        ('{', 'is not a COCO annotation file'),
+        ('[]', 'is not a COCO annotation file'),
+        ('{"annotations": []}', "is not a COCO annotation file .*'images'"),
         ('{"annotations": [], "images": [], "categories": []}', 'has no images'),
     ):
         other.write_text(content)
         with pytest.raises(UserError, match=message):
             tool['compare'](dict(other=other), real)
     other.write_text(real.read_text().replace('"dog"', '"class_1"'))
-    with pytest.raises(UserError, match=r'categories that .* lacks \(class_1\): give the annotations'):
+    with pytest.raises(UserError, match=r'categories that are missing in .* \(class_1\): give the annotations'):
         tool['compare'](dict(other=other), real)
     with pytest.raises(UserError, match='holds no calibration set'):
         tool['compare'](dict(other=tmp_path), real)

@@ -98,5 +98,5 @@ def test_a_mistake_is_one_message(run: Run, repo: Path, tmp_path: Path) -> None:
     Path('there.pth').touch()
     with pytest.raises(UserError, match='set holds no calibration set'):
         run(main, '--held-out', 'set', '--checkpoints', 'there.pth')
-    with pytest.raises(UserError, match='by one process'):
+    with pytest.raises(UserError, match='in one process'):
         run(main, '--held-out', 'set', '--checkpoints', 'there.pth', '--launcher', 'pytorch')

@@ -135,8 +135,8 @@ def drop_file(root: Path) -> None:
     [
         (None, 'val', CLASSES, r'ImageSets/Main/val.txt cannot be read \(No such file.*VOC layout'),
         (None, 'test', ('RBC',), "a.xml has an object of class 'WBC': add it to --classes RBC"),
-        (break_xml, 'test', CLASSES, 'a.xml is no annotation of Pascal VOC: no element found'),
-        (drop_size, 'test', CLASSES, 'a.xml is no annotation of Pascal VOC: it lacks size/width'),
+        (break_xml, 'test', CLASSES, 'a.xml is not a Pascal VOC annotation: no element found'),
+        (drop_size, 'test', CLASSES, 'a.xml is not a Pascal VOC annotation: size/width is missing'),
         (drop_file, 'test', CLASSES, 'b.xml cannot be read'),
     ],
 )
