@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: the links in ``mmzsq/.mim`` let the wheel carry configs, tools and model index."""
+"""Packaging. Links in ``mmzsq/.mim`` add configs, tools and the model index to the wheel; benchmarks stay out."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def version() -> str:
 
 
 def mim_files() -> list[str]:
-    # Not by a '**' pattern, which does not follow links.
+    # Files are listed explicitly, since '**' patterns do not follow links.
     package = ROOT / 'mmzsq'
     files = [package / '.mim' / 'model-index.yml']
     for folder, kinds in (('configs', ('.py', '.yml', '.md')), ('tools', ('.py', '.sh'))):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeat the comparison on blood cells of configs/zsq/README.md, as much of it at once as the GPUs allow.
+"""Repeat the comparison on blood cells in configs/zsq/README.md.
 
     python benchmarks/bccd.py --jobs 6 --seeds 0 1 2
 
-trains both teachers, makes a calibration set of each, and quantizes them on it and on the real training images at every
-bit width. ``data/bccd`` holds the data set, see configs/bccd/README.md. A job starts as soon as what it needs is there.
-Killed and started again, the tool skips what is finished and goes on with what is not. Logs are in
+This trains both teachers, makes a calibration set of each, and quantizes them at every bit width, on the set and on the
+real training images. The data set is expected in ``data/bccd``, see configs/bccd/README.md. Jobs run in parallel, each
+after its dependencies. After an interruption the tool skips finished jobs and resumes the others. Logs are in
 ``work_dirs/bccd/logs``. Results of finished runs go to ``benchmarks/results/bccd``, galleries to ``docs/images``.
 """
 
@@ -23,21 +23,21 @@ from jobs import ROOT, Job, keep_results, lock, run, tool, write_gallery
 CONFIGS = Path('configs/bccd')
 WORK = Path('work_dirs/bccd')
 TEACHERS = {'r50': 'mask-rcnn_r50_bccd', 'swin-t': 'mask-rcnn_swin-t_bccd'}
-"""Name of a detector's config."""
+"""Config name of each detector."""
 TEACHER_EPOCHS = 64
 GALLERY_SEED = 0
 BITS = ('w8a8', 'w4a8', 'w6a6')
 SUFFIXES = ('', '_lsq-real', '_lsq-real-distil')
-"""Of the leaves in ``configs/bccd`` and its ``comparison``."""
+"""Suffixes of the leaf configs in ``configs/bccd`` and ``configs/bccd/comparison``."""
 CONVERT = 'annotations'
 
 
 def main() -> None:
     """Parse the command line and run what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--jobs', type=int, default=4, help='processes at once, on all GPUs together (default: 4)')
-    parser.add_argument('--gpus', type=int, default=1, help='GPUs that they are spread over (default: 1)')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of sets and students (default: 0)')
+    parser.add_argument('--jobs', type=int, default=4, help='parallel processes on all GPUs together (default: 4)')
+    parser.add_argument('--gpus', type=int, default=1, help='number of GPUs (default: 1)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of sets and students (default: 0)')
     parser.add_argument('--detectors', nargs='+', choices=list(TEACHERS), default=list(TEACHERS))
     parser.add_argument('--bits', nargs='+', choices=BITS, default=list(BITS))
     parser.add_argument(
@@ -47,7 +47,7 @@ def main() -> None:
         '--cfg-options',
         nargs='+',
         default=[],
-        help='settings of all sets and quantized detectors, as of tools/train.py',
+        help='settings of all sets and quantized detectors, as in tools/train.py',
     )
     args = parser.parse_args()
     out = args.out.resolve()
@@ -61,13 +61,13 @@ def main() -> None:
 
 
 def plan(detectors: Sequence[str], bits: Sequence[str], seeds: Sequence[int], options: Sequence[str]) -> Iterator[Job]:
-    """List the jobs, the most urgent first.
+    """List the jobs, the most important first.
 
     Args:
         detectors: Keys of :data:`TEACHERS`.
-        bits: Of :data:`BITS`.
-        seeds: A calibration set and students of each.
-        options: ``KEY=VALUE`` for all sets and students.
+        bits: Bit widths from :data:`BITS`.
+        seeds: Seeds of calibration sets and students.
+        options: ``KEY=VALUE`` settings of all sets and students.
     """
     data = Path('data/bccd')
     splits = ('trainval', 'test')
@@ -95,10 +95,10 @@ def plan(detectors: Sequence[str], bits: Sequence[str], seeds: Sequence[int], op
 
 
 def keep(job: Job, out: Path) -> str:
-    """Copy what a finished job leaves for the repository: results without a place on this machine, or the gallery.
+    """Copy the results or the gallery of a finished job to the repository.
 
     Returns:
-        The accuracies, for a line of progress.
+        The accuracies, as a note for the progress line.
     """
     gallery = job.work_dir / 'calibration_set' / 'gallery.png'
     if job.name.endswith(f'_set_seed{GALLERY_SEED}') and gallery.is_file():
@@ -109,7 +109,7 @@ def keep(job: Job, out: Path) -> str:
 
 
 def _set_job(teacher: str, seed: int, options: Iterable[str], teachers: tuple[str, ...]) -> Job:
-    # All teachers first: a process that replays graphs leaves those that launch kernel by kernel little of the GPU.
+    # All teachers first: a process that replays CUDA graphs leaves little of the GPU to eager processes.
     needs = (teacher, *(other for other in teachers if other != teacher))
     work_dir = _set_dir(teacher, seed)
     # The set does not depend on the bits.

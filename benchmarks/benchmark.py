@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time what a config's zero-shot quantization spends its time on: steps of synthesis, of relabeling, of training.
+"""Time the steps of a config's zero-shot quantization: synthesis, relabeling and training.
 
     python benchmarks/benchmark.py configs/zsq/yolov5-s_w4a8.py --what synthesis relabel training \
         --image-size 640 --batch-size 32 --out benchmark.json
 
-Each is measured as the run takes it (``benchmark_steps.py``), with peak memory, utilization, the ten dearest kernels
-and whether a CUDA graph ran. Weights are random unless --checkpoint names some: the time of a step hardly depends on
-them. On a CPU, name a small detector and a small size.
+Steps are measured as a real run takes them (``benchmark_steps.py``), with peak memory, utilization, the ten most
+expensive kernels and whether a CUDA graph ran. Weights are random unless ``--checkpoint`` names a file, since the time
+of a step hardly depends on them. On a CPU, choose a small detector and a small image size.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read a command line, without the name of the program."""
+    """Parse command line arguments, without the name of the program."""
     options = cli.parser((__doc__ or '').split('\n')[0])
     options.add_argument('--what', nargs='+', choices=list(MEASURES), default=list(MEASURES), help='(default: all)')
     options.add_argument(
         '--image-size', type=int, nargs='+', help="side, or height and width, in pixels (default: the config's)"
     )
-    options.add_argument('--batch-size', type=int, help="images a step (default: the config's)")
+    options.add_argument('--batch-size', type=int, help="images per step (default: the config's)")
     options.add_argument('--repeats', type=int, default=10, help='measurements of each kind (default: 10)')
-    options.add_argument('--steps', type=int, default=5, help='steps that one measurement is of (default: 5)')
+    options.add_argument('--steps', type=int, default=5, help='steps per measurement (default: 5)')
     options.add_argument(
         '--precision',
         choices=['fp32', 'bf16'],
         help="sets zsq.synthesis.precision and zsq.train.amp (default: the config's; a CPU computes in fp32)",
     )
-    options.add_argument('--checkpoint', help='of the float detector (default: random weights)')
+    options.add_argument('--checkpoint', help='checkpoint of the float detector (default: random weights)')
     options.add_argument(
-        '--general', action='store_true', help=f"PyTorch's operators alone, as with {VARIABLE}=0 in the environment"
+        '--general', action='store_true', help=f'use PyTorch operators only, as with {VARIABLE}=0 in the environment'
     )
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--out', type=Path, help='JSON file to write (default: standard output)')
@@ -67,13 +67,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for.
+    """Measure the steps that the command line selects.
 
     Args:
-        args: What :func:`parse` returned.
+        args: Returned by :func:`parse`.
 
     Returns:
-        One entry for each of ``args.what``, beside the command, the detector, device and versions.
+        One entry for each of ``args.what``, the command, the detector, the device and versions.
 
     Raises:
         UserError: If the config has no ``zsq`` section, or a number is not positive.
@@ -81,10 +81,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in ('repeats', 'steps', 'batch_size'):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f'--{name.replace("_", "-")} is at least 1, not {value}')
+            raise UserError(f'--{name.replace("_", "-")} must be at least 1, not {value}')
     sides = args.image_size
     if sides is not None and (len(sides) > 2 or min(sides) < 1):
-        raise UserError(f'--image-size is one number of pixels or two, not {" ".join(map(str, sides))}')
+        raise UserError(f'--image-size takes one or two numbers of pixels, not {" ".join(map(str, sides))}')
     cfg = cli.load_config(args)
     if 'zsq' not in cfg:
         raise UserError(f'config {args.config} has no zsq section')
@@ -131,7 +131,7 @@ def fused_kernels(enabled: bool) -> Iterator[None]:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line that measures the same again, with paths in the repository and without ``--out``."""
+    """Return the command line that repeats a measurement, with paths in the repository and without ``--out``."""
     words = ['python', 'benchmarks/benchmark.py', _in_repository(args.config), '--what', *args.what]
     for name in ('image_size', 'batch_size', 'repeats', 'steps', 'precision', 'checkpoint'):
         value = getattr(args, name)
@@ -146,7 +146,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 def _in_repository(path: str) -> str:
-    """A path as it is written from the root of the repository, if it is in there."""
+    """Return a path relative to the root of the repository if it is inside."""
     resolved = Path(path).resolve()
     return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else path
 

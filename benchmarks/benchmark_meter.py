@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark reads of its device: wall time, peak memory, utilization, and what the steps are made of.
+"""Measure wall time, peak memory, utilization and kernels of a device.
 
-Times are taken with the device at rest before and after. Whether a step is a CUDA graph is not asked of the code that
-captures it but counted by the profiler: a replayed graph is one launch by the host, an eager step hundreds of them.
+The device is idle before and after a timed block. The profiler counts launches to tell whether a step is a CUDA graph,
+independent of the code that captures it: a replayed graph is one launch by the host, an eager step hundreds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 from mmzsq.version import __version__
 
 TOP = 10
-"""Kernels that a profile names."""
+"""Number of kernels that a profile lists."""
 NAME_LENGTH = 120
-"""Characters of a kernel's name that are kept: templates go on for pages."""
+"""Longest name of a kernel in characters; names of templates are truncated."""
 
 
 def middle(values: Sequence[float], digits: int = 4) -> tuple[float, list[float]]:
-    """Median and the lowest and highest of repeated measurements, rounded.
+    """Return the median and (lowest, highest) of repeated measurements, rounded.
 
     Example:
         >>> middle([3.0, 1.0, 2.0])
@@ -38,61 +38,61 @@ def middle(values: Sequence[float], digits: int = 4) -> tuple[float, list[float]
 
 
 class Stopwatch:
-    """Takes the time of what lies between two laps, each of which waits for the device.
+    """Measures the time between laps; each lap waits for the device.
 
     Args:
-        device: The device that works.
+        device: The device to wait for.
 
     Attributes:
-        utilization: Percent of the time in which a kernel ran, as the driver (NVML) said at the end of each lap; empty
-            where it is not to be asked: without a GPU or without ``nvidia-ml-py``.
+        utilization: Utilization in percent that the driver (NVML) reports at the end of each lap; empty without a GPU
+            or without ``nvidia-ml-py``.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.utilization: list[int] = []
         self._since = 0.0
-        self._may_ask = device.type == 'cuda'
+        self._may_query = device.type == 'cuda'
 
     def start(self) -> None:
-        """Start, or start again."""
+        """Start or restart."""
         self._wait()
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap or start."""
+        """Return the seconds since the last lap or start."""
         self._wait()
         seconds = time.perf_counter() - self._since
-        self._ask_driver()
-        # Asking takes time of its own.
+        self._query_driver()
+        # The query takes time, which the next lap must not include.
         self._since = time.perf_counter()
         return seconds
 
     @property
     def mean_utilization(self) -> float | None:
-        """Mean of :attr:`utilization`, in percent."""
+        """Mean of :attr:`utilization` in percent; None without values."""
         return round(statistics.fmean(self.utilization), 1) if self.utilization else None
 
     def _wait(self) -> None:
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
 
-    def _ask_driver(self) -> None:
-        if not self._may_ask:
+    def _query_driver(self) -> None:
+        if not self._may_query:
             return
         try:
             self.utilization.append(torch.cuda.utilization(self.device))
         except Exception:
-            # The package may be missing, and containers and shared devices refuse, each with an error of its own. The
-            # profile says how busy the device was.
-            self._may_ask = False
+            # A missing package, containers and shared devices raise different errors. The profile measures how busy the
+            # device is, too.
+            self._may_query = False
 
 
 class PeakMemory:
-    """Peak memory of a GPU above what was in use when this was made; None throughout on a CPU.
+    """Peak memory of a GPU above the usage at construction; all values are None on a CPU.
 
     Args:
-        device: Where memory is allocated.
+        device: Device to measure.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -105,7 +105,7 @@ class PeakMemory:
             self._reserved = torch.cuda.memory_reserved(device)
 
     def read(self) -> dict[str, float | None]:
-        """Return the peaks so far in GiB: what tensors held, and what PyTorch had reserved for them."""
+        """Return the peaks in GiB: memory allocated by tensors, and memory reserved by PyTorch."""
         if self.device.type != 'cuda':
             return dict(peak_memory_gib=None, peak_reserved_gib=None)
         allocated = torch.cuda.max_memory_allocated(self.device) - self._allocated
@@ -114,38 +114,38 @@ class PeakMemory:
 
 
 class Profile:
-    """Some steps under PyTorch's profiler.
+    """A profile of a few steps by PyTorch's profiler.
 
     Args:
-        device: Whose kernels are looked at: those of a GPU, or the operators of the CPU.
+        device: Device to profile: kernels of a GPU, or operators of the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == 'cuda'
         activity = torch.profiler.ProfilerActivity
-        # Launches are recorded with the kernels; a GPU's operators, many times as many, nobody reads.
+        # CUDA activities include the launches. The operators on the host are not needed.
         self._profiler = torch.profiler.profile(activities=[activity.CUDA if self.on_cuda else activity.CPU])
 
     def start(self) -> None:
-        """Begin to record."""
+        """Start recording."""
         self._profiler.start()
 
     def stop(self) -> None:
-        """Stop recording; the device has to be at rest."""
+        """Stop recording; the device must be idle."""
         self._profiler.stop()
 
     def read(self, steps: int, milliseconds: float) -> dict[str, Any]:
-        """Say what the recorded steps were made of.
+        """Summarize the recorded steps.
 
         Args:
-            steps: How many were recorded.
-            milliseconds: What one takes when nothing is recorded.
+            steps: Number of recorded steps.
+            milliseconds: Time of one step without the profiler.
 
         Returns:
-            Of one step: ``kernel_ms``, in which at least one kernel ran; their number ``kernels``; ``busy``, the share
-            of the step that these milliseconds are, ``launches`` of single kernels and ``graph_launches`` by the host
-            (all three None on a CPU, whose operators the profiler slows down); and ``top``, the dearest kernels with
-            their share of the time of all.
+            Per step: ``kernel_ms``, the time in which at least one kernel ran; ``kernels``, their number; ``busy``, the
+            share of ``kernel_ms`` in the step; ``launches`` of single kernels and ``graph_launches`` by the host; and
+            ``top``, the most expensive kernels with their share of the total time. ``busy`` and both kinds of launches
+            are None on a CPU, whose operators the profiler slows down.
         """
         counted: tuple[int, int] | None = None
         if self.on_cuda:
@@ -154,7 +154,7 @@ class Profile:
                 (event.name, event.time_range.start, event.time_range.end)
                 for event in events
                 if event.device_type == torch.autograd.DeviceType.CUDA
-                # A named range that spans kernels is none.
+                # Named ranges span kernels and are not kernels themselves.
                 and not getattr(event, 'is_user_annotation', False)
             ]
             costs = [(name, end - start, 1) for name, start, end in kernels]
@@ -176,7 +176,7 @@ class Profile:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals (start, end): what runs at once on several streams counts once.
+    """Return the length of the union of intervals (start, end), so that parallel kernels count once.
 
     Example:
         >>> covered([(0, 2), (5, 6), (1, 3)])
@@ -190,7 +190,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def count_launches(names: Iterable[str]) -> tuple[int, int]:
-    """How often the host launched a kernel, and a graph, among the names of a profile's events.
+    """Count launches of kernels and of graphs among the event names of a profile.
 
     Example:
         >>> count_launches(['aten::add', 'cudaLaunchKernel', 'cuLaunchKernelEx', 'cudaGraphLaunch'])
@@ -202,14 +202,14 @@ def count_launches(names: Iterable[str]) -> tuple[int, int]:
 
 
 def top_costs(costs: Iterable[tuple[str, float, int]], steps: int) -> list[dict[str, Any]]:
-    """Join costs of one name and return the dearest.
+    """Sum up costs by name and return the largest.
 
     Args:
         costs: Name, microseconds and number of calls; names may repeat.
-        steps: That these are of.
+        steps: Number of steps that the costs belong to.
 
     Returns:
-        At most :data:`TOP` entries by falling time: ``name``, ``ms`` and ``count`` of one step, and ``share`` of all.
+        At most :data:`TOP` entries by decreasing time: ``name``, ``ms`` and ``count`` per step, ``share`` of the total.
     """
     microseconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -230,7 +230,7 @@ def top_costs(costs: Iterable[tuple[str, float, int]], steps: int) -> list[dict[
 
 
 def describe_device(device: torch.device) -> str:
-    """Name of a GPU as the driver gives it, or the CPU with the number of threads that PyTorch uses."""
+    """Return the name of a GPU, or the type of CPU with the number of PyTorch threads."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -238,7 +238,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_versions(device: torch.device) -> dict[str, str]:
-    """Versions of what a time depends on."""
+    """Return the versions of the software that times depend on."""
     versions = dict(
         mmzsq=__version__,
         python=platform.python_version(),

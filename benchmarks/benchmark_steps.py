@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three kinds of step that a zero-shot quantization takes, each timed as the real run takes it.
+"""Time synthesis, relabeling and training steps as a real run takes them.
 
-Every time is a median over repeats with the lowest and highest beside it. What is compared is measured in turns within
-one process, so that a device that slows down slows down both: steps with and without a correction of the labels, and
-training steps of the float, the quantized and the distilled detector.
+Every time is a median over repeats, with the lowest and highest value. Compared variants are interleaved in one
+process, so that a device that slows down affects all of them: steps with and without relabeling, and training steps of
+the float, the quantized and the distilled detector.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import data_samples, needs_masks, num_classes, pixel_range
 
 SYNTHESIS_WARMUP = 1 + EAGER_STEPS + 2
-"""Steps before the clock starts: one, and after a correction the eager ones, that which is captured, and a replay."""
+"""Steps before timing starts: one, then after relabeling the eager steps, the captured step and one replay."""
 TRAINING_WARMUP = 5
-"""Steps before the clock starts: the first choose algorithms, compile kernels and are captured."""
+"""Steps before timing starts: they choose algorithms, compile kernels and capture the graph."""
 PROFILED_STEPS = 2
-"""Steps that are profiled; reading a profile of thousands of kernels takes longer than they do."""
+"""Number of profiled steps; a few, since reading a profile of thousands of kernels is slow."""
 NOISE_SIZE = 256
-"""Side in pixels of the image by which random weights are brought into scale."""
+"""Side in pixels of the noise image that scales random weights."""
 BOXES = 4
-"""Boxes an image, of drawn labels and of drawn predictions."""
+"""Number of boxes per image of drawn labels and drawn predictions."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured and how often.
+    """Settings of a measurement.
 
     Attributes:
-        image_size: Height and width in pixels; None: that of the config's stage, 640 px in training.
-        batch_size: Images a step; None: that of the config.
-        repeats: Measurements of each kind.
-        steps: That one measurement is of.
-        checkpoint: Of the float detector; None: random weights, on which the time of a step hardly depends.
-        device: Where to measure.
+        image_size: Height and width in pixels; None uses those of the config's stage, in training 640 px.
+        batch_size: Images per step; None uses that of the config.
+        repeats: Number of measurements of each kind.
+        steps: Steps per measurement.
+        checkpoint: Checkpoint of the float detector; None uses random weights.
+        device: Device to measure on.
     """
 
     image_size: tuple[int, int] | None
@@ -79,7 +79,7 @@ def measure_synthesis(cfg: Config, settings: Settings) -> dict[str, Any]:
 
     Args:
         cfg: A detector's config with a ``zsq`` section.
-        settings: How to measure.
+        settings: Settings of the measurement.
     """
     stage = SynthesisStage(cfg, settings, -1)
     clock = stage.run(None)
@@ -90,27 +90,28 @@ def measure_synthesis(cfg: Config, settings: Settings) -> dict[str, Any]:
 
 
 def measure_relabeling(cfg: Config, settings: Settings) -> dict[str, Any]:
-    """Time the correction of labels: prediction, suppression, comparison, and handing new labels to the step.
+    """Time relabeling: prediction, suppression, comparison, and the update of the labels in the step.
 
-    Steps with and without a correction before them take turns; what a correction costs is their difference.
+    Steps with and without relabeling are interleaved. The cost of relabeling is their difference.
 
     Args:
         cfg: A detector's config with a ``zsq`` section.
-        settings: How to measure.
+        settings: Settings of the measurement.
 
     Returns:
-        ``ms_per_image_correction`` of one, and ``ms_per_image_iteration`` of the config's stage as a whole, with as
-        many corrections as its sampler makes there. The profile is of a correction and :data:`PROFILED_STEPS` steps.
+        ``ms_per_image_correction`` is the cost of relabeling once, ``ms_per_image_iteration`` that of the whole stage
+        with as many corrections as its sampler makes. The profile covers one correction and :data:`PROFILED_STEPS`
+        steps.
 
     Raises:
-        UserError: If the config's sampler corrects nothing, or a capture would not fit into the steps of a measurement.
+        UserError: If the config's sampler is not adaptive, or a measurement has too few steps for a capture.
     """
     if settings.steps < EAGER_STEPS + 2:
-        raise UserError(f'--steps is at least {EAGER_STEPS + 2} for relabeling, not {settings.steps}')
+        raise UserError(f'--steps must be at least {EAGER_STEPS + 2} for relabeling, not {settings.steps}')
     stage = SynthesisStage(cfg, settings, 0)
     sampler = stage.generator.sampler
     if not sampler.adaptive:
-        raise UserError(f'{type(sampler).__name__} corrects no labels: measure synthesis instead')
+        raise UserError(f'{type(sampler).__name__} does not correct labels: measure synthesis instead')
     clock = stage.run(sampler)
     plain, corrected = clock.seconds[0::2], clock.seconds[1::2]
     per_image = 1000 / stage.batch_size
@@ -132,19 +133,19 @@ def measure_relabeling(cfg: Config, settings: Settings) -> dict[str, Any]:
 
 
 def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
-    """Time a training step of the float detector, its quantized student alone, and the student with its teacher.
+    """Time a training step of the float detector, of its quantized student, and of the student with its teacher.
 
-    All learn by the same optimizer from the same random images and boxes: the first two by the detector's own loss, the
-    third as the config says. The float detector does by MMEngine's step, the others by their own, which may be a graph.
-    A step is all that there is of it: copying images to the device, normalization, forward, backward, clipping,
-    optimizer; only reading images is left out.
+    All use the same optimizer, random images and boxes. The first two use the detector's own loss, the third the losses
+    of the config. The float detector uses MMEngine's step, the others their own step, which may be a CUDA graph. A step
+    consists of copying images to the device, normalization, forward, backward, clipping and optimizer. Reading images
+    is left out.
 
     Args:
         cfg: A detector's config with a ``zsq`` section.
-        settings: How to measure.
+        settings: Settings of the measurement.
 
     Returns:
-        ``steps`` by name, and the ratios of the last two to the first within each turn.
+        ``steps`` by name, and the ratios of the last two to the first, taken turn by turn.
     """
     models, cfg = training_models(cfg, settings)
     size = settings.image_size or (640, 640)
@@ -184,13 +185,13 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
 
 
 def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """Build the float detector on the CPU, with weights that a step can be taken with.
+    """Build the float detector on the CPU, with weights that give finite losses.
 
     Args:
-        cfg: Its config.
-        checkpoint: Its weights; None: random ones. Heads get those that training starts from, and BatchNorm brings
-            to scale what it sees when the detector sees noise: else activations would grow from layer to layer until
-            losses are not finite.
+        cfg: Config with the detector.
+        checkpoint: Weights; None uses random weights. Heads then have their initial weights, and BatchNorm normalizes
+            the activations of a noise image. Otherwise activations would grow from layer to layer until losses are not
+            finite.
     """
     torch.manual_seed(0)
     detector = MMDET_MODELS.build(copy.deepcopy(cfg.model))
@@ -198,7 +199,7 @@ def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
         load_teacher(detector, checkpoint)
         return detector
     for name, part in detector.named_children():
-        # Those of a backbone may be a download.
+        # Initial weights of a backbone may be a download.
         if name != 'backbone' and isinstance(part, BaseModule):
             part.init_weights()
     black, white = pixel_range(detector.data_preprocessor)
@@ -206,7 +207,8 @@ def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
 
     def take_scale(layer: Any, inputs: tuple[torch.Tensor]) -> None:
         dims = [0, *range(2, inputs[0].dim())]
-        # About 0 and not the mean: deep layers average noise away, and what little varies would blow up layer by layer.
+        # The second moment, not the variance: deep layers average noise away, and a tiny variance would be scaled up
+        # layer by layer.
         layer.running_var.copy_(inputs[0].square().mean(dims))
 
     layers = [module for module in detector.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -220,11 +222,11 @@ def build_detector(cfg: Config, checkpoint: str | None) -> nn.Module:
 
 
 def make_batch(detector: nn.Module, batch_size: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Random images and labels, as a data loader gives them.
+    """Draw random images and labels in the format of a data loader.
 
     Args:
-        detector: Whose labels these are.
-        batch_size: Images.
+        detector: Detector that the labels are for.
+        batch_size: Number of images.
         size: Height and width in pixels.
     """
     generator = torch.Generator().manual_seed(0)
@@ -234,12 +236,12 @@ def make_batch(detector: nn.Module, batch_size: int, size: tuple[int, int]) -> d
 
 
 def as_loaded(batch: dict[str, Any], labels: bool, device: torch.device) -> dict[str, Any]:
-    """The same batch as the data loader of a student gives it, in pinned memory on the way to a GPU.
+    """Collate a batch as the data loader of a student does, in pinned memory for a GPU.
 
     Args:
-        batch: See :func:`make_batch`.
-        labels: Whether the student learns from labels.
-        device: Where it trains.
+        batch: Returned by :func:`make_batch`.
+        labels: Whether the student is trained on labels.
+        device: Device of the student.
     """
     items = zip(batch['inputs'], copy.deepcopy(batch['data_samples']), strict=True)
     loaded = stack_images([dict(inputs=image, data_samples=sample) for image, sample in items], labels)
@@ -249,12 +251,15 @@ def as_loaded(batch: dict[str, Any], labels: bool, device: torch.device) -> dict
 
 
 class SynthesisStage:
-    """One stage of a config's synthesis, at the size and batch that are asked for.
+    """One stage of a config's synthesis at the image and batch size of the settings.
 
     Args:
         cfg: A detector's config with a ``zsq`` section.
-        settings: How to measure.
-        index: Of the stage among those that would run.
+        settings: Settings of the measurement.
+        index: Index of the stage among those of the config.
+
+    Attributes:
+        facts: Details of the last run, for the report.
     """
 
     def __init__(self, cfg: Config, settings: Settings, index: int) -> None:
@@ -274,10 +279,10 @@ class SynthesisStage:
         self.facts: dict[str, Any] = {}
 
     def run(self, sampler: LabelSampler | None) -> _Clock:
-        """Synthesize one batch and note what there is to know of it in :attr:`facts`.
+        """Synthesize one batch and store its details in :attr:`facts`.
 
         Args:
-            sampler: Corrects the labels in every second measurement; None: nothing does.
+            sampler: Corrects the labels in every second measurement; None disables relabeling.
         """
         generator = torch.Generator().manual_seed(self.seed)
         labels = self.generator.sampler.sample(self.batch_size, self.size, self.task.num_classes, generator)
@@ -286,7 +291,7 @@ class SynthesisStage:
         if sampler is not None and self.settings.checkpoint is None:
             clock.drawn = [self._draw_predictions(generator) for _ in range(clock.corrections)]
         synthesizer = self.generator.synthesizer
-        # Optimized for random weights, images would soon be such that losses are not finite: they stay noise.
+        # Images optimized for random weights would soon make losses infinite, so they stay noise.
         lr = 0.0 if self.settings.checkpoint is None else None
         with _counting_refusals(self.task) as refused:
             result = synthesizer.run(labels, self.size, clock.iterations, self.seed, lr=lr, sampler=clock)
@@ -310,7 +315,7 @@ class SynthesisStage:
         return clock
 
     def _draw_predictions(self, generator: torch.Generator) -> list[InstanceData]:
-        """What a detector might find: random weights find nothing, and no label would ever change."""
+        """Draw predictions, since random weights detect nothing and labels would never change."""
         predictions = _draw_labels(self.batch_size, self.size, self.task.detector, generator)
         for instances in predictions:
             instances.scores = torch.rand(len(instances), generator=generator)
@@ -319,13 +324,13 @@ class SynthesisStage:
 
 @dataclass
 class _Clock(LabelSampler):
-    """Takes the time of a running synthesis, which asks its sampler before each step whether to correct the labels.
+    """A label sampler that times the synthesis which calls it before each step.
 
     Attributes:
-        sampler: Corrects the labels before every second measurement, and before the steps that are profiled.
-        settings: How to measure.
-        seconds: Of each measurement.
-        drawn: Predictions that stand for the detector's, one entry a correction.
+        sampler: Corrects the labels before every second measurement and before the profiled steps.
+        settings: Settings of the measurement.
+        seconds: Seconds of each measurement.
+        drawn: Predictions to use instead of the detector's, one entry per correction.
     """
 
     adaptive = True
@@ -341,27 +346,27 @@ class _Clock(LabelSampler):
 
     @property
     def measurements(self) -> int:
-        """Of both kinds, if labels are corrected."""
+        """Number of measurements, of both kinds if labels are corrected."""
         return self.settings.repeats * (1 if self.sampler is None else 2)
 
     @property
     def corrections(self) -> int:
-        """In all: one to warm up, one in every second measurement, one that is profiled."""
+        """Number of corrections: one for warm-up, one in every second measurement, one profiled."""
         return 0 if self.sampler is None else 2 + self.settings.repeats
 
     @property
     def iterations(self) -> int:
-        """Warm-up, measurements, profile, and a step that ends the profile."""
+        """Number of steps: warm-up, measurements, profile, and one step that ends the profile."""
         return SYNTHESIS_WARMUP + self.measurements * self.settings.steps + PROFILED_STEPS + 1
 
     def sample(
         self, num_images: int, image_size: tuple[int, int], num_classes: int, generator: torch.Generator
     ) -> list[InstanceData]:
-        """Not what a clock is for."""
+        """Not supported."""
         raise NotImplementedError
 
     def should_relabel(self, iteration: int) -> bool:
-        """Note the time where a measurement begins or ends; return whether labels are corrected now."""
+        """Record the time if a measurement begins or ends; return whether to correct the labels now."""
         position = iteration - SYNTHESIS_WARMUP
         index, step = divmod(position, self.settings.steps)
         if position < 0:
@@ -383,20 +388,23 @@ class _Clock(LabelSampler):
     def relabel(
         self, labels: Sequence[InstanceData], predictions: Sequence[InstanceData], image_size: tuple[int, int]
     ) -> tuple[list[InstanceData], RelabelCounts]:
-        """Correct the labels as the sampler does."""
+        """Correct the labels by the wrapped sampler."""
         assert self.sampler is not None
         return self.sampler.relabel(labels, self.drawn.pop() if self.drawn else predictions, image_size)
 
 
 class Trainee:
-    """One model and its optimizer, warmed up; its peak memory is taken on the way.
+    """A model with its optimizer after warm-up.
 
     Args:
-        model: A detector, or teacher and student.
-        batch: See :func:`make_batch`.
-        optim_wrapper: Config.
-        device: Where it trains.
-        prepare: Called with the model after its quantizers have steps, before the first training step.
+        model: A detector, or a student with its teacher.
+        batch: Returned by :func:`make_batch`.
+        optim_wrapper: Config of the optimizer wrapper.
+        device: Device of the model.
+        prepare: Called with the model after its quantizers are initialized, before the first training step.
+
+    Attributes:
+        memory: Peak memory of initialization and warm-up.
     """
 
     def __init__(
@@ -425,12 +433,12 @@ class Trainee:
         self.memory = memory.read()
 
     def steps(self, count: int) -> None:
-        """Take ``count`` steps; the device may still be at work afterwards."""
+        """Take ``count`` steps without waiting for the device."""
         for _ in range(count):
             self.model.train_step(self._fresh_batch(), self.wrapper)
 
     def profile(self) -> Profile:
-        """Take :data:`PROFILED_STEPS` steps under the profiler."""
+        """Profile :data:`PROFILED_STEPS` steps."""
         profile, watch = Profile(self.device), Stopwatch(self.device)
         watch.start()
         profile.start()
@@ -451,7 +459,7 @@ def training_models(
 
     Args:
         cfg: A detector's config with a ``zsq`` section.
-        settings: How to measure.
+        settings: Settings of the measurement.
         names: Models wanted beside ``'float'``.
 
     Returns:
@@ -459,7 +467,7 @@ def training_models(
     """
     cfg = copy.deepcopy(cfg)
     plain: Any = build_detector(cfg, settings.checkpoint)
-    # They change the size of images from step to step, and the student's do not.
+    # Batch augmentations would change the image size from step to step.
     plain.data_preprocessor.batch_augments = None
     with tempfile.TemporaryDirectory() as folder:
         cfg.load_from = str(Path(folder, 'weights.pth'))
@@ -474,12 +482,12 @@ def training_models(
                 continue
             changed = dict(cfg.model, distillation=distillation)
             if name == 'quantized':
-                # Its labels would no longer fit.
+                # Augmentation does not adjust labels.
                 changed.update(augmentation=None)
             model = MODELS.build(changed)
             model.init_weights()
             models[name] = model
-            # The float detector is not to lose by the layout of its memory.
+            # All models use the same memory format, for a fair comparison.
             plain.to(memory_format=model.memory_format)
     if settings.device.type != 'cuda' and cfg.optim_wrapper.type == 'AmpOptimWrapper':
         sys.stderr.write('no GPU: training is measured in fp32\n')
@@ -497,7 +505,7 @@ def _draw_labels(
 
 @contextmanager
 def _counting_refusals(task: Any) -> Iterator[list[None]]:
-    """Collect an entry each time that ``task`` cannot put labels in place, after which a step is captured anew."""
+    """Collect an entry whenever ``task`` cannot update labels in place, so that the step is captured again."""
     refused: list[None] = []
     update = task.update_samples
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zero-shot quantization beside quantization on real images: the table that ``results_table.py`` writes of it."""
+"""Comparison of zero-shot quantization with quantization on real images, a table of ``results_table.py``."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ COMPARED = {
     'LSQ on real': ('_lsq-real', 'zero_shot'),
     'LSQ on real + distillation': ('_lsq-real-distil', 'zero_shot'),
 }
-"""Columns of a comparison: what the name of a leaf ends in, which is then in ``comparison/``, and the accuracy read."""
+"""Columns of a comparison: suffix of the config in ``comparison/`` (empty: the leaf itself) and accuracy to show."""
 COMPARED_METRICS = (*BOX_METRICS, 'coco/segm_mAP')
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One leaf of a comparison and what else its detector was quantized on.
+    """A zero-shot config and the configs that it is compared with.
 
     Attributes:
         leaf: Path of the zero-shot config in the repository.
-        rows: By the end of the config's name, see :data:`COMPARED`; without runs where it was not run.
+        rows: Rows by suffix of the config, see :data:`COMPARED`; a row without runs was not run.
     """
 
     leaf: str
@@ -59,19 +59,19 @@ class Comparison:
 
 
 def read_comparison(folder: Path, root: Path) -> list[Comparison]:
-    """Read the results in a folder, which may be missing: then nothing was run.
+    """Read the results in a folder. A missing folder counts as empty.
 
     Args:
-        folder: ``benchmarks/results/NAME`` with one JSON file a run of a config in ``configs/NAME``.
+        folder: ``benchmarks/results/NAME`` with one JSON file per run of a config in ``configs/NAME``.
         root: Folder with ``configs/``.
 
     Returns:
-        One entry for each zero-shot leaf of ``configs/NAME``, by detector and falling bits.
+        One entry for each zero-shot leaf config of ``configs/NAME``, ordered by detector and decreasing bits.
 
     Raises:
-        UserError: If there are no leaves; if a file is not named after its config and seed, or the config is not one of
-            :data:`COMPARED`; if the runs of a config differ in more than the seed, or those of a detector in the
-            teacher.
+        UserError: If there are no leaf configs; if the name of a file does not match its config and seed; if a config
+            is not part of :data:`COMPARED`; if the runs of a config differ in more than the seed; or if the runs of a
+            detector had different teachers.
     """
     configs = root / 'configs' / folder.name
     leaves = sorted(
@@ -79,13 +79,13 @@ def read_comparison(folder: Path, root: Path) -> list[Comparison]:
         key=order,
     )
     if not leaves:
-        raise UserError(f'no config to compare in {configs}: they are named DETECTOR_wBITSaBITS.py')
+        raise UserError(f'no config to compare in {configs}: the names must be DETECTOR_wBITSaBITS.py')
     kept: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         results = read_results(path)
         leaf, seed = repository_path(results['config'], root), seed_of(results)
         if path.stem != f'{Path(leaf).stem}_seed{seed}':
-            raise UserError(f'{path} holds {leaf} with the seed {seed}: name it so')
+            raise UserError(f'{path} holds {leaf} with seed {seed}: rename it')
         kept.setdefault(leaf, []).append(results)
     rows = {leaf: row_of(leaf, runs, folder) for leaf, runs in kept.items()}
     suffixes = dict.fromkeys(suffix for suffix, _ in COMPARED.values())
@@ -94,22 +94,22 @@ def read_comparison(folder: Path, root: Path) -> list[Comparison]:
         compared = {suffix: _compared_leaf(leaf, suffix) for suffix in suffixes}
         found.append(Comparison(leaf, {suffix: rows.pop(name, Row(name, '')) for suffix, name in compared.items()}))
     if rows:
-        raise UserError(f'{", ".join(rows)} is not part of the comparison: move its results out of {folder}')
+        raise UserError(f'{", ".join(rows)} is not part of the comparison: remove its results from {folder}')
     _refuse_other_teachers(found, folder)
     return found
 
 
 def render_comparison(comparisons: Sequence[Comparison], root: Path) -> str:
-    """Write a comparison as markdown: accuracy, what was not run, how it was run, a command for each config."""
+    """Render a comparison: accuracies, missing runs, settings of the runs, and a command for each config."""
     ran = [row for entry in comparisons for row in entry.rows.values() if row.runs]
     parts = [
         markdown_table(['detector', 'bits', 'FP', *COMPARED], [_comparison_cells(entry) for entry in comparisons]),
-        'Box AP / box AP50 / mask AP in percent, of several seeds their mean ± half the range between them, with their '
-        'number in brackets, and of the teacher those of all runs of its row; PTQ is the student as initialized on the '
-        'synthetic images, before QAT.',
+        'Box AP / box AP50 / mask AP in percent; with several seeds, mean ± half the range. Brackets show the '
+        'number of seeds. FP covers the teachers of all runs of the row. PTQ is the student after initialization '
+        'on the synthetic images, before QAT.',
     ]
     if not ran:
-        return '\n' + '\n\n'.join([*parts, 'Nothing has been run yet, therefore all is empty.']) + '\n\n'
+        return '\n' + '\n\n'.join([*parts, 'No run yet: all cells are empty.']) + '\n\n'
     missing = [text for entry in comparisons if (text := _missing_columns(entry))]
     if missing:
         parts.append(f'Not run, therefore empty: {"; ".join(missing)}.')
@@ -138,13 +138,13 @@ def _refuse_other_teachers(comparisons: Iterable[Comparison], folder: Path) -> N
     for detector, values in aps.items():
         if values and max(values) - min(values) > SAME_TEACHER:
             raise UserError(
-                f'the runs of {detector} in {folder} had different teachers: their box AP is from {min(values):.3f} to '
-                f'{max(values):.3f}; keep those of one teacher'
+                f'the runs of {detector} in {folder} had different teachers, with box AP from {min(values):.3f} to '
+                f'{max(values):.3f}: keep those of one teacher'
             )
 
 
 def _values(entry: Comparison, suffix: str, metrics: str) -> list[list[float]]:
-    """Accuracies of the runs that were evaluated, in the order of :data:`COMPARED_METRICS`."""
+    """Return the accuracies of the evaluated runs, in the order of :data:`COMPARED_METRICS`."""
     return accuracies(entry.rows[suffix].runs, metrics, COMPARED_METRICS)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a benchmark: as many at once as a machine allows, each once what it needs is there, none twice.
+"""Run the jobs of a benchmark in parallel, each after its dependencies.
 
-A job is one process with a folder of its own and a file that is there once it is finished. Killed and started again, a
-benchmark skips what is finished and goes on with what is not. bccd.py and yolo.py say which jobs there are.
+A job is one process with its own folder and a result file that exists once the job is finished. A benchmark that was
+interrupted skips finished jobs and resumes the others. bccd.py and yolo.py define the jobs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.1
 LOG_LINES = 8
-"""Of a failed job's log that are shown."""
+"""Last lines of the log of a failed job that are printed."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Job:
     """One process.
 
     Attributes:
-        name: Its own, and of its log.
-        command: What follows ``python``.
-        work_dir: Where it writes; a checkpoint of an unfinished training there is gone on from.
-        result: The file that is there once it is finished.
-        needs: Names of the jobs that come before.
-        resumes: Whether ``--resume`` makes it go on; others do so by themselves.
-        kind: Jobs of two kinds never share a GPU: one that replays CUDA graphs leaves little of it to one that launches
-            kernel by kernel.
+        name: Name of the job and of its log.
+        command: Arguments of ``python``.
+        work_dir: Output folder. A training resumes from a checkpoint in it.
+        result: File that exists once the job is finished.
+        needs: Names of the jobs that must finish first.
+        resumes: Whether the job needs ``--resume`` to continue; other jobs continue by themselves.
+        kind: Jobs of different kinds never share a GPU, because a process that replays CUDA graphs leaves little of the
+            GPU to one that launches single kernels.
     """
 
     name: str
@@ -51,15 +51,15 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there, whole."""
+        """Whether the result exists and is complete."""
         if self.result.suffix == '.pth':
-            # The file that names it is written after it.
+            # MMEngine writes last_checkpoint after the checkpoint itself.
             return last_checkpoint(self.work_dir) == self.result
         return self.result.is_file()
 
     def arguments(self) -> list[str]:
-        """The whole command as it is to be started now."""
-        # Nothing to go on from, or a checkpoint that was being replaced: from the start.
+        """Return the full command, with ``--resume`` if there is a checkpoint."""
+        # Without a checkpoint, or if it was being replaced, the job starts over.
         resume = ['--resume'] if self.resumes and last_checkpoint(self.work_dir) is not None else []
         return [sys.executable, *self.command[:2], *resume, *self.command[2:]]
 
@@ -75,18 +75,18 @@ class _Running:
 def run(
     jobs: Sequence[Job], processes: int, work: Path, lock: int, keep: Callable[[Job], str], gpus: int = 1
 ) -> list[str]:
-    """Run jobs at once, each when those it needs are finished, and keep what they leave.
+    """Run jobs in parallel, each after its dependencies, and keep their results.
 
     Args:
-        jobs: The most urgent first.
-        processes: How many may run at once.
+        jobs: The most important first.
+        processes: Maximum number of parallel processes.
         work: Folder of the benchmark, for ``logs/``.
-        lock: File descriptor that the processes hold as long as they live.
-        keep: Copies what a finished job leaves and returns what is to be told of it.
-        gpus: Number of GPUs that the processes are spread over.
+        lock: File descriptor that the processes hold while they run.
+        keep: Copies the output of a finished job and returns a note for the progress line.
+        gpus: Number of GPUs to spread the processes over.
 
     Returns:
-        Names of jobs that failed, or that need one which did.
+        Names of jobs that failed or depend on a failed job.
     """
     start = time.monotonic()
     finished = {job.name for job in jobs if job.finished}
@@ -132,18 +132,19 @@ def run(
     return failed
 
 
-def keep_results(job: Job, path: Path) -> str:
-    """Copy the ``results.json`` of a finished job for the repository, without a place on this machine.
+def keep_results(job: Job, path: Path, config: str | None = None) -> str:
+    """Copy the ``results.json`` of a finished job, with the config path relative to the repository.
 
     Args:
-        job: One whose result that is, of the config in its command.
-        path: The file to write.
+        job: Job whose result is a ``results.json``.
+        path: File to write.
+        config: Path of the config in the repository; None takes it from the command.
 
     Returns:
-        The accuracies, for a line of progress.
+        The accuracies, as a note for the progress line.
     """
     results = json.loads(job.result.read_text())
-    results['config'] = job.command[1]
+    results['config'] = config or job.command[1]
     write(json.dumps(results, indent=2).encode() + b'\n', path)
     metrics: dict[str, Any] = results['metrics']
     shown = [f'{row} {100 * values.get("coco/bbox_mAP", 0.0):.1f}' for row, values in metrics.items()]
@@ -151,52 +152,52 @@ def keep_results(job: Job, path: Path) -> str:
 
 
 def tool(name: str, config: Path, work_dir: Path, options: Iterable[str]) -> tuple[str, ...]:
-    """Arguments of ``python`` that run one of the tools in ``tools/``."""
+    """Return the arguments of ``python`` that run a tool in ``tools/``."""
     return (f'tools/{name}.py', config.as_posix(), '--work-dir', str(work_dir), '--cfg-options', *options)
 
 
 def last_checkpoint(work_dir: Path) -> Path | None:
-    """The checkpoint that MMEngine wrote last, if it is still there."""
+    """Return the checkpoint that MMEngine wrote last, or None if there is none."""
     note = work_dir / 'last_checkpoint'
     path = work_dir / Path(note.read_text().strip()).name if note.is_file() else None
     return path if path is not None and path.is_file() else None
 
 
 def lock(work: Path) -> Any:
-    """Open a file that this process and those it starts hold: two would write into the same folders."""
+    """Lock the folder for this process and its children, so that no second benchmark writes to it."""
     work.mkdir(parents=True, exist_ok=True)
     held = (work / 'lock').open('w')
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        sys.exit(f'error: another run of this tool, or a process that it started, is still at work in {work}')
+        sys.exit(f'error: another run of this tool, or a process that it started, is still running in {work}')
     return held
 
 
 def write(content: bytes, path: Path) -> None:
-    """Write a file, and the folders that it is in."""
+    """Write a file and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 
 def write_gallery(source: Path, path: Path) -> None:
-    """Write a gallery as a JPEG: a tenth of the size of a PNG, since synthetic images are noisy."""
+    """Convert a gallery to JPEG, which is much smaller than PNG for noisy synthetic images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as gallery:
         gallery.convert('RGB').save(path, quality=75, subsampling=0, optimize=True, progressive=True)
 
 
 def tell(start: float, text: str) -> None:
-    """Write a line of progress with the seconds since ``start``."""
+    """Print a progress line with the seconds since ``start``."""
     sys.stdout.write(f'[{time.monotonic() - start:5.0f} s] {text}\n')
     sys.stdout.flush()
 
 
 def _free_gpu(kind: str, running: Sequence[_Running], gpus: int) -> int | None:
-    """Index of the GPU with the fewest jobs, all of this kind; None if there is none."""
+    """Return the least loaded GPU that runs only jobs of this kind; None if there is none."""
     jobs = {gpu: [entry.job for entry in running if entry.gpu == gpu] for gpu in range(gpus)}
-    fit = [gpu for gpu in jobs if all(job.kind == kind for job in jobs[gpu])]
-    return min(fit, key=lambda gpu: len(jobs[gpu]), default=None)
+    free = [gpu for gpu in jobs if all(job.kind == kind for job in jobs[gpu])]
+    return min(free, key=lambda gpu: len(jobs[gpu]), default=None)
 
 
 def _start(job: Job, processes: int, work: Path, lock: int, gpu: int | None) -> subprocess.Popen[bytes]:
@@ -208,7 +209,7 @@ def _start(job: Job, processes: int, work: Path, lock: int, gpu: int | None) -> 
     if gpu is not None:
         environment['CUDA_VISIBLE_DEVICES'] = str(gpu)
     with path.open('ab') as log:
-        # In the process group of this tool: what ends the group ends all.
+        # Jobs stay in the process group of this tool, so that a signal to the group reaches all of them.
         return subprocess.Popen(
             job.arguments(), env=environment, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,)
         )

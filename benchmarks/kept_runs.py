@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs whose ``results.json`` is kept in the repository: reading them, and the commands that repeat them."""
+"""Read the ``results.json`` of runs kept in the repository, and format the commands that repeat them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mmzsq.errors import UserError
 LEAF = re.compile(r'(?P<detector>.+)_w(?P<w_bits>\d)a(?P<a_bits>\d)')
 BOX_METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50')
 SAME_TEACHER = 0.005
-"""The most that the accuracy of one teacher differs between evaluations: a GPU does not add in a fixed order."""
+"""Largest difference in AP of one teacher between evaluations, as sums on a GPU have no fixed order."""
 OF_SYNTHETIC_IMAGES = ('label_sampler', 'synthesis')
-"""Parts of the settings that real images have no use for."""
+"""Sections without effect on runs with real images."""
 OTHER_SEEDS = (
-    'The commands are those of the first seed in the table; another is `zsq.calibration_set.seed=1`, with a '
-    '`zsq.calibration_set.dir` of its own.'
+    'The commands are for the first seed in the table. For another seed set `zsq.calibration_set.seed` and a new '
+    '`zsq.calibration_set.dir`.'
 )
 RELATIVE_DIR = 'work_dirs/'
-"""What the folder of a set starts with to be named in a command: other places are of somebody's machine."""
+"""Prefix of the folders of sets that commands may name; other folders are specific to one machine."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One leaf under one preset.
+    """A leaf config with one preset.
 
     Attributes:
-        leaf: Path of its config in the repository.
+        leaf: Path of the config in the repository.
         preset: Name of the preset.
-        runs: What its runs wrote, by rising seed; none if it was not run.
+        runs: Results of its runs in order of their seeds; empty without a run.
     """
 
     leaf: str
@@ -47,20 +47,20 @@ class Row:
 
     @property
     def seeds(self) -> str:
-        """Seeds of its runs, as text."""
+        """Seeds of the runs, as text."""
         return ', '.join(str(seed_of(run)) for run in self.runs)
 
     @property
     def devices(self) -> str:
-        """What its runs ran on, each once, as text."""
+        """Devices of the runs without duplicates, as text."""
         return ', '.join(dict.fromkeys(run['device'] for run in self.runs))
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read what a run wrote.
+    """Read the ``results.json`` of a run.
 
     Raises:
-        UserError: If the file is missing, damaged or of another kind.
+        UserError: If the file is missing or damaged, or is not a ``results.json``.
     """
     try:
         results = json.loads(read_text(path))
@@ -69,15 +69,15 @@ def read_results(path: Path) -> dict[str, Any]:
     wanted = ('config', 'preset', 'quantizer', 'metrics', 'model_mb', 'calibration_set', 'settings', 'train', 'device')
     lacking = [key for key in wanted if key not in results]
     if lacking:
-        raise UserError(f'{path} is no results.json of a run: it lacks {", ".join(lacking)}')
+        raise UserError(f'{path} is not the results.json of a run: {", ".join(lacking)} missing')
     return results
 
 
 def repository_path(config: str, root: Path) -> str:
-    """Path of a config in the repository, however a run was given it.
+    """Return the path of a config relative to the repository.
 
     Args:
-        config: A path, absolute, or relative to any folder.
+        config: Path that a run recorded, absolute or relative to any folder.
         root: Folder with ``configs/``.
 
     Raises:
@@ -88,14 +88,14 @@ def repository_path(config: str, root: Path) -> str:
         path = Path(*parts[start:])
         if (root / path).is_file():
             return path.as_posix()
-    raise UserError(f'{config} is no config in {root / "configs"}: only runs of configs kept there are reported')
+    raise UserError(f'{config} is not a config in {root / "configs"}: only runs of configs in it are reported')
 
 
 def leaf_name(leaf: str) -> re.Match[str]:
-    """Detector and bits in the name of a leaf.
+    """Match detector and bits in the name of a leaf config.
 
     Raises:
-        UserError: If it is not named so.
+        UserError: If the name does not have this form.
     """
     match = LEAF.fullmatch(Path(leaf).stem)
     if match is None:
@@ -104,91 +104,91 @@ def leaf_name(leaf: str) -> re.Match[str]:
 
 
 def bits_of(leaf: str) -> str:
-    """Bits of weights and activations in the name of a leaf, as ``W4A8``."""
+    """Return the bits in the name of a leaf config, such as ``W4A8``."""
     match = leaf_name(leaf)
     return f'W{match["w_bits"]}A{match["a_bits"]}'
 
 
 def order(leaf: str) -> tuple[str, int, int]:
-    """Key to sort leaves by: detector, then falling bits."""
+    """Sort key of leaf configs: detector, then decreasing bits."""
     match = leaf_name(leaf)
     return match['detector'], -int(match['w_bits']), -int(match['a_bits'])
 
 
 def seed_of(results: Mapping[str, Any]) -> int:
-    """Seed of a run."""
+    """Return the seed of a run."""
     return results['settings']['calibration_set']['seed']
 
 
 def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``zsq`` section that a run recorded."""
+    """Return the ``zsq`` section that a run recorded."""
     return dict(results['settings'], quantizer=results['quantizer'], preset=results['preset'])
 
 
 def row_of(leaf: str, runs: Iterable[dict[str, Any]], place: Path | str) -> Row:
-    """Join the runs of a leaf.
+    """Join the runs of a leaf config.
 
     Args:
-        leaf: Path of its config in the repository.
-        runs: What they wrote, at least one, in any order.
-        place: Where they are kept, for the message.
+        leaf: Path of the config in the repository.
+        runs: Their results, at least one, in any order.
+        place: Folder of the results, for messages.
 
     Raises:
-        UserError: If they differ in more than the seed, or two have the same.
+        UserError: If the runs differ in more than the seed, or two share a seed.
     """
     by_seed = tuple(sorted(runs, key=seed_of))
     seeds = [seed_of(run) for run in by_seed]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f'{place} has two runs of {leaf} with one seed, of {seeds}: keep one')
+        raise UserError(f'{place} has two runs of {leaf} with the same seed (seeds: {seeds}): keep one')
     if len({json.dumps(_beside_the_seed(run), sort_keys=True) for run in by_seed}) > 1:
-        raise UserError(f'the runs of {leaf} in {place} differ in more than the seed: keep those that are alike')
+        raise UserError(f'the runs of {leaf} in {place} differ in more than the seed: keep runs with the same settings')
     return Row(leaf, by_seed[0]['preset'], by_seed)
 
 
 def _beside_the_seed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run without its seed and the place of its set."""
+    """Return the settings of a run without its seed and the folder of its set."""
     settings = settings_of(results)
     own = settings['calibration_set'].items()
     return dict(settings, calibration_set={key: value for key, value in own if key not in ('seed', 'dir')})
 
 
 def accuracies(runs: Iterable[Mapping[str, Any]], row: str, metrics: Sequence[str]) -> list[list[float]]:
-    """Read what one detector of each run reached.
+    """Read the accuracies of one detector in each run.
 
     Args:
-        runs: What they wrote.
-        row: Of the table of a run: ``'float'``, ``'ptq'`` or ``'zero_shot'``.
-        metrics: Their names.
+        runs: Results of runs.
+        row: Detector in a run: ``'float'``, ``'ptq'`` or ``'zero_shot'``.
+        metrics: Names of metrics.
 
     Returns:
-        One number a metric, in [0, 1], for each run in which the detector was evaluated.
+        One number per metric in [0, 1], for each run that evaluated the detector.
     """
     measured = [run['metrics'].get(row) for run in runs]
-    # COCO's evaluator leaves metrics out when nothing was detected: the accuracy is 0 then.
+    # COCO's evaluator omits the metrics if nothing was detected, which means an accuracy of 0.
     return [[found.get(name, 0.0) for name in metrics] for found in measured if found is not None]
 
 
 def synthesis_text(results: Mapping[str, Any]) -> str:
-    """Sides and iterations of the stages that made the images of a run."""
+    """Format image sides and iterations of the synthesis stages of a run."""
     stages = results['calibration_set']['stages'].values()
     sides = ['x'.join(map(str, dict.fromkeys(stage['image_size']))) for stage in stages]
     return ', '.join(f'{side} px x {stage["iterations"]}' for side, stage in zip(sides, stages, strict=True))
 
 
 def training_text(results: Mapping[str, Any]) -> str:
-    """Steps and batch of a run."""
+    """Format training steps and batch size of a run."""
     return f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}'
 
 
 def command(row: Row, root: Path) -> str:
-    """Command that repeats the first run of a row with the leaf and the presets as they are now.
+    """Return the command that repeats the first run of a row with the current leaf config and presets.
 
     Raises:
         UserError: If a setting cannot be given on a command line.
     """
     recorded = settings_of(row.runs[0])
     if recorded['calibration_set'].get('real') is not None:
-        # No set is made.
+        # Runs on real images make no calibration set.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
         recorded = {key: value for key, value in recorded.items() if key not in OF_SYNTHETIC_IMAGES}
     cfg = Config.fromfile(root / row.leaf)
@@ -208,22 +208,25 @@ def command(row: Row, root: Path) -> str:
 
 
 def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """What a run recorded that is otherwise now.
+    """Yield recorded settings that differ from the current ones.
 
     Args:
         recorded: Settings of the run.
-        current: Those of today, in JSON's types.
-        key: Of both.
+        current: Current settings, in the types of JSON.
+        key: Dotted key of both.
 
     Yields:
-        Dotted keys with the recorded values. Folders outside :data:`RELATIVE_DIR` are left out.
+        Dotted keys with the recorded values, except for folders outside :data:`RELATIVE_DIR`.
     """
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
+        removed = set(recorded) - set(current)
         if recorded.get('type') != current.get('type'):
-            # Another type replaces the section as a whole.
-            current = {}
+            # A section of another type is replaced as a whole.
+            current, removed = {}, set()
         for name, value in recorded.items():
-            yield from differences(value, current.get(name), f'{key}.{name}')
+            # A setting that was switched off in the run and no longer exists changes nothing.
+            if value or name not in removed:
+                yield from differences(value, current.get(name), f'{key}.{name}')
     elif _alike(recorded, current):
         for index, pair in enumerate(zip(recorded, current, strict=True)):
             yield from differences(*pair, f'{key}.{index}')
@@ -234,7 +237,7 @@ def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, An
 
 
 def _alike(recorded: Any, current: Any) -> bool:
-    """Whether both are lists of sections of the same types, so that a setting of one is set by its place."""
+    """Whether both are lists of sections of the same types, so that settings can be addressed by index."""
     return (
         isinstance(recorded, list)
         and isinstance(current, list)
@@ -244,18 +247,18 @@ def _alike(recorded: Any, current: Any) -> bool:
 
 
 def _refuse_lists_of_presets(key: str, leaf: Any) -> None:
-    """A place in a list can be given on a command line where the config itself has that list."""
+    """Raise if a key addresses a list of a preset, since a command line can only address lists of the config."""
     content = leaf
     for name in key.split('.'):
         if name.isdigit() and not isinstance(content, list):
             raise UserError(
-                f'{key} differs from the preset and cannot be given on a command line: keep a config that sets it'
+                f'{key} differs from the preset and cannot be given on a command line: add a config that sets it'
             )
         content = content[int(name)] if isinstance(content, list) else content.get(name, {})
 
 
 def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A section that is switched off now is given setting by setting."""
+    """Split sections into settings, since the current section may be None."""
     if isinstance(value, Mapping) and value:
         for name, setting in value.items():
             yield from _assignments(f'{key}.{name}', setting)
@@ -268,6 +271,6 @@ def _option(key: str, value: Any) -> str:
         return f'[{",".join(map(str, value))}]'
     if isinstance(value, Mapping | list):
         raise UserError(
-            f'{key} differs from the config and cannot be given on a command line: keep a config that sets it'
+            f'{key} differs from the config and cannot be given on a command line: add a config that sets it'
         )
     return str(value)

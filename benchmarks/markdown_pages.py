@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools that write pages of tables share: markdown, and files that are written or checked."""
+"""Markdown tables, and pages that are written or checked."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def renew(page: Path, current: str, updated: str, check: bool, command: str) -> None:
-    """Write a page that has changed, or only say that it has.
+    """Write a page if it has changed, or only check it.
 
     Args:
-        page: The file; its folder is made.
-        current: What it holds.
-        updated: What it should hold.
-        check: Write nothing, and exit with 1 if the two differ.
-        command: What brings the page up to date, for the message.
+        page: The file; its folder is created.
+        current: Current content.
+        updated: New content.
+        check: Whether to write nothing and exit with 1 if the two differ.
+        command: Command that updates the page, for the message.
     """
     if updated == current:
         return
@@ -33,13 +33,13 @@ def renew(page: Path, current: str, updated: str, check: bool, command: str) -> 
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table as markdown."""
+    """Format a Markdown table, with ``|`` in cells escaped."""
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines)
 
 
 def means_with_spread(runs: Sequence[Sequence[float]]) -> str:
-    """Accuracies in percent, one after the other; of several runs their means, ± half the range of what varies."""
+    """Format accuracies in percent; for several runs, mean ± half the range of each."""
     texts = []
     for values in zip(*runs, strict=True):
         spread = f' ± {50 * (max(values) - min(values)):.1f}' if len(values) > 1 else ''

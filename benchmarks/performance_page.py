@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of docs/performance.md from what benchmarks measured, or check that they are up to date.
+"""Write the tables of docs/performance.md from benchmark results, or check that they are up to date.
 
     python benchmarks/performance_page.py benchmarks/results/benchmarks/*.json docs/performance.md
     python benchmarks/performance_page.py benchmarks/results/benchmarks/*.json docs/performance.md --check
 
-Files are those of ``benchmarks/speed.py``, one a case, and of ``benchmarks/scaling.py``; without any, every
-row is empty. A table stands between two lines of the page, the first of which names one of :data:`TABLES`:
+``speed.py`` writes one result file per case, ``scaling.py`` writes ``scaling.json``. Rows without a result are empty
+and listed below the table. A table is written between two lines of the page. The first names one of :data:`TABLES`:
 
     <!-- speed: goals -->
     <!-- end of speed -->
-
-What was not measured stays empty, and is named below the table.
 """
 
 from __future__ import annotations
@@ -31,33 +29,33 @@ from mmzsq.errors import UserError
 
 BLOCK = re.compile(r'(<!-- speed: (\w+) -->\n).*?(<!-- end of speed -->)', re.DOTALL)
 IMAGES, ITERATIONS, EPOCHS = 2000, 2500, 20
-"""Of the whole method: the paper's set, at each of two sizes, and the training of the preset ``default``."""
+"""Size of the whole method: images and iterations per stage of the paper, epochs of the preset ``default``."""
 WHOLE_GOAL = 40.0
-"""Minutes."""
+"""Goal for the whole method, in minutes."""
 SCALING = 'scaling'
-"""Name of the file that ``scaling.py`` writes."""
+"""Stem of the result file of ``scaling.py``."""
 GENERAL_GOAL = 3.0
-"""How many times as long a step may take by PyTorch's operators alone."""
+"""Largest ratio of the time of the general path to that of the fused kernels."""
 TWO_PROCESS_GOALS = dict(generation=1.9, training=1.8)
-"""How many times as fast two GPUs are to be."""
+"""Speedup goals of two GPUs over one."""
 PROCESSES = (2, 4, 8, 16, 64)
 TRAINING_STEPS = ('float', 'quantized', 'distilled')
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured.
+    """Results of all benchmarks.
 
     Attributes:
-        cases: By the name of the case.
-        scaling: Of one process beside several, if that was measured.
+        cases: Result of each measured case, by name.
+        scaling: Result of ``scaling.py``, if there is one.
     """
 
     cases: Mapping[str, dict[str, Any]]
     scaling: dict[str, Any] | None
 
     def having(self, *parts: str) -> list[tuple[Case, dict[str, Any] | None]]:
-        """Cases that measure one of ``parts``, in their order, each with its result or None."""
+        """Return the cases that measure one of ``parts``, each with its result or None."""
         return [(case, self.cases.get(case.name)) for case in CASES if set(parts) & set(case.what)]
 
 
@@ -79,10 +77,10 @@ def read_results(paths: Iterable[Path]) -> Results:
     """Read result files.
 
     Args:
-        paths: One JSON file a case, named after it, and perhaps ``scaling.json``.
+        paths: One JSON file per case, named after it, and optionally ``scaling.json``.
 
     Raises:
-        UserError: If a file is missing, is no result, or is of no case.
+        UserError: If a file is missing, is not a benchmark result, or belongs to an unknown case.
     """
     known = {case.name for case in CASES}
     cases: dict[str, dict[str, Any]] = {}
@@ -91,24 +89,24 @@ def read_results(paths: Iterable[Path]) -> Results:
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
-            raise UserError(f'{path} is no result of a benchmark ({error})') from error
+            raise UserError(f'{path} is not a benchmark result ({error})') from error
         if path.stem == SCALING:
             scaling = content
         elif content.get('case') not in known:
-            raise UserError(f'{path} is of no case in benchmarks/speed_cases.py: {content.get("case")!r}')
+            raise UserError(f'{path} belongs to no case of benchmarks/speed_cases.py: {content.get("case")!r}')
         elif path.stem != content['case']:
-            raise UserError(f'{path} holds the case {content["case"]}: name it so')
+            raise UserError(f'{path} holds the case {content["case"]}: rename it to {content["case"]}.json')
         else:
             cases[path.stem] = content
     return Results(cases, scaling)
 
 
 def update(text: str, results: Results) -> str:
-    """Renew every table of a markdown text.
+    """Replace every table of a Markdown text.
 
     Args:
         text: With at least one pair of markers.
-        results: What was measured.
+        results: Results of all benchmarks.
 
     Raises:
         UserError: If there are no markers, or a table has an unknown name.
@@ -118,12 +116,12 @@ def update(text: str, results: Results) -> str:
         raise UserError('no table to write: add the lines <!-- speed: goals --> and <!-- end of speed -->')
     unknown = [name for name in names if name not in TABLES]
     if unknown:
-        raise UserError(f'there is no table {unknown[0]!r}: a page may have {", ".join(TABLES)}')
+        raise UserError(f'unknown table {unknown[0]!r}. Known tables: {", ".join(TABLES)}')
     return BLOCK.sub(lambda match: f'{match[1]}\n{TABLES[match[2]](results)}\n\n{match[3]}', text)
 
 
 def render_goals(results: Results) -> str:
-    """Goals of the synthesis step, of training, of the whole method and of two GPUs, beside what was measured."""
+    """Render goals and measurements of the synthesis step, training, the whole method and two GPUs."""
     header = ['', 'authors', 'prototype', 'goal', 'measured', 'lowest to highest', 'x authors', 'x prototype', 'met']
     rows = [
         _goal_cells(f'{case.title}{_goal_suffix(goal)}', goal, goal.measured(result), _spread(result, goal.key))
@@ -140,17 +138,16 @@ def render_goals(results: Results) -> str:
         two = lookup(results.scaling, 'processes') == [1, 2]
         speedup = lookup(results.scaling, f'speedup.{part}') if two else None
         met = '' if speedup is None else _yes(speedup >= goal)
-        rows.append(
-            [f'two GPUs, {part}, times as fast as one', '', '', f'>= {goal}', _number(speedup, 2), *[''] * 3, met]
-        )
+        rows.append([f'two GPUs, {part}, speedup', '', '', f'>= {goal}', _number(speedup, 2), *[''] * 3, met])
     parts = [
         markdown_table(header, rows),
         'Milliseconds per image and iteration of the whole synthesis step, unless a row says otherwise. The times of '
-        "the authors' code and of the prototype, a first version of this package, were taken on one H100; those marked "
-        'with * had nothing done for their speed. Where ours are of another card, that is in the factors, too.',
-        f'Minutes are extrapolated: {IMAGES} images with {ITERATIONS} iterations at 640 px and {EPOCHS} epochs of '
-        "training at batch 32, from the rates of yolov5-s_640_b32; the authors' 660 minutes are the images alone. "
-        f'Labels take another {ITERATIONS} iterations at 160 px, corrections included, at the batch that is fastest.',
+        "the authors' code and of the prototype, a first version of this package, were measured on one H100. Prototype "
+        'times marked * are of code that was not optimized. If our times were measured on another GPU, the factors '
+        'include the difference.',
+        f'Minutes are extrapolated from the rates of yolov5-s_640_b32: {IMAGES} images with {ITERATIONS} iterations at '
+        f"640 px, and {EPOCHS} epochs of training at batch 32. The authors' 660 minutes cover the images only. Labels "
+        f'take another {ITERATIONS} iterations at 160 px with relabeling, at the fastest batch size.',
     ]
     return _join(
         [
@@ -162,7 +159,7 @@ def render_goals(results: Results) -> str:
 
 
 def render_synthesis(results: Results) -> str:
-    """What a synthesis step is made of, and the proof of what runs."""
+    """Render time, launches, kernels and memory of the synthesis steps."""
     header = ['', 'task', 'ms', 'graph', 'launches', 'graphs launched', 'kernels', 'kernel ms', 'busy', 'NVML %', 'GiB']
     rows = []
     for case, result in results.having('synthesis'):
@@ -185,8 +182,8 @@ def render_synthesis(results: Results) -> str:
         if (reason := lookup(result, 'synthesis.eager_reason'))
     ]
     legend = (
-        'Launches by the host, kernels and milliseconds with a kernel at work are of one step of the batch; busy is '
-        'the share of the step that these are, NVML the utilization that the driver reports.'
+        'Launches by the host, kernels, and kernel ms (time in which at least one kernel runs) are per step of the '
+        'batch. Busy is the share of kernel ms in the step. NVML is the utilization that the driver reports.'
     )
     return _join(
         [
@@ -200,8 +197,16 @@ def render_synthesis(results: Results) -> str:
 
 
 def render_relabeling(results: Results) -> str:
-    """What correcting the labels costs."""
-    header = ['', 'step', 'one correction, ms an image', 'lowest to highest', 'stage', 'boxes changed', 'captured anew']
+    """Render the cost of relabeling."""
+    header = [
+        '',
+        'step',
+        'one correction, ms an image',
+        'lowest to highest',
+        'stage',
+        'boxes changed',
+        'captured again',
+    ]
     rows = []
     for case, result in results.having('relabel'):
         part = lookup(result, 'relabel') or {}
@@ -218,8 +223,8 @@ def render_relabeling(results: Results) -> str:
             ]
         )
     legend = (
-        'Step and stage in ms per image and iteration: a step alone, and with the share of the corrections that the '
-        'stage of the config makes.'
+        'Step and stage are in ms per image and iteration: a step alone, and including the relabeling that the stage '
+        'of the config performs.'
     )
     return _join(
         [markdown_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('relabel'))]
@@ -227,7 +232,7 @@ def render_relabeling(results: Results) -> str:
 
 
 def render_training(results: Results) -> str:
-    """Steps of the float detector, the quantized student, and the student with its teacher."""
+    """Render the training steps of the float detector, the student, and the student with its teacher."""
     header = ['', *(f'{name}, ms' for name in TRAINING_STEPS), *(f'{name}, images/s' for name in TRAINING_STEPS)]
     header += [*(f'{name}, kernel ms' for name in TRAINING_STEPS)]
     header += ['quantized / float', 'distilled / float', 'graph: quantized', 'graph: distilled', 'busy']
@@ -246,11 +251,11 @@ def render_training(results: Results) -> str:
             ]
         )
     legend = (
-        'All three learn in bf16, as with `--amp`; `default` itself trains in fp32, which was not timed here. The '
-        'float detector takes the step of MMEngine, whose kernels the host launches one by one: part of the ratios '
-        "below 1. Quantized is the student that learns by the detector's own loss, distilled the student with its "
-        'teacher; both steps are one CUDA graph where they can be. Kernel ms is the time with a kernel at work, which '
-        'no launch adds to. Lowest and highest of a ratio in brackets; busy is of the distilled step.'
+        'All three are trained in bf16, as with `--amp`. `default` itself trains in fp32, which was not timed here. '
+        "The float detector is trained by MMEngine's step, whose kernels the host launches one by one; this explains "
+        "part of the ratios below 1. Quantized is the student with the detector's own loss, distilled the student with "
+        'its teacher. Both steps are one CUDA graph if they can be captured. Kernel ms is the time in which a kernel '
+        'runs, without launch overhead. Brackets show the lowest and highest ratio. Busy refers to the distilled step.'
     )
     return _join(
         [markdown_table(header, rows), legend, _missing(rows), _provenance(r for _, r in results.having('training'))]
@@ -258,19 +263,19 @@ def render_training(results: Results) -> str:
 
 
 def render_memory(results: Results) -> str:
-    """Peak memory of everything measured."""
+    """Render the peak memory of every case."""
     kinds = dict(
         synthesis='synthesis', relabel='relabel', **{name: f'training.steps.{name}' for name in TRAINING_STEPS}
     )
     measured = results.having('synthesis', 'relabel', 'training')
     rows = [[case.title, *(_memory_cell(lookup(result, key)) for key in kinds.values())] for case, result in measured]
     return _join(
-        [markdown_table(['', *kinds], rows), 'Peak GiB that tensors held / that PyTorch had reserved.', _missing(rows)]
+        [markdown_table(['', *kinds], rows), 'Peak GiB allocated by tensors / reserved by PyTorch.', _missing(rows)]
     )
 
 
 def render_costs(results: Results) -> str:
-    """The ten dearest kernels of each synthesis step and of each training step with a teacher."""
+    """Render the ten most expensive kernels of each synthesis step and each training step with a teacher."""
     parts = []
     for case, result in results.having('synthesis', 'training'):
         for title, key in (('synthesis', 'synthesis.top'), ('training, distilled', 'training.steps.distilled.top')):
@@ -286,7 +291,7 @@ def render_costs(results: Results) -> str:
 
 
 def render_scaling(results: Results) -> str:
-    """What several processes give, by Amdahl's law from the measured serial part."""
+    """Render the measured speedup, and that of more processes by Amdahl's law."""
     shares = {part: lookup(results.scaling, f'serial_share.{part}') for part in TWO_PROCESS_GOALS}
     processes = lookup(results.scaling, 'processes')
     measured = 'measured' if processes is None else f'measured, {processes[-1]} GPUs'
@@ -299,23 +304,23 @@ def render_scaling(results: Results) -> str:
     ]
     header = ['', measured, 'serial part', *(f'{n} GPUs' for n in PROCESSES)]
     legend = (
-        'Times as fast as one GPU: 1 / (s + (1 - s) / n) for a serial part s of the time of one GPU and n of them. For '
-        'training s is what explains the measured number. For generation it is the claim of its place, the merge and '
-        'the check of the set, which alone grow with a set, so that its row is the most that there is to be had: the '
-        'measured number has what a process does once too, which weighs less the more shards it makes. All leave out '
-        'that rounds of shards or batches may not divide evenly, and, for machines, the network.'
+        'Speedup over one GPU: 1 / (s + (1 - s) / n) for n GPUs and a serial share s of the time of one GPU. For '
+        'training, s is derived from the measured speedup. For generation, s consists of claiming the folder, merging '
+        'and verifying the set, the only serial parts that grow with the set. That row is therefore an upper bound: '
+        'the measured speedup also includes work that each process does once, which matters less with more shards. '
+        'All rows assume that shards and batches divide evenly, and those of several machines ignore the network.'
     )
     same = lookup(results.scaling, 'same_set')
-    sets = '' if same is None else f'All runs made the same set, by its SHA-256 sums: {_yes(same)}.'
+    sets = '' if same is None else f'All runs made the same set, compared by SHA-256: {_yes(same)}.'
     return _join([markdown_table(header, rows), legend, sets, _missing(rows), _provenance([results.scaling])])
 
 
 def amdahl(serial_share: float, processes: int) -> float:
-    """How many times as fast several processes are as one.
+    """Return the speedup of several processes over one by Amdahl's law.
 
     Args:
-        serial_share: Share of the time of one process that does not become less, in [0, 1].
-        processes: How many.
+        serial_share: Share of the time of one process that is not parallel, in [0, 1].
+        processes: Number of processes.
 
     Example:
         >>> round(amdahl(0.1, 9), 6)
@@ -325,11 +330,11 @@ def amdahl(serial_share: float, processes: int) -> float:
 
 
 def whole_method_minutes(results: Results, labels: bool) -> float | None:
-    """Minutes of the paper's set and training for YOLOv5-s from measured rates; None if one of them is missing.
+    """Extrapolate the minutes of the paper's set and training for YOLOv5-s; None if a rate was not measured.
 
     Args:
-        results: What was measured.
-        labels: Whether the iterations that correct labels count too.
+        results: Results of all benchmarks.
+        labels: Whether to include the iterations that correct labels.
     """
     coarse = [
         rate
@@ -345,7 +350,7 @@ def whole_method_minutes(results: Results, labels: bool) -> float | None:
 
 
 def general_ratio(results: Results) -> float | None:
-    """Time of a synthesis step of YOLOv5-s by PyTorch's operators alone over that of the fused one, or None."""
+    """Return the time of a synthesis step on the general path over that with fused kernels, or None."""
     general, fused = (
         lookup(results.cases.get(name), 'synthesis.ms_per_image_iteration')
         for name in ('yolov5-s_640_b32_general', 'yolov5-s_640_b32')
@@ -388,7 +393,7 @@ def _goal_suffix(goal: Goal) -> str:
 
 
 def _spread(result: Mapping[str, Any] | None, key: str) -> str:
-    """Lowest to highest of what a result has at ``key``."""
+    """Format the lowest and highest value of a result's ``key``."""
     part, _, name = key.rpartition('.')
     return _range(lookup(result, f'{part}.spread' if name.startswith('ms') else f'{key}_spread'), 3)
 
@@ -421,7 +426,7 @@ def _yes(value: bool | None) -> str:
 
 
 def _missing(rows: Sequence[Sequence[str]], measured: slice = slice(1, None)) -> str:
-    """Which rows have nothing in the columns of what is measured, by default all but the first."""
+    """List the rows that are empty in the measured columns, by default all columns except the first."""
     names = [row[0] for row in rows if not any(row[measured])]
     if not names:
         return ''
@@ -429,7 +434,7 @@ def _missing(rows: Sequence[Sequence[str]], measured: slice = slice(1, None)) ->
 
 
 def _provenance(results: Iterable[Mapping[str, Any] | None]) -> str:
-    """Device, versions and commands of results."""
+    """Format device, versions and commands of results."""
     commands: dict[str, list[str]] = {}
     for result in results:
         if result is not None:

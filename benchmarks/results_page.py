@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/results.md, the paper's tables with our numbers, and the summary in README.md, or check them.
+"""Write docs/results.md (the paper's tables with our numbers) and the summary in README.md, or check both.
 
     python benchmarks/results_page.py
     python benchmarks/results_page.py --check
@@ -54,9 +54,9 @@ BLOCK = re.compile(rf'(<!-- summary of {RESULTS} -->\n).*?(<!-- end of summary -
 LABELS = 'benchmarks/results/yolov5-n_labels.json'
 LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
 LABELS_OF = {row.cells[1].method: row.labels[1] for row in TABLES[5].rows}
-"""What Table 5 calls the sets of ``default``."""
+"""Titles of the sets of ``default`` in Table 5."""
 SHOWN = ('', '_prior', '_false-positives', '_multi-out', '_tile-out', '_real-labels')
-"""Sets of ``default`` whose galleries are on the page, by the end of their names."""
+"""Suffixes of the sets of ``default`` whose galleries are on the page."""
 SIZES = ('small', 'medium', 'large')
 NAME = re.compile(r'(?P<method>.+)_(?P<bits>w\da\d)_seed(?P<seed>\d+)')
 NOT_COMPARED = (
@@ -65,28 +65,28 @@ NOT_COMPARED = (
 )
 """Settings by which runs of one cell may differ."""
 ABSENT = 'absent'
-"""What a run is said to have of a setting that came after it."""
+"""Shown as the value of a setting that is newer than the run."""
 NO_USE_FOR_REAL_IMAGES = (*(f'zsq.{part}.' for part in OF_SYNTHETIC_IMAGES), 'zsq.calibration_set.num_images')
-"""Settings that do not count in a run on real images."""
+"""Settings without effect on a run with real images."""
 INTRODUCTION = """# Results on YOLOv5-n
 
-The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the smallest
-YOLOv5, and two of our own. This page is written by `python benchmarks/results_page.py` from the files
-in [results](../benchmarks/results). What is run for a cell stands in
-[yolo_methods.py](../benchmarks/yolo_methods.py), and `python benchmarks/yolo.py --tables 2 --list` prints it as
-commands.
+The tables of the paper, "Zero-shot Quantization for Object Detection", with the numbers of this package on the
+smallest YOLOv5, and two tables of our own. `python benchmarks/results_page.py` writes this page from the files in
+[results](../benchmarks/results). [yolo_methods.py](../benchmarks/yolo_methods.py) defines the run of each cell;
+`python benchmarks/yolo.py --tables 2 --list` prints the commands.
 
 Numbers are AP / AP50 in percent on 200 images of COCO val2017, described in
-[configs/zsq/README.md](../configs/zsq/README.md): means over the seeds, ± half the range between them where there are
-several. On so few images AP carries a few points of sampling noise, the same in all rows: compare rows. **The columns
-of the paper are of another detector, YOLOv5-s, on all 5000 images**: they stand beside ours for the order of the rows,
-not for their height. The checkpoint evaluated is the last one, where the paper's is chosen on the validation images.
+[configs/zsq/README.md](../configs/zsq/README.md). With several seeds they are means ± half the range. On 200 images
+AP has a sampling noise of a few points, which is the same in all rows, so compare rows with each other. **The columns
+of the paper are for another detector, YOLOv5-s, on all 5000 images**: compare the order of the rows, not the values.
+We evaluate the last checkpoint; the paper chooses a checkpoint on the validation images.
 
-Calibration sets have 512 images, where the paper has 2000. `paper` is the paper's recipe cut short (800 and 300
-iterations in place of 2500 and 2500, 192 steps of training at batch 32), `default` ours (640 steps at batch 16); within
-a preset all rows take about as many steps, unless they say otherwise. Rows on real images or with labels of real images
-are for comparison and not zero-shot, nor are those "in distribution" to the letter. Two-stage detectors, on blood cells
-and not the paper's COCO (its Table 3), are in [configs/zsq/README.md](../configs/zsq/README.md).
+Calibration sets have 512 images; those of the paper have 2000. `paper` is a shortened version of the paper's recipe:
+800 and 300 iterations instead of 2500 and 2500, and 192 training steps of batch 32. `default` is our recipe, with 640
+training steps of batch 16. All rows of a preset take about the same number of steps unless stated otherwise. Rows on
+real images or with labels of real images are not zero-shot and serve as a comparison. Strictly, the rows "in
+distribution" are not zero-shot either. Two-stage detectors were measured on blood cells instead of COCO (Table 3 of
+the paper), see [configs/zsq/README.md](../configs/zsq/README.md).
 """
 
 
@@ -95,9 +95,9 @@ class Result:
     """One run of a method at a bit width.
 
     Attributes:
-        seed: Of its calibration set and its training.
-        content: What it wrote.
-        changed: Settings that are otherwise in the method as it is now, with the values of the run.
+        seed: Seed of the calibration set and of training.
+        content: Its ``results.json``.
+        changed: Settings whose values differ from the current ones of the method, with the values of the run.
     """
 
     seed: int
@@ -106,7 +106,7 @@ class Result:
 
 
 Runs = Mapping[tuple[str, str], Sequence[Result]]
-"""By method and bits, by rising seed."""
+"""Runs by method and bits, in order of their seeds."""
 
 
 def main() -> None:
@@ -142,50 +142,52 @@ def read_runs(root: Path) -> Runs:
         Kept runs.
 
     Raises:
-        UserError: If a file is not named after what it holds, or the runs of a cell differ in more than the seed, or
-            their teachers do.
+        UserError: If the name of a file does not match its content, if the runs of a cell differ in more than the seed,
+            or if the teachers of all runs differ.
     """
     found: dict[tuple[str, str], list[Result]] = {}
     for path in sorted((root / RESULTS).glob('*.json')):
         match = NAME.fullmatch(path.stem)
         if match is None or match['method'] not in METHODS:
-            raise UserError(f'{path} is not named METHOD_BITS_seedSEED.json, with a method of yolo_methods.py')
+            raise UserError(f'{path} is not named METHOD_BITS_seedSEED.json with a method of yolo_methods.py')
         result = _result(path, match['method'], match['bits'], root)
         if result.seed != int(match['seed']):
-            raise UserError(f'{path} holds a run with the seed {result.seed}: name it so')
+            raise UserError(f'{path} holds a run with seed {result.seed}: rename it')
         found.setdefault((match['method'], match['bits']), []).append(result)
     for key, results in found.items():
         results.sort(key=lambda result: result.seed)
         if any(result.changed != results[0].changed for result in results):
-            raise UserError(f'the runs of {key[0]} at {key[1]} differ in more than the seed: keep those that are alike')
+            raise UserError(
+                f'the runs of {key[0]} at {key[1]} differ in more than the seed: keep runs with the same settings'
+            )
     contents = [result.content for results in found.values() for result in results]
     aps = [ap for ap, _ in accuracies(contents, 'float', BOX_METRICS)]
     if aps and max(aps) - min(aps) > SAME_TEACHER:
         raise UserError(
-            f'the runs had different teachers: their AP is from {min(aps):.3f} to {max(aps):.3f}; keep those of one'
+            f'the runs had different teachers, with AP from {min(aps):.3f} to {max(aps):.3f}: keep those of one teacher'
         )
     return found
 
 
 def read_labels(root: Path) -> Mapping[str, Any] | None:
-    """What label_statistics.py wrote of the calibration sets; None if it has not."""
+    """Read the output of label_statistics.py for the calibration sets; None if there is none."""
     path = root / LABELS
     return json.loads(read_text(path)) if path.is_file() else None
 
 
 def render(runs: Runs, labels: Mapping[str, Any] | None = None) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        runs: Of :func:`read_runs`.
-        labels: Of :func:`read_labels`; None leaves the section out.
+        runs: Returned by :func:`read_runs`.
+        labels: Returned by :func:`read_labels`; None omits the section.
     """
     tables = (render_table(table, runs) for table in TABLES.values())
     return '\n'.join([INTRODUCTION, *tables, *([] if labels is None else [render_labels(labels)])])
 
 
 def render_summary(runs: Runs) -> str:
-    """AP of the rows of ``SUMMARY``, in percent, as markdown."""
+    """Render the AP of the rows of ``SUMMARY`` in percent."""
 
     def ap(cell: Cell) -> str:
         measured = _accuracies(cell, runs)
@@ -198,8 +200,8 @@ def render_summary(runs: Runs) -> str:
 
 
 def render_labels(labels: Mapping[str, Any]) -> str:
-    """How alike the labels of calibration sets and of real images are, as markdown."""
-    head = ('labels', 'images', 'boxes an image', *(f'{size} boxes' for size in SIZES), 'Pearson', 'Spearman')
+    """Render the comparison of the labels of calibration sets with those of real images."""
+    head = ('labels', 'images', 'boxes per image', *(f'{size} boxes' for size in SIZES), 'Pearson', 'Spearman')
     rows = [[LABELS_OF.get(name, f'`{name}`'), *_label_numbers(of_set)] for name, of_set in labels['sets'].items()]
     rows.append(['real, train2017', *_label_numbers(labels['annotations'])])
     sets = ' '.join(f'{name}=work_dirs/yolov5-n/set_{name}_seed0/calibration_set' for name in labels['sets'])
@@ -209,13 +211,14 @@ def render_labels(labels: Mapping[str, Any]) -> str:
     )
     parts = (
         '## Labels',
-        "The labels of sets of Table 5 (seed 0) beside those of the real training images, as in the paper's Figure 1b: "
-        "correlation of the numbers of boxes of the 80 categories, Pearson's, and of their ranks, Spearman's. Small is "
-        'below 32 x 32 pixels, large from 96 x 96 on. Nothing corrects those of MultiSample and Tile.',
+        'Labels of the sets of Table 5 (seed 0) compared with those of the real training images, as in Figure 1b '
+        'of the paper: Pearson correlation of the box counts of the 80 categories, and Spearman correlation of '
+        'their ranks. Small boxes are below 32 x 32 pixels, large boxes at least 96 x 96. Labels of MultiSample '
+        'and Tile are not corrected during synthesis.',
         markdown_table(head, rows),
         f'```bash\n{command}\n```',
-        f'![Categories, boxes an image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
-        'The first images of sets of Table 5 by index, none left out, with their labels.',
+        f'![Categories, boxes per image, sizes of boxes]({Path(LABELS_PLOT).relative_to("docs")})',
+        'The first images of each set of Table 5 with their labels, in order and without selection.',
         *(_gallery(f'default{end}') for end in SHOWN),
     )
     return '\n\n'.join(parts) + '\n'
@@ -237,7 +240,7 @@ def _label_numbers(statistics_of: Mapping[str, Any]) -> list[str]:
 
 
 def render_table(table: Table, runs: Runs) -> str:
-    """One table of the page, with what has to be known of its runs, as markdown."""
+    """Render one table of the page, with the settings of its runs."""
     header = [*table.heads, *table.columns, *(['share of the teacher'] if table.share else []), *table.paper]
     rows = [_row(row, runs, table.share) for row in table.rows]
     here = {key: runs[key] for key in table.runs if key in runs}
@@ -251,8 +254,16 @@ def render_table(table: Table, runs: Runs) -> str:
     command = f'python benchmarks/yolo.py --tables {table.number} --seeds {" ".join(map(str, seeds))}'
     parts.append(f'```bash\n{command}\n```')
     if here:
-        head = ('run', 'bits', 'images', 'boxes an image', 'synthesis: side x iterations', 'QAT steps x batch', 'seeds')
-        times = ('minutes of the set', 'minutes of training and evaluation', 'evaluated on', 'device')
+        head = (
+            'run',
+            'bits',
+            'images',
+            'boxes per image',
+            'synthesis: side x iterations',
+            'QAT steps x batch',
+            'seeds',
+        )
+        times = ('synthesis, minutes', 'training and evaluation, minutes', 'evaluated on', 'device')
         parts.append(markdown_table([*head, *times], _how(here)))
     parts.extend(_of_other_settings(here, table))
     return '\n\n'.join(parts) + '\n'
@@ -267,7 +278,7 @@ def _row(row: Row, runs: Runs, share: bool) -> list[str]:
 
 
 def _cell(cell: Cell, runs: Runs) -> str:
-    """Accuracy, marked where it is of other settings than the cell's."""
+    """Format the accuracy of a cell, marked if its runs had other settings."""
     text = means_with_spread(_accuracies(cell, runs))
     return f'{text} *' if text and _otherwise(runs.get((cell.method, cell.bits), ())) else text
 
@@ -277,7 +288,7 @@ def _teacher_of(cell: Cell) -> Cell:
 
 
 def _accuracies(cell: Cell, runs: Runs) -> list[list[float]]:
-    """AP and AP50 of each run that was evaluated, in [0, 1]."""
+    """Return AP and AP50 of each evaluated run, in [0, 1]."""
     contents = [result.content for result in runs.get((cell.method, cell.bits), ())]
     return accuracies(contents, cell.metric, BOX_METRICS)
 
@@ -290,14 +301,14 @@ def _missing(table: Table, runs: Runs) -> Iterator[str]:
     cells = [cell for row in table.rows for cell in row.cells]
     missing = dict.fromkeys((cell.method, cell.bits) for cell in cells if not _accuracies(cell, runs))
     if len(missing) == len(table.runs):
-        yield 'Nothing of it has been run yet, therefore all of our columns are empty.'
+        yield 'No run yet: all of our columns are empty.'
         return
     if missing:
         yield f'Not run, therefore empty: {_by_method(missing, table)}.'
 
 
 def _by_method(runs: Iterable[tuple[str, str]], table: Table) -> str:
-    """Name methods, with their bits where these are not all that the table has of them."""
+    """List methods, with their bits unless these are all bits of the method in the table."""
     found: dict[str, list[str]] = {}
     for method, bits in runs:
         found.setdefault(method, []).append(bits)
@@ -309,7 +320,7 @@ def _by_method(runs: Iterable[tuple[str, str]], table: Table) -> str:
 
 
 def _how(runs: Runs) -> Iterator[list[str]]:
-    """How the runs of each method were made, one row a method."""
+    """Yield one row per method with the settings of its runs."""
     for method in dict.fromkeys(method for method, _ in runs):
         results = [result for key, found in runs.items() if key[0] == method for result in found]
         contents = [result.content for result in results]
@@ -344,7 +355,7 @@ def _distinct(texts: Iterable[str]) -> str:
 
 
 def _of_other_settings(runs: Runs, table: Table) -> Iterator[str]:
-    """Runs that were made otherwise than their cells say now."""
+    """Yield notes on runs whose settings differ from the current ones of their cells."""
     by_settings: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for key, found in runs.items():
         settings = ', '.join(f'{name}={value}' for name, value in found[0].changed.items())
@@ -352,11 +363,11 @@ def _of_other_settings(runs: Runs, table: Table) -> Iterator[str]:
         by_settings.setdefault((start, settings), []).append(key)
     for (start, settings), keys in by_settings.items():
         if settings:
-            yield f'{start} with settings that are otherwise now: {_by_method(keys, table)}: `{settings}`.'
+            yield f'{start} with settings that have changed since: {_by_method(keys, table)}: `{settings}`.'
 
 
 def _otherwise(results: Iterable[Result]) -> bool:
-    """Whether a run has a setting that is otherwise now, and not only lacks a later one."""
+    """Whether a run has a setting with another value now, beyond lacking newer settings."""
     return any(value != ABSENT for result in results for value in result.changed.values())
 
 
@@ -366,10 +377,10 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
     quantizer = content['quantizer']
     held = (repository_path(content['config'], root), f'w{quantizer["w_bits"]}a{quantizer["a_bits"]}')
     if held != (config, bits):
-        raise UserError(f'{path} holds {held[0]} at {held[1]}, not {config} at {bits}: move it away')
+        raise UserError(f'{path} holds {held[0]} at {held[1]}, not {config} at {bits}: remove it')
     recorded = settings_of(content)
     current = _settings(method, bits, root)
-    # Settings of later versions, unless they are switched off.
+    # Settings of later versions count unless they are switched off.
     added = {key: ABSENT for key, value in differences(current, recorded, 'zsq') if value}
     changed = {**added, **dict(differences(recorded, current, 'zsq'))}
     skipped = NOT_COMPARED if METHODS[method].images is not None else (*NOT_COMPARED, *NO_USE_FOR_REAL_IMAGES)
@@ -381,7 +392,7 @@ def _result(path: Path, method: str, bits: str, root: Path) -> Result:
 
 
 def _settings(method: str, bits: str, root: Path) -> dict[str, Any]:
-    """The ``zsq`` section of a method as it is now, in JSON's types."""
+    """Return the current ``zsq`` section of a method, in the types of JSON."""
     recipe = METHODS[method]
     config, _ = recipe.config_for(bits)
     cfg = copy.deepcopy(_config(root / config))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of a README from the ``results.json`` of the runs, or check that they are up to date.
+"""Write the tables of a README from the ``results.json`` of runs, or check that they are up to date.
 
     python benchmarks/results_table.py configs/zsq/README.md
     python benchmarks/results_table.py configs/zsq/README.md --check
@@ -12,19 +12,19 @@ written between two lines of the Markdown file. The first names a folder, or fil
     <!-- table of benchmarks/results/NAME/default_w?a?_* benchmarks/results/NAME/paper_w?a?_* -->
     <!-- end of table -->
 
-What a run printed at its end stands between two other lines, which name its file:
+The table that a run prints at its end is written between two lines that name its file:
 
     <!-- printed by benchmarks/results/NAME/CONFIG_PRESET.json -->
     <!-- end of print -->
 
-Zero-shot quantization beside quantization on real images, with a row for every leaf of ``configs/NAME`` and runs of
-several seeds, kept as ``benchmarks/results/NAME/CONFIG_seedSEED.json``, stands between
+The comparison of zero-shot quantization with quantization on real images has a row for every leaf config of
+``configs/NAME``. Its runs are kept as ``benchmarks/results/NAME/CONFIG_seedSEED.json``. It is written between
 
     <!-- comparison of benchmarks/results/NAME -->
     <!-- end of comparison -->
 
-In the other tables there is a row for every leaf of a detector with results, and preset. What was not run stays empty.
-A command is what sets a run's recorded settings on top of its leaf, with the presets as they are now.
+The other tables have a row for every preset and every leaf config of a detector with results. Cells without a run are
+empty. The commands below a table repeat the recorded settings of a run with the current config and presets.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ BLOCK = re.compile(r'(<!-- table of (\S+(?: \S+)*) -->\n).*?(<!-- end of table -
 PRINTED = re.compile(r'(<!-- printed by (\S+) -->\n).*?(<!-- end of print -->)', re.DOTALL)
 COMPARISON = re.compile(r'(<!-- comparison of (\S+) -->\n).*?(<!-- end of comparison -->)', re.DOTALL)
 EXPECTED_PRESETS = ('default', 'paper')
-"""Presets under which every leaf has a row, run or not."""
+"""Presets with a row for every leaf config, even without a run."""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def update(text: str, root: Path) -> str:
-    """Renew every table of a markdown text.
+    """Replace every table of a Markdown text.
 
     Args:
         text: With at least one pair of markers.
@@ -105,7 +105,7 @@ def update(text: str, root: Path) -> str:
 
 
 def render_print(results: Mapping[str, Any]) -> str:
-    """What a run printed, and how long it took, as markdown."""
+    """Render the table that a run printed, and its duration."""
     stages = {name: stage['seconds'] for name, stage in results['calibration_set']['stages'].items()}
     seconds = {**stages, **results['seconds']}
     times = ', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())
@@ -113,20 +113,20 @@ def render_print(results: Mapping[str, Any]) -> str:
 
 
 def read_rows(places: str, root: Path) -> list[Row]:
-    """Read results and add the leaves that were not run.
+    """Read results and add leaf configs without a run.
 
     Args:
-        places: Folders in ``root``, relative to it, with one JSON file a run, or patterns of such files without
-            ``.json``, with spaces between them.
+        places: Folders relative to ``root`` with one JSON file per run, or patterns of such files without ``.json``,
+            separated by spaces.
         root: Folder with ``configs/``.
 
     Returns:
-        One row for each leaf and each of :data:`EXPECTED_PRESETS`, or another that its detector ran with; by detector,
-        preset and falling bits.
+        One row for each leaf and each preset of :data:`EXPECTED_PRESETS` or of a run of its detector, ordered by
+        detector, preset and decreasing bits.
 
     Raises:
-        UserError: If there are no results in one of the places, a file is not named after its config, preset and seed,
-            or the runs of a leaf differ in more than the seed or have the same.
+        UserError: If one of the places has no results, if the name of a file does not match its config, preset and
+            seed, or if the runs of a leaf differ in more than the seed or share a seed.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted({path for place in places.split() for path in _files(place, root)}):
@@ -134,7 +134,7 @@ def read_rows(places: str, root: Path) -> list[Row]:
         leaf, preset, seed = repository_path(results['config'], root), results['preset'], seed_of(results)
         name = f'{Path(leaf).stem}_{preset}'
         if path.stem not in (name, f'{name}_seed{seed}', f'{preset}_{bits_of(leaf).lower()}_seed{seed}'):
-            raise UserError(f'{path} holds {leaf} under the preset {preset} with the seed {seed}: name it so')
+            raise UserError(f'{path} holds {leaf} under the preset {preset} with seed {seed}: rename it')
         runs.setdefault((leaf, preset), []).append(results)
     rows = {(leaf, preset): row_of(leaf, found, places) for (leaf, preset), found in runs.items()}
     leaves = sorted({leaf for ran, _ in runs for leaf in _leaves_of_one_detector(ran, root)}, key=order)
@@ -151,15 +151,15 @@ def read_rows(places: str, root: Path) -> list[Row]:
 
 
 def _files(place: str, root: Path) -> list[Path]:
-    """Files of a folder, or by a pattern."""
+    """Return the JSON files of a folder or a pattern."""
     found = list(root.glob(f'{place}/*.json' if (root / place).is_dir() else f'{place}.json'))
     if not found:
-        raise UserError(f'no results in {place}: copy the results.json of a run there, as CONFIG_PRESET.json')
+        raise UserError(f'no results in {place}: copy the results.json of a run to it as CONFIG_PRESET.json')
     return found
 
 
 def render(rows: Sequence[Row], root: Path) -> str:
-    """Write rows as markdown: accuracy, what was not run, how it was run, commands."""
+    """Render rows: accuracies, missing runs, settings of the runs, and commands."""
     ran = [row for row in rows if row.runs]
     missing = [row for row in rows if not row.runs]
     parts = [
@@ -167,8 +167,8 @@ def render(rows: Sequence[Row], root: Path) -> str:
             ['detector', 'preset', 'bits', 'FP', 'PTQ', 'zero-shot QAT', 'model MB, FP', 'model MB, quantized'],
             [_accuracy_cells(row) for row in rows],
         ),
-        'AP / AP50 in percent, of several seeds their mean ± half the range between them; PTQ is the student as '
-        'initialized on the synthetic images, before QAT.',
+        'AP / AP50 in percent; with several seeds, mean ± half the range. PTQ is the student after initialization on '
+        'the synthetic images, before QAT.',
     ]
     if missing:
         parts.append(f'Not run, therefore empty: {_enumerate_missing(missing)}.')

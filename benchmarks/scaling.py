@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time a whole run by one process and by several on one machine, and see that they make the same calibration set.
+"""Time a whole run with one and with several processes, and check that they make the same calibration set.
 
     python benchmarks/scaling.py configs/zsq/yolov5-s_w4a4.py --gpus 1 2 \
         --out benchmarks/results/benchmarks/scaling.json
 
-Runs one after the other what ``python -m mmzsq.train`` does: the set, training, and the evaluation where its data is
-there. Weights are random unless ``--checkpoint`` names some, and the default sizes are for a few minutes;
-``--cfg-options`` change them. Every process has a GPU of its own, or shares the CPU where there is none. Any number of
-processes make the same images. In training each takes batches as large as one alone does, so that several see more
-images a second.
+Each run does what ``python -m mmzsq.train`` does: the set, training, and evaluation if its data is available. Weights
+are random unless ``--checkpoint`` names a file. The default sizes take a few minutes; ``--cfg-options`` change them.
+Every process uses its own GPU, or the shared CPU without GPUs. The images do not depend on the number of processes. In
+training the batch size of each process stays the same, so several processes see more images per second.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from mmzsq import cli
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.engine.distributed import average_gradients
 from mmzsq.errors import UserError
+from mmzsq.patching import patched
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,19 +50,19 @@ SIZE = {
     'zsq.train.max_epochs': 4,
     'default_hooks.checkpoint.interval': 1000,
 }
-"""What makes a run a benchmark of minutes: a few shards, all iterations of each."""
+"""Settings of a run of a few minutes: a few shards with all of their iterations."""
 WARM_UP_ITERATIONS = 6
-"""Of each stage, before the clock starts: kernels are compiled and chosen, and the step is captured."""
+"""Steps of each stage before timing starts: kernels are compiled and chosen, and the step is captured."""
 WARM_UP_STEPS = 10
-"""The same of training."""
+"""Training steps before timing starts."""
 EXCHANGES = 20
-"""Averages of the gradients that are timed."""
+"""Number of timed all-reductions of the gradients."""
 SERIAL_PARTS = ('claim', 'merge', 'verification')
-"""Parts of making a set that do not become shorter with more processes, and grow with the set."""
+"""Serial parts of generation, whose time grows with the set."""
 RUN_SECONDS = 1800
-"""After which a run is given up."""
+"""Time limit of a run."""
 STARTED = 'SCALING_STARTED'
-"""Environment variable: when the command began, in seconds since 1970."""
+"""Environment variable with the start time of the command, in seconds since 1970."""
 
 
 def main() -> None:
@@ -87,12 +87,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run each number of processes and compare the first with the last.
 
     Raises:
-        UserError: If the numbers of processes are not at least two that rise from 1, or a run fails.
+        UserError: If ``--gpus`` is not 1 followed by increasing numbers, or a run fails.
     """
     if len(args.gpus) < 2 or args.gpus[0] != 1 or sorted(set(args.gpus)) != args.gpus:
-        raise UserError(f'--gpus is 1 and then rising numbers, not {" ".join(map(str, args.gpus))}')
+        raise UserError(f'--gpus must be 1 followed by increasing numbers, not {" ".join(map(str, args.gpus))}')
     if torch.cuda.is_available() and torch.cuda.device_count() < args.gpus[-1]:
-        raise UserError(f'--gpus {args.gpus[-1]} needs as many GPUs, and here are {torch.cuda.device_count()}')
+        raise UserError(f'--gpus {args.gpus[-1]}: this machine has {torch.cuda.device_count()} GPUs')
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or random_weights(args.config, Path(folder, 'random.pth'))
         runs = {count: run(args, checkpoint, count, Path(folder, str(count))) for count in args.gpus}
@@ -122,16 +122,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generation_seconds(content: Mapping[str, Any]) -> float:
-    """Seconds of a run from its claim of the folder to a verified set, without the start of the processes."""
+    """Return the seconds from claiming the folder to a verified set, without start-up of the processes."""
     return sum(content['seconds'][part] for part in ('synthesis', *SERIAL_PARTS))
 
 
 def share_by_amdahl(speedup: float, processes: int) -> float:
-    """The part of the time of one process that explains, by Amdahl's law, how many times as fast several are.
+    """Return the serial share of the time of one process that explains a speedup by Amdahl's law.
 
     Args:
-        speedup: How many times as fast.
-        processes: How many there are, at least 2.
+        speedup: Speedup of several processes over one.
+        processes: Number of processes, at least 2.
 
     Example:
         >>> share_by_amdahl(5.0, 9)
@@ -141,7 +141,7 @@ def share_by_amdahl(speedup: float, processes: int) -> float:
 
 
 def random_weights(config: str, path: Path) -> str:
-    """Write a checkpoint of the detector of ``config`` with weights that no training has seen."""
+    """Write a checkpoint of the detector of ``config`` with random weights."""
     register_all_modules()
     torch.manual_seed(0)
     torch.save(dict(state_dict=MODELS.build(Config.fromfile(config).model).state_dict()), path)
@@ -149,7 +149,7 @@ def random_weights(config: str, path: Path) -> str:
 
 
 def run(args: argparse.Namespace, checkpoint: str, count: int, folder: Path) -> dict[str, Any]:
-    """Run ``count`` processes to their end and join what they measured.
+    """Run ``count`` processes and join their measurements.
 
     Raises:
         UserError: If one of them fails.
@@ -171,10 +171,10 @@ def run(args: argparse.Namespace, checkpoint: str, count: int, folder: Path) -> 
             if code := process.wait(RUN_SECONDS):
                 failure = f'ended with code {code}'
         except subprocess.TimeoutExpired:
-            failure = f'had not ended after {RUN_SECONDS} s'
+            failure = f'did not finish within {RUN_SECONDS} s'
         finally:
             if process.poll() is None:
-                # Asked to, torchrun ends its workers, which a kill would leave behind.
+                # torchrun stops its workers on SIGTERM; SIGKILL would leave them running.
                 process.terminate()
                 process.wait()
     if failure is not None:
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace, checkpoint: str, count: int, folder: Path) -> 
 
 
 def join(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One account of a run: seconds of the process that a part took longest."""
+    """Join the measurements of all ranks: the seconds of a part are those of the slowest rank."""
     parts = {part for rank in ranks for part in rank['seconds']}
     seconds = {part: round(max(rank['seconds'].get(part, 0.0) for rank in ranks), 4) for part in sorted(parts)}
     return dict(
@@ -197,7 +197,7 @@ def join(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process of a run: what it takes for each part goes to a file of its own."""
+    """Run one process and write its seconds for each part to a file."""
     clock = Clock()
     cfg = cli.load_config(args)
     cfg.merge_from_dict({**SIZE, **(args.cfg_options or {})})
@@ -208,7 +208,7 @@ def work(args: argparse.Namespace) -> None:
         runner.register_hook(StepsHook(clock))
         clock.seconds['start_up'] = time.time() - float(os.environ[STARTED])
         runner.train()
-        # A set that is there is verified before it is used.
+        # An existing set is verified before it is used.
         runner.generate()
         _time_exchange(runner, clock)
     results = json.loads((Path(runner.work_dir) / 'results.json').read_text())
@@ -227,10 +227,10 @@ def work(args: argparse.Namespace) -> None:
 
 
 class Clock:
-    """Adds up the seconds of the parts of a run, with the device at rest before and after each.
+    """Sums up the seconds of the parts of a run; the device is idle before and after each part.
 
     Attributes:
-        seconds: Of each part.
+        seconds: Seconds by part.
     """
 
     def __init__(self) -> None:
@@ -238,14 +238,14 @@ class Clock:
 
     @contextmanager
     def taking(self, part: str) -> Iterator[None]:
-        """Inside the block time is that of ``part``."""
+        """Count the time of the block as that of ``part``."""
         start = now()
         yield
         self.seconds[part] += now() - start
 
     @contextmanager
     def wrapping(self) -> Iterator[None]:
-        """Inside the block the methods that make a set are timed, and the first shards are made by a warm process."""
+        """Time the methods that make a set inside the block, and warm up before the first shard."""
         generate = CalibrationSetGenerator.generate
 
         def warm(generator: CalibrationSetGenerator, calibration_set: CalibrationSet, shards: Any, *rest: Any) -> None:
@@ -254,7 +254,7 @@ class Clock:
             with self.taking('synthesis'):
                 generate(generator, calibration_set, shards, *rest)
 
-        places = [
+        places: list[tuple[Any, str, Any]] = [
             (CalibrationSet, 'open', classmethod(self._timed('claim', CalibrationSet.open.__func__))),  # type: ignore[attr-defined]
             (CalibrationSet, 'missing_shards', self._timed('claim', CalibrationSet.missing_shards)),
             (CalibrationSet, 'merge', self._timed('merge', CalibrationSet.merge)),
@@ -262,14 +262,10 @@ class Clock:
             (QuantizerInitHook, 'before_train', self._timed('initialization', QuantizerInitHook.before_train)),
             (CalibrationSetGenerator, 'generate', warm),
         ]
-        before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
-        for owner, name, function in places:
-            setattr(owner, name, function)
-        try:
+        with ExitStack() as stack:
+            for owner, name, function in places:
+                stack.enter_context(patched(owner, name, function))
             yield
-        finally:
-            for owner, name, function in before:
-                setattr(owner, name, function)
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -280,10 +276,13 @@ class Clock:
 
 
 class StepsHook(Hook):
-    """Takes the mean time of a training step after a warm-up, loading included, and how much of it is loading.
+    """Measures the mean time of a training step after warm-up, including data loading, and the time of loading.
 
-    The first step of an epoch, which waits for workers to begin anew, is left out: epochs of this benchmark are a few
-    steps long, and those of several processes shorter than those of one.
+    The first step of an epoch is left out, since it waits for restarted workers. Epochs of this benchmark have a few
+    steps only, and with several processes even fewer.
+
+    Args:
+        clock: Receives ``training_step`` and ``loading``.
     """
 
     priority = 'LOWEST'
@@ -296,16 +295,16 @@ class StepsHook(Hook):
         self.steps = 0
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Stop the clock until a step of the epoch is done."""
+        """Stop timing until the first step of the epoch is done."""
         self.start = None
 
     def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-        """Note how long the batch was waited for, the device being at rest."""
+        """Add the time spent waiting for the batch, with the device idle."""
         if self.start is not None:
             self.loading += now() - self.start
 
     def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Read the clock, and start it again."""
+        """Add the time of the step and restart the clock."""
         if self.start is None and runner.iter + 1 < min(WARM_UP_STEPS, max(runner.max_iters // 2, 1)):
             return
         end = now()
@@ -315,22 +314,26 @@ class StepsHook(Hook):
         self.start = end
 
     def after_train(self, runner: Any) -> None:
-        """Write down the mean."""
+        """Store the means.
+
+        Raises:
+            UserError: If no step was timed.
+        """
         if not self.steps:
             raise UserError(
-                f'no step of training was timed: epochs of {len(runner.train_dataloader)} steps are too short. Make '
-                'more images by --cfg-options zsq.calibration_set.num_images=N'
+                f'no training step was timed: epochs of {len(runner.train_dataloader)} steps are too short. Make more '
+                'images with --cfg-options zsq.calibration_set.num_images=N'
             )
         self.clock.seconds['training_step'] = self.seconds / self.steps
         self.clock.seconds['loading'] = self.loading / self.steps
 
 
 def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
-    """Take a few steps of every stage with as many images as a shard has, and a look at them as corrections take.
+    """Run a few steps of every stage on a batch of the size of a shard, and one prediction as in relabeling.
 
     Args:
-        generator: What makes the images.
-        count: Images of a shard.
+        generator: Generator to warm up.
+        count: Images per shard.
     """
     for stage in generator.stages:
         random = torch.Generator().manual_seed(0)
@@ -342,14 +345,14 @@ def warm_up(generator: CalibrationSetGenerator, count: int) -> None:
 
 
 def now() -> float:
-    """Seconds, once the device has nothing left to do."""
+    """Return the time in seconds, after waiting for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def _time_exchange(runner: ZeroShotRunner, clock: Clock) -> None:
-    """Average the gradients of all processes, alone."""
+    """Time the all-reduction of the gradients alone."""
     clock.seconds['all_reduce'] = 0.0
     if get_world_size() == 1:
         return

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure all that docs/performance.md reports of one GPU, the most important first, within a budget of time.
+"""Measure the cases of docs/performance.md on one GPU, the most important first, within a time budget.
 
     python benchmarks/speed.py --out benchmarks/results/benchmarks --budget 500
     python benchmarks/performance_page.py benchmarks/results/benchmarks/*.json docs/performance.md
 
-Each case of ``speed_cases.py`` is written as soon as it is measured, beside what earlier runs left. A case for which
-the time left does not suffice is skipped, and the tool says so. One process measures all, so that PyTorch starts once;
-after a failure, which may leave a GPU unusable to a process, another takes over.
+The result of each case of ``speed_cases.py`` is written as soon as it is measured. Results of earlier runs stay. Cases
+that do not fit into the remaining time are skipped with a message. One process measures all cases, so that PyTorch
+starts once. After a failure, which may leave the GPU unusable to its process, a new process takes over.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ TOOLS = ROOT / 'benchmarks'
 
 
 class CaseError(Exception):
-    """A case that was not measured, and why."""
+    """A case could not be measured; the message is the reason."""
 
 
 class Worker:
-    """A process that measures one case after the other; started when it is first asked, and again after a failure.
+    """A process that measures cases one by one. It starts with the first case, and again after a failure.
 
     Args:
-        device: Where it measures; None: on a GPU if there is one.
+        device: Device to measure on; None uses a GPU if there is one.
         tools: Folder of ``benchmark.py``.
     """
 
@@ -50,11 +50,11 @@ class Worker:
         """Measure one case.
 
         Args:
-            arguments: Command line of ``benchmark.py``, less ``--out``.
-            seconds: After which it is given up.
+            arguments: Command line of ``benchmark.py``, without ``--out``.
+            seconds: Time limit.
 
         Raises:
-            CaseError: If it fails or takes longer.
+            CaseError: If the case fails or exceeds the limit.
         """
         if self._process is None:
             self._start()
@@ -71,14 +71,14 @@ class Worker:
         raise CaseError(failure)
 
     def stop(self) -> None:
-        """End the process, if there is one."""
+        """Stop the process, if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
             self._process = None
 
     def _start(self) -> None:
-        # A GPU cannot be used in a forked process.
+        # CUDA cannot be used in a forked process.
         context = multiprocessing.get_context('spawn')
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, self.tools), daemon=True)
@@ -87,9 +87,9 @@ class Worker:
 
 
 def serve(connection: Connection, tools: Path) -> None:
-    """Measure what arrives with the benchmark in ``tools``, and send back a result or why there is none."""
+    """Measure the cases that arrive and send back pairs (result, error), one of which is None."""
     sys.path[:0] = [str(tools), str(ROOT)]
-    # Cases name their configs from here.
+    # Config paths of cases are relative to the root.
     os.chdir(ROOT)
     import benchmark
 
@@ -98,7 +98,7 @@ def serve(connection: Connection, tools: Path) -> None:
         try:
             connection.send((benchmark.measure(benchmark.parse([*arguments, '--out', 'unused.json'])), None))
         except Exception as error:
-            # Whatever it is, it costs this case alone.
+            # Any failure affects this case only.
             connection.send((None, f'{type(error).__name__}: {error}'))
 
 
@@ -106,8 +106,8 @@ def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     names = [case.name for case in CASES]
-    parser.add_argument('--out', type=Path, required=True, help='folder for one JSON file a case')
-    parser.add_argument('--budget', type=float, default=500, help='seconds for all (default: 500)')
+    parser.add_argument('--out', type=Path, required=True, help='folder for one JSON file per case')
+    parser.add_argument('--budget', type=float, default=500, help='seconds for all cases (default: 500)')
     parser.add_argument('--cases', nargs='+', choices=names, default=names, metavar='NAME', help=', '.join(names))
     parser.add_argument('--device', help='(default: a GPU if there is one)')
     args = parser.parse_args()
@@ -118,13 +118,13 @@ def main() -> None:
 
 
 def run(cases: Sequence[Case], out: Path, budget: float, worker: Worker) -> list[str]:
-    """Measure cases in their order and write each result.
+    """Measure cases in order and write each result.
 
     Args:
         cases: The most important first.
-        out: Folder for one JSON file a case.
-        budget: Seconds for all.
-        worker: Measures them.
+        out: Folder for one JSON file per case.
+        budget: Seconds for all cases.
+        worker: Process that measures.
 
     Returns:
         Names of the cases that failed or were skipped.
@@ -134,7 +134,7 @@ def run(cases: Sequence[Case], out: Path, budget: float, worker: Worker) -> list
     for case in cases:
         left = budget - (time.monotonic() - start)
         if left < case.seconds:
-            _tell(start, f'{case.name}: skipped, since it takes {case.seconds} s and {max(left, 0):.0f} s are left')
+            _tell(start, f'{case.name}: skipped, needs {case.seconds} s and {max(left, 0):.0f} s are left')
             missed.append(case.name)
             continue
         begun = time.monotonic()

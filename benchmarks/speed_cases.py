@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed for docs/performance.md, in the order of its importance, and the goals that are set for it.
+"""Timed cases of docs/performance.md in order of importance, with their goals.
 
-``speed.py`` measures the cases, ``tests/benchmarks`` holds them against the goals, ``performance_page.py`` writes both
-down. The times beside a goal, of the paper's authors' code and of a prototype, were taken on one H100.
+``speed.py`` measures the cases, ``tests/benchmarks`` checks the goals, and ``performance_page.py`` writes both to the
+page. The reference times of the authors' code and of a prototype were measured on one H100.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goal:
-    """The most that something measured may be.
+    """Upper limit of a measured value.
 
     Attributes:
-        key: Where a result has it, as ``'synthesis.ms_per_image_iteration'``.
+        key: Dotted key of the value in a result, such as ``'synthesis.ms_per_image_iteration'``.
         limit: The goal.
-        authors: What the authors' code took; None where it was not measured.
-        prototype: What a prototype took; None where there was none.
-        naive: Whether the prototype had nothing done for its speed.
+        authors: Value of the authors' code; None if it was not measured.
+        prototype: Value of the prototype; None if there was none.
+        naive: Whether the prototype was not optimized.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Goal:
     naive: bool = False
 
     def measured(self, result: Mapping[str, Any] | None) -> float | None:
-        """What a result says, or None."""
+        """Return the value of a result, or None."""
         return lookup(result, self.key)
 
 
@@ -40,17 +40,17 @@ class Case:
     """One call of ``benchmarks/benchmark.py``.
 
     Attributes:
-        detector: What a table calls it.
+        detector: Name in tables.
         config: Path in the repository.
-        what: What is measured.
+        what: Kinds of steps to measure.
         image_size: Side in pixels.
-        batch_size: Images a step.
-        seconds: About what it takes on an H100, its start included: with less time left it is not begun.
-        repeats: Measurements of each kind.
-        steps: That one measurement is of.
+        batch_size: Images per step.
+        seconds: Approximate time on an H100, including start-up. The case is skipped if less time is left.
+        repeats: Number of measurements of each kind.
+        steps: Steps per measurement.
         options: ``--cfg-options``.
-        goals: Set for it.
-        general: Whether PyTorch's operators alone run, none that were written or rearranged for speed.
+        goals: Goals of the case.
+        general: Whether to use PyTorch operators only, without fused kernels and rearranged layers.
     """
 
     detector: str
@@ -67,18 +67,18 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its file in ``benchmarks/results/benchmarks``, less ``.json``."""
+        """Stem of the file in ``benchmarks/results/benchmarks``."""
         path = '_general' if self.general else ''
         return f'{self.detector.lower().replace(" ", "-")}_{self.image_size}_b{self.batch_size}{path}'
 
     @property
     def title(self) -> str:
-        """What a table calls it."""
+        """Title in tables."""
         path = ', general path' if self.general else ''
         return f'{self.detector}, {self.image_size} px, batch {self.batch_size}{path}'
 
     def arguments(self) -> list[str]:
-        """The command line, less the name of the tool and ``--out``."""
+        """Return the command line, without the name of the tool and ``--out``."""
         words = [self.config, '--what', *self.what, '--image-size', str(self.image_size)]
         words += ['--batch-size', str(self.batch_size), '--repeats', str(self.repeats), '--steps', str(self.steps)]
         words += ['--precision', 'bf16', *(['--general'] if self.general else [])]
@@ -86,7 +86,7 @@ class Case:
 
 
 def lookup(result: Mapping[str, Any] | None, key: str) -> Any:
-    """Value of a nested mapping by its keys joined with dots; None where one is missing.
+    """Return the value of a nested mapping by its dotted key; None if a key is missing.
 
     Example:
         >>> lookup({'training': {'ratio': 1.5}}, 'training.ratio'), lookup(None, 'training.ratio')
@@ -102,7 +102,7 @@ def lookup(result: Mapping[str, Any] | None, key: str) -> Any:
 
 STEP = 'synthesis.ms_per_image_iteration'
 SYNTHESIS = ('synthesis',)
-RELABELLING = ('synthesis', 'relabel')
+RELABELING = ('synthesis', 'relabel')
 TRAINING = ('training',)
 YOLOV5_S = ('YOLOv5-s', 'configs/zsq/yolov5-s_w4a8.py')
 YOLOV5_N = ('YOLOv5-n', 'configs/zsq/yolov5-n_w4a8.py')
@@ -120,7 +120,7 @@ RTMDET_TINY_OPTIONS = (
     'model.bbox_head.in_channels=96',
     'model.bbox_head.feat_channels=96',
 )
-"""What MMDetection's config of RTMDet-tiny says beside that of RTMDet-s."""
+"""Differences of MMDetection's config of RTMDet-tiny from that of RTMDet-s."""
 
 CASES = (
     Case(
@@ -131,8 +131,8 @@ CASES = (
         60,
         goals=(Goal(STEP, 0.40, authors=7.90, prototype=0.556), *TRAINING_GOALS),
     ),
-    # The goal is that of the batch that is best; the authors and the prototype took 64 images.
-    Case(*YOLOV5_S, RELABELLING, 160, 256, 25, steps=20, goals=(Goal(STEP, 0.06, authors=1.77, prototype=0.094),)),
+    # The goal is for the fastest batch size; the authors' code and the prototype used 64 images.
+    Case(*YOLOV5_S, RELABELING, 160, 256, 25, steps=20, goals=(Goal(STEP, 0.06, authors=1.77, prototype=0.094),)),
     Case(*YOLOV5_N, SYNTHESIS, 640, 64, 20, goals=(Goal(STEP, 0.25, prototype=0.345),)),
     Case(*YOLOX_S, SYNTHESIS, 640, 32, 45, goals=(Goal(STEP, 1.0, prototype=7.4, naive=True),)),
     Case(*MASK_RCNN_SWIN_T, SYNTHESIS, 640, 16, 60, goals=(Goal(STEP, 12.0, prototype=52.0, naive=True),)),
@@ -140,8 +140,8 @@ CASES = (
     Case(*YOLOV5_S, TRAINING, 640, 16, 40, goals=TRAINING_GOALS),
     Case(*YOLOV5_N, TRAINING, 640, 32, 40, goals=TRAINING_GOALS),
     Case(*YOLOV5_N, TRAINING, 640, 16, 40, goals=TRAINING_GOALS),
-    Case(*YOLOV5_S, RELABELLING, 160, 64, 20, steps=20),
-    Case(*YOLOV5_S, RELABELLING, 160, 128, 20, steps=20),
+    Case(*YOLOV5_S, RELABELING, 160, 64, 20, steps=20),
+    Case(*YOLOV5_S, RELABELING, 160, 128, 20, steps=20),
     Case(*YOLO11_N, SYNTHESIS, 640, 32, 30),
     Case(*RTMDET_TINY, SYNTHESIS, 640, 32, 45, options=RTMDET_TINY_OPTIONS),
     Case(*MASK_RCNN_R50, SYNTHESIS, 640, 16, 45),

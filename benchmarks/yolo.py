@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeat the paper's tables on YOLOv5-n, as docs/results.md reports them, as much of it at once as the GPUs allow.
+"""Repeat the tables of docs/results.md on YOLOv5-n.
 
     python benchmarks/yolo.py --tables 2 5 --jobs 4 --seeds 0 1
     python benchmarks/yolo.py --tables 2 --list
 
-What is run for which table stands in yolo_methods.py and yolo_tables.py. ``data/coco`` holds the images, laid out as
-COCO, and ``--weights`` names a YOLOv5-n v6.0 checkpoint. Calibration sets come first, then students; the two never
-share a GPU. Runs with a file in ``benchmarks/results/yolov5-n`` are not repeated; delete the file to repeat one.
-Killed and started again, the tool goes on with what is not finished. Logs are in ``work_dirs/yolov5-n/logs``, galleries
-go to ``docs/images/yolov5-n``. ``python benchmarks/results_page.py`` then writes the page.
+yolo_methods.py and yolo_tables.py define the runs of each table. The images are expected in ``data/coco`` in COCO's
+layout, and ``--weights`` names a YOLOv5-n v6.0 checkpoint. Calibration sets are made first, then students are trained.
+The two never share a GPU. Runs with a file in ``benchmarks/results/yolov5-n`` are not repeated; delete the file to
+repeat one. After an interruption the tool resumes unfinished jobs. Logs are in ``work_dirs/yolov5-n/logs``, galleries
+in ``docs/images/yolov5-n``. ``python benchmarks/results_page.py`` then writes the page.
 """
 
 from __future__ import annotations
@@ -23,8 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ROOT, Job, keep_results, lock, run, tool, write_gallery
-from yolo_methods import BITS, METHODS, PRESETS, Images, Options, set_options, student_options
+from jobs import ROOT, Job, keep_results, lock, run, tool, write, write_gallery
+from yolo_methods import (
+    BITS,
+    METHODS,
+    PRESETS,
+    Images,
+    Method,
+    Options,
+    layer_overrides,
+    set_options,
+    student_options,
+)
 from yolo_tables import TABLES
 
 WORK = Path('work_dirs/yolov5-n')
@@ -32,18 +42,18 @@ RESULTS = Path('benchmarks/results/yolov5-n')
 TEACHER = Path('checkpoints/yolov5n.safetensors')
 CONVERT = 'teacher'
 SET, STUDENT = 'set', 'student'
-"""Kinds of jobs: students wait for the host between kernels, and sets would keep the GPU from them."""
+"""Kinds of jobs: synthesis keeps a GPU busy and would starve students, which wait for the host between kernels."""
 GALLERY_SEED = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One student.
+    """The run of one student.
 
     Attributes:
         method: Key of ``METHODS``.
-        bits: Of weights and activations, as ``'w4a8'``.
-        seed: Of its calibration set and its training.
+        bits: Bits of weights and activations, such as ``'w4a8'``.
+        seed: Seed of the calibration set and of training.
         tables: Numbers of the tables that show it.
     """
 
@@ -54,17 +64,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """That of its folder and of its file in ``benchmarks/results/yolov5-n``."""
+        """Name of the folder and of the file in ``benchmarks/results/yolov5-n``."""
         return f'{self.method}_{self.bits}_seed{self.seed}'
 
     @property
     def images(self) -> Images | None:
-        """Its calibration set; None if it learns from real images."""
+        """The calibration set; None if the student is trained on real images."""
         return METHODS[self.method].images
 
 
 def main() -> None:
-    """Parse the command line; list, or run what is missing."""
+    """Parse the command line, then list the runs or run the missing ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument(
         '--tables',
@@ -72,20 +82,22 @@ def main() -> None:
         nargs='+',
         choices=list(TABLES),
         default=list(TABLES),
-        help="the paper's numbers, the most urgent first (default: all)",
+        help='table numbers, the most important first (default: all)',
     )
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of sets and students (default: 0)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of sets and students (default: 0)')
     parser.add_argument('--bits', nargs='+', choices=BITS, default=list(BITS))
     parser.add_argument('--presets', nargs='+', choices=PRESETS, default=list(PRESETS))
-    parser.add_argument('--methods', nargs='+', choices=list(METHODS), metavar='METHOD', help='these alone')
-    parser.add_argument('--jobs', type=int, default=4, help='processes at once, on all GPUs together (default: 4)')
-    parser.add_argument('--gpus', type=int, default=1, help='GPUs that they are spread over (default: 1)')
-    parser.add_argument('--list', action='store_true', help='start nothing; name each run, its tables and its commands')
+    parser.add_argument('--methods', nargs='+', choices=list(METHODS), metavar='METHOD', help='run these methods only')
+    parser.add_argument('--jobs', type=int, default=4, help='parallel processes on all GPUs together (default: 4)')
+    parser.add_argument('--gpus', type=int, default=1, help='number of GPUs (default: 1)')
+    parser.add_argument(
+        '--list', action='store_true', help='print each run with its tables and commands, and start nothing'
+    )
     parser.add_argument(
         '--weights',
         type=Path,
         default=Path('checkpoints/yolov5n.pt'),
-        help=f'the teacher as it is published, read where {TEACHER} is missing (default: checkpoints/yolov5n.pt)',
+        help=f'published teacher, converted if {TEACHER} is missing (default: checkpoints/yolov5n.pt)',
     )
     parser.add_argument(
         '--out', type=Path, default=ROOT, help='folder for benchmarks/results/ and docs/ (default: this repository)'
@@ -95,18 +107,18 @@ def main() -> None:
         '--cfg-options',
         nargs='+',
         default=[],
-        help='settings of all sets and students, as of tools/train.py, for a trial: with an --out and a --work-dir of '
-        'its own',
+        help='settings of all sets and students, as in tools/train.py, for a trial; needs --out and --work-dir',
     )
     args = parser.parse_args()
     out = args.out.resolve()
     weights = args.weights.resolve()
     if args.cfg_options and (out == ROOT or args.work_dir == WORK):
-        parser.error('--cfg-options makes other runs than those of the tables: give --out and --work-dir, too')
+        parser.error('--cfg-options changes the runs of the tables: give --out and --work-dir, too')
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = list(runs_of(args.tables, args.seeds, args.bits, args.presets, args.methods))
     kept = {path.stem for path in RESULTS.glob('*.json')} if not args.cfg_options else set()
+    write_configs(runs, args.work_dir)
     if args.list:
         sys.stdout.write(listing(runs, kept, args.work_dir, args.cfg_options))
         return
@@ -128,14 +140,14 @@ def runs_of(
     presets: Collection[str] = PRESETS,
     methods: Collection[str] | None = None,
 ) -> Iterator[Run]:
-    """The students of tables, each once, the most urgent first: by seed, then as the tables are named.
+    """Yield the runs of tables without duplicates, ordered by seed and then by the given order of tables.
 
     Args:
         tables: Keys of ``TABLES``.
-        seeds: Of sets and students.
-        bits: Those wanted.
-        presets: Those wanted.
-        methods: Those wanted; None: all.
+        seeds: Seeds of sets and students.
+        bits: Bit widths to include.
+        presets: Presets to include.
+        methods: Methods to include; None includes all.
     """
     wanted = dict.fromkeys(
         (method, width)
@@ -150,13 +162,13 @@ def runs_of(
 
 
 def plan(runs: Sequence[Run], weights: Path, work: Path, options: Sequence[str]) -> Iterator[Job]:
-    """List the jobs that make students and what these need, the most urgent first.
+    """List the jobs of runs and of the sets that they need, the most important first.
 
     Args:
-        runs: The students, the most urgent first.
-        weights: The teacher as it is published.
+        runs: The runs, the most important first.
+        weights: Published checkpoint of the teacher.
         work: Folder of sets and students.
-        options: ``KEY=VALUE`` for all of them.
+        options: ``KEY=VALUE`` settings of all of them.
     """
     if not runs:
         return
@@ -176,18 +188,20 @@ def plan(runs: Sequence[Run], weights: Path, work: Path, options: Sequence[str])
 
 
 def set_command(images: Images, seed: int, work: Path, options: Iterable[str]) -> tuple[str, ...]:
-    """Arguments of ``python`` that make a calibration set."""
-    # It does not depend on the bits.
+    """Return the arguments of ``python`` that make a calibration set."""
+    # The set does not depend on the bits.
     config = Path(images.config or f'configs/zsq/yolov5-n_{BITS[0]}.py')
     own = {**set_options(images), **_place(images, seed, work)}
     return tool('generate', config, _set_dir(images, seed, work), [*_assignments(own), *options])
 
 
 def student_command(student: Run, work: Path, options: Iterable[str]) -> tuple[str, ...]:
-    """Arguments of ``python`` that make a student, on a calibration set that is there."""
+    """Return the arguments of ``python`` that train a student on an existing calibration set."""
     method = METHODS[student.method]
     config, _ = method.config_for(student.bits)
-    chosen = student_options(method, student.bits)
+    chosen = dict(student_options(method, student.bits))
+    if chosen.pop('zsq.quantizer.overrides', None):
+        config = str(_layer_bits_config(method, student.bits, work))
     own = {
         **chosen,
         **_place(method.images, student.seed, work),
@@ -196,8 +210,28 @@ def student_command(student: Run, work: Path, options: Iterable[str]) -> tuple[s
     return tool('train', Path(config), work / student.name, [*_assignments(own), *options])
 
 
+def write_configs(runs: Iterable[Run], work: Path) -> None:
+    """Write the configs of students with allocated bits, since ``--cfg-options`` cannot hold them.
+
+    Args:
+        runs: All students.
+        work: Folder of sets and students; the configs go to ``configs`` in it.
+    """
+    for student in runs:
+        method = METHODS[student.method]
+        if overrides := layer_overrides(method, student.bits):
+            path = _layer_bits_config(method, student.bits, work)
+            base = os.path.relpath(ROOT / method.config_for(student.bits)[0], path.parent.resolve())
+            text = f'_base_ = [{Path(base).as_posix()!r}]\nzsq = dict(quantizer=dict(overrides={overrides!r}))\n'
+            write(text.encode(), path)
+
+
+def _layer_bits_config(method: Method, bits: str, work: Path) -> Path:
+    return work / 'configs' / f'yolov5-n_{method.layer_bits}_{bits}.py'
+
+
 def listing(runs: Sequence[Run], kept: Collection[str], work: Path, options: Sequence[str]) -> str:
-    """Name each run, the tables that show it and whether its result is kept, with the commands that repeat it."""
+    """List each run with its tables, whether its result is kept, and its commands."""
     lines = []
     for student in runs:
         tables = ' '.join(map(str, student.tables))
@@ -210,13 +244,14 @@ def listing(runs: Sequence[Run], kept: Collection[str], work: Path, options: Seq
 
 
 def keep(job: Job, out: Path) -> str:
-    """Copy what a finished job leaves for the repository: results without a place on this machine, or the gallery.
+    """Copy the results or the gallery of a finished job to the repository.
 
     Returns:
-        The accuracies, for a line of progress.
+        The accuracies, as a note for the progress line.
     """
     if job.kind == STUDENT:
-        return keep_results(job, out / RESULTS / f'{job.name}.json')
+        method, bits, _ = job.name.rsplit('_', 2)
+        return keep_results(job, out / RESULTS / f'{job.name}.json', METHODS[method].config_for(bits)[0])
     gallery = job.work_dir / 'calibration_set' / 'gallery.png'
     if job.kind == SET and job.name.endswith(f'_seed{GALLERY_SEED}') and gallery.is_file():
         write_gallery(gallery, out / 'docs' / 'images' / 'yolov5-n' / f'{job.work_dir.name}.jpg')

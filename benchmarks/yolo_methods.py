@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the numbers on YOLOv5-n in docs/results.md are made: calibration sets, and recipes for students.
+"""Calibration sets and training recipes behind the YOLOv5-n numbers of docs/results.md.
 
-All of it is data. A calibration set is made once a seed and serves every student that names it. A method is a recipe
-for a student: a config, settings on top of it, and the images it learns from. yolo_tables.py says which tables show it,
-yolo.py runs it.
+This module is data. A calibration set is made once per seed and serves every student that names it. A method is the
+recipe of a student: a config, settings on top of it, and its training images. yolo_tables.py lists the tables that show
+a method, yolo.py runs it.
 
-Sets have 512 images in place of the paper's 2000, ``paper`` has fewer iterations and epochs than the paper, and all
-methods of a preset take as many steps of training.
+Sets have 512 images instead of the paper's 2000, and ``paper`` has fewer iterations and epochs than the paper. All
+methods of a preset take the same number of training steps.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 Options = Mapping[str, Any]
-"""Settings by their dotted keys, as of ``--cfg-options``."""
+"""Settings by dotted key, as in ``--cfg-options``."""
 
 BITS = ('w8a8', 'w6a6', 'w5a5', 'w4a8', 'w4a4')
 PRESETS = ('default', 'paper')
 IMAGES = 512
 REAL_IMAGES = 337
-"""Of train2017 in ``data/coco``."""
+"""Number of images of train2017 in ``data/coco``."""
 FEW_REAL_IMAGES = 64
 SIZES = (64, 128, 256, 512, 1024, 2048)
 BATCH_AND_EPOCHS = dict(default=(16, 20), paper=(32, 12))
-"""Of training on a set of :data:`IMAGES`."""
+"""Batch size and epochs of training on a set of :data:`IMAGES`."""
 COMPARISON = 'configs/zsq/comparison/yolov5-n_{}.py'
+LAYER_BITS = Path(__file__).parent / 'results' / 'yolov5-n_bits.json'
 SYNTHESIS: dict[str, Options] = dict(
     default={}, paper={'zsq.synthesis.relabel.iterations': 800, 'zsq.synthesis.synthesize.iterations': 300}
 )
@@ -37,7 +40,7 @@ OBJECTS_AN_IMAGE = (
     *(27, 49, 36, 34, 21, 20, 15, 16, 10, 6, 10, 10, 11, 8, 7, 5, 8, 5, 2, 5, 4, 4, 4, 2, 1, 1, 0, 3, 0, 1, 0, 1, 2, 2),
     *(0, 1, 0, 1, 0, 1, 0, 1),
 )
-"""Real images of train2017 with one object, two, three, and so on, crowds left out: "in distribution"."""
+"""Histogram of the number of objects (1, 2, 3, ...) in real images of train2017, without crowds."""
 
 
 def _sampler(name: str, **arguments: Any) -> Options:
@@ -54,7 +57,7 @@ _MULTI_START = {
 }
 _PRIOR_START = {
     'zsq.label_sampler.start.type': 'mmzsq.DetectorPriorSampler',
-    # Objects of a few pixels are not to be seen in the small images that labels are corrected on.
+    # Objects of a few pixels are invisible in the small images of relabeling.
     'zsq.label_sampler.remove_iou': 0.0,
 }
 _CUTOUT = {
@@ -73,13 +76,13 @@ _NO_STEPS = {
 
 @dataclass(frozen=True)
 class Images:
-    """A calibration set, less its seed.
+    """Recipe of a calibration set, without its seed.
 
     Attributes:
-        name: Its own.
-        num_images: How many.
-        options: Settings that it is made with, the preset included.
-        config: That it is made with; None: the leaf of the detector.
+        name: Unique name.
+        num_images: Number of images.
+        options: Settings, including the preset.
+        config: Path of the config; None uses the leaf config of the detector.
     """
 
     name: str
@@ -90,33 +93,33 @@ class Images:
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe for a student, less its bits and seed.
+    """Recipe of a student, without its bits and seed.
 
     Attributes:
-        name: Its own; of files it is a part.
-        options: Settings of the student beside those of its images.
-        images: The calibration set; None: real images.
-        config: Path in the repository, ``{bits}`` in it for the bits that it has of its own; None: that of the images,
-            and where these have none, the leaf of the bits.
+        name: Unique name, used in file names.
+        options: Settings of the student on top of those of its images.
+        images: The calibration set; None uses real images.
+        config: Path in the repository; None uses the config of the images, or else the leaf config of the bits.
+        layer_bits: Prefix of the keys in ``results/yolov5-n_bits.json`` with the bits of each layer; None uses the same
+            bits in all layers.
     """
 
     name: str
     options: Options = field(default_factory=dict)
     images: Images | None = None
     config: str | None = None
+    layer_bits: str | None = None
 
     def config_for(self, bits: str) -> tuple[str, Options]:
-        """Config of the student at these bits, and the settings that give it the bits."""
+        """Return the config of the student, and the settings that give it these bits."""
         config = self.config or (self.images.config if self.images is not None else None)
         if config is None:
             return f'configs/zsq/yolov5-n_{bits}.py', {}
-        if '{bits}' in config:
-            return config.format(bits=bits), {}
         return config, {'zsq.quantizer.w_bits': int(bits[1]), 'zsq.quantizer.a_bits': int(bits[3])}
 
 
 def training(preset: str, images: int) -> Options:
-    """Batch and epochs by which ``images`` are shown in as many steps as :data:`IMAGES` are."""
+    """Return batch size and epochs that take as many steps with ``images`` as with :data:`IMAGES`."""
     batch, epochs = BATCH_AND_EPOCHS[preset]
     steps = epochs * -(-IMAGES // batch)
     return {'zsq.train.batch_size': batch, 'zsq.train.max_epochs': max(round(steps / -(-images // batch)), 1)}
@@ -149,7 +152,7 @@ SETS: tuple[Images, ...] = (
         for size in SIZES
         if size != IMAGES
     ),
-    # As many pixels are worked through as in the stages of two.
+    # As many pixels in total as in the two stages of the preset.
     *(
         _images(
             preset,
@@ -199,7 +202,7 @@ SETS: tuple[Images, ...] = (
         )
     ),
 )
-"""Every calibration set, the most urgent first."""
+"""Every calibration set, the most important first."""
 
 _DEFAULT, _PAPER = SETS[:2]
 
@@ -207,21 +210,21 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
     *(
         ('quantizer', title, _on_set(_DEFAULT, f'default_{name}', **options))
         for title, name, options in (
-            ('weights: one step a tensor', 'per-tensor', dict(zsq__quantizer__weight__per_channel=False)),
+            ('weights: one step per tensor', 'per-tensor', dict(zsq__quantizer__weight__per_channel=False)),
             ('activations: signed', 'signed', dict(zsq__quantizer__activation__scheme='signed')),
             (
-                'first steps: the rule of LSQ',
+                'initial steps: rule of LSQ',
                 'lsq-steps',
                 dict(zsq__quantizer__weight__init='lsq', zsq__quantizer__activation__init='lsq'),
             ),
             (
-                'steps: learnt as they are, at the rate of weights',
+                'steps: learned directly, at the learning rate of weights',
                 'linear-steps',
                 dict(zsq__quantizer__step='linear', zsq__train__step_lr=None),
             ),
-            ('inputs: channels brought to like ranges', 'equalized', dict(zsq__quantizer__equalize=True)),
+            ('inputs: channels equalized', 'equalized', dict(zsq__quantizer__equalize=True)),
             (
-                'first and last layers: as all others',
+                'first and last layers: same bits as all others',
                 'same-first-last',
                 dict(zsq__quantizer__first_bits='same', zsq__quantizer__last_bits='same'),
             ),
@@ -230,22 +233,15 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
     *(
         ('training', title, _on_set(_DEFAULT, f'default_{name}', config and COMPARISON.format(config), **options))
         for title, name, config, options in (
-            ('steps: at the rate of weights', 'one-rate', None, dict(zsq__train__step_lr=None)),
-            (
-                "rate: in proportion to the size of a layer's weights",
-                'relative-rate',
-                None,
-                dict(zsq__train__relative_lr=True),
-            ),
-            ('rate: twice as high', 'double-rate', None, dict(zsq__train__optimizer__lr=2e-4)),
-            ('rate: constant', 'constant-rate', None, dict(zsq__train__schedule='constant')),
-            ('BatchNorm: learns', 'bn-train', None, dict(zsq__train__bn='train')),
+            ('steps: at the learning rate of weights', 'one-rate', None, dict(zsq__train__step_lr=None)),
+            ('learning rate: doubled', 'double-rate', None, dict(zsq__train__optimizer__lr=2e-4)),
+            ('learning rate: constant', 'constant-rate', None, dict(zsq__train__schedule='constant')),
+            ('BatchNorm: trained', 'bn-train', None, dict(zsq__train__bn='train')),
             ('augmentation: none', 'plain', None, dict(zsq__train__augmentation=None)),
             ('weights: averaged', 'ema', None, dict(zsq__train__ema=0.999)),
-            ('a half of the activations left float at first', 'drop', None, dict(zsq__train__drop__activations=0.5)),
             ('three times as many steps', 'long', None, dict(zsq__train__max_epochs=60)),
-            ('predictions: one softmax over a map', 'kl', 'kl-predictions', {}),
-            ('features: as they are, not normalized', 'raw-features', 'raw-features', {}),
+            ('predictions: one softmax over each map', 'kl', 'kl-predictions', {}),
+            ('features: not normalized', 'raw-features', 'raw-features', {}),
         )
     ),
     *(
@@ -259,10 +255,10 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
                 COMPARISON.format('l2-prior'),
                 {},
             ),
-            ('from coarse to fine: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
-            ('erasing: of rectangles, to black, as in `paper`', 'cutout', _CUTOUT, IMAGES, None, {}),
+            ('stages: without 320 px', 'no-refine', {'zsq.synthesis.refine': None}, IMAGES, None, {}),
+            ('erasing: rectangles, black, as in `paper`', 'cutout', _CUTOUT, IMAGES, None, {}),
             (
-                "erasing: of rectangles, to an image's mean color",
+                'erasing: rectangles, mean color of the image',
                 'mean-cutout',
                 {**_CUTOUT, 'zsq.synthesis.cutout.value': 'mean'},
                 IMAGES,
@@ -270,7 +266,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
                 {},
             ),
             (
-                'labels: start as one box',
+                'labels: start with one box',
                 'one-box',
                 {'zsq.label_sampler.start.type': 'mmzsq.SingleBoxSampler', 'zsq.label_sampler.start.side': (0.2, 0.8)},
                 IMAGES,
@@ -278,7 +274,7 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
                 {},
             ),
             (
-                '2048 at 320 px, as many pixels',
+                '2048 images of 320 px, as many pixels',
                 'half-size',
                 {'zsq.synthesis.refine': None, 'zsq.synthesis.synthesize.image_size': 320},
                 4 * IMAGES,
@@ -288,18 +284,19 @@ PARTS: tuple[tuple[str, str, Method], ...] = (
         )
     ),
 )
-"""What is otherwise than in ``default``, where, and the method."""
+"""Changed part of ``default``, the change, and its method."""
 
 _MORE = next(images for images in SETS if images.name == 'default_1024')
 
 
-def _mixed(name: str, config: str | None = None, **options: Any) -> tuple[Method, ...]:
-    return tuple(_on_set(images, f'{images.name}_{name}', config, **options) for images in (_DEFAULT, _MORE))
+def _mixed(name: str, layer_bits: str | None = None, **options: Any) -> tuple[Method, ...]:
+    methods = (_on_set(images, f'{images.name}_{name}', **options) for images in (_DEFAULT, _MORE))
+    return tuple(replace(method, layer_bits=layer_bits) for method in methods)
 
 
 MIXED: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
     *(
-        (bits, text, _mixed(name, COMPARISON.format(f'{name}_{{bits}}')))
+        (bits, text, _mixed(name, name))
         for bits, text, name in (
             ('w4a8', 'size of the weights', 'mixed-size'),
             ('w4a4', 'size of the weights', 'mixed-size'),
@@ -309,8 +306,8 @@ MIXED: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
     ),
     ('w6a6', 'bit operations', _mixed('allocated', zsq__quantizer__allocate__budget='operations')),
 )
-"""Bits, what is no larger than with these bits in every layer, and the methods whose layers have bits of their own:
-with :data:`IMAGES` images and with 1024."""
+"""Uniform bits that define a budget, the budget, and the methods with allocated bits, for :data:`IMAGES` and for 1024
+images."""
 
 SETS = (*SETS, *(method.images for *_, method in PARTS if method.images not in (None, _DEFAULT)))
 
@@ -339,16 +336,25 @@ METHODS: dict[str, Method] = {
         *(method for *_, methods in MIXED for method in methods),
     )
 }
-"""Every method, by name."""
+"""Every method by name."""
 
 
 def student_options(method: Method, bits: str) -> Options:
-    """Settings of a student on top of its config, less the seed and the place of its images."""
+    """Return the settings of a student on top of its config, without the seed and folder of its images."""
     _, of_bits = method.config_for(bits)
     of_images = {} if method.images is None else set_options(method.images)
-    return {**of_images, **of_bits, **method.options}
+    of_layers = {'zsq.quantizer.overrides': overrides} if (overrides := layer_overrides(method, bits)) else {}
+    return {**of_images, **of_bits, **of_layers, **method.options}
+
+
+def layer_overrides(method: Method, bits: str) -> dict[str, dict[str, int]]:
+    """Return ``zsq.quantizer.overrides`` of a method whose layers have allocated bits; empty for all others."""
+    if method.layer_bits is None:
+        return {}
+    layers = json.loads(LAYER_BITS.read_text(encoding='utf-8'))[f'{method.layer_bits}_{bits}']['layers']
+    return {name: dict(w_bits=int(of_layer[1]), a_bits=int(of_layer[3])) for name, of_layer in layers.items()}
 
 
 def set_options(images: Images) -> Options:
-    """Settings of a calibration set on top of its config, less the seed and its place."""
+    """Return the settings of a calibration set on top of its config, without the seed and its folder."""
     return {**images.options, 'zsq.calibration_set.num_images': images.num_images}

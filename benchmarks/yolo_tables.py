@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/results.md reports of YOLOv5-n: the paper's Tables 2 and 4 to 8, and two of ours.
+"""Tables of docs/results.md on YOLOv5-n: the paper's Tables 2 and 4 to 8, and two of our own.
 
-All of it is data. A cell of a table is one accuracy of a method of yolo_methods.py at a bit width; two tables with the
-same cell share the run. yolo.py runs them, results_page.py writes the page.
+This module is data. A cell is one accuracy of a method of yolo_methods.py at a bit width. Tables that show the same
+cell share its run. yolo.py runs the methods, results_page.py writes the page.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Cell:
     Attributes:
         method: Name of a method.
         bits: One of :data:`BITS`.
-        metric: Row of ``results.json``: ``'zero_shot'`` is the student, ``'ptq'`` what it starts from, ``'float'`` the
-            teacher.
+        metric: Row of ``results.json``: ``'zero_shot'`` is the trained student, ``'ptq'`` the student before training,
+            ``'float'`` the teacher.
     """
 
     method: str
@@ -34,9 +34,9 @@ class Row:
     """One line of a table.
 
     Attributes:
-        labels: Texts of its first columns.
+        labels: Texts of the first columns.
         cells: Our accuracies.
-        paper: The paper's, as text; empty where it has none.
+        paper: The paper's accuracies, as text; empty if it has none.
     """
 
     labels: tuple[str, ...]
@@ -49,14 +49,14 @@ class Table:
     """One table of the paper, with our numbers.
 
     Attributes:
-        number: The paper's; from 9 on, ours.
-        title: What is compared.
+        number: Number in the paper; 9 and 10 are ours.
+        title: Heading.
         heads: Titles of the label columns.
         columns: Titles of our columns.
         paper: Titles of the paper's columns.
-        rows: From the top.
-        note: What has to be known to read it.
-        share: Whether a column says how much of the teacher's AP is left in the first of ours.
+        rows: Rows from top to bottom.
+        note: Explanation below the table.
+        share: Whether to add a column with the share of the teacher's AP that our first column reaches.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Table:
 
     @property
     def runs(self) -> list[tuple[str, str]]:
-        """Methods and bits of its cells, each once, from the top."""
+        """Methods and bits of the cells from top to bottom, without duplicates."""
         return list(dict.fromkeys((cell.method, cell.bits) for row in self.rows for cell in row.cells))
 
 
@@ -206,10 +206,10 @@ TABLES: dict[int, Table] = {
                     for title, images, method, theirs in _TABLE_2
                 ),
             ),
-            'LSQ and LSQ+ have the quantizer of `paper`, LSQ+ with offset activations, and learn from real labels '
-            'by the detection loss alone; the paper trains them on 120000 and on 2000 real images. What it calls '
-            '"Ours" in its Table 2 is `paper` with labels of real images; its number beside `paper`, zero-shot, is '
-            'that of its Table 5.',
+            'LSQ and LSQ+ use the quantizer of `paper`, LSQ+ with offset activations. They are trained on real labels '
+            'with the detection loss only. The paper trains them on 120000 and on 2000 real images. "Ours" in Table 2 '
+            'of the paper is `paper` with labels of real images here. The number of the paper beside `paper`, '
+            'zero-shot, is from its Table 5.',
             share=True,
         ),
         Table(
@@ -223,8 +223,8 @@ TABLES: dict[int, Table] = {
                 for bits in _QAT_BITS
                 for title, images, method, metric, theirs in _TABLE_4
             ),
-            'PTQ is the student as it is initialized, from one batch of 32 images with `paper` and four of 16 with '
-            '`default`. It is measured in the runs of Table 2.',
+            'PTQ is the student after initialization: from one batch of 32 images with `paper`, from four batches '
+            'of 16 with `default`. It is measured in the runs of Table 2.',
         ),
         Table(
             5,
@@ -241,18 +241,18 @@ TABLES: dict[int, Table] = {
                 for bits in _LOW_BITS
                 for title, labels, counts, name, theirs in _TABLE_5
             ),
-            'In distribution, the numbers of objects an image are drawn from those of the real training images; out '
-            'of it, they are even from 1 to 10, of Tile from 1 to 9. Sides of boxes are even from 0.2 to 0.8 of the '
-            'image, of Tile from 0.2 to 0.8 of a cell. The paper shows false-positive sampling in figures alone. With'
-            ' `paper` it differs from adaptive sampling in a handful of images, since both start from one object, '
-            'which adaptive sampling never removes. There students learn the labels: adaptive ones are ahead of '
-            'MultiSample and Tile at W6A6 and W5A5, of MultiSample by more than seeds differ; at W4A4 none of them '
-            'gets anywhere in so few steps. With `default`, students of any objects end within 0.7 AP of one another '
-            'at W6A6 and W5A5, and within 1.4 at W4A4, where two seeds differ by 1.6: they learn what the teacher '
-            'says of the images and of other views of them, and a label reaches them through its image alone. They '
-            'need synthesized images, as the row of noise shows; which objects are in them matters little. The prior '
-            'that ours starts from is categories by the biases of the head, sizes by the anchors, and 1 to 15 objects'
-            ' an image.',
+            '"In distribution" draws the number of objects per image from the real training images. "Out of '
+            'distribution" draws it uniformly from 1 to 10, for Tile from 1 to 9. Sides of boxes are uniform from '
+            '0.2 to 0.8 of the image, for Tile of a cell. The paper shows false-positive sampling in figures '
+            'only.\n\nWith `paper`, false-positive sampling differs from adaptive sampling in a handful of images, '
+            'since both start from one object, which adaptive sampling never removes. Students of `paper` learn '
+            'from labels: adaptive sampling is ahead of MultiSample and Tile at W6A6 and W5A5, and ahead of '
+            'MultiSample by more than seeds differ. At W4A4 none of them learns much in this number of '
+            'steps.\n\nWith `default`, students on images of any objects end within 0.7 AP of each other at W6A6 '
+            'and W5A5, and within 1.4 at W4A4, where two seeds differ by 1.6. They learn from the outputs of the '
+            'teacher on the images and on augmented views, so labels affect them through the images only. They '
+            'need synthesized images, as the row of noise shows, but the choice of objects matters little. Our '
+            'prior draws categories by the biases of the head, sizes by the anchors, and 1 to 15 objects per image.',
         ),
         Table(
             6,
@@ -269,11 +269,11 @@ TABLES: dict[int, Table] = {
                 for title, name, theirs in _TABLE_6
                 for bits in _LOW_BITS
             ),
-            'One: images and labels together, at full size, as many pixels as the stages of two. Two: labels first, '
-            'then images of them. Three: images of random labels, one correction with the images fixed, then images '
-            'of what became of the labels. With `paper`, where stages are short, one is ahead of two, against the '
-            "paper's order at W6A6 and W5A5: at full size the teacher comes to see more objects than at 160 px, 2.5 "
-            'an image and not 1.2.',
+            'One stage: images and labels together at full size, with as many pixels in total as the two stages. '
+            'Two: labels first, then images of these labels. Three: images of random labels, one relabeling with '
+            'fixed images, then images of the corrected labels. With `paper`, whose stages are short here, one '
+            'stage is ahead of two, unlike in the paper at W6A6 and W5A5: at full size the teacher finds 2.5 '
+            'objects per image, at 160 px 1.2.',
         ),
         Table(
             7,
@@ -290,8 +290,8 @@ TABLES: dict[int, Table] = {
                 for preset in ('paper', 'default')
                 for size in SIZES
             ),
-            'All sizes are trained on for as many steps: the fewer the images, the more epochs. The numbers of the '
-            'paper are those of 1000 and of 2000 images with labels of real ones.',
+            'All students take the same number of training steps, so fewer images mean more epochs. The numbers of the '
+            'paper are for 1000 and 2000 images with labels of real images.',
         ),
         Table(
             8,
@@ -302,12 +302,12 @@ TABLES: dict[int, Table] = {
             tuple(
                 Row((preset, *losses), (Cell(method, 'w4a4'),), theirs) for preset, losses, method, theirs in _TABLE_8
             ),
-            'Where the detection loss is learnt, `default` goes without its augmentation: labels would no longer fit.',
+            '`default` with detection loss is trained without augmentation, since augmentation does not adjust labels.',
         ),
         Table(
             9,
-            'What each part of `default` is worth',
-            ('part', 'otherwise'),
+            'Ablation of `default`',
+            ('part', 'change'),
             tuple(map(_shown, _PART_BITS)),
             (),
             (
@@ -317,39 +317,42 @@ TABLES: dict[int, Table] = {
                     for part, title, method in PARTS
                 ),
             ),
-            'Ours, not in the paper. One thing is otherwise in each row, and all else as in `default`. Rows of the '
-            'part "images" have a calibration set of their own. Those marked *, of whatever part, were run with '
-            'erasing: they are to be compared with the row of erasing to black, not with `default`. Rows have one '
-            'seed; two of `default` are 0.1 AP apart at W4A8 and 1.6 at W4A4, but two of it on real images 0.6 at '
-            'W4A8: smaller differences may be chance.',
+            'Ours, not in the paper. Each row changes one setting of `default`. Rows of the part "images" have a '
+            'calibration set of their own. Rows marked * were run with erasing: compare them with the row of '
+            'erasing to black instead of `default`. Rows have one seed. Two seeds of `default` are 0.1 AP apart at '
+            'W4A8 and 1.6 at W4A4, and two seeds of it on real images 0.6 at W4A8, so smaller differences may be '
+            'chance. Two more settings gave no gain beyond the spread of the seeds and were removed: learning '
+            'rates relative to the size of weights (25.9 at W4A8, 21.7 at W4A4) and activations left float at '
+            'random (26.4, 21.7), against 26.4 and 20.9 of `default`.',
         ),
         Table(
             10,
-            'Bits of each layer by its sensitivity',
-            ('bits', 'no larger than with these bits in every layer'),
-            ('the same in every layer', 'by sensitivity', 'by sensitivity, 1024 images'),
+            'Mixed precision: bits per layer by sensitivity',
+            ('bits', 'budget: total of uniform bits'),
+            ('uniform', 'by sensitivity', 'by sensitivity, 1024 images'),
             (),
             tuple(
                 Row((_shown(bits), budget), (Cell('default', bits), *(Cell(method.name, bits) for method in methods)))
                 for bits, budget, methods in MIXED
             ),
-            'Ours, not in the paper. `tools/analysis_tools/allocate_bits.py` measured on the synthetic images of seed 0'
-            ' how much the loss grows with few bits in one layer alone, and wrote the configs with the bits of each '
-            'layer; their first lines are its commands. Bits of weights alone are chosen where their size is the '
-            'budget, of weights and inputs where bit operations are. First and last layers have 8 bits in all. At W6A6 '
-            'the run does it by itself, `zsq.quantizer.allocate`.',
+            'Ours, not in the paper. `tools/analysis_tools/allocate_bits.py` measured on the synthetic images of '
+            'seed 0 how much the loss grows if one layer alone has few bits, and allocated bits to all layers. '
+            '[yolov5-n_bits.json](../benchmarks/results/yolov5-n_bits.json) holds its commands and the bits of '
+            'each layer. With weight size as the budget, only the bits of weights are allocated; with bit '
+            'operations, those of weights and inputs. First and last layers have 8 bits in all rows. At W6A6 the '
+            'run allocates bits itself (`zsq.quantizer.allocate`).',
         ),
     )
 }
-"""By the paper's number; 9 and 10 are ours."""
+"""Tables by number; 9 and 10 are ours."""
 
 _ALLOCATED = dict(w6a6='allocated', w5a5='mixed-operations', w4a8='mixed-size', w4a4='mixed-operations')
-"""End of the names of the methods whose layers have bits of their own, by the bits that are their budget."""
+"""Suffix of the methods with allocated bits, by the uniform bits that define their budget."""
 
 SUMMARY = (
-    ("zero-shot, the paper's recipe cut short", dict.fromkeys(BITS, 'paper')),
+    ('zero-shot, shortened recipe of the paper', dict.fromkeys(BITS, 'paper')),
     (
-        f'LSQ on {REAL_IMAGES} real images and their labels, as short',
+        f'LSQ on {REAL_IMAGES} real images and their labels, shortened too',
         dict.fromkeys(BITS, f'paper_lsq-real{REAL_IMAGES}'),
     ),
     (f'our recipe on {REAL_IMAGES} real images', dict.fromkeys(BITS, f'default_real{REAL_IMAGES}')),
@@ -359,10 +362,10 @@ SUMMARY = (
         for row in (
             (f'zero-shot, {images} images', dict.fromkeys(BITS, method)),
             (
-                f'zero-shot, {images} images, bits of each layer by its sensitivity',
+                f'zero-shot, {images} images, bits per layer by sensitivity',
                 {bits: f'{method}_{name}' for bits, name in _ALLOCATED.items()},
             ),
         )
     ),
 )
-"""What README.md shows: the text of each row, and its method by bits."""
+"""Summary in README.md: the text of each row, and its method by bits."""

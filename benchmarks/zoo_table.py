@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check detectors of MMDetection's zoo and write what became of them into the table of a page.
+"""Check detectors of MMDetection's model zoo and write the outcome to the table of a page.
 
     python benchmarks/zoo_table.py docs/zoo.md
     python benchmarks/zoo_table.py docs/zoo.md --families DETR DINO
 
-The checks and the list of detectors are those of ``tests/zoo``. The rows of detectors that are not named stay as they
-are. The table stands between two lines of the markdown file:
+``tests/zoo`` defines the checks and the detectors. Rows of other detectors are kept. The table is written between two
+lines of the Markdown file:
 
     <!-- table of the zoo -->
     <!-- end of table -->
@@ -27,15 +27,15 @@ from mmzsq.errors import UserError
 
 ZOO = Path(__file__).resolve().parents[1] / 'tests/zoo'
 BLOCK = re.compile(r'(<!-- table of the zoo -->\n)(.*?)(<!-- end of table -->)', re.DOTALL)
-HEADER = ('detector', 'config', 'works', 'quantized layers', 'float, with the reason', 'to know', 's')
+HEADER = ('detector', 'config', 'works', 'quantized layers', 'float layers, reason', 'notes', 's')
 SHOWN_LAYERS = 2
 
 
 def parse_rows(page: str) -> dict[str, str]:
-    """Rows of the table of a page, by the detector in the first column.
+    """Return the rows of a page's table by the detector in the first column.
 
     Raises:
-        UserError: If the page has no place for a table.
+        UserError: If the page has no markers.
     """
     found = BLOCK.search(page)
     if found is None:
@@ -45,22 +45,22 @@ def parse_rows(page: str) -> dict[str, str]:
 
 
 def with_rows(page: str, rows: Iterable[str]) -> str:
-    """The page with these rows in its table."""
+    """Return the page with these rows in its table."""
     lines = ['| ' + ' | '.join(HEADER) + ' |', '| ' + ' | '.join('---' for _ in HEADER) + ' |', *rows]
     return BLOCK.sub(lambda found: found[1] + '\n'.join(lines) + '\n' + found[3], page)
 
 
 def row(family: Any, result: Any) -> str:
-    """One line of the table.
+    """Format one line of the table.
 
     Args:
         family: A ``Family`` of ``tests/zoo/families.py``.
-        result: What ``check`` of ``tests/zoo/harness.py`` says of it.
+        result: Returned by ``check`` of ``tests/zoo/harness.py``.
     """
     works = 'yes' if result.works else f'no: {result.failed}: {result.reason}'
     to_know = [family.needs] if family.needs else []
     if result.silent:
-        to_know.append(f'learn nothing, since they see zeros alone: {_names(result.silent)}')
+        to_know.append(f'not trained, since their inputs are all zero: {_names(result.silent)}')
     cells = (
         *(family.name, f'`{family.config}`', works, str(result.quantized), floats(result.floats)),
         *('; '.join(to_know), f'{result.seconds:.0f}'),
@@ -69,7 +69,7 @@ def row(family: Any, result: Any) -> str:
 
 
 def floats(reasons: Mapping[str, str]) -> str:
-    """The layers that stayed float, those of one reason together."""
+    """Format the layers that stayed float, grouped by reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
@@ -84,7 +84,7 @@ def _names(names: list[str]) -> str:
 def main() -> None:
     """Parse the command line, check, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('page', type=Path, help='markdown file with the table')
+    parser.add_argument('page', type=Path, help='Markdown file with the table')
     parser.add_argument('--families', nargs='+', metavar='NAME', help='detectors to check (default: all)')
     args = parser.parse_args()
     sys.path.insert(0, str(ZOO))
@@ -100,7 +100,7 @@ def main() -> None:
         if args.families is None or family.name in args.families:
             with tempfile.TemporaryDirectory() as folder:
                 result = check(zoo_config(family.config, family.size, family.shrink, family.changes), folder)
-            # Row by row: a run of all takes many minutes.
+            # Written row by row, since a run of all detectors takes many minutes.
             page = args.page.read_text()
             rows = {**parse_rows(page), family.name: row(family, result)}
             args.page.write_text(with_rows(page, [rows[name] for name in known if name in rows]))

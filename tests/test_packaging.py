@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel carries all that a user needs, and requires nothing that breaks an installation."""
+"""Tests of the wheel: its files, and its requirements."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def archive(wheel: Path) -> Iterator[ZipFile]:
         yield opened
 
 
-def test_every_module_is_carried(archive: ZipFile, repo: Path) -> None:
+def test_every_module_is_packaged(archive: ZipFile, repo: Path) -> None:
     modules = {path.relative_to(repo).as_posix() for path in (repo / 'mmzsq').rglob('*.py')}
     assert {name for name in modules if '/.mim/' not in name} <= set(archive.namelist())
 
 
-def test_configs_and_tools_are_carried_where_mim_and_mmengine_look(archive: ZipFile, repo: Path) -> None:
+def test_configs_and_tools_are_packaged_for_mim_and_mmengine(archive: ZipFile, repo: Path) -> None:
     for folder, suffixes in CARRIED.items():
         for path in (repo / folder).rglob('*'):
             if path.suffix in suffixes:
@@ -36,19 +36,19 @@ def test_configs_and_tools_are_carried_where_mim_and_mmengine_look(archive: ZipF
                 assert archive.read(carried) == path.read_bytes()
 
 
-def test_the_model_index_names_files_that_are_carried(archive: ZipFile) -> None:
+def test_the_model_index_names_packaged_files(archive: ZipFile) -> None:
     index = yaml.safe_load(archive.read('mmzsq/.mim/model-index.yml'))
     assert index['Import']
     for name in index['Import']:
         assert f'mmzsq/.mim/{name}' in archive.namelist()
 
 
-def test_shipped_weights_are_carried(archive: ZipFile, repo: Path) -> None:
+def test_shipped_weights_are_packaged(archive: ZipFile, repo: Path) -> None:
     for path in (repo / 'mmzsq' / 'assets').glob('*'):
         assert archive.read(f'mmzsq/assets/{path.name}') == path.read_bytes()
 
 
-def test_nothing_else_is_carried(archive: ZipFile) -> None:
+def test_nothing_else_is_packaged(archive: ZipFile) -> None:
     tops = {name.split('/')[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'mmzsq'}
 
@@ -60,7 +60,7 @@ def test_benchmarks_and_their_results_are_left_out(archive: ZipFile, repo: Path)
 
 
 def test_no_mmcv_is_required(archive: ZipFile) -> None:
-    """``mmcv-lite`` would overwrite a compiled ``mmcv``: it is installed on request only."""
+    """``mmcv-lite`` would overwrite a compiled ``mmcv``, so it is an extra."""
     [name] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
     metadata = message_from_string(archive.read(name).decode())
     wanted = metadata.get_all('Requires-Dist') or []

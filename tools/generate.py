@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same as ``python -m mmzsq.generate``, where MMDetection's users look for it."""
+"""Equivalent of ``python -m mmzsq.generate`` at MMDetection's usual path."""
 
 from mmzsq import cli
 from mmzsq.generate import main

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same as ``python -m mmzsq.train``, where MMDetection's users look for it."""
+"""Equivalent of ``python -m mmzsq.train`` at MMDetection's usual path."""
 
 from mmzsq import cli
 from mmzsq.train import main

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison on blood cells as one command: what it runs, in which order, and how it goes on after a kill."""
+"""Tests of benchmarks/bccd.py: planned jobs, their order, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def began(root: Path) -> list[str]:
     return [line.split()[0] for line in (root / 'began.txt').read_text().splitlines()]
 
 
-def test_the_plan_is_what_the_leaves_say(repo: Path, tool: SimpleNamespace) -> None:
+def test_plan_has_a_job_for_every_leaf_config(repo: Path, tool: SimpleNamespace) -> None:
     jobs = {job.name: job for job in tool.plan(['r50', 'swin-t'], tool.BITS, [0, 2], [])}
     # Conversion and teachers; for each seed two sets and, of each of six leaves, three students.
     assert len(jobs) == 3 + 2 * (2 + 18)
@@ -113,7 +113,7 @@ def test_the_plan_is_what_the_leaves_say(repo: Path, tool: SimpleNamespace) -> N
         assert set(job.needs) <= set(jobs)
 
 
-def test_all_runs_once_each_after_what_it_needs_and_results_are_kept(root: Path) -> None:
+def test_jobs_run_once_after_their_dependencies_and_results_are_kept(root: Path) -> None:
     done = run(root, '--bits', 'w8a8', '--cfg-options', 'zsq.train.max_epochs=2')
     assert done.returncode == 0, done.stdout + done.stderr
     order = began(root)
@@ -138,7 +138,7 @@ def test_all_runs_once_each_after_what_it_needs_and_results_are_kept(root: Path)
     assert (root / f'benchmarks/results/bccd/{R50}_w8a8_seed0.json').is_file()
 
 
-def test_a_failure_costs_what_needs_it_and_nothing_else(root: Path) -> None:
+def test_a_failure_stops_dependent_jobs_only(root: Path) -> None:
     (root / 'behavior.json').write_text(json.dumps({f'{R50}_set_seed0': 'fail'}))
     done = run(root, '--bits', 'w8a8', '--detectors', 'r50')
     assert done.returncode == 1
@@ -147,14 +147,14 @@ def test_a_failure_costs_what_needs_it_and_nothing_else(root: Path) -> None:
     assert len(list((root / 'benchmarks/results/bccd').glob('*_lsq-real*'))) == 2
 
 
-def test_killed_and_started_again_it_goes_on_with_what_is_not_finished(root: Path) -> None:
+def test_unfinished_jobs_resume_after_a_kill(root: Path) -> None:
     student = f'{R50}_w8a8_lsq-real_seed0'
     (root / 'behavior.json').write_text(json.dumps({student: 'hang'}))
     options = [sys.executable, root / TOOL, '--jobs', '1', '--bits', 'w8a8', '--detectors', 'r50']
     process = subprocess.Popen(options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: (root / 'work_dirs/bccd' / student / 'last_checkpoint').is_file())
     second = run(root)
-    assert second.returncode == 1 and 'still at work in work_dirs/bccd' in second.stderr
+    assert second.returncode == 1 and 'still running in work_dirs/bccd' in second.stderr
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
@@ -171,7 +171,7 @@ def test_killed_and_started_again_it_goes_on_with_what_is_not_finished(root: Pat
     assert resumed == {student}
 
 
-def test_a_checkpoint_that_was_being_replaced_is_none(tool: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_partly_replaced_checkpoint_is_ignored(tool: SimpleNamespace, tmp_path: Path) -> None:
     job = tool.Job('a', ('train.py', 'a.py'), tmp_path, tmp_path / 'epoch_9.pth', resumes=True)
     assert job.arguments()[1:] == ['train.py', 'a.py']
     # MMEngine removes the old file before it writes the new one, and names that afterwards.

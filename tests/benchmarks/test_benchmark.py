@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of synthesis, relabeling and training, at toy size on the CPU: what it measures, what it refuses."""
+"""Tests of benchmarks/benchmark.py at toy size on the CPU."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def measured(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return written
 
 
-def test_the_command_measures_the_same_again(measured: dict[str, Any]) -> None:
+def test_the_recorded_command_repeats_the_measurement(measured: dict[str, Any]) -> None:
     words = shlex.split(measured['command'])
     assert words[:3] == ['python', TOOL, LEAF]
     again = parse([*words[2:], '--out', 'a.json'])
@@ -78,7 +78,7 @@ def test_the_command_measures_the_same_again(measured: dict[str, Any]) -> None:
     assert measured['versions']['torch'] == torch.__version__
 
 
-def test_the_step_of_synthesis_is_measured_and_how_it_ran_said(measured: dict[str, Any]) -> None:
+def test_synthesis_step_reports_time_and_execution(measured: dict[str, Any]) -> None:
     step = measured['synthesis']
     low, high = step['spread']
     assert 0 < low <= step['ms_per_image_iteration'] <= high
@@ -91,7 +91,7 @@ def test_the_step_of_synthesis_is_measured_and_how_it_ran_said(measured: dict[st
     assert step['kernels'] > sum(kernel['count'] for kernel in step['top'])
 
 
-def test_labels_change_in_every_correction_and_fit_where_the_step_reads_them(measured: dict[str, Any]) -> None:
+def test_every_relabeling_updates_labels_in_place(measured: dict[str, Any]) -> None:
     part = measured['relabel']
     # One to warm up, one in each of two measurements, one that is profiled.
     assert part['added'] >= 4
@@ -139,7 +139,7 @@ class Clock:
 
 
 @pytest.mark.parametrize('sampler', [None, Correction()])
-def test_a_measurement_is_of_whole_steps_and_every_second_of_a_correction(
+def test_measurements_cover_whole_steps_and_every_second_one_relabels(
     sampler: LabelSampler | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr('benchmark_meter.time', Clock)
@@ -164,10 +164,10 @@ def test_a_measurement_is_of_whole_steps_and_every_second_of_a_correction(
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (('--repeats', '0'), '--repeats is at least 1, not 0'),
-        (('--batch-size', '0'), '--batch-size is at least 1, not 0'),
-        (('--image-size', '64', '64', '64'), '--image-size is one number of pixels or two'),
-        (('--what', 'relabel', '--steps', '4'), '--steps is at least 5 for relabeling, not 4'),
+        (('--repeats', '0'), '--repeats must be at least 1, not 0'),
+        (('--batch-size', '0'), '--batch-size must be at least 1, not 0'),
+        (('--image-size', '64', '64', '64'), '--image-size takes one or two numbers of pixels'),
+        (('--what', 'relabel', '--steps', '4'), '--steps must be at least 5 for relabeling, not 4'),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -183,7 +183,7 @@ def test_a_mistake_is_one_message(
     assert message in capsys.readouterr().err
 
 
-def test_the_general_path_is_on_while_it_is_measured_and_no_longer(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_general_path_is_switched_on_only_for_the_measurement(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = []
 
     def look(*_: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_a_config_without_a_section_is_refused(repo: Path) -> None:
         measure(args)
 
 
-def test_random_weights_are_brought_into_scale(repo: Path) -> None:
+def test_random_weights_give_normalized_activations(repo: Path) -> None:
     """As PyTorch draws them, activations of the large detector reach millions, and exponents of them are not finite."""
     cfg = Config.fromfile(repo / 'configs/zsq/yolox-s_w4a8.py')
     cfg.model.backbone.widen_factor = 0.125
@@ -229,9 +229,9 @@ def test_random_weights_are_brought_into_scale(repo: Path) -> None:
     assert all(torch.equal(value, again[name]) for name, value in detector.state_dict().items())
 
 
-def test_labels_that_nobody_corrects_are_not_timed(repo: Path, tmp_path: Path) -> None:
+def test_relabeling_needs_an_adaptive_sampler(repo: Path, tmp_path: Path) -> None:
     config = tmp_path / 'blind.py'
     sampler = "dict(type='mmzsq.SingleBoxSampler', _delete_=True)"
     config.write_text(f"_base_ = ['{repo / LEAF}']\nzsq = dict(label_sampler={sampler})\n")
-    with pytest.raises(UserError, match='SingleBoxSampler corrects no labels'):
+    with pytest.raises(UserError, match='SingleBoxSampler does not correct labels'):
         measure(parse([str(config), '--what', 'relabel', *SIZE, '--out', 'unused.json']))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark reads of its device: pure arithmetic, and a profile of known operators."""
+"""Tests of benchmarks/benchmark_meter.py: arithmetic, and profiles of known operators."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_the_examples_of_the_docstrings_hold() -> None:
     assert tried == 3 and failed == 0
 
 
-def test_a_middle_is_no_mean() -> None:
+def test_middle_is_the_median() -> None:
     assert middle([1.0, 2.0, 90.0]) == (2.0, [1.0, 90.0])
     assert middle([1.0, 2.0], digits=1) == (1.5, [1.0, 2.0])
 
 
-def test_what_runs_inside_or_after_another_interval_counts_once() -> None:
+def test_overlapping_intervals_count_once() -> None:
     assert covered([]) == 0
     assert covered([(0, 10), (2, 3), (10, 11), (20, 21)]) == 12
 
@@ -54,7 +54,7 @@ def test_a_lap_is_the_time_since_the_last() -> None:
     assert watch.mean_utilization is None
 
 
-def test_a_driver_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_driver_query_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def refuse(device: Any) -> int:
@@ -77,7 +77,7 @@ def test_a_cpu_has_no_peak_memory() -> None:
     assert PeakMemory(CPU).read() == dict(peak_memory_gib=None, peak_reserved_gib=None)
 
 
-def test_a_profile_of_a_gpu_tells_kernels_from_what_surrounds_them() -> None:
+def test_a_gpu_profile_separates_kernels_from_named_ranges() -> None:
     measured = profile_of(
         [
             event('aten::conv2d', 0, 900),
@@ -100,7 +100,7 @@ def test_a_profile_of_a_gpu_tells_kernels_from_what_surrounds_them() -> None:
     ]
 
 
-def test_more_kernels_than_ten_are_cut_to_the_dearest() -> None:
+def test_only_the_ten_most_expensive_kernels_are_listed() -> None:
     top = top_costs([(f'kernel {n}', 1000.0 * n, 1) for n in range(15)], steps=1)
     assert [cost['ms'] for cost in top] == list(range(14, 4, -1))
 

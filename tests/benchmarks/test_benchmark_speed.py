@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All benchmarks as one command: the order, the budget, what a failure costs, and what is written."""
+"""Tests of benchmarks/speed.py: order, budget, failures and output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure(words):
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    """Measures in a process of its own, by the module above."""
+    """Worker process that measures with the module above."""
     (tmp_path / 'benchmark.py').write_text(BENCHMARK)
     worker = Worker('cpu', tmp_path)
     yield worker
@@ -64,7 +64,7 @@ def test_cases_are_measured_one_after_the_other_by_one_process(
     assert f'{STEP} 0.5 (goal 1.0)' in capsys.readouterr().out
 
 
-def test_a_failure_costs_its_case_alone(worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_affects_its_case_only(worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails, dies = (replace(TINY, detector=name, config=f'{name}.py') for name in ('fails', 'dies'))
     assert run([fails, dies, TINY], tmp_path, 60, worker) == [fails.name, dies.name]
     assert set(written(tmp_path)) == {TINY.name}
@@ -73,16 +73,16 @@ def test_a_failure_costs_its_case_alone(worker: Worker, tmp_path: Path, capsys: 
     assert 'dies_64_b2: its process died' in told
 
 
-def test_what_the_budget_does_not_allow_is_skipped_and_named(
+def test_cases_beyond_the_budget_are_skipped_and_listed(
     worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = replace(TINY, detector='Long', seconds=90)
     assert run([long, TINY], tmp_path, 60, worker) == [long.name]
-    assert 'long_64_b2: skipped, since it takes 90 s and 60 s are left' in capsys.readouterr().out
+    assert 'long_64_b2: skipped, needs 90 s and 60 s are left' in capsys.readouterr().out
     assert set(written(tmp_path)) == {TINY.name}
 
 
-def test_a_case_that_takes_longer_than_what_is_left_is_given_up(worker: Worker) -> None:
+def test_a_case_is_stopped_at_the_end_of_the_budget(worker: Worker) -> None:
     with pytest.raises(CaseError, match='not finished after 2 s'):
         worker.measure(['hangs.py'], 2)
     assert worker.measure(['tiny.py'], 60)['words'][0] == 'tiny.py'
@@ -95,7 +95,7 @@ def test_a_goal_is_looked_up_in_a_result() -> None:
     assert lookup(dict(a=dict(b=None)), 'a.b.c') is None
 
 
-def test_every_case_is_a_command_of_the_benchmark_and_has_a_name_of_its_own(repo: Path) -> None:
+def test_every_case_is_a_valid_command_with_a_unique_name(repo: Path) -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         args = parse([*case.arguments(), '--out', 'unused.json'])

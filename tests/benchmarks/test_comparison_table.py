@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zero-shot quantization beside quantization on real images: means over seeds, gaps named, nothing mixed."""
+"""Tests of the comparison with real images: means over seeds, missing runs, refused input."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def cells(markdown: str, first: str) -> list[list[str]]:
     return [line for line in lines if line[0] == first]
 
 
-def test_before_any_run_every_leaf_has_an_empty_row_and_the_text_says_so(update: Update) -> None:
+def test_without_runs_every_leaf_has_an_empty_row(update: Update) -> None:
     text = update()
     assert cells(text, 'tiny') == [['tiny', 'W8A8', *[''] * 5], ['tiny', 'W4A4', *[''] * 5]]
-    assert 'Nothing has been run yet, therefore all is empty.' in text
+    assert 'No run yet: all cells are empty.' in text
     assert 'python tools/train.py' not in text
     assert text.startswith('Before.\n') and text.endswith('\nAfter.\n') and 'old' not in text
     update('--check')
@@ -124,7 +124,7 @@ def test_a_row_has_the_mean_over_seeds_half_their_range_and_their_number(update:
     assert 'somebody' not in text
 
 
-def test_what_was_not_run_is_named(update: Update, root: Path) -> None:
+def test_missing_runs_are_listed(update: Update, root: Path) -> None:
     keep(root, 8, '', 0, 0.5)
     keep(root, 4, '_lsq-real', 0, 0.4)
     assert (
@@ -135,14 +135,14 @@ def test_what_was_not_run_is_named(update: Update, root: Path) -> None:
     assert 'LSQ on real + distillation; tiny W4A4: all.' in update()
 
 
-def test_an_unmeasured_run_is_no_zero_and_one_that_finds_nothing_is(update: Update, root: Path) -> None:
+def test_unmeasured_is_empty_and_nothing_detected_is_zero(update: Update, root: Path) -> None:
     keep(root, 8, '', 0, 0.5, metrics={})
     keep(root, 8, '_lsq-real', 0, 0.5, metrics=dict(float=accuracy(0.55), ptq={}, zero_shot={}))
     [row, _] = cells(update(), 'tiny')
     assert row[3:] == ['', '', '0.0 / 0.0 / 0.0 (1)', '']
 
 
-def test_how_it_was_run_is_told(update: Update, root: Path) -> None:
+def test_settings_of_runs_are_shown(update: Update, root: Path) -> None:
     for seed in (2, 10):
         keep(root, 8, '', seed, 0.5)
     keep(root, 8, '_lsq-real', 0, 0.5)
@@ -151,7 +151,7 @@ def test_how_it_was_run_is_told(update: Update, root: Path) -> None:
     assert cells(text, 'tiny_w8a8_lsq-real') == [['tiny_w8a8_lsq-real', '6 real', '', '9 x 16', '0', 'one GPU']]
 
 
-def test_a_command_sets_what_the_first_seeds_run_had(update: Update, root: Path) -> None:
+def test_the_command_repeats_the_settings_of_the_first_seed(update: Update, root: Path) -> None:
     for seed in (1, 2):
         keep(root, 8, '', seed, 0.5)
     path = keep(root, 8, '_lsq-real', 1, 0.5)
@@ -160,7 +160,7 @@ def test_a_command_sets_what_the_first_seeds_run_had(update: Update, root: Path)
     ]
     synthetic, real = (shlex.split(line) for line in commands)
     assert 'zsq.calibration_set.dir=work_dirs/set_1' in synthetic
-    # On real images there is no set.
+    # Runs on real images have no calibration set.
     assert real[:3] == ['python', 'tools/train.py', 'configs/cells/comparison/tiny_w8a8_lsq-real.py']
     assert not any('dir' in word for word in real[3:])
     cfg = Config.fromfile(root / real[2])
@@ -179,7 +179,7 @@ def test_a_command_sets_what_the_first_seeds_run_had(update: Update, root: Path)
     [
         (
             lambda root: keep(root, 8, '', 1, 0.5).rename(root / 'benchmarks/results/cells/other.json'),
-            'with the seed 1: name it so',
+            'with seed 1: rename it',
         ),
         (
             lambda root: keep(root, 8, '_lsq-real', 0, 0.5, teacher=0.53),
@@ -187,7 +187,7 @@ def test_a_command_sets_what_the_first_seeds_run_had(update: Update, root: Path)
         ),
         (other_settings, 'tiny_w8a8.py in .* differ in more than the seed'),
         (lambda root: keep(root, 8, '', 1, 0.5, preset='paper'), 'tiny_w8a8.py in .* differ in more than the seed'),
-        (lambda root: (root / 'configs/cells/tiny_w8a8.py').unlink(), 'tiny_w8a8.py is no config'),
+        (lambda root: (root / 'configs/cells/tiny_w8a8.py').unlink(), 'tiny_w8a8.py is not a config'),
         (lambda root: [path.unlink() for path in root.glob('configs/cells/*.py')], 'no config to compare in'),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused, plain and compiled steps beside one another, at toy size and with a compiler that generates no code."""
+"""Tests of benchmarks/compile_comparison.py at toy size, with a compiler backend that generates no code."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_variant_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[st
     assert 'step, compiled failed: `ValueError: no such backend`.' in text
 
 
-def test_total_variation_is_compiled_as_it_is_written_down() -> None:
+def test_compiled_total_variation_is_the_same() -> None:
     images = torch.rand(2, 3, 8, 8)
 
     def value() -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goals of docs/performance.md, each measured on the GPU at hand: ``make benchmark``."""
+"""Goals of docs/performance.md, measured on the current GPU by ``make benchmark``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_goals_are_met(result: tuple[Case, dict[str, Any]]) -> None:
     assert not missed, f'{case.title} on {measured["device"]}: {"; ".join(missed)}'
 
 
-def test_what_can_be_a_graph_is_one(result: tuple[Case, dict[str, Any]]) -> None:
+def test_steps_run_as_cuda_graphs(result: tuple[Case, dict[str, Any]]) -> None:
     _, measured = result
     if 'synthesis' in measured:
         step = measured['synthesis']

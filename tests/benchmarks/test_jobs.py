@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a benchmark: which run beside each other, and on which GPU."""
+"""Tests of benchmarks/jobs.py: parallel jobs and their GPUs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def beside(events: list[tuple[str, str, str]]) -> set[tuple[str, str, bool]]:
     return found
 
 
-def test_on_one_gpu_jobs_of_two_kinds_take_turns_and_those_of_one_run_together(place: Path) -> None:
+def test_jobs_of_different_kinds_never_share_a_gpu(place: Path) -> None:
     planned = [job('set1', 'set'), job('set2', 'set'), job('student1', 'student'), job('student2', 'student', 'set1')]
     events = run(place, *planned, processes=4, gpus=1)
     assert beside(events) == {('set1', 'set2', True), ('student1', 'student2', True)}
@@ -66,7 +66,7 @@ def test_on_one_gpu_jobs_of_two_kinds_take_turns_and_those_of_one_run_together(p
     assert {gpu for _, _, gpu in events} == {'-'}
 
 
-def test_the_most_urgent_comes_first_but_nobody_waits_for_a_gpu_that_is_free(place: Path) -> None:
+def test_important_jobs_start_first_without_idling_a_gpu(place: Path) -> None:
     planned = [job('set1', 'set'), job('student1', 'student'), job('student2', 'student'), job('set2', 'set')]
     events = run(place, *planned, processes=3, gpus=2)
     begun = [(name, gpu) for event, name, gpu in events if event == 'begin']

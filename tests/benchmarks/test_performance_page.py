@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of times: what is measured stands beside its goal, what is not stays empty and is named."""
+"""Tests of benchmarks/performance_page.py."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_without_results_every_row_is_empty_and_says_so() -> None:
     assert cells(text, 'Mask R-CNN Swin-T, 640 px, batch 16')[1:3] == ['52.000*', '<= 12']
 
 
-def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tmp_path: Path) -> None:
+def test_measurements_are_shown_with_their_goals(update: Callable[..., str], tmp_path: Path) -> None:
     keep(tmp_path, MAIN['case'], MAIN)
     keep(tmp_path, COARSE['case'], COARSE)
     keep(tmp_path, 'scaling', SCALING)
@@ -111,17 +111,17 @@ def test_what_was_measured_stands_beside_its_goal(update: Callable[..., str], tm
     assert cells(text, 'YOLOv5-s, 640 px, batch 32') == measured
     training = 'YOLOv5-s, 640 px, batch 32: training step, distilled / float'
     assert cells(text, training)[2:] == ['<= 1.8', '2.000', '1.900 to 2.100', '', '', 'no']
-    assert cells(text, 'two GPUs, generation, times as fast as one')[3] == '1.95'
-    assert cells(text, 'two GPUs, training, times as fast as one')[-1] == 'no'
+    assert cells(text, 'two GPUs, generation, speedup')[3] == '1.95'
+    assert cells(text, 'two GPUs, training, speedup')[-1] == 'no'
     assert 'Not measured: YOLOv5-s, 160 px, batch 256;' in text
     assert 'Measured on NVIDIA H100; mmzsq 0.1.0, torch 2.9:\n\n```bash\npython a.py\npython b.py\n```' in text
     # 1 / (0.1 + 0.9 / 4)
     assert cells(text, 'training') == ['1.70', '10.00 %', '1.8', '3.1', '4.7', '6.4', '8.8']
-    assert 'same set, by its SHA-256 sums: yes' in text
-    assert text.startswith('# Page\n') and 'Between.' in text and 'old' not in text
+    assert 'same set, compared by SHA-256: yes' in text
+    assert text.startswith('# Page\n') and 'Between.' in text and '\nold\n' not in text
 
 
-def test_the_tables_of_steps_say_what_ran() -> None:
+def test_step_tables_show_tasks_and_graphs() -> None:
     results = Results({result['case']: result for result in (MAIN, COARSE)}, None)
     title = 'YOLOv5-s, 640 px, batch 32'
     step = ['PaddedTargetsTask', '0.395', 'yes', '2.0', '1.0', '900.0', '12.5', '98 %', '99', '3.25']
@@ -139,7 +139,7 @@ def test_the_tables_of_steps_say_what_ran() -> None:
     assert '| `void gemm<a\\|b>` | 2.000 | 3.0 | 25 % |' in TABLES['costs'](results)
 
 
-def test_why_a_step_ran_eagerly_is_said() -> None:
+def test_the_reason_for_eager_steps_is_shown() -> None:
     eager = dict(MAIN, synthesis=dict(STEP, cuda_graph=False, eager_reason='it waits'))
     text = TABLES['synthesis'](Results({MAIN['case']: eager}, None))
     assert 'YOLOv5-s, 640 px, batch 32 runs eagerly: it waits.' in text
@@ -156,12 +156,12 @@ def test_the_whole_method_is_extrapolated_from_three_rates() -> None:
     assert whole_method_minutes(Results({COARSE['case']: COARSE}, None), labels=False) is None
 
 
-def test_a_part_that_is_all_serial_gains_nothing() -> None:
+def test_a_fully_serial_part_has_no_speedup() -> None:
     assert amdahl(1.0, 8) == 1
     assert amdahl(0.0, 8) == 8
 
 
-def test_check_tells_a_stale_page_and_writes_nothing(update: Callable[..., str], tmp_path: Path) -> None:
+def test_check_reports_a_stale_page_without_writing(update: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         update('--check')
     assert exit_.value.code == 1
@@ -173,8 +173,8 @@ def test_check_tells_a_stale_page_and_writes_nothing(update: Callable[..., str],
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
-        ('other', MAIN, 'holds the case yolov5-s_640_b32: name it so'),
-        ('other', dict(MAIN, case='other'), "of no case in benchmarks/speed_cases.py: 'other'"),
+        ('other', MAIN, 'holds the case yolov5-s_640_b32: rename it to'),
+        ('other', dict(MAIN, case='other'), "no case of benchmarks/speed_cases.py: 'other'"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -195,7 +195,7 @@ def test_a_mistake_is_one_message(
 def test_a_page_without_tables_or_with_an_unknown_one_is_refused() -> None:
     with pytest.raises(performance_page.UserError, match='no table to write'):
         performance_page.update('text', Results({}, None))
-    with pytest.raises(performance_page.UserError, match="no table 'speeds': a page may have goals,"):
+    with pytest.raises(performance_page.UserError, match="unknown table 'speeds'. Known tables: goals,"):
         performance_page.update('<!-- speed: speeds -->\n<!-- end of speed -->', Results({}, None))
 
 
@@ -206,7 +206,7 @@ def test_the_page_of_this_repository_is_up_to_date(repo: Path, monkeypatch: pyte
     runpy.run_path(str(repo / TOOL), run_name='__main__')
 
 
-def test_the_general_path_is_set_against_the_fused_one() -> None:
+def test_the_general_path_is_compared_with_fused_kernels() -> None:
     general = dict(MAIN, case='yolov5-s_640_b32_general', synthesis=dict(STEP, ms_per_image_iteration=0.79))
     both = Results({result['case']: result for result in (MAIN, general)}, None)
     assert general_ratio(both) == pytest.approx(2.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/results.md: every number is that of its runs, and what is missing or was run otherwise is said."""
+"""Tests of benchmarks/results_page.py: numbers match the runs; missing and changed runs are listed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import results_page
 import yolo
 from mmengine.config import Config, DictAction
+from yolo_methods import METHODS
 from yolo_tables import TABLES
 
 from mmzsq.config.compose import complete_section
@@ -37,11 +39,14 @@ def root(repo: Path, tmp_path: Path) -> Path:
 @cache
 def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
     """The settings that the tool's own command line makes, in JSON's types."""
-    command = yolo.student_command(yolo.Run(method, bits, seed, ()), yolo.WORK, ())
-    cfg = Config.fromfile(repo / command[1])
+    run = yolo.Run(method, bits, seed, ())
+    with tempfile.TemporaryDirectory() as folder:
+        yolo.write_configs([run], Path(folder))
+        command = yolo.student_command(run, Path(folder), ())
+        cfg = Config.fromfile(repo / command[1])
     options = (option.split('=', 1) for option in command[command.index('--cfg-options') + 1 :])
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
-    return json.loads(json.dumps(dict(complete_section(cfg.zsq.to_dict()), config=command[1])))
+    return json.loads(json.dumps(dict(complete_section(cfg.zsq.to_dict()), config=METHODS[method].config_for(bits)[0])))
 
 
 @pytest.fixture
@@ -108,7 +113,7 @@ def test_a_cell_is_the_mean_over_the_seeds_with_half_their_range(
     assert row(section(root, 4), 'W4A4', '`default`, PTQ only', 'synthetic')[0] == '10.0 ± 0.0 / 20.0 ± 0.0'
 
 
-def test_under_a_table_is_how_its_runs_were_made(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+def test_settings_of_runs_are_listed_below_a_table(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
     keep('default_w4a4_seed0', 200)
     keep('default_w8a8_seed2', 200)
     keep('paper_lsq-real337_w4a4_seed0', 114)
@@ -121,11 +126,11 @@ def test_under_a_table_is_how_its_runs_were_made(root: Path, keep: Callable[...,
     # No set is made of real images.
     assert row(text, '`paper_lsq-real337`')[:4] == ['W4A4', '337 real', '', '']
     assert row(text, '`paper_lsq-real337`')[6] == ''
-    assert 'somebody' not in text and 'otherwise now' not in text
+    assert 'somebody' not in text and 'have changed since' not in text
 
 
-def test_what_was_not_run_is_empty_and_named(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
-    assert 'Nothing of it has been run yet' in section(root, 5)
+def test_missing_runs_are_empty_and_listed(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+    assert 'No run yet: all of our columns are empty.' in section(root, 5)
     keep('default_tile-in_w4a4_seed0', 90)
     text = section(root, 5)
     assert 'Nothing' not in text
@@ -138,9 +143,7 @@ def test_what_was_not_run_is_empty_and_named(root: Path, keep: Callable[..., dic
     assert 'Not run' not in section(root, 8)
 
 
-def test_what_was_not_evaluated_is_empty_and_nothing_found_is_0(
-    root: Path, keep: Callable[..., dict[str, Any]]
-) -> None:
+def test_unevaluated_is_empty_and_nothing_detected_is_zero(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
     keep('default_w4a4_seed0', 200, ptq=None)
     metrics = {'float': {'coco/bbox_mAP': 0.3}, 'ptq': {}, 'zero_shot': {}}
     keep('paper_noise_w4a4_seed0', 0, metrics=metrics)
@@ -148,7 +151,7 @@ def test_what_was_not_evaluated_is_empty_and_nothing_found_is_0(
     assert row(section(root, 5), 'W4A4', 'Gaussian noise', 'no', 'no')[0] == '0.0 / 0.0'
 
 
-def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+def test_runs_with_changed_settings_are_listed(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
     content = keep('default_w4a4_seed0', 200)
     settings = copy.deepcopy(content['settings'])
     settings['train']['max_epochs'] = 7
@@ -168,15 +171,15 @@ def test_a_run_with_other_settings_is_named_with_them(root: Path, keep: Callable
     keep('default_w4a4_seed0', 200, settings=settings)
     # What came later was not otherwise.
     text = section(root, 8)
-    assert '\nRun with settings that are otherwise now: `default`: `zsq.train.augmentation=absent`.' in text
+    assert '\nRun with settings that have changed since: `default`: `zsq.train.augmentation=absent`.' in text
     assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
 
 
-def test_settings_of_sets_do_not_count_for_real_images(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
+def test_synthesis_settings_are_ignored_for_real_images(root: Path, keep: Callable[..., dict[str, Any]]) -> None:
     settings = copy.deepcopy(keep('default_real337_w4a4_seed0', 200)['settings'])
     settings['synthesis']['lr'] = 9.0
     keep('default_real337_w4a4_seed0', 200, settings=settings)
-    assert 'otherwise now' not in section(root, 2)
+    assert 'have changed since' not in section(root, 2)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_settings_of_sets_do_not_count_for_real_images(root: Path, keep: Callabl
     [
         ('default_w4a4_seed0', dict(quantizer=dict(w_bits=4, a_bits=8)), 'at w4a8, not .* at w4a4'),
         ('default_w4a4_seed0', dict(config='configs/zsq/yolov5-n_w8a8.py'), 'holds configs/zsq/yolov5-n_w8a8.py'),
-        ('default_w4a4_seed0', dict(config='/elsewhere/own.py'), 'own.py is no config'),
+        ('default_w4a4_seed0', dict(config='/elsewhere/own.py'), 'own.py is not a config'),
         ('default_w4a4_seed1', dict(metrics={'float': {'coco/bbox_mAP': 0.35}}), 'different teachers'),
     ],
 )
@@ -201,7 +204,7 @@ def test_a_file_is_named_after_a_method_and_its_seed(root: Path, keep: Callable[
     keep('default_w4a4_seed0', 100)
     path = root / results_page.RESULTS / 'default_w4a4_seed0.json'
     path.rename(path.with_stem('default_w4a4_seed3'))
-    with pytest.raises(UserError, match='seed 0: name it so'):
+    with pytest.raises(UserError, match='seed 0: rename it'):
         results_page.read_runs(root)
     path.with_stem('default_w4a4_seed3').rename(path.with_stem('fancy_w4a4_seed0'))
     with pytest.raises(UserError, match='is not named METHOD_BITS_seedSEED.json'):
@@ -231,7 +234,7 @@ def test_the_page_is_written_and_checked(
         run(repo, monkeypatch, '--root', root, '--check')
 
 
-def test_labels_of_sets_stand_beside_those_of_real_images(
+def test_labels_of_sets_are_compared_with_real_labels(
     repo: Path, root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def numbers(images: int, boxes: float, small: float, **correlation: float) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def test_labels_of_sets_stand_beside_those_of_real_images(
         assert (repo / 'docs' / image).is_file()
 
 
-def test_the_numbers_of_the_page_are_those_of_the_runs_that_are_kept(repo: Path) -> None:
+def test_numbers_of_the_page_match_the_kept_runs(repo: Path) -> None:
     def tables(text: str) -> list[str]:
         return [line for line in text.splitlines() if line[:1] == '|']
 

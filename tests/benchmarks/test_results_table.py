@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the READMEs: their numbers are those of the runs, and so are the model index's."""
+"""Tests of benchmarks/results_table.py: numbers of the READMEs and of the model index match the runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kept_runs import differences
 from mmengine.config import Config, DictAction
 
 from mmzsq.config.compose import complete_section
@@ -27,7 +28,7 @@ LEAF = (
 
 
 def results(**changes: Any) -> dict[str, Any]:
-    """What a run of W4A4 with settings of its own writes, as far as the tool reads it."""
+    """Results of a W4A4 run with changed settings, with the keys that the tool reads."""
     own = dict(
         quantizer=dict(w_bits=4, a_bits=4),
         calibration_set=dict(dir='/somewhere/set', num_images=6, seed=7),
@@ -119,12 +120,10 @@ def test_several_seeds_are_one_row_of_means(repo: Path, root: Path, monkeypatch:
     [accuracy, _, how] = rows(text, 'W4A4')
     assert accuracy[3:6] == ['29.4 ± 0.0 / 44.5 ± 0.0', '0.0 ± 0.0 / 0.0 ± 0.0', '22.5 ± 2.5 / 33.2 ± 0.0']
     assert how[-2:] == ['2, 11', 'one GPU']
-    assert 'zsq.calibration_set.seed=2' in text and 'those of the first seed' in text
+    assert 'zsq.calibration_set.seed=2' in text and 'for the first seed' in text
 
 
-def test_patterns_choose_runs_which_may_be_named_after_their_preset(
-    repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patterns_select_runs(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, ap in ((1, 0.3), (2, 0.4), (13, 0.9)):
         keep(root, of_seed(seed, ap), f'default_w4a4_seed{seed}')
     keep(root, of_seed(1, 0.9), 'default_1024_w4a4_seed1')
@@ -141,7 +140,7 @@ def test_patterns_choose_runs_which_may_be_named_after_their_preset(
     assert how[-2] == '1, 2'
     # The name of another method is none of a preset.
     readme.write_text(README.replace('benchmarks/results/run', 'benchmarks/results/run/default_1024_w*'))
-    with pytest.raises(SystemExit, match='default_1024_w4a4_seed1.json holds .* name it so'):
+    with pytest.raises(SystemExit, match='default_1024_w4a4_seed1.json holds .* rename it'):
         run(repo, monkeypatch, readme, '--root', root)
     # Each place has some.
     readme.write_text(
@@ -156,12 +155,12 @@ def test_patterns_choose_runs_which_may_be_named_after_their_preset(
 @pytest.mark.parametrize(
     ('content', 'name', 'message'),
     [
-        (of_seed(3, 0.2), 'tiny_w4a4_default_seed4', 'name it so'),
-        (of_seed(7, 0.2), 'default_w4a4_seed7', r'two runs of .*tiny_w4a4.py with one seed, of \[7, 7\]'),
+        (of_seed(3, 0.2), 'tiny_w4a4_default_seed4', 'rename it'),
+        (of_seed(7, 0.2), 'default_w4a4_seed7', r'two runs of .*tiny_w4a4.py with the same seed \(seeds: \[7, 7\]\)'),
         (dict(of_seed(3, 0.2), settings=dict(of_seed(3, 0.2)['settings'], train=dict(batch_size=9))), '', 'more than'),
     ],
 )
-def test_runs_of_one_row_are_of_the_seed_in_their_name_and_otherwise_alike(
+def test_runs_of_a_row_differ_in_the_seed_only(
     repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], name: str, message: str
 ) -> None:
     keep(root, content, name or 'tiny_w4a4_default_seed3')
@@ -169,7 +168,7 @@ def test_runs_of_one_row_are_of_the_seed_in_their_name_and_otherwise_alike(
         run(repo, monkeypatch, root / 'README.md', '--root', root)
 
 
-def test_what_was_not_run_is_empty_and_named(written: str) -> None:
+def test_missing_runs_are_empty_and_listed(written: str) -> None:
     empty = [''] * 5
     assert rows(written, 'W8A8') == [['tiny', preset, 'W8A8', *empty] for preset in ('default', 'paper')]
     assert 'Not run, therefore empty: tiny, default: W8A8; tiny, paper: W8A8, W4A4.' in written
@@ -182,13 +181,13 @@ def test_unmeasured_accuracy_is_empty(repo: Path, root: Path, monkeypatch: pytes
     assert accuracy[3:] == ['', '', '', '7.53', '1.09']
 
 
-def test_the_text_around_stays_and_no_place_on_a_machine_is_told(written: str) -> None:
+def test_surrounding_text_is_kept_and_local_paths_are_left_out(written: str) -> None:
     assert written.startswith('Text before.\n') and written.endswith('\nText after.\n')
     assert 'old' not in written
     assert 'somebody' not in written and 'somewhere' not in written
 
 
-def test_the_command_sets_what_the_run_had(written: str, root: Path) -> None:
+def test_the_command_repeats_the_settings_of_the_run(written: str, root: Path) -> None:
     command = shlex.split(written.split('```bash\n')[1].split('```')[0].replace('\\\n', ' '))
     assert command[:3] == ['python', 'tools/train.py', 'configs/zsq/tiny_w4a4.py']
     assert command[3] == '--cfg-options'
@@ -212,7 +211,7 @@ def of_weight(weight: float) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize('in_leaf', [True, False])
-def test_a_setting_in_a_list_is_given_by_its_place_if_the_leaf_has_the_list(
+def test_settings_in_lists_are_addressed_by_index(
     repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, in_leaf: bool
 ) -> None:
     content = results()
@@ -238,7 +237,7 @@ def test_a_setting_in_a_list_is_given_by_its_place_if_the_leaf_has_the_list(
             run(repo, monkeypatch, root / 'README.md', '--root', root)
 
 
-def test_what_a_run_printed_is_shown_with_its_times(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_table_is_shown_with_times(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = results(seconds=dict(train=48.3, evaluate_float=6.2))
     for stage, seconds in content['calibration_set']['stages'].items():
         content['calibration_set']['stages'][stage]['seconds'] = 30.4 if seconds['iterations'] == 4 else 100.0
@@ -254,7 +253,7 @@ def test_what_a_run_printed_is_shown_with_its_times(repo: Path, root: Path, monk
     run(repo, monkeypatch, root / 'README.md', '--root', root, '--check')
 
 
-def test_check_tells_a_stale_file_and_writes_nothing(
+def test_check_reports_a_stale_file_without_writing(
     repo: Path, root: Path, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = (root / 'README.md', '--check', '--root', root)
@@ -270,8 +269,8 @@ def test_check_tells_a_stale_file_and_writes_nothing(
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(config='configs/zsq/other_w4a4.py'), 'other_w4a4.py is no config'),
-        (dict(preset='paper'), 'under the preset paper with the seed 7: name it so'),
+        (dict(config='configs/zsq/other_w4a4.py'), 'other_w4a4.py is not a config'),
+        (dict(preset='paper'), 'under the preset paper with seed 7: rename it'),
         (dict(settings=dict(synthesis=dict(priors=[dict(type='A')]))), 'zsq.synthesis.priors differs'),
     ],
 )
@@ -298,7 +297,7 @@ def test_the_tables_of_this_repository_are_up_to_date(repo: Path, monkeypatch: p
     run(repo, monkeypatch, repo / 'README.md', '--check')
 
 
-def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo: Path) -> None:
+def test_model_index_lists_every_leaf_with_measured_results(repo: Path) -> None:
     [imported] = yaml.safe_load((repo / 'model-index.yml').read_text())['Import']
     index = yaml.safe_load((repo / imported).read_text())
     leaves = {path.stem for path in (repo / 'configs' / 'zsq').glob('*.py')}
@@ -329,6 +328,14 @@ def test_the_model_index_lists_every_leaf_and_holds_only_what_was_measured(repo:
         }
 
 
-def test_kept_results_name_no_place_on_a_machine(repo: Path) -> None:
+def test_kept_results_hold_no_local_paths(repo: Path) -> None:
     for path in (repo / 'benchmarks' / 'results').rglob('*.json'):
         assert '"/' not in path.read_text(), path
+
+
+def test_a_removed_setting_counts_only_if_a_run_had_it_switched_on() -> None:
+    recorded = dict(train=dict(lr=1, drop=None, relative=False, extra=True))
+    assert dict(differences(recorded, dict(train=dict(lr=1)), 'zsq')) == {'zsq.train.extra': True}
+    # Of a section of another type every setting counts.
+    recorded = dict(type='A', warmup=0)
+    assert dict(differences(recorded, dict(type='B'), 'zsq')) == {'zsq.type': 'A', 'zsq.warmup': 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of several processes in a toy size on the CPU: what it writes, and what it refuses."""
+"""Tests of benchmarks/scaling.py at toy size on the CPU."""
 
 from __future__ import annotations
 
@@ -92,16 +92,16 @@ def test_times_one_and_two_processes_and_finds_their_sets_equal(call: Any, tmp_p
     assert {'device', 'versions', 'command'} < set(measured)
 
 
-def test_processes_to_compare_with_one_are_asked_for(call: Any) -> None:
-    with pytest.raises(SystemExit, match='--gpus is 1 and then rising numbers, not 2'):
+def test_gpus_must_start_with_one(call: Any) -> None:
+    with pytest.raises(SystemExit, match='--gpus must be 1 followed by increasing numbers, not 2'):
         call('--gpus', '2')
 
 
 @pytest.mark.parametrize(
     ('code', 'message'),
-    [('import time; print("so far"); time.sleep(60)', 'had not ended after 3 s'), ('1 / 0', 'code 1')],
+    [('import time; print("so far"); time.sleep(60)', 'did not finish within 3 s'), ('1 / 0', 'code 1')],
 )
-def test_a_run_that_fails_or_hangs_is_given_up_with_the_end_of_its_log(
+def test_a_failed_or_hanging_run_shows_the_end_of_its_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, message: str
 ) -> None:
     worker = tmp_path / 'worker.py'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables on YOLOv5-n as one command: what each cell is run with, in which order, and what is not run twice."""
+"""Tests of benchmarks/yolo.py: the settings and order of runs, and kept results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -53,14 +54,20 @@ def section_of(repo: Path, command: tuple[str, ...]) -> dict[str, Any]:
 
 
 def student(repo: Path, method: str, bits: str = 'w4a4') -> dict[str, Any]:
-    return section_of(repo, yolo.student_command(yolo.Run(method, bits, 0, ()), yolo.WORK, ()))
+    run = yolo.Run(method, bits, 0, ())
+    with tempfile.TemporaryDirectory() as folder:
+        yolo.write_configs([run], Path(folder))
+        section = section_of(repo, yolo.student_command(run, Path(folder), ()))
+    # Of that folder.
+    section['calibration_set']['dir'] = 'any'
+    return section
 
 
 def without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in keys}
 
 
-def test_a_table_is_whole() -> None:
+def test_tables_are_consistent() -> None:
     assert sorted(TABLES) == [2, 4, 5, 6, 7, 8, 9, 10]
     for number, table in TABLES.items():
         for row in table.rows:
@@ -76,8 +83,9 @@ def test_a_table_is_whole() -> None:
     assert {method.images.name for method in METHODS.values() if method.images} == {images.name for images in SETS}
 
 
-def test_every_student_has_its_bits_and_the_images_that_were_made_for_it(repo: Path) -> None:
-    jobs = {job.name: job for job in yolo.plan(RUNS, Path('w.pt'), yolo.WORK, ())}
+def test_every_student_has_its_bits_and_its_calibration_set(repo: Path, tmp_path: Path) -> None:
+    yolo.write_configs(RUNS, tmp_path)
+    jobs = {job.name: job for job in yolo.plan(RUNS, Path('w.pt'), tmp_path, ())}
     made = {name: section_of(repo, job.command) for name, job in jobs.items() if job.kind == yolo.SET}
     assert len(made) == len(SETS)
     for run in RUNS:
@@ -160,7 +168,7 @@ def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
         assert boxes[f'{preset}_noise'] == 1
 
 
-def test_in_distribution_is_that_of_the_real_images(shared: Path) -> None:
+def test_object_histogram_matches_the_real_images(shared: Path) -> None:
     content = json.loads((shared / 'data/coco_mini/annotations/instances_train2017.json').read_text())
     assert len(content['images']) == yolo_methods.REAL_IMAGES
     objects = Counter(item['image_id'] for item in content['annotations'] if not item['iscrowd'])
@@ -168,7 +176,7 @@ def test_in_distribution_is_that_of_the_real_images(shared: Path) -> None:
     assert list(yolo_methods.OBJECTS_AN_IMAGE) == [images[number + 1] for number in range(max(images))]
 
 
-def test_all_methods_of_a_preset_take_as_many_steps_but_the_one_that_is_about_that(repo: Path) -> None:
+def test_methods_of_a_preset_take_the_same_number_of_steps(repo: Path) -> None:
     for name, method in METHODS.items():
         if name == 'default_long':
             continue
@@ -182,18 +190,18 @@ def test_all_methods_of_a_preset_take_as_many_steps_but_the_one_that_is_about_th
         assert abs(steps - wanted) <= 0.05 * wanted and train['batch_size'] == batch, name
 
 
-def test_a_row_about_a_part_of_default_changes_that_part_alone(repo: Path) -> None:
+def test_each_ablation_changes_one_part(repo: Path) -> None:
     sections = dict(quantizer={'quantizer'}, training={'train', 'distillation'}, images={'synthesis', 'label_sampler'})
     default = student(repo, 'default')
     default['calibration_set'].pop('dir')
     first, *rows = TABLES[9].rows
-    assert first.cells[0].method == 'default' and len({row.cells for row in rows}) == len(rows) == 23
+    assert first.cells[0].method == 'default' and len({row.cells for row in rows}) == len(rows) == 21
     for row in rows:
         method = student(repo, row.cells[0].method)
         method['calibration_set'].pop('dir')
         changed = {key for key in default if method[key] != default[key]}
         allowed = sections[row.labels[0]]
-        if 'at the rate of weights' in row.labels[1]:
+        if 'at the learning rate of weights' in row.labels[1]:
             allowed = allowed | {'train'}
             assert method['train'] == dict(default['train'], step_lr=None)
         if row.labels[1].startswith('2048'):
@@ -202,7 +210,7 @@ def test_a_row_about_a_part_of_default_changes_that_part_alone(repo: Path) -> No
         assert changed and changed <= allowed, row.labels
 
 
-def test_lsq_on_real_images_has_the_papers_quantizer_and_the_detection_loss_alone(repo: Path) -> None:
+def test_lsq_on_real_images_uses_the_papers_quantizer_and_the_detection_loss(repo: Path) -> None:
     paper, lsq, plus = (student(repo, name) for name in ('paper', 'paper_lsq-real337', 'paper_lsq-plus-real337'))
     assert lsq['quantizer'] == paper['quantizer']
     activation = dict(paper['quantizer']['activation'], scheme='offset')
@@ -214,20 +222,20 @@ def test_lsq_on_real_images_has_the_papers_quantizer_and_the_detection_loss_alon
 
 
 @pytest.mark.parametrize('preset', ['paper', 'default'])
-def test_distilled_on_real_images_everything_but_the_images_is_as_on_synthetic_ones(repo: Path, preset: str) -> None:
+def test_distillation_on_real_images_changes_the_images_only(repo: Path, preset: str) -> None:
     real, synthetic = (student(repo, name) for name in (f'{preset}_real337', preset))
     changed = ('calibration_set', 'train', 'label_sampler', 'synthesis')
     assert without(real, *changed) == without(synthetic, *changed)
     assert without(real['train'], 'max_epochs') == without(synthetic['train'], 'max_epochs')
 
 
-def test_an_ablation_drops_losses_and_changes_nothing_else(repo: Path) -> None:
+def test_loss_ablations_only_remove_losses(repo: Path) -> None:
     def losses(name: str) -> tuple[list[str], float]:
         section = student(repo, name)
         whole = student(repo, name.split('_')[0])
         kept = section['distillation']['losses']
         assert all(loss in whole['distillation']['losses'] for loss in kept)
-        # With labels to be learnt, those of the images as they are.
+        # Training on labels has no augmentation.
         changed = ('distillation', 'train') if name.startswith('default') else ('distillation',)
         assert without(section, *changed) == without(whole, *changed)
         assert without(section['train'], 'augmentation') == without(whole['train'], 'augmentation')
@@ -326,7 +334,7 @@ def test_one_command_makes_a_table(root: Path) -> None:
     assert began(root)[len(before) :] == ['set_default_seed0', 'default_features-alone_w4a4_seed0']
 
 
-def test_results_can_go_elsewhere_and_what_the_repository_keeps_counts_all_the_same(root: Path) -> None:
+def test_kept_results_count_with_another_output_folder(root: Path) -> None:
     (root / 'benchmarks/results/yolov5-n').mkdir(parents=True)
     (root / 'benchmarks/results/yolov5-n/default_w4a4_seed1.json').write_text('{}')
     options = ('--tables', '8', '--seeds', '1', '--methods', 'default', 'paper', '--out', str(root / 'out'))
@@ -335,7 +343,7 @@ def test_results_can_go_elsewhere_and_what_the_repository_keeps_counts_all_the_s
     assert began(root) == ['set_paper_seed1', 'paper_w4a4_seed1']
 
 
-def test_a_trial_with_other_settings_is_kept_apart(root: Path) -> None:
+def test_trials_need_their_own_folders(root: Path) -> None:
     options = ('--tables', '8', '--methods', 'default', '--cfg-options', 'zsq.train.max_epochs=1')
     refused = execute(root, *options)
     assert refused.returncode == 2 and 'give --out and --work-dir' in refused.stderr
@@ -362,7 +370,7 @@ def test_the_list_names_every_run_with_its_tables_and_commands(root: Path) -> No
     assert train == ['tools/train.py', 'configs/zsq/comparison/yolov5-n_three-stages.py']
 
 
-def test_urgent_is_what_is_named_first() -> None:
+def test_runs_are_ordered_by_seed_then_table() -> None:
     runs = list(yolo.runs_of([8, 6], [1, 0], bits=['w4a4', 'w5a5']))
     assert [run.seed for run in runs] == sorted((run.seed for run in runs), reverse=True)
     names = _names(run for run in runs if run.seed == 1)
@@ -373,3 +381,15 @@ def test_urgent_is_what_is_named_first() -> None:
 
 def _names(runs: Iterable[yolo.Run]) -> list[str]:
     return [run.name for run in runs]
+
+
+def test_allocated_bits_are_passed_by_a_generated_config(root: Path, repo: Path) -> None:
+    for name in ('configs/zsq/yolov5-n_w4a4.py', 'benchmarks/results/yolov5-n_bits.json'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text((repo / name).read_text() if name.endswith('.json') else 'zsq = dict(quantizer={})')
+    done = execute(root, '--tables', '10', '--methods', 'default_mixed-size', '--bits', 'w4a4')
+    assert done.returncode == 0, done.stdout + done.stderr
+    overrides = Config.fromfile(root / 'work_dirs/yolov5-n/configs/yolov5-n_mixed-size_w4a4.py').zsq.quantizer.overrides
+    assert overrides['backbone.stage2.0.conv'] == dict(w_bits=5, a_bits=4)
+    results = json.loads((root / 'benchmarks/results/yolov5-n/default_mixed-size_w4a4_seed0.json').read_text())
+    assert results['config'] == 'configs/zsq/yolov5-n_w4a4.py'

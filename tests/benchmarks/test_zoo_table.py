@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the zoo: a row a detector, rows of others stay, and every listed detector has one."""
+"""Tests of benchmarks/zoo_table.py: one row per detector; other rows are kept."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def tool(repo: Path) -> dict[str, Any]:
     return runpy.run_path(str(repo / 'benchmarks/zoo_table.py'))
 
 
-def test_a_row_tells_what_works_what_stays_float_and_what_failed(tool: dict[str, Any]) -> None:
+def test_a_row_shows_outcome_and_float_layers(tool: dict[str, Any]) -> None:
     works = Result(quantized=7, seconds=2.4, floats={'a.x': 'Conv1d: why', 'a.y': 'Conv1d: why', 'b': 'Own: so'})
     works.silent = ['first', 'second', 'third']
     assert tool['row'](Family('A', 'a/a.py', needs='a package'), works) == (
         '| A | `a/a.py` | yes | 7 | `a.x`, `a.y` (Conv1d: why); `b` (Own: so) | '
-        'a package; learn nothing, since they see zeros alone: `first`, `second` and 1 more | 2 |'
+        'a package; not trained, since their inputs are all zero: `first`, `second` and 1 more | 2 |'
     )
     fails = Result(failed='relabel', reason='KeyError: a|b', seconds=0.6)
     assert tool['row'](Family('B', 'b.py'), fails) == r'| B | `b.py` | no: relabel: KeyError: a\|b | 0 |  |  | 1 |'
 
 
-def test_rows_go_into_the_page_and_come_out_again(tool: dict[str, Any]) -> None:
+def test_rows_round_trip_through_the_page(tool: dict[str, Any]) -> None:
     rows = {'A': '| A | one |', 'B, two-stage': '| B, two-stage | two |'}
     page = tool['with_rows'](PAGE.format('old\n'), rows.values())
     assert page.startswith('Text.\n\n<!-- table of the zoo -->\n| detector |')

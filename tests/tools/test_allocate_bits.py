@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits allocated by the command, and the config that it writes: it trains, has those bits and keeps the budget."""
+"""Tests of tools/analysis_tools/allocate_bits.py: the written config trains, has its bits and keeps the budget."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_config_that_it_writes_trains_with_the_bits_of_the_table(
     assert not (tmp_path / 'work_dirs/mixed/calibration_set').exists()
 
 
-def test_options_go_into_the_config_and_lists_as_a_whole(repo: Path, tmp_path: Path) -> None:
+def test_options_are_written_to_the_config(repo: Path, tmp_path: Path) -> None:
     tool = runpy.run_path(str(repo / TOOL))
     options = {'load_from': "a'b.pth", 'val_dataloader.dataset.pipeline.1.to_float32': True, 'zsq.train.amp': None}
     cfg = Config.fromfile(repo / LEAF)
@@ -121,7 +121,7 @@ def test_bit_operations_are_bounded_for_weights_and_inputs_alike(repo: Path) -> 
 
 
 @pytest.mark.filterwarnings('ignore:.*instance named of:UserWarning')
-def test_what_cannot_be_is_refused_before_any_image_is_made(
+def test_invalid_budgets_are_refused_before_synthesis(
     command: Command, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(runner: Any) -> None:
@@ -134,11 +134,11 @@ def test_what_cannot_be_is_refused_before_any_image_is_made(
         (r'budget is 0\.05 MB .*least possible is 0\.\d{4} MB', (leaf, '--budget-size-mb', '0.05', '--out', 'out.py')),
         (r'budget is 0\.01 G .*least possible is 0\.\d{4} G', (leaf, '--budget-gbops', '0.01', '--out', 'out.py')),
         ('--candidates is 9', (leaf, *four, '--candidates', '9', '--out', 'out.py')),
-        ('--batches is', (leaf, *four, '--batches', '0', '--out', 'out.py')),
-        ('a config is a .py file', (leaf, *four, '--out', 'out.txt')),
-        ('there is no folder', (leaf, *four, '--out', 'nowhere/out.py')),
-        ('is the config itself', (leaf, *four, '--out', leaf)),
-        ('by one process', (leaf, *four, '--out', 'out.py', '--launcher', 'pytorch')),
+        ('--batches must be', (leaf, *four, '--batches', '0', '--out', 'out.py')),
+        ('must be a .py file', (leaf, *four, '--out', 'out.txt')),
+        ('does not exist', (leaf, *four, '--out', 'nowhere/out.py')),
+        ('is the input config', (leaf, *four, '--out', leaf)),
+        ('in one process', (leaf, *four, '--out', 'out.py', '--launcher', 'pytorch')),
         ('has no zsq section', (str(repo / 'configs/shapes/yolov5-p_shapes.py'), *four, '--out', 'out.py')),
     ):
         with pytest.raises(UserError, match=message):
@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused_before_any_image_is_made(
             command(leaf, *budgets, '--out', 'out.py', small=('randomness.seed=0',))
 
 
-def test_it_tells_a_mistake_without_a_traceback(
+def test_a_mistake_is_one_message(
     repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, 'argv', [TOOL, 'absent.py', '--average-bits', '4', '--out', 'out.py'])

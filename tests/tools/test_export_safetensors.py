@@ -21,9 +21,7 @@ def export(repo: Path, checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPa
     runpy.run_path(str(repo / TOOL), run_name='__main__')
 
 
-def test_weights_and_class_names_arrive_and_nothing_else(
-    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_class_names_are_exported(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = {
         'state_dict': {'turned': WEIGHT.t(), 'weight': WEIGHT, 'count': torch.tensor(3)},
         'meta': {'epoch': 2, 'dataset_meta': {'classes': ('disc', 'ring')}},

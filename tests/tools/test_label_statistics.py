@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of sets beside those of real images: numbers worked by hand, and what a user may get wrong."""
+"""Tests of tools/analysis_tools/label_statistics.py: hand-worked numbers and mistakes of users."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_numbers_and_sizes_are_counted(tool: dict[str, Any], write: Write) -> No
 
 
 @pytest.mark.parametrize('mark', ['iscrowd', 'ignore'])
-def test_crowds_and_what_is_to_be_ignored_do_not_count(tool: dict[str, Any], write: Write, mark: str) -> None:
+def test_crowds_and_ignored_objects_do_not_count(tool: dict[str, Any], write: Write, mark: str) -> None:
     found = tool['describe'](tool['read_coco'](write('real', of_classes(cat=3), 1, **{mark: 1})))
     assert found['boxes'] == 0
 
@@ -190,16 +190,16 @@ def test_mistakes_are_named(
     real = write('real', of_classes(cat=1), 1)
     other = tmp_path / 'other.json'
     for content, message in (
-        ('{', 'is no annotation file of COCO'),
-        ('[]', 'is no annotation file of COCO'),
-        ('{"annotations": []}', "is no annotation file of COCO .*'images'"),
+        ('{', 'is not a COCO annotation file'),
+        ('[]', 'is not a COCO annotation file'),
+        ('{"annotations": []}', "is not a COCO annotation file .*'images'"),
         ('{"annotations": [], "images": [], "categories": []}', 'has no images'),
     ):
         other.write_text(content)
         with pytest.raises(UserError, match=message):
             tool['compare'](dict(other=other), real)
     other.write_text(real.read_text().replace('"dog"', '"class_1"'))
-    with pytest.raises(UserError, match=r'categories that .* lacks \(class_1\): give the annotations'):
+    with pytest.raises(UserError, match=r'categories that are missing in .* \(class_1\): give the annotations'):
         tool['compare'](dict(other=other), real)
     with pytest.raises(UserError, match='holds no calibration set'):
         tool['compare'](dict(other=tmp_path), real)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints ranked by their loss on images that they have not seen, and how accuracy agrees."""
+"""Tests of tools/analysis_tools/rank_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_two_rankings_are_compared(repo: Path) -> None:
     assert correlation([dict(checkpoint='', loss=1.0), dict(checkpoint='', loss=2.0)]) == {}
 
 
-def test_mistakes_are_told(run: Run, repo: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_one_message(run: Run, repo: Path, tmp_path: Path) -> None:
     main = runpy.run_path(str(repo / TOOL))['main']
     with pytest.raises(UserError, match=r'checkpoint absent\.pth does not exist'):
         run(main, '--held-out', 'set', '--checkpoints', 'absent.pth')
     Path('there.pth').touch()
     with pytest.raises(UserError, match='set holds no calibration set'):
         run(main, '--held-out', 'set', '--checkpoints', 'there.pth')
-    with pytest.raises(UserError, match='by one process'):
+    with pytest.raises(UserError, match='in one process'):
         run(main, '--held-out', 'set', '--checkpoints', 'there.pth', '--launcher', 'pytorch')

@@ -44,7 +44,7 @@ def test_a_malicious_file_is_refused_in_one_message(repo: Path, tmp_path: Path) 
     assert not (tmp_path / 'out.safetensors').exists()
 
 
-def test_an_ending_of_no_known_format_is_refused(repo: Path, tmp_path: Path) -> None:
+def test_an_unknown_suffix_is_refused(repo: Path, tmp_path: Path) -> None:
     done = run(repo, tmp_path / 'a.pt', tmp_path / 'out.onnx')
     assert done.returncode == 1
     assert '.safetensors, .pth' in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From Pascal VOC's layout to COCO JSON: the objects are those that MMDetection reads from the XML files."""
+"""Tests of tools/dataset_converters/voc_to_coco.py: objects match those that MMDetection reads from XML."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def test_a_mask_is_the_inscribed_ellipse(voc: Path, convert: Convert) -> None:
     assert rasterized == pytest.approx(cell['area'], rel=0.03)
 
 
-def test_difficult_objects_are_crowds_boxes_without_area_go_and_images_without_objects_stay(
-    voc: Path, convert: Convert
-) -> None:
+def test_difficult_objects_become_crowds_and_empty_boxes_are_dropped(voc: Path, convert: Convert) -> None:
     content = read(convert(voc, ['test']) / 'test.json')
     assert [(a['image_id'], a['category_id'], a['iscrowd']) for a in content['annotations']] == [(1, 1, 0), (1, 2, 1)]
     assert [(image['id'], image['file_name']) for image in content['images']] == [(1, 'a.jpg'), (2, 'b.jpg')]
@@ -138,7 +136,7 @@ def drop_file(root: Path) -> None:
         (None, 'val', CLASSES, r'ImageSets/Main/val.txt cannot be read \(No such file.*VOC layout'),
         (None, 'test', ('RBC',), "a.xml has an object of class 'WBC': add it to --classes RBC"),
         (break_xml, 'test', CLASSES, 'a.xml is not a Pascal VOC annotation: no element found'),
-        (drop_size, 'test', CLASSES, 'a.xml is not a Pascal VOC annotation: it lacks size/width'),
+        (drop_size, 'test', CLASSES, 'a.xml is not a Pascal VOC annotation: size/width is missing'),
         (drop_file, 'test', CLASSES, 'b.xml cannot be read'),
     ],
 )

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocate bits to the layers of a detector by their sensitivity, within a budget, from the synthetic images alone.
+"""Allocate bits to the layers of a detector by their sensitivity within a budget, from synthetic images only.
 
     python tools/analysis_tools/allocate_bits.py my_detector_w4a8.py --average-bits 4 --out my_detector_mixed.py
     python tools/train.py my_detector_mixed.py
 
-Makes the calibration set of the config where it is missing, measures on some of its batches how much the loss that the
-student would learn from grows when one layer alone has few bits, and chooses the bits of all layers so that the sum is
-least (:mod:`mmzsq.qat.sensitivity`, :mod:`mmzsq.quantization.allocation`). The budget is one of
+The tool makes the calibration set of the config if it is missing. On some of its batches it measures how much the
+student's training loss grows if a single layer has few bits. It then chooses the bits of all layers that minimize the
+sum (:mod:`mmzsq.qat.sensitivity`, :mod:`mmzsq.quantization.allocation`). The budget is one of
 
-* ``--average-bits``: the size of the weights in question, as if each had so many bits;
-* ``--budget-size-mb``: the size of the whole model in MB (10^6 bytes);
-* ``--budget-gbops``: its bit operations in 10^9, for one image as small as ``quantization_report.json`` counts them.
+* ``--average-bits``: total size of the allocated weights, given as average bits per weight;
+* ``--budget-size-mb``: size of the whole model in MB (10^6 bytes);
+* ``--budget-gbops``: bit operations of the whole model in 10^9, for one image of the size that
+  ``quantization_report.json`` uses.
 
-The first two give bits to weights, and inputs keep theirs; the last gives both. First and last layers with bits of
-their own, layers with overrides and float layers stay as they are and count as such. What is written is a config that
-trains: the given one, with the options of the command line, the calibration set that was used, and the bits.
+The first two allocate bits to weights only. The last allocates bits to weights and inputs. First and last layers with
+their own bits, layers with overrides and float layers are not changed but count in the budget. The output is a config
+that trains: the given config with the options of the command line, the calibration set and the bits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mmzsq.quantization.config import AllocationSettings, Bits
 from mmzsq.quantization.quantizers import check_bits
 
 WIDTH = 120
-"""Of the table, in characters."""
+"""Width of the table in characters."""
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     runner: Any = cli.build_runner(cfg)
     detector = runner.detector
     budget = _budget(args, detector.report, candidates)
-    # Before the images, which take longest.
+    # Checked before synthesis, which takes longest.
     budget.check()
     runner.generate()
     detector.init_weights()
@@ -88,15 +89,15 @@ def main() -> None:
 def _parse_args() -> argparse.Namespace:
     options = cli.parser((__doc__ or '').split('\n')[0])
     budget = options.add_mutually_exclusive_group(required=True)
-    budget.add_argument('--average-bits', type=float, help='bits of the weights in question, on average')
+    budget.add_argument('--average-bits', type=float, help='average bits of the allocated weights')
     budget.add_argument('--budget-size-mb', type=float, help='size of the quantized model in MB (10^6 bytes)')
     budget.add_argument(
-        '--budget-gbops', type=float, help='bit operations in 10^9, as quantization_report.json counts them'
+        '--budget-gbops', type=float, help='bit operations in 10^9, counted as in quantization_report.json'
     )
     candidates = AllocationSettings().candidates
-    text = f'numbers of bits (default: {" ".join(map(str, candidates))})'
+    text = f'bits to choose from (default: {" ".join(map(str, candidates))})'
     options.add_argument('--candidates', type=int, nargs='+', default=candidates, help=text)
-    options.add_argument('--batches', type=int, default=2, help='batches that losses are measured on (default: 2)')
+    options.add_argument('--batches', type=int, default=2, help='batches to measure losses on (default: 2)')
     options.add_argument('--out', type=Path, required=True, help='config to write, .py')
     return options.parse_args()
 
@@ -105,15 +106,18 @@ def _check(args: argparse.Namespace, candidates: Sequence[int]) -> None:
     for bits in candidates:
         check_bits('--candidates', bits)
     if args.batches < 1:
-        raise UserError(f'--batches is a whole number of at least 1, not {args.batches}')
+        raise UserError(f'--batches must be at least 1, not {args.batches}')
     if args.launcher != 'none':
-        raise UserError('bits are allocated by one process: make the set by several with tools/generate.py if you like')
+        raise UserError(
+            'allocate_bits.py runs in one process: leave out --launcher. To make the set with several, run '
+            'tools/generate.py first'
+        )
     if args.out.suffix != '.py':
-        raise UserError(f'--out {args.out}: a config is a .py file')
+        raise UserError(f'--out {args.out} must be a .py file')
     if args.out.exists() and Path(args.config).exists() and args.out.samefile(args.config):
-        raise UserError(f'--out {args.out} is the config itself: choose another name')
+        raise UserError(f'--out {args.out} is the input config: choose another name')
     if not args.out.parent.is_dir():
-        raise UserError(f'--out {args.out}: there is no folder {args.out.parent}')
+        raise UserError(f'--out {args.out}: folder {args.out.parent} does not exist')
 
 
 def _budget(args: argparse.Namespace, report: Any, candidates: Sequence[int]) -> Budget:
@@ -125,7 +129,7 @@ def _budget(args: argparse.Namespace, report: Any, candidates: Sequence[int]) ->
 
 
 def _table(budget: Budget, sensitivity: Tensor, allocated: Sequence[Bits]) -> Table:
-    """A line a layer: its bits, and the growth of the loss with each candidate."""
+    """One row per layer: its bits, and the increase of the loss with each candidate."""
     table = Table(title=f'{budget.name}: at most {budget.limit:g} {budget.unit}')
     table.add_column('layer', overflow='fold')
     for column in ('weights', 'w', 'a', 'sensitivity', *(f'at {bits}' for bits in budget.candidates)):
@@ -150,7 +154,7 @@ def _docstring(summary: str, layers: int) -> str:
 
 
 def _given(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options of the command line set, as nested dicts; lists of which they change an entry as a whole."""
+    """Return the settings of the command line as nested dicts; a list with a changed entry is returned whole."""
     given: dict[str, Any] = {}
     for key in options:
         value: Any = cfg.to_dict()
@@ -168,13 +172,13 @@ def _given(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaf(config: str, out: Path, settings: Mapping[str, Any], docstring: str) -> str:
-    """The text of a config that is another one with some settings.
+    """Return the text of a config that inherits from another one.
 
     Args:
-        config: Path of the other one.
-        out: Path that the text is for.
-        settings: Top-level names to values.
-        docstring: Its first lines.
+        config: Path of the base config.
+        out: Path of the new config.
+        settings: Settings of the new config by top-level name.
+        docstring: Docstring of the new config.
     """
     base = Path(os.path.relpath(os.path.abspath(config), os.path.dirname(os.path.abspath(out)))).as_posix()
     raw = 'r' if '\\' in docstring else ''
@@ -184,7 +188,7 @@ def leaf(config: str, out: Path, settings: Mapping[str, Any], docstring: str) ->
 
 
 def _source(value: Any, indent: str = '') -> str:
-    """Python's source of nested dicts, a line an entry; those of one or two plain entries on one line."""
+    """Return the source of nested dicts, one entry per line; small flat dicts stay on one line."""
     if not isinstance(value, dict):
         return repr(value)
     words = all(name.isidentifier() and not keyword.iskeyword(name) for name in value)

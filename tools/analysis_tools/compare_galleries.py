@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw calibration sets one under the other: the same indices of each, with their labels.
+"""Draw the same images of several calibration sets below each other, with their labels.
 
     python tools/analysis_tools/compare_galleries.py adaptive=work_dirs/a/calibration_set \
         tile=work_dirs/b/calibration_set --out samplers.png
 
-Images are chosen by index, the first eight unless ``--indices`` says otherwise, so that no set is shown by its best.
+Images are selected by index, by default the first eight, so that the selection favors no set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     options.add_argument('sets', nargs='+', metavar='SET', help='[NAME=]folder of a complete calibration set')
     options.add_argument('--out', type=Path, required=True, help='PNG file to write')
     options.add_argument(
-        '--indices', type=int, nargs='+', default=list(range(8)), help='of the images (default: 0 to 7)'
+        '--indices', type=int, nargs='+', default=list(range(8)), help='indices of the images (default: 0 to 7)'
     )
     args = options.parse_args()
     try:

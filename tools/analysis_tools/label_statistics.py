@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the labels of calibration sets with those of real images: categories, boxes an image, sizes of boxes.
+"""Compare labels of calibration sets with those of real images: categories, boxes per image, sizes of boxes.
 
     python tools/analysis_tools/label_statistics.py adaptive=work_dirs/a/calibration_set work_dirs/b/calibration_set \
         --annotations data/coco/annotations/instances_train2017.json --out statistics.json --plot statistics.png
 
-A set is the folder of a calibration set or an annotation file of COCO's form, perhaps with a name before it. How alike
-the histograms of categories are is told by two correlations over the categories (the paper's Figure 1b): Pearson's of
-the numbers of boxes, Spearman's of their ranks. The file also has ``count_histogram`` and ``size_histogram`` as
-``mmzsq.MultiBoxSampler`` takes them. Crowds and what is to be ignored are left out.
+A set is the folder of a calibration set or a COCO annotation file, optionally with a name. Two correlations over the
+categories compare the histograms of categories, as in Figure 1b of the paper: Pearson's of the numbers of boxes and
+Spearman's of their ranks. The output also holds ``count_histogram`` and ``size_histogram``, which
+``mmzsq.MultiBoxSampler`` takes as arguments. Crowds and ignored objects are left out.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from mmzsq.synthesis import CalibrationSet
 from mmzsq.synthesis.coco_format import statistics
 
 COCO_SIZES = {'small': (0, 32**2), 'medium': (32**2, 96**2), 'large': (96**2, math.inf)}
-"""Areas in pixels by which COCO's evaluation tells sizes apart; the upper bound belongs to the next."""
+"""Ranges of box area in pixels for the size classes of COCO's evaluation, without the upper bound."""
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 SIZE_BINS = 40
 MOST_NAMED = 100
-"""More categories than these have no names in a plot."""
+"""Largest number of categories that are named in a plot."""
 
 
 def main() -> None:
     """Parse the command line, read, compare, write."""
     options = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    options.add_argument('sets', nargs='+', metavar='SET', help='[NAME=]folder of a set, or annotation file')
-    options.add_argument('--annotations', type=Path, required=True, help='annotation file of the real images (COCO)')
+    options.add_argument('sets', nargs='+', metavar='SET', help='[NAME=]folder of a calibration set or annotation file')
+    options.add_argument('--annotations', type=Path, required=True, help='COCO annotation file of the real images')
     options.add_argument('--out', type=Path, help='JSON file to write (default: standard output)')
     options.add_argument('--plot', type=Path, help='PNG file to write')
     args = options.parse_args()
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def named_path(text: str) -> tuple[str, Path]:
-    """Split ``NAME=PATH``; a path alone is its own name."""
+    """Split ``NAME=PATH``; without a name, the path is the name."""
     name, equals, path = text.partition('=')
     return (name, Path(path)) if equals and not Path(text).exists() else (text, Path(text))
 
 
 def compare(sets: Mapping[str, Path], annotations: Path) -> dict[str, Any]:
-    """Describe sets and real annotations, and how alike their categories are.
+    """Describe sets and real annotations, and correlate their categories.
 
     Args:
         sets: Folders of complete calibration sets, or annotation files, by name.
@@ -69,7 +69,7 @@ def compare(sets: Mapping[str, Path], annotations: Path) -> dict[str, Any]:
         ``annotations``: as :func:`describe`; ``sets``: the same by name, with ``correlation``.
 
     Raises:
-        UserError: If a file is missing or no annotation file, or a set has other categories.
+        UserError: If a file is missing or is not an annotation file, or if a set has unknown categories.
     """
     reference = describe(read_coco(annotations))
     described = {}
@@ -78,8 +78,8 @@ def compare(sets: Mapping[str, Path], annotations: Path) -> dict[str, Any]:
         unknown = [category for category in found['classes'] if category not in reference['classes']]
         if unknown:
             raise UserError(
-                f'{path} has categories that {annotations} lacks ({", ".join(unknown[:3])}): give the annotations of '
-                'the data set that the teacher was trained on'
+                f'{path} has categories that are missing in {annotations} ({", ".join(unknown[:3])}): give the '
+                'annotations of the data set that the teacher was trained on'
             )
         found['correlation'] = correlation(
             [found['classes'].get(category, 0) for category in reference['classes']], [*reference['classes'].values()]
@@ -92,10 +92,10 @@ def read_coco(path: Path) -> dict[str, Any]:
     """Read the annotations of a complete calibration set, or an annotation file.
 
     Returns:
-        What the file holds, less crowds and what is to be ignored.
+        ``images``, ``annotations`` without crowds and ignored objects, and ``categories``.
 
     Raises:
-        UserError: If there is none, it is of another form, or it has no images.
+        UserError: If the file is missing, is not a COCO annotation file, or has no images.
     """
     if path.is_dir():
         path = CalibrationSet.load(path).root / 'annotations' / 'instances.json'
@@ -106,23 +106,23 @@ def read_coco(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{path} is no annotation file of COCO ({error!r})') from error
+        raise UserError(f'{path} is not a COCO annotation file ({error!r})') from error
     if not images:
         raise UserError(f'{path} has no images')
     return dict(images=images, annotations=kept, categories=categories)
 
 
 def describe(coco: Mapping[str, Any]) -> dict[str, Any]:
-    """Count what is in a data set.
+    """Compute statistics of the boxes of a data set.
 
     Args:
-        coco: What an annotation file holds.
+        coco: Returned by :func:`read_coco`.
 
     Returns:
-        What :func:`mmzsq.synthesis.coco_format.statistics` does, and ``box_sizes``: shares of the boxes that are small,
-        medium and large for COCO, by their area in pixels of their image; ``size_quantiles``: of the boxes' sizes, a
-        size being the square root of the box's share of its image; ``count_histogram``: images with one box, two, and
-        so on; ``size_histogram``: boxes by size, in :data:`SIZE_BINS` bins of equal width over (0, 1].
+        The entries of :func:`mmzsq.synthesis.coco_format.statistics`, and ``box_sizes``: shares of small, medium and
+        large boxes by COCO's definition, by area in pixels of their image; ``size_quantiles``: quantiles of the size of
+        boxes, which is the square root of the box's share of its image; ``count_histogram``: number of images with 1,
+        2, ... boxes; ``size_histogram``: number of boxes by size, in :data:`SIZE_BINS` bins of equal width over (0, 1].
     """
     areas = np.array([found['bbox'][2] * found['bbox'][3] for found in coco['annotations']], dtype=float)
     pixels = {image['id']: image['width'] * image['height'] for image in coco['images']}
@@ -143,11 +143,15 @@ def describe(coco: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def correlation(first: Sequence[int], second: Sequence[int]) -> dict[str, float | None]:
-    """How alike two histograms are.
+    """Correlate two histograms.
+
+    Args:
+        first: Counts by bin.
+        second: Counts of the other histogram, in the same bins.
 
     Returns:
-        ``pearson`` of the values and ``spearman`` of their ranks, in [-1, 1]; None where a histogram is flat, of which
-        neither is defined.
+        ``pearson`` of the values and ``spearman`` of their ranks, in [-1, 1]; both None if a histogram is flat, where
+        they are undefined.
     """
     if len(set(first)) == 1 or len(set(second)) == 1:
         return dict(pearson=None, spearman=None)
@@ -157,15 +161,15 @@ def correlation(first: Sequence[int], second: Sequence[int]) -> dict[str, float 
 
 
 def plot(compared: Mapping[str, Any]) -> Figure:
-    """Draw a column a set, with the real annotations in gray behind: categories, boxes an image, sizes of boxes.
+    """Plot one column per set over the real annotations in gray: categories, boxes per image, sizes of boxes.
 
     Args:
-        compared: What :func:`compare` returns.
+        compared: Returned by :func:`compare`.
     """
     reference, sets = compared['annotations'], compared['sets']
     figure = Figure(figsize=(7 * len(sets), 10), dpi=100, layout='constrained')
     axes = figure.subplots(3, len(sets), sharey='row', squeeze=False)
-    # The commonest first.
+    # Most frequent categories first.
     order = sorted(reference['classes'], key=lambda category: -reference['classes'][category])
     last = max(len(found['count_histogram']) for found in (reference, *sets.values()))
     for column, (name, found) in zip(axes.T, sets.items(), strict=True):
@@ -183,7 +187,7 @@ def plot(compared: Mapping[str, Any]) -> Figure:
         named = order if len(order) <= MOST_NAMED else []
         categories.set_xticks(range(len(named)), named, rotation=90, fontsize=6)
         mean, real_mean = (of['boxes_per_image']['mean'] for of in (found, reference))
-        counts.set_title(f'{mean:.1f} boxes an image, real images {real_mean:.1f}')
+        counts.set_title(f'{mean:.1f} boxes per image, real images {real_mean:.1f}')
         _draw(
             *(counts, np.arange(last + 2) - 0.5),
             *(
@@ -204,7 +208,7 @@ def plot(compared: Mapping[str, Any]) -> Figure:
 
 
 def _draw(axes: Axes, edges: np.ndarray, reference: Sequence[int], found: Sequence[int]) -> None:
-    """Two histograms as percentages, one over the other."""
+    """Draw two histograms as percentages on top of each other."""
     for values, options in (
         (reference, dict(fill=True, color='0.8', label='real')),
         (found, dict(color='tab:blue', label='set')),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank checkpoints of a student without data, and see how far accuracy agrees where there is some.
+"""Rank checkpoints of a student without real data, and compare with their accuracy if there is real data.
 
     python tools/generate.py configs/zsq/yolov5-n_w4a4.py --work-dir work_dirs/held_out \
         --cfg-options zsq.calibration_set.num_images=64 zsq.calibration_set.seed=1
     python tools/analysis_tools/rank_checkpoints.py configs/zsq/yolov5-n_w4a4.py \
         --held-out work_dirs/held_out/calibration_set --checkpoints work_dirs/yolov5-n_w4a4/*.pth --out ranks.json
 
-The criterion is the loss that the student learns from, on synthetic images of another seed that no checkpoint has seen,
-without augmentation: the less, the better. Where the config has evaluation data, accuracy is measured too, with
-Spearman's and Kendall's correlation between the two rankings. All checkpoints are of one config; ``ptq.pth``, which is
-the student before training, may be among them.
+The criterion is the training loss of the student without augmentation, on a held-out set of synthetic images of another
+seed; lower is better. If the config has evaluation data, accuracies are measured, too, with Spearman's and Kendall's
+correlation between the two rankings. All checkpoints must be of one config. ``ptq.pth``, the student before training,
+may be one of them.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from mmzsq.synthesis import CalibrationSet
 def main() -> None:
     """Parse the command line, measure, print, write."""
     options = cli.parser((__doc__ or '').split('\n')[0])
-    options.add_argument('--checkpoints', type=Path, nargs='+', required=True, help='of the student')
-    options.add_argument('--held-out', type=Path, required=True, help='folder of a set that no checkpoint has seen')
+    options.add_argument('--checkpoints', type=Path, nargs='+', required=True, help='checkpoints of the student')
+    options.add_argument(
+        '--held-out', type=Path, required=True, help='folder of a calibration set not used for training'
+    )
     options.add_argument('--out', type=Path, help='JSON file to write (default: standard output)')
     args = options.parse_args()
     for path in args.checkpoints:
         if not path.is_file():
             raise UserError(f'checkpoint {path} does not exist')
     if args.launcher != 'none':
-        raise UserError('checkpoints are ranked by one process')
+        raise UserError('rank_checkpoints.py runs in one process: leave out --launcher')
     cfg = cli.load_config(args)
     if 'zsq' not in cfg:
         raise UserError(f"config {args.config} has no zsq section: give the student's config")
@@ -59,11 +61,14 @@ def main() -> None:
 
 
 def measure(runner: Any, checkpoints: list[Path]) -> list[dict[str, Any]]:
-    """Loss on the images of the runner, and accuracy if its config has data, of each checkpoint.
+    """Measure the loss of each checkpoint on the images of the runner, and its accuracy if there is evaluation data.
 
     Args:
-        runner: Of the student's config, with the set held out in place of its own.
-        checkpoints: Files.
+        runner: Runner of the student's config, with the held-out set as its calibration set.
+        checkpoints: Paths of the checkpoints.
+
+    Returns:
+        One entry per checkpoint: ``checkpoint``, ``loss``, and ``metrics`` with evaluation data.
     """
     detector = runner.detector
     detector.load_teacher()
@@ -86,10 +91,13 @@ def measure(runner: Any, checkpoints: list[Path]) -> list[dict[str, Any]]:
 
 
 def correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the ranking by falling loss agrees with that by box AP; empty without accuracies, or of one.
+    """Correlate the ranking by decreasing loss with that by box AP.
 
     Args:
-        rows: As of :func:`measure`.
+        rows: Returned by :func:`measure`.
+
+    Returns:
+        Correlations and accuracies; empty without accuracies or with a single checkpoint.
     """
     if len(rows) < 2 or not all(row.get('metrics') for row in rows):
         return {}
@@ -107,7 +115,7 @@ def correlation(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main_metric(metrics: Mapping[str, float]) -> str:
-    """The mean over categories of box AP, or whatever comes first: AP of single categories may."""
+    """Return the name of the mean box AP, or of the first metric; AP of single categories may precede the mean."""
     return next((name for name in metrics if name.endswith('bbox_mAP')), next(iter(metrics)))
 
 
@@ -119,7 +127,7 @@ def _seed(calibration_set: CalibrationSet) -> int | None:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     metrics = [main_metric(rows[0]['metrics'])] if rows[0].get('metrics') else []
-    table = Table(title='by falling loss on images held out')
+    table = Table(title='by increasing loss on held-out images')
     table.add_column('checkpoint', overflow='fold')
     for name in ('loss', *metrics):
         table.add_column(name, justify='right')

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the annotations of a data set in Pascal VOC's layout as COCO JSON, with masks if asked for.
+"""Convert the annotations of a data set in Pascal VOC layout to COCO JSON, optionally with masks.
 
     python tools/dataset_converters/voc_to_coco.py data/bccd --splits trainval test --classes RBC WBC Platelets \
         --masks ellipse
 
-reads ``ROOT/ImageSets/Main/SPLIT.txt`` and ``ROOT/Annotations/*.xml``, writes ``ROOT/annotations/SPLIT.json``. VOC has
-no instance masks; ``--masks ellipse`` takes the ellipse inscribed in each box, which is what a blood cell looks like.
+This reads ``ROOT/ImageSets/Main/SPLIT.txt`` and ``ROOT/Annotations/*.xml``, and writes ``ROOT/annotations/SPLIT.json``.
+VOC has no instance masks. ``--masks ellipse`` inscribes an ellipse in each box, which approximates blood cells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmzsq.errors import UserError
 from mmzsq.synthesis.label_samplers.annotation_files import parse_xml
 
 VERTICES = 32
-"""Of the polygon that stands for an ellipse; its area is 0.6 % below the ellipse's."""
+"""Vertices of the polygon that approximates an ellipse; its area is 0.6 % smaller."""
 
 
 def main() -> None:
@@ -56,14 +56,14 @@ def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> d
     Args:
         root: Folder of the data set.
         split: Name of its list of images.
-        classes: Names, in the order of the labels; objects of other classes are an error.
-        ellipses: Whether each box gets the inscribed ellipse as its mask.
+        classes: Class names in the order of the labels.
+        ellipses: Whether to add an inscribed ellipse to each box as its mask.
 
     Returns:
-        What a COCO annotation file holds; ``file_name`` is relative to ``JPEGImages``.
+        Content of a COCO annotation file; ``file_name`` is relative to ``JPEGImages``.
 
     Raises:
-        UserError: If a file is missing or damaged, or names a class that is not in ``classes``.
+        UserError: If a file is missing or damaged, or has an object of another class.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -98,7 +98,7 @@ def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> d
 
 
 def inscribed_ellipse(x1: float, y1: float, x2: float, y2: float) -> list[float]:
-    """Vertices ``[x, y, x, y, ...]`` of a polygon on the ellipse inscribed in a box, in the box's unit."""
+    """Return a polygon ``[x, y, x, y, ...]`` on the ellipse inscribed in a box, in the unit of the box."""
     polygon = []
     for vertex in range(VERTICES):
         angle = 2 * math.pi * vertex / VERTICES
@@ -109,7 +109,7 @@ def inscribed_ellipse(x1: float, y1: float, x2: float, y2: float) -> list[float]
 
 
 def _object(node: Element) -> tuple[str, bool, tuple[float, float, float, float]]:
-    """Class, whether it is marked difficult, and box in xyxy pixels from 0 (VOC counts them from 1)."""
+    """Return class, whether it is difficult, and box in xyxy pixels from 0 (VOC counts pixels from 1)."""
     x1, y1, x2, y2 = (float(_text(node, f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
     return _text(node, 'name'), node.findtext('difficult') == '1', (x1 - 1, y1 - 1, x2 - 1, y2 - 1)
 
@@ -117,7 +117,7 @@ def _object(node: Element) -> tuple[str, bool, tuple[float, float, float, float]
 def _text(node: Element, path: str) -> str:
     text = node.findtext(path)
     if text is None:
-        raise ValueError(f'it lacks {path}')
+        raise ValueError(f'{path} is missing')
     return text
 
 

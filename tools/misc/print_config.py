@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the config that runs: bases merged and the ``zsq`` section composed with the detector."""
+"""Print the config of a run, with bases merged and the ``zsq`` section composed with the detector."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mmzsq.config import compose
 
 def main() -> None:
     """Parse the command line and print."""
-    options = cli.parser('Print the config that a run uses, all bases and presets applied.')
-    options.add_argument('--save-path', metavar='FILE', help='write it there too, .py, .yml or .json')
+    options = cli.parser('Print the config of a run, with all bases and presets applied.')
+    options.add_argument('--save-path', metavar='FILE', help='also write the config to this file (.py, .yml or .json)')
     args = options.parse_args()
     cfg = cli.load_config(args)
     if 'zsq' in cfg:

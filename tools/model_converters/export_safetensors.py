@@ -3,8 +3,8 @@
 
     python tools/model_converters/export_safetensors.py work_dirs/NAME/epoch_12.pth NAME.safetensors
 
-What is written is the checkpoint's ``state_dict``: with MMEngine's EMA hook these are the averaged
-weights. Optimizer, schedules and logs stay behind. ``load_from`` reads the result.
+The output holds the ``state_dict`` of the checkpoint, which is averaged with MMEngine's EMA hook, but no optimizer,
+schedules or logs. ``load_from`` reads the result.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mmzsq.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('checkpoint', type=Path, help='what training saved')
+    parser.add_argument('checkpoint', type=Path, help='checkpoint written by training')
     parser.add_argument('out', type=Path, help='the .safetensors file to write')
     return parser.parse_args()
 
 
 def main() -> None:
-    """Export, or say in one message why not."""
+    """Export; errors are one message without a traceback."""
     args = parse_args()
     try:
         export(args.checkpoint, args.out)
@@ -34,23 +34,23 @@ def main() -> None:
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Write the weights and class names of a checkpoint; ``out`` appears whole or not at all.
+    """Write the weights and class names of a checkpoint atomically.
 
     Args:
         checkpoint: A checkpoint of MMEngine's Runner.
-        out: The file to write, ``.safetensors``, or ``.pth`` for what ``torch.save`` writes.
+        out: File to write: ``.safetensors``, or ``.pth`` in the format of ``torch.save``.
 
     Raises:
-        UserError: If the checkpoint lacks weights or class names, or ``out`` ends otherwise.
+        UserError: If the checkpoint has no weights or no class names, or ``out`` has another suffix.
     """
     check_suffix(out)
     loaded = load_from_local(str(checkpoint), map_location='cpu')
     if 'state_dict' not in loaded:
-        raise UserError(f'{checkpoint} has no state_dict: give a checkpoint that training saved')
+        raise UserError(f'{checkpoint} has no state_dict: give a checkpoint written by training')
     dataset_meta = loaded.get('meta', {}).get('dataset_meta', {})
     if 'classes' not in dataset_meta:
         raise UserError(
-            f'{checkpoint} does not name its classes (meta.dataset_meta.classes): give a checkpoint that training saved'
+            f'{checkpoint} does not name its classes (meta.dataset_meta.classes): give a checkpoint written by training'
         )
     save_weights(loaded['state_dict'], dataset_meta['classes'], out)
 

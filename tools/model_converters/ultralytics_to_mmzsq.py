@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert an Ultralytics YOLOv5 or YOLO11 checkpoint to the names of mmzsq, running nothing from the file.
+"""Convert an Ultralytics YOLOv5 or YOLO11 checkpoint to mmzsq without executing code from the file.
 
     python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
 
-Takes detectors of YOLOv5 v6.0 and later and of YOLO11, of any size and any classes. The class names
-are stored with the weights.
+Supported are detectors of YOLOv5 v6.0 and later and of YOLO11, of any size and with any classes. The class names are
+stored with the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmzsq.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('checkpoint', type=Path, help="Ultralytics' .pt file")
     parser.add_argument('out', type=Path, help='the .safetensors or .pth file to write')
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert, or say in one message why not."""
+    """Convert; errors are one message without a traceback."""
     args = parse_args()
     try:
         sys.stdout.write(f'{convert(args.checkpoint, args.out)}\n')
@@ -45,10 +45,11 @@ def convert(checkpoint: Path, out: Path) -> str:
         out: The file to write, ``.safetensors`` or ``.pth``.
 
     Returns:
-        What was converted, in one line.
+        A one-line summary.
 
     Raises:
-        UserError: If the checkpoint is refused or neither a YOLOv5 nor a YOLO11 detector, or ``out`` ends otherwise.
+        UserError: If the checkpoint is refused, is neither a YOLOv5 nor a YOLO11 detector, or ``out`` has another
+            suffix.
     """
     check_suffix(out)
     source = read_ultralytics(checkpoint)
