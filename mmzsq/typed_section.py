@@ -53,7 +53,7 @@ Settings = Annotated[dict[str, Any], Meaning('a dict of settings')]
 Type = Annotated[Any, Meaning('the name of a registered class, or the class')]
 ImageSize = Annotated[
     Positive | Annotated[tuple[Positive, Positive], FromList],
-    Meaning('one side of a square or (height, width), in pixels'),
+    Meaning('one side of a square in pixels, (height, width) in pixels'),
 ]
 Betas = Annotated[tuple[Decay, Decay], FromList, Meaning('two numbers of at least 0 and below 1')]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from mmzsq.distillation.config import DistillationConfig
+from mmzsq.distillation.config import AugmentationConfig, DistillationConfig
 from mmzsq.quantization import QuantizationConfig
 from mmzsq.synthesis.config import SynthesisConfig
 from mmzsq.typed_section import (
@@ -77,17 +77,6 @@ class OptimizerConfig(TypedSection):
                 '{where}.lr too.'
             )
         return section
-
-
-class AugmentationConfig(TypedSection):
-    """Random views of the images, equal for teacher and student."""
-
-    flip: Share = 0.0
-    """Probability that an image is mirrored."""
-    mosaic: Share = 0.0
-    """Probability that an image is replaced by four of the batch at half their size."""
-    color: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """Largest change of a color channel's gain, as a natural logarithm."""
 
 
 class TrainConfig(TypedSection):

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmzsq.errors import UserError, check_keys
-
-KEYS = ('flip', 'mosaic', 'color')
+from mmzsq.distillation.config import AugmentationConfig
 
 
 class BatchAugmentation(nn.Module):
@@ -32,24 +30,19 @@ class BatchAugmentation(nn.Module):
 
     def __init__(self, flip: float = 0.0, mosaic: float = 0.0, color: float = 0.0) -> None:
         super().__init__()
-        for name, value, most in (('flip', flip, 1.0), ('mosaic', mosaic, 1.0), ('color', color, 2.0)):
-            if not 0 <= value <= most:
-                raise UserError(f'zsq.train.augmentation.{name} must be a number from 0 to {most:g}, but is {value!r}')
-        self.flip = flip
-        self.mosaic = mosaic
-        self.color = color
+        config = AugmentationConfig.parse(dict(flip=flip, mosaic=mosaic, color=color), 'zsq.train.augmentation')
+        self.flip = config.flip
+        self.mosaic = config.mosaic
+        self.color = config.color
 
     @classmethod
     def from_cfg(cls, cfg: dict[str, float] | None) -> BatchAugmentation | None:
         """Build from the section ``zsq.train.augmentation``; None means no augmentation.
 
         Raises:
-            UserError: If a key is unknown.
+            UserError: If a key is unknown or a value is not allowed.
         """
-        if cfg is None:
-            return None
-        check_keys(cfg, KEYS, 'zsq.train.augmentation')
-        return cls(**cfg)
+        return None if cfg is None else cls(**vars(AugmentationConfig.parse(cfg, 'zsq.train.augmentation')))
 
     def forward(self, inputs: Tensor, black: Tensor, white: Tensor) -> Tensor:
         """Augment a batch.

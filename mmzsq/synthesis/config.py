@@ -66,6 +66,14 @@ class StageConfig(TypedSection):
     """What the images start from: noise, or the resized images of the stage before."""
 
 
+NO_ITERATIONS = 'iterations is 0, but must be an integer of at least 1.'
+
+
+def iterations_allowed(name: str, stage: StageConfig) -> bool:
+    """Whether a stage may have its number of iterations. Only some may have 0, to keep images or correct labels."""
+    return stage.iterations > 0 or name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
+
+
 Stages = StageConfig | list[StageConfig] | None
 
 
@@ -109,17 +117,14 @@ class SynthesisConfig(TypedSection):
 
     @model_validator(mode='after')
     def _check_stages(self) -> Self:
-        if isinstance(self.synthesize.image_size, float):
+        size = self.synthesize.image_size
+        if isinstance(size, float):
             raise failure(
-                '{where}.synthesize.image_size is a share, but must be a size in pixels: other stages refer to it.'
+                f'{{where}}.synthesize.image_size is {size}, but must be in pixels: other stages refer to it.'
             )
         for name in ('relabel', 'refine'):
             stages = getattr(self, name)
             for stage in stages if isinstance(stages, list) else [stages]:
-                if (
-                    stage is not None
-                    and stage.iterations == 0
-                    and not (name == 'relabel' and stage.start == 'previous')
-                ):
-                    raise failure(f'{{where}}.{name}.iterations is 0, but must be an integer of at least 1.')
+                if stage is not None and not iterations_allowed(name, stage):
+                    raise failure(f'{{where}}.{name}.{NO_ITERATIONS}')
         return self

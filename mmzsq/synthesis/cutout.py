@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmzsq.errors import UserError
+from mmzsq.synthesis.config import CutoutConfig
 
 
 class Cutout:
@@ -36,16 +36,12 @@ class Cutout:
         ratio: tuple[float, float] = (0.3, 3.3),
         value: float | str = 0.0,
     ) -> None:
-        if value != 'mean' and not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise UserError(f"value of cutout must be a number in [0, 1] or 'mean', not {value!r}")
-        if not 0 <= probability <= 1:
-            raise UserError(f'probability of cutout must be in [0, 1], not {probability}')
-        if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f'cutout needs 0 < low <= high for area (up to 1) and ratio, not {area} and {ratio}')
-        self.probability = probability
-        self.area = area
-        self.log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-        self.value: Any = value
+        settings = dict(probability=probability, area=area, ratio=ratio, value=value)
+        config = CutoutConfig.parse(settings, 'zsq.synthesis.cutout')
+        self.probability = config.probability
+        self.area = config.area
+        self.log_ratio = (math.log(config.ratio[0]), math.log(config.ratio[1]))
+        self.value: Any = config.value
 
     def __call__(self, images: Tensor) -> Tensor:
         """Erase a rectangle in some images (N, 3, H, W); erased pixels get no gradient."""

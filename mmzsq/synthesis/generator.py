@@ -17,15 +17,14 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmzsq.errors import UserError, check_keys
+from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
 from mmzsq.synthesis.calibration_set import CalibrationSet
+from mmzsq.synthesis.config import NO_ITERATIONS, StageConfig, iterations_allowed
 from mmzsq.synthesis.label_samplers import fit_masks, rescale_labels
 from mmzsq.synthesis.priors import select_priors
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
 
-STAGE_KEYS = ('image_size', 'iterations', 'batch_size', 'lr', 'start')
-STARTS = ('noise', 'previous')
 SIZE_MULTIPLE = 32
 """Image sizes given as a fraction are rounded to a multiple of this many pixels."""
 
@@ -57,16 +56,12 @@ class Stage:
         return float(self.image_size[0] * self.image_size[1] * self.iterations)
 
     @classmethod
-    def from_cfg(
-        cls, name: str, cfg: dict[str, Any], batch_size: int, full_size: tuple[int, int] | None = None
-    ) -> Stage:
+    def from_config(cls, name: str, cfg: Any, batch_size: int, full_size: tuple[int, int] | None = None) -> Stage:
         """Parse ``zsq.synthesis.relabel``, ``refine`` or ``synthesize``.
 
         Args:
             name: Key of the section.
-            cfg: ``image_size`` (one number, (height, width), or a fraction of ``full_size`` below 1), ``iterations``
-                (0 is allowed for ``synthesize``, and for ``relabel`` with ``start='previous'``), and optionally the
-                other attributes.
+            cfg: The section, see :class:`~mmzsq.synthesis.config.StageConfig`.
             batch_size: Default batch size.
             full_size: Height and width of the finished images; None for ``synthesize``, which defines it.
 
@@ -74,26 +69,17 @@ class Stage:
             UserError: If a key is unknown or missing, or a value is not allowed.
         """
         where = f'zsq.synthesis.{name}'
-        check_keys(cfg, STAGE_KEYS, where)
-        missing = [key for key in ('image_size', 'iterations') if key not in cfg]
-        if missing:
-            raise UserError(f'{where} lacks {" and ".join(missing)}')
-        size = cfg['image_size']
-        if isinstance(size, float) and 0 < size < 1 and full_size is not None:
-            size = tuple(max(round(side * size / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in full_size)
-        size = tuple(size) if isinstance(size, Sequence) else (size, size)
-        options = {key: cfg[key] for key in ('lr', 'start') if key in cfg}
-        stage = cls(name, size, cfg['iterations'], cfg.get('batch_size') or batch_size, **options)
-        if stage.start not in STARTS:
-            raise UserError(f'{where}.start is one of {", ".join(map(repr, STARTS))}, not {stage.start!r}')
-        may_skip_steps = name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
-        numbers = [*size, stage.batch_size, *([] if may_skip_steps and stage.iterations == 0 else [stage.iterations])]
-        if len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in numbers):
-            raise UserError(
-                f'{where} needs positive iterations, batch_size and image_size; image_size is one number, '
-                '(height, width), or a fraction below 1 of the image_size of synthesize'
-            )
-        return stage
+        config = StageConfig.parse(cfg, where)
+        if not iterations_allowed(name, config):
+            raise UserError(f'{where}.{NO_ITERATIONS}')
+        size = config.image_size
+        if isinstance(size, float):
+            if full_size is None:
+                raise UserError(f'{where}.image_size is {size}, but must be in pixels: other stages refer to it.')
+            height, width = (max(round(side * size / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in full_size)
+        else:
+            height, width = (size, size) if isinstance(size, int) else size
+        return cls(name, (height, width), config.iterations, config.batch_size or batch_size, config.lr, config.start)
 
 
 def shard_seed(seed: int, shard: int, stage: int, batch: int) -> int:
@@ -138,9 +124,9 @@ class CalibrationSetGenerator:
         self, task: SynthesisTask, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
     ) -> None:
         options = dict(synthesis)
-        last = Stage.from_cfg('synthesize', options.pop('synthesize'), batch_size)
+        last = Stage.from_config('synthesize', options.pop('synthesize'), batch_size)
         self.stages = [
-            Stage.from_cfg(name, stage, batch_size, last.image_size)
+            Stage.from_config(name, stage, batch_size, last.image_size)
             for name in ('relabel', 'refine')
             for stage in _as_list(options.pop(name, None))
         ]

@@ -56,7 +56,7 @@ def test_without_settings_images_are_unchanged(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ('cfg', 'message'), [(dict(flip=2), 'flip must be a number from 0 to 1'), (dict(mosaik=1), 'mosaic')]
+    ('cfg', 'message'), [(dict(flip=2), 'flip is 2, but must be a number from 0 to 1'), (dict(mosaik=1), 'mosaic')]
 )
 def test_a_wrong_setting_is_refused(cfg: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -225,9 +225,9 @@ def test_only_some_stages_may_have_no_iterations(task: DetectionTask) -> None:
     look = dict(image_size=64, iterations=0, start='previous')
     with pytest.raises(UserError, match='relabel has 0 iterations'):
         generator(task, relabel=look)
-    with pytest.raises(UserError, match=r'refine needs positive'):
+    with pytest.raises(UserError, match=r'refine.iterations is 0'):
         generator(task, refine=look)
-    with pytest.raises(UserError, match=r'relabel needs positive'):
+    with pytest.raises(UserError, match=r'relabel.iterations is 0'):
         generator(task, relabel=[dict(image_size=64, iterations=2), dict(look, start='noise')])
     with pytest.raises(UserError, match=r'synthesize needs positive'):
         generator(task, synthesize=dict(image_size=64, iterations=-1))
@@ -276,9 +276,15 @@ def test_shards_reach_the_set_on_disk_and_progress_is_told(task: DetectionTask, 
     ('synthesis', 'message'),
     [
         (dict(relabel=dict(image_size=64, iteration=2)), "'iterations'"),
-        (dict(relabel=dict(image_size=64, iterations=0)), 'zsq.synthesis.relabel needs positive'),
-        (dict(synthesize=dict(image_size=(64, 64, 3), iterations=1)), 'zsq.synthesis.synthesize needs positive'),
-        (dict(synthesize=dict(image_size=-64, iterations=1)), 'zsq.synthesis.synthesize needs positive'),
+        (dict(relabel=dict(image_size=64, iterations=0)), 'zsq.synthesis.relabel.iterations is 0'),
+        (
+            dict(synthesize=dict(image_size=(64, 64, 3), iterations=1)),
+            'zsq.synthesis.synthesize.image_size is .*, but must be one side of a square',
+        ),
+        (
+            dict(synthesize=dict(image_size=-64, iterations=1)),
+            'zsq.synthesis.synthesize.image_size is .*, but must be one side of a square',
+        ),
         (dict(priors=[dict(type='mmzsq.BNPrior')]), 'zsq.synthesis.priors.type'),
         (dict(priors=[dict(type='mmzsq.BNStatisticsPrior', wait=1)]), "'weight'"),
     ],
@@ -337,7 +343,7 @@ def test_a_stage_that_lacks_a_number_is_named(key: str) -> None:
     cfg = dict(image_size=64, iterations=3)
     del cfg[key]
     with pytest.raises(UserError, match=f'zsq.synthesis.relabel lacks {key}'):
-        Stage.from_cfg('relabel', cfg, batch_size=2)
+        Stage.from_config('relabel', cfg, batch_size=2)
 
 
 COARSE_TO_FINE = dict(
@@ -377,10 +383,10 @@ def test_stages_without_effect_are_skipped(task: DetectionTask) -> None:
 @pytest.mark.parametrize(
     ('stage', 'message'),
     [
-        (dict(image_size=64, iterations=1, start='earlier'), 'start is one of'),
-        (dict(image_size=1.5, iterations=1), 'or a fraction below 1'),
-        (dict(image_size=0.0, iterations=1), 'or a fraction below 1'),
-        (dict(image_size=64, iterations=0), 'positive'),
+        (dict(image_size=64, iterations=1, start='earlier'), "start is 'earlier', but must be 'noise' or 'previous'"),
+        (dict(image_size=1.5, iterations=1), 'or a number above 0 and below 1'),
+        (dict(image_size=0.0, iterations=1), 'or a number above 0 and below 1'),
+        (dict(image_size=64, iterations=0), 'iterations is 0, but must be an integer of at least 1'),
     ],
 )
 def test_an_invalid_stage_is_an_error(task: DetectionTask, stage: dict[str, Any], message: str) -> None:
