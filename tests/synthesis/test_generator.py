@@ -229,7 +229,7 @@ def test_only_some_stages_may_have_no_iterations(task: DetectionTask) -> None:
         generator(task, refine=look)
     with pytest.raises(UserError, match=r'relabel.iterations is 0'):
         generator(task, relabel=[dict(image_size=64, iterations=2), dict(look, start='noise')])
-    with pytest.raises(UserError, match=r'synthesize needs positive'):
+    with pytest.raises(UserError, match=r'synthesize.iterations is -1'):
         generator(task, synthesize=dict(image_size=64, iterations=-1))
 
 
