@@ -54,6 +54,13 @@ class Graph:
         """Version of an operator set that the model imports, 0 if it imports none."""
         return next((o.version for o in self._model.opset_import if o.domain == domain), 0)
 
+    def set_opset(self, version: int) -> None:
+        """Import another version of ONNX's operators; every operator of the graph must mean the same in both."""
+        for opset in self._model.opset_import:
+            if opset.domain == '':
+                opset.version = version
+        self._model.ir_version = max(self._model.ir_version, 10)
+
     def producer(self, value: str) -> NodeProto | None:
         """Return the node that computes ``value``; None for inputs and constants."""
         self._index()

@@ -29,6 +29,8 @@ from mmzsq.quantization import LSQ, quantized_layers, quantizers
 DOMAIN = 'mmzsq'
 MARKER = 'FakeQuantize'
 OPSET = 17
+INT4_OPSET = 20
+"""From here on, operators mean the same as in opset 21, which introduces INT4."""
 EXPORTERS = ('torchscript', 'dynamo')
 
 
@@ -167,6 +169,7 @@ def export_marked(
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = False,
     exporter: str = 'torchscript',
+    opset: int = OPSET,
 ) -> MarkedGraph:
     """Trace a module to ONNX with markers.
 
@@ -178,6 +181,7 @@ def export_marked(
         output_names: Names of the outputs; chosen by the exporter if None.
         dynamic_batch: Leave the first dimension of inputs and outputs open.
         exporter: ``'torchscript'`` or ``'dynamo'``, which takes several times longer and needs onnxscript.
+        opset: Version of ONNX's operators for the TorchScript exporter; the other one writes its own.
 
     Returns:
         The marked graph. Integers and steps are copies.
@@ -197,12 +201,17 @@ def export_marked(
         stack.enter_context(patched(torch.onnx, 'is_in_onnx_export', lambda: False))
         stack.enter_context(marking(root))
         trace = _trace_torchscript if exporter == 'torchscript' else _trace_dynamo
-        model = trace(module, inputs, input_name, output_names, dynamic_batch)
+        model = trace(module, inputs, input_name, output_names, dynamic_batch, opset)
     return MarkedGraph(model, weights, activations)
 
 
 def _trace_torchscript(
-    module: nn.Module, inputs: Tensor, input_name: str, output_names: Sequence[str] | None, dynamic_batch: bool
+    module: nn.Module,
+    inputs: Tensor,
+    input_name: str,
+    output_names: Sequence[str] | None,
+    dynamic_batch: bool,
+    opset: int,
 ) -> onnx.ModelProto:
     file = io.BytesIO()
     names = list(output_names or ())
@@ -218,7 +227,7 @@ def _trace_torchscript(
             file,
             input_names=[input_name],
             output_names=names or None,
-            opset_version=OPSET,
+            opset_version=opset,
             custom_opsets={DOMAIN: 1},
             **options,
         )
@@ -228,7 +237,12 @@ def _trace_torchscript(
 
 
 def _trace_dynamo(
-    module: nn.Module, inputs: Tensor, input_name: str, output_names: Sequence[str] | None, dynamic_batch: bool
+    module: nn.Module,
+    inputs: Tensor,
+    input_name: str,
+    output_names: Sequence[str] | None,
+    dynamic_batch: bool,
+    opset: int,
 ) -> onnx.ModelProto:
     shapes = ({0: torch.export.Dim('batch')},) if dynamic_batch else None
     # Sizes 0 and 1 are constants for this exporter.
