@@ -54,6 +54,7 @@ def build(
     check_target(target)
     graph = Graph(marked.model)
     number_calls(graph)
+    graph.fold_constants()
     uses = detach_weights(graph, marked.weights)
     fold_batch_norms(graph, uses)
     share(graph, marked.activations)

@@ -11,6 +11,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+RANDOM = ('Bernoulli', 'Multinomial', 'RandomNormal', 'RandomNormalLike', 'RandomUniform', 'RandomUniformLike')
+
 
 class Graph:
     """The main graph of an ONNX model.
@@ -19,7 +21,7 @@ class Graph:
     patterns match the output of either exporter.
 
     Args:
-        model: Model whose graph has no subgraphs. It is not changed.
+        model: It is not changed. Only its main graph is edited.
 
     Attributes:
         nodes: Nodes in topological order after :meth:`sort`.
@@ -47,7 +49,7 @@ class Graph:
         self._names = {name for node in self.nodes for name in (*node.input, *node.output, node.name)}
         self._names.update(self.constants)
         self._producers: dict[str, NodeProto] | None = None
-        self._consumers: dict[str, list[NodeProto]] | None = None
+        self._consumers: dict[str, dict[int, NodeProto]] | None = None
         self._resolve_identities()
 
     def opset(self, domain: str = '') -> int:
@@ -71,7 +73,7 @@ class Graph:
         """Return the nodes that read ``value``, each once."""
         self._index()
         assert self._consumers is not None
-        return list(self._consumers.get(value, ()))
+        return list(self._consumers.get(value, {}).values())
 
     def only_consumer(self, value: str) -> NodeProto | None:
         """Return the node that reads ``value``, if nothing else does and it is no output of the graph."""
@@ -95,10 +97,14 @@ class Graph:
         """
         name = self.fresh(name or op)
         output = self.fresh(f'{name}_output') if output is None else output
-        self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))
         self._names.update((name, output))
-        self.changed()
+        self.insert(helper.make_node(op, list(inputs), [output], name=name, **attributes))
         return output
+
+    def insert(self, node: NodeProto) -> None:
+        """Append a node that was made elsewhere."""
+        self.nodes.append(node)
+        self._index_node(node)
 
     def constant(self, value: np.ndarray, name: str) -> str:
         """Add a constant.
@@ -125,9 +131,11 @@ class Graph:
 
     def remove(self, nodes: Iterable[NodeProto]) -> None:
         """Remove nodes."""
+        nodes = list(nodes)
         gone = {id(node) for node in nodes}
         self.nodes = [node for node in self.nodes if id(node) not in gone]
-        self.changed()
+        for node in nodes:
+            self._forget_node(node)
 
     def replace_uses(self, old: str, new: str) -> None:
         """Let every reader of ``old`` read ``new``; an output of the graph keeps its name.
@@ -140,6 +148,7 @@ class Graph:
             before, after = self.producer(old), self.producer(new)
             if before is not None:
                 _rename_output(before, old, self.fresh(f'{old}_replaced'))
+            self.changed()
             if after is None or new in self.outputs:
                 self.add('Identity', [new], output=old)
             else:
@@ -148,12 +157,12 @@ class Graph:
                 self._replace_inputs(new, old)
         else:
             self._replace_inputs(old, new)
-        self.changed()
 
     def set_input(self, node: NodeProto, index: int, value: str) -> None:
         """Let one input of a node read another value."""
+        self._forget_node(node)
         node.input[index] = value
-        self.changed()
+        self._index_node(node)
 
     def changed(self) -> None:
         """Forget the index of producers and consumers; call it after a node was edited directly."""
@@ -169,18 +178,40 @@ class Graph:
         Returns:
             The value, or None if it depends on an input of the graph or on an operator that cannot be evaluated.
         """
-        known: dict[str, np.ndarray] = dict(given or {})
+        known = dict(given or {})
+        if value in known or value in self.constants:
+            return known[value] if value in known else self.constants[value]
         order: list[NodeProto] = []
         if not self._collect(value, known, order, set()):
             return None
-        for node in order:
-            feeds = {name: known[name] if name in known else self.constants[name] for name in node.input if name}
-            try:
-                results = ReferenceEvaluator(node, opsets={'': self.opset()}).run(None, feeds)
-            except (NotImplementedError, RuntimeError, TypeError, ValueError):
-                return None
-            known.update(zip(node.output, results, strict=True))
-        return known[value] if value in known else self.constants.get(value)
+        needed = dict.fromkeys(name for node in order for name in sources(node))
+        made = {name for node in order for name in node.output}
+        tensors = [_tensor(n, known[n] if n in known else self.constants[n]) for n in needed if n not in made]
+        graph = helper.make_graph(order, 'constants', [], [onnx.ValueInfoProto(name=value)], tensors)
+        try:
+            evaluator = ReferenceEvaluator(
+                helper.make_model(graph, opset_imports=[helper.make_opsetid('', self.opset())])
+            )
+            result: np.ndarray = evaluator.run(None, {})[0]
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return None
+        return result
+
+    def fold_constants(self) -> None:
+        """Replace values that depend on constants alone, such as sizes and grids of points."""
+        constant: set[str] = set(self.constants)
+        for node in self.nodes:
+            if not node.domain and node.op_type not in RANDOM and all(n in constant for n in sources(node)):
+                constant.update(node.output)
+        folded = [node for node in self.nodes if node.output[0] in constant]
+        read = {n for node in self.nodes if node.output[0] not in constant for n in sources(node)} | set(self.outputs)
+        for name in {name for node in folded for name in node.output if name in read and name not in self.outputs}:
+            value = self.evaluate(name)
+            producer = self.producer(name)
+            if value is not None and producer is not None and len(producer.output) == 1:
+                self.remove([producer])
+                self.constants[name] = value
+        self.clean()
 
     def _collect(self, value: str, known: Mapping[str, Any], order: list[NodeProto], seen: set[str]) -> bool:
         """Append the nodes that ``value`` needs, producers first; return False where an input is needed."""
@@ -189,7 +220,7 @@ class Graph:
         node = self.producer(value)
         if node is None or node.domain:
             return False
-        if not all(self._collect(name, known, order, seen) for name in node.input):
+        if not all(self._collect(name, known, order, seen) for name in sources(node)):
             return False
         seen.update(node.output)
         order.append(node)
@@ -203,7 +234,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(name for name in node.input if name)
+                needed.update(sources(node))
         self.nodes = kept[::-1]
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
         self.changed()
@@ -225,10 +256,9 @@ class Graph:
                     order.append(node)
                     continue
                 stack.append((node, True))
-                sources = (self._producers.get(name) for name in reversed(node.input))
-                stack.extend((source, False) for source in sources if source is not None and id(source) not in done)
+                above = (self._producers.get(name) for name in reversed(sources(node)))
+                stack.extend((source, False) for source in above if source is not None and id(source) not in done)
         self.nodes = order
-        self.changed()
 
     def to_model(self, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
         """Return the model with the edited graph.
@@ -269,24 +299,36 @@ class Graph:
                 self.constants[target] = self.constants[source]
             else:
                 self._replace_inputs(target, source)
-            self.changed()
 
     def _replace_inputs(self, old: str, new: str) -> None:
         for node in self.consumers(old):
-            for index, name in enumerate(node.input):
-                if name == old:
-                    node.input[index] = new
-        self.changed()
+            self._forget_node(node)
+            _replace_input(node, old, new)
+            self._index_node(node)
 
     def _index(self) -> None:
         if self._producers is not None:
             return
         self._producers, self._consumers = {}, {}
         for node in self.nodes:
-            for name in node.output:
-                self._producers[name] = node
-            for name in dict.fromkeys(node.input):
-                self._consumers.setdefault(name, []).append(node)
+            self._index_node(node)
+
+    def _index_node(self, node: NodeProto) -> None:
+        if self._producers is None or self._consumers is None:
+            return
+        for name in node.output:
+            self._producers[name] = node
+        for name in sources(node):
+            self._consumers.setdefault(name, {})[id(node)] = node
+
+    def _forget_node(self, node: NodeProto) -> None:
+        if self._producers is None or self._consumers is None:
+            return
+        for name in node.output:
+            if self._producers.get(name) is node:
+                del self._producers[name]
+        for name in sources(node):
+            self._consumers.get(name, {}).pop(id(node), None)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -296,6 +338,28 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
             value = helper.get_attribute_value(entry)
             return value.decode() if isinstance(value, bytes) else value
     return default
+
+
+def sources(node: NodeProto) -> list[str]:
+    """Names that a node reads, each once, those that its subgraphs read from outside included."""
+    names = [name for name in node.input if name]
+    for entry in node.attribute:
+        for graph in (entry.g, *entry.graphs) if entry.HasField('g') or entry.graphs else ():
+            inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            inside.update(name for child in graph.node for name in child.output)
+            read = [name for child in graph.node for name in sources(child)]
+            names += [n for n in (*read, *(value.name for value in graph.output)) if n not in inside]
+    return list(dict.fromkeys(names))
+
+
+def _replace_input(node: NodeProto, old: str, new: str) -> None:
+    for index, name in enumerate(node.input):
+        if name == old:
+            node.input[index] = new
+    for entry in node.attribute:
+        for graph in (entry.g, *entry.graphs):
+            for child in graph.node:
+                _replace_input(child, old, new)
 
 
 def _rename_output(node: NodeProto, old: str, new: str) -> None:

@@ -199,6 +199,8 @@ def export_marked(
         stack.enter_context(_evaluating(module))
         # MMDetection's branches for ONNX import modules that its version 3 no longer has.
         stack.enter_context(patched(torch.onnx, 'is_in_onnx_export', lambda: False))
+        # The TorchScript exporter writes it as a loop over a sequence, which no runtime loads.
+        stack.enter_context(patched(torch.Tensor, 'tensor_split', _split_at))
         stack.enter_context(marking(root))
         trace = _trace_torchscript if exporter == 'torchscript' else _trace_dynamo
         model = trace(module, inputs, input_name, output_names, dynamic_batch, opset)
@@ -280,6 +282,18 @@ def _mark(x: Tensor, name: str, call: int) -> Tensor:
         return output
     output = _Marker.apply(x, name, call)
     return output
+
+
+def _split_at(x: Tensor, indices: int | Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
+    """``Tensor.tensor_split`` by slices."""
+    size = x.shape[dim]
+    if isinstance(indices, int):
+        short, longer = divmod(int(size), indices)
+        ends = [short * (index + 1) + min(index + 1, longer) for index in range(indices - 1)]
+    else:
+        ends = [int(index) for index in indices]
+    starts = [0, *ends]
+    return tuple(x.narrow(dim, start, end - start) for start, end in zip(starts, [*ends, int(size)], strict=True))
 
 
 def _check_ready(name: str, quantizer: LSQ) -> None:

@@ -80,7 +80,7 @@ def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
             output = graph.fresh(f'{data}/quantized')
             node = helper.make_node(MARKER, [data], [output], name=graph.fresh(f'{name}/up'), domain=DOMAIN, call=call)
             node.attribute.append(helper.make_attribute('name', name))
-            graph.nodes.append(node)
+            graph.insert(node)
             graph.set_input(source, index, output)
             pending.append((name, call, node))
             added += 1
