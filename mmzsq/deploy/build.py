@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from mmzsq.deploy.dialects import check_target, check_tensorrt
+from mmzsq.deploy.dialects import check_target, check_tensorrt, slice_scalar_gathers
 from mmzsq.deploy.fold import fold_batch_norms
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.lower import WeightUse, attach_weights, detach_weights, lower_activations, number_calls
@@ -62,6 +62,8 @@ def build(
     share(graph, marked.activations)
     int4_layers = attach_weights(graph, uses, int4)
     lower_activations(graph, marked.activations, target)
+    if target == 'openvino':
+        slice_scalar_gathers(graph)
     if target == 'tensorrt':
         problems = check_tensorrt(graph)
         if problems:

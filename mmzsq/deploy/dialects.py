@@ -83,6 +83,29 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
     return Container(np.dtype(np.int8), 0, low, high)
 
 
+def slice_scalar_gathers(graph: Graph) -> None:
+    """Replace Gather with one constant index by Slice and Squeeze, which compute the same.
+
+    OpenVINO 2026.4 moves a product with constants behind such a Gather and then multiplies along the wrong axis.
+
+    Args:
+        graph: A graph for OpenVINO.
+    """
+    for node in list(graph.nodes):
+        index = graph.constants.get(node.input[1]) if node.op_type == 'Gather' else None
+        if index is None or index.ndim or node.input[0] in graph.constants:
+            continue
+        start = int(index)
+        end = start + 1 if start != -1 else np.iinfo(np.int64).max
+        axis = np.asarray([attribute(node, 'axis', 0)], dtype=np.int64)
+        ends = [graph.constant(np.asarray([at], dtype=np.int64), f'{node.name}/at') for at in (start, end)]
+        axes = graph.constant(axis, f'{node.name}/axis')
+        piece = graph.add('Slice', [node.input[0], *ends, axes], name=f'{node.name}/slice')
+        output = graph.add('Squeeze', [piece, axes], name=f'{node.name}/squeeze')
+        graph.replace_uses(node.output[0], output)
+        graph.remove([node])
+
+
 def check_tensorrt(graph: Graph) -> list[str]:
     """Check a lowered graph against the rules of explicit quantization in TensorRT.
 
