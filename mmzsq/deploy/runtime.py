@@ -69,16 +69,18 @@ class Session:
         results = self._session(list(inputs))
         return [np.array(results[index]) for index in range(len(self.outputs))]
 
-    def executed(self) -> list[tuple[str, str, str]]:
+    def executed(self) -> list[tuple[list[str], str, str]]:
         """List what OpenVINO runs.
 
         Returns:
-            Name, type and precision of each executed operator, such as ``('...', 'Convolution', 'u8')``.
+            For each executed operator the names of the nodes fused into it, its type and its precision, such as
+            ``(['/conv/Conv', '/Sigmoid'], 'Convolution', 'u8')``.
         """
         rows = []
         for node in self._session.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()
-            rows.append((node.get_friendly_name(), info['layerType'].astype(str), info['runtimePrecision'].astype(str)))
+            names = info['originalLayersNames'].astype(str).split(',')
+            rows.append((names, info['layerType'].astype(str), info['runtimePrecision'].astype(str)))
         return rows
 
 
