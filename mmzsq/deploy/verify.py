@@ -34,12 +34,15 @@ from mmzsq.deploy.heads import Part, parts_of
 from mmzsq.deploy.markers import weight_grids
 from mmzsq.deploy.predictor import detector_of
 from mmzsq.deploy.runtime import Session
-from mmzsq.quantization import QuantizedLayer, quantized_layers
+from mmzsq.quantization import QuantizedLayer, quantized_layers, quantizers
 
 TOLERANCE = 1e-5
 """Largest difference of a layer's output, relative to its largest value."""
 NOISE_FACTOR = 1.5
 """Largest mean difference at the outputs, relative to that of PyTorch against itself."""
+NOISE = 1e-6
+"""Change of the inputs of quantizers, relative to the largest, that measures how PyTorch differs from itself."""
+NOISE_DRAWS = 4
 NOISE_FLOOR = 1e-5
 """Difference, relative to the mean, that is always allowed."""
 MIN_IOU = 0.75
@@ -78,7 +81,8 @@ class OutputCheck:
         file: Name of the part.
         output: Name of the output.
         difference: Mean difference from PyTorch relative to the mean.
-        noise: That of PyTorch from itself: in another memory format, and for an input changed in its last bits.
+        noise: That of PyTorch from itself: in another memory format, and with quantizer inputs changed by 1e-6 of the
+            largest.
     """
 
     file: str
@@ -183,8 +187,8 @@ def verify(
             module.training = training
     report.failures += [f'{check.layer} (call {check.call}): {check.reason}' for check in report.layers if check.reason]
     report.failures += [
-        f'output {check.output} of {check.file}: it differs from PyTorch by {check.difference:.1e} of its mean, PyTorch '
-        f'from itself by {check.noise:.1e}.'
+        f'output {check.output} of {check.file}: it differs from PyTorch by {check.difference:.1e} of its mean, '
+        f'PyTorch from itself by {check.noise:.1e}.'
         for check in report.outputs
         if not check.passed
     ]
@@ -387,7 +391,10 @@ def check_outputs(detector: nn.Module, part: Part, session: Session, inputs: Ten
         inputs: Input of the part.
     """
     expected = part.module(inputs)
-    others = [part.module(inputs * (1 + 2**-22)), part.module(inputs * (1 - 2**-22))]
+    others = []
+    for seed in range(NOISE_DRAWS):
+        with _disturbing(detector, torch.Generator().manual_seed(seed)):
+            others.append(part.module(inputs))
     twin = copy.deepcopy(part.module).to(memory_format=torch.channels_last)
     others.append(twin(inputs.contiguous(memory_format=torch.channels_last)))
     given = session(inputs.cpu().numpy())
@@ -400,6 +407,23 @@ def check_outputs(detector: nn.Module, part: Part, session: Session, inputs: Ten
         )
         for index, (name, value) in enumerate(zip(part.output_names, expected, strict=True))
     ]
+
+
+@contextmanager
+def _disturbing(detector: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Change the input of each activation quantizer by :data:`NOISE`, as another order of summation does."""
+    of_weights = {layer.weight_quantizer for _, layer in quantized_layers(detector)}
+
+    def disturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
+        return (x + noise * (NOISE * x.abs().max()), *args[1:])
+
+    with ExitStack() as stack:
+        for _, quantizer in quantizers(detector):
+            if quantizer not in of_weights:
+                stack.callback(quantizer.register_forward_pre_hook(disturb).remove)
+        yield
 
 
 def mean_difference(expected: Tensor, given: Tensor) -> float:
