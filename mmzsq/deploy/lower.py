@@ -6,7 +6,6 @@ Weights are never rounded again: the int8 initializers are what ``weight_quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -14,8 +13,9 @@ import numpy as np
 from onnx import NodeProto
 
 from mmzsq.deploy.dialects import container
-from mmzsq.deploy.graph import Graph, attribute
-from mmzsq.deploy.markers import DOMAIN, MARKER, ActivationGrid, WeightGrid
+from mmzsq.deploy.graph import Graph
+from mmzsq.deploy.markers import ActivationGrid, WeightGrid, markers
+from mmzsq.deploy.place import is_settled
 from mmzsq.errors import UserError
 
 LAYOUT = ('Reshape', 'Transpose', 'Squeeze', 'Unsqueeze', 'Flatten')
@@ -49,20 +49,6 @@ class WeightUse:
     value: str
     folded: str | None = field(default=None)
     unfolded: str | None = field(default=None)
-
-
-def markers(graph: Graph) -> Iterator[tuple[str, int, NodeProto]]:
-    """List the markers of a graph.
-
-    Args:
-        graph: A marked graph.
-
-    Yields:
-        Name of the quantizer, number of the call, node.
-    """
-    for node in list(graph.nodes):
-        if node.domain == DOMAIN and node.op_type == MARKER:
-            yield attribute(node, 'name'), attribute(node, 'call', 0), node
 
 
 def number_calls(graph: Graph) -> None:
@@ -192,7 +178,8 @@ def attach_weights(graph: Graph, uses: list[WeightUse], int4: bool = False) -> l
 def lower_activations(graph: Graph, activations: dict[str, ActivationGrid], target: str) -> None:
     """Replace the markers of activations by [Clip,] QuantizeLinear and DequantizeLinear.
 
-    A grid of fewer than 8 bits gets a Clip, which keeps its integers exact in the 8-bit type.
+    A grid of fewer than 8 bits gets a Clip, which keeps its integers exact in the 8-bit type. There is none where all
+    values lie on the grid already: OpenVINO 2026.4 computes such a Clip on integers and rounds some of them down.
 
     Args:
         graph: A marked graph.
@@ -209,7 +196,7 @@ def lower_activations(graph: Graph, activations: dict[str, ActivationGrid], targ
         held = container(name, grid, target)
         prefix = f'{name.removesuffix("_quantizer")}/{call}'
         value = node.input[0]
-        if held.needs_clip:
+        if held.needs_clip and not is_settled(node):
             ends = (
                 graph.constant(np.float32(integer - held.zero_point) * np.float32(grid.step), f'{prefix}/{end}')
                 for integer, end in ((held.low, 'low'), (held.high, 'high'))

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import NodeProto
 from torch import Tensor, nn
 
+from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.errors import UserError
 from mmzsq.patching import patched, patched_forwards
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
@@ -158,6 +160,20 @@ def marking(module: nn.Module) -> Iterator[None]:
 
     with patched_forwards({q: marker(name) for name, q in quantizers(module) if q.enabled}):
         yield
+
+
+def markers(graph: Graph) -> Iterator[tuple[str, int, NodeProto]]:
+    """List the markers of a graph.
+
+    Args:
+        graph: A marked graph.
+
+    Yields:
+        Name of the quantizer, number of the call, node.
+    """
+    for node in list(graph.nodes):
+        if node.domain == DOMAIN and node.op_type == MARKER:
+            yield attribute(node, 'name'), attribute(node, 'call', 0), node
 
 
 def export_marked(

@@ -11,9 +11,9 @@ from __future__ import annotations
 from onnx import NodeProto, helper
 
 from mmzsq.deploy.graph import Graph, attribute
-from mmzsq.deploy.lower import markers
-from mmzsq.deploy.markers import DOMAIN, MARKER, ActivationGrid
+from mmzsq.deploy.markers import DOMAIN, MARKER, ActivationGrid, markers
 
+SETTLED = 'settled'
 DATA_INPUTS = {
     'Concat': None,
     'Flatten': 1,
@@ -69,6 +69,9 @@ def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
         source = graph.producer(value)
         if source is None or not _keeps_values(source) or not _read_by_equals(graph, value, activations):
             continue
+        if source.op_type == 'Slice' and graph.only_consumer(source.input[0]) is None:
+            # Each slice may have a grid of its own, and would quantize the whole value.
+            continue
         count = DATA_INPUTS[source.op_type]
         for index, data in enumerate(list(source.input)[:count]):
             above = graph.producer(data)
@@ -84,8 +87,21 @@ def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
             graph.set_input(source, index, output)
             pending.append((name, call, node))
             added += 1
+        if not any(data in graph.constants for data in list(source.input)[:count]):
+            for reader in graph.consumers(value):
+                _settle(reader)
     graph.sort()
     return added
+
+
+def is_settled(marker: NodeProto) -> bool:
+    """Whether all values that a quantizer reads lie on its grid already."""
+    return bool(attribute(marker, SETTLED, 0))
+
+
+def _settle(marker: NodeProto) -> None:
+    if not is_settled(marker):
+        marker.attribute.append(helper.make_attribute(SETTLED, 1))
 
 
 def _read_by_equals(graph: Graph, value: str, activations: dict[str, ActivationGrid]) -> bool:

@@ -24,6 +24,9 @@ class Session:
         threads: Number of threads; 0 lets the runtime decide.
         precision: Precision of what OpenVINO does not compute in integers. Its default is bf16 on CPUs that have it,
             which is neither what was trained nor comparable.
+        exact: Keep ONNX Runtime from rounding the bias of a convolution to multiples of input step times weight step.
+            It does so where a quantizer directly follows, which moves an output by at most half of such a multiple;
+            without it, such a convolution runs in float.
 
     Attributes:
         inputs: Names of the inputs.
@@ -35,7 +38,12 @@ class Session:
     """
 
     def __init__(
-        self, model: str | Path | bytes, runtime: str = 'openvino', threads: int = 0, precision: str = 'f32'
+        self,
+        model: str | Path | bytes,
+        runtime: str = 'openvino',
+        threads: int = 0,
+        precision: str = 'f32',
+        exact: bool = False,
     ) -> None:
         if runtime not in RUNTIMES:
             raise UserError(f'runtime is {runtime!r}, but must be one of {", ".join(map(repr, RUNTIMES))}.')
@@ -52,7 +60,9 @@ class Session:
         self.outputs = [value.name for value in proto.graph.output]
         self.input_shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
         self._session: Any = (
-            _open_onnxruntime(model, threads) if runtime == 'onnxruntime' else _open_openvino(model, threads, precision)
+            _open_onnxruntime(model, threads, exact)
+            if runtime == 'onnxruntime'
+            else _open_openvino(model, threads, precision)
         )
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -84,7 +94,7 @@ class Session:
         return rows
 
 
-def _open_onnxruntime(model: bytes, threads: int) -> Any:
+def _open_onnxruntime(model: bytes, threads: int, exact: bool) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -92,7 +102,10 @@ def _open_onnxruntime(model: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     # Spinning threads of one session take the time of another.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    disabled = ['WeightBiasQuantization'] if exact else None
+    return onnxruntime.InferenceSession(
+        model, options, providers=['CPUExecutionProvider'], disabled_optimizers=disabled
+    )
 
 
 def _open_openvino(model: bytes, threads: int, precision: str) -> Any:
