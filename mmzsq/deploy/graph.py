@@ -56,6 +56,16 @@ class Graph:
         """Version of an operator set that the model imports, 0 if it imports none."""
         return next((o.version for o in self._model.opset_import if o.domain == domain), 0)
 
+    @property
+    def has_open_sizes(self) -> bool:
+        """Whether a dimension of an input is not fixed."""
+        return any(
+            not dimension.HasField('dim_value')
+            for value in self._model.graph.input
+            if value.name in self.inputs
+            for dimension in value.type.tensor_type.shape.dim
+        )
+
     def set_opset(self, version: int) -> None:
         """Import another version of ONNX's operators; every operator of the graph must mean the same in both."""
         for opset in self._model.opset_import:

@@ -460,6 +460,7 @@ def float_layers(session: Session, content: bytes) -> list[str]:
     ]
 
 
+@torch.no_grad()
 def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]], score_thr: float = 0.3) -> float:
     """Return the part of detections that two detectors share.
 

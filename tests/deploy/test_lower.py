@@ -110,6 +110,33 @@ def test_input_factors_are_divided_before_quantization(assert_same: Check) -> No
     assert [node.op_type for node in built.model.graph.node].count('Div') == 2
 
 
+@pytest.mark.parametrize('bits', [3, 4, 6])
+def test_input_factors_with_an_open_batch(assert_same: Check, bits: int) -> None:
+    """OpenVINO merges division, Clip and QuantizeLinear wrongly where the batch is open."""
+    x = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 1.0, 5.0, 20.0]).view(-1, 1, 1)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
+    quantized(model, x, w_bits=bits, a_bits=bits, equalize=True)
+    assert_same(model, x, dynamic_batch=True, output_names=['y'])
+
+
+def test_a_slice_of_few_bits_is_not_clipped_again(assert_same: Check) -> None:
+    """OpenVINO rounds some values of a Clip between two quantizers with one grid down."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x[..., :6])
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 3, 8, 8)
+        built = assert_same(quantized(Sliced(), x, w_bits=4, a_bits=4), x)
+        assert [node.op_type for node in built.model.graph.node].count('Clip') == 1
+
+
 @pytest.mark.parametrize('bits', [3, 8])
 def test_grouped_depthwise_and_transposed_convolutions(assert_same: Check, bits: int) -> None:
     x = torch.randn(1, 4, 6, 6)
