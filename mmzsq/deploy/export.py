@@ -260,8 +260,7 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         kind = transform.get('type')
         name = str(kind if isinstance(kind, str) else getattr(kind, '__name__', kind)).rpartition('.')[2]
         if name == 'LetterResize':
-            scale = list(transform['scale'])
-            found = dict(mode='letterbox', scale=scale, pad_value=transform.get('pad_val', 114))
+            found = dict(mode='letterbox', scale=list(transform['scale']), pad_value=transform.get('pad_val', 114))
         elif name in ('Resize', 'FixScaleResize'):
             mode = 'keep_ratio' if transform.get('keep_ratio') else 'stretch'
             scale = transform.get('scale')

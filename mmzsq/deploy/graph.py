@@ -202,10 +202,11 @@ class Graph:
             evaluator = ReferenceEvaluator(
                 helper.make_model(graph, opset_imports=[helper.make_opsetid('', self.opset())])
             )
-            result: np.ndarray = evaluator.run(None, {})[0]
+            results: Any = evaluator.run(None, {})
         except (NotImplementedError, RuntimeError, TypeError, ValueError):
             return None
-        return result
+        computed: np.ndarray = results[0]
+        return computed
 
     def fold_constants(self) -> None:
         """Replace values that depend on constants alone, such as sizes and grids of points."""

@@ -231,7 +231,8 @@ def _trace_torchscript(
     dynamic_batch: bool,
     opset: int,
 ) -> onnx.ModelProto:
-    file = io.BytesIO()
+    # Its annotation knows paths alone.
+    file: Any = io.BytesIO()
     names = list(output_names or ())
     options: dict[str, Any] = {}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
