@@ -77,8 +77,9 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
         return Container(np.dtype(np.uint8), -low, 0, high - low)
     if low < -128 or high > 127:
         raise UserError(
-            f'TensorRT takes zero point 0 alone, but {name} has 8 bits and zero point {grid.zero_point}: train with '
-            "zsq.quantizer.activation.scheme='signed' or with at most 7 bits, or export with --target openvino."
+            f'TensorRT takes int8 with zero point 0 alone, but {name} has {grid.bits} bits with zero point '
+            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.activation.scheme='signed' or "
+            'with at most 7 bits, or export with --target openvino.'
         )
     return Container(np.dtype(np.int8), 0, low, high)
 

@@ -277,7 +277,7 @@ def test_int4_stores_half_bytes_and_computes_the_same(assert_same: Check) -> Non
 def test_tensorrt_refuses_offset_activations_of_8_bits() -> None:
     x = torch.randn(1, 3, 8, 8)
     model = quantized(nn.Sequential(nn.Conv2d(3, 4, 3)), x + 1, w_bits=8, a_bits=8)
-    with pytest.raises(UserError, match='zero point 0 alone, but 0.input_quantizer has 8 bits'):
+    with pytest.raises(UserError, match='int8 with zero point 0 alone, but 0.input_quantizer has 8 bits'):
         lowered(model, x, 'tensorrt')
 
 
