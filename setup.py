@@ -51,6 +51,10 @@ setup(
     packages=find_packages(include=['mmzsq', 'mmzsq.*']),
     package_data={'mmzsq': ['assets/*', *mim_files()]},
     install_requires=requirements('runtime'),
-    extras_require={'lite': requirements('mmcv-lite'), 'tests': requirements('tests')},
+    extras_require={
+        'deploy': requirements('deploy'),
+        'lite': requirements('mmcv-lite'),
+        'tests': requirements('tests'),
+    },
     zip_safe=False,
 )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer types and rules of each target.
+
+``'openvino'`` and ``'onnxruntime'`` take uint8 activations with an integer zero point, whatever the scheme they were
+trained with. OpenVINO 2026.4 computes wrong results for signed activations behind a Concat, so int8 activations are
+never written for it. ``'tensorrt'`` takes int8 with zero point 0.
+
+Rules of TensorRT are those of "Working with Quantized Types" and "Explicit Quantization" in NVIDIA's documentation:
+https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmzsq.deploy.graph import Graph, attribute
+from mmzsq.deploy.markers import ActivationGrid
+from mmzsq.errors import UserError
+
+TARGETS = ('openvino', 'onnxruntime', 'tensorrt')
+WEIGHTED = {'Conv': 0, 'ConvTranspose': 1}
+"""Operators with a weight, and the axis of the output channels in the weight."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """8-bit type that holds a grid of 2 to 8 bits.
+
+    Attributes:
+        dtype: uint8 or int8.
+        zero_point: Integer that represents zero in this type.
+        low: Least integer of the grid in this type.
+        high: Greatest integer of the grid in this type.
+    """
+
+    dtype: np.dtype
+    zero_point: int
+    low: int
+    high: int
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether the type holds integers outside the grid, so that its own saturation is not enough."""
+        info = np.iinfo(self.dtype)
+        return (self.low, self.high) != (info.min, info.max)
+
+
+def check_target(target: str) -> None:
+    """Refuse an unknown target.
+
+    Raises:
+        UserError: Names what is allowed.
+    """
+    if target not in TARGETS:
+        raise UserError(f'target is {target!r}, but must be one of {", ".join(map(repr, TARGETS))}.')
+
+
+def container(name: str, grid: ActivationGrid, target: str) -> Container:
+    """Choose the 8-bit type of an activation.
+
+    Args:
+        name: Name of the quantizer, for the message.
+        grid: The grid that was trained.
+        target: One of :data:`TARGETS`.
+
+    Returns:
+        A type in which every level of the grid keeps its value.
+
+    Raises:
+        UserError: If the grid has levels that the target cannot represent.
+    """
+    low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+    if target != 'tensorrt':
+        # Range from 0: the lower end saturates by itself.
+        return Container(np.dtype(np.uint8), -low, 0, high - low)
+    if low < -128 or high > 127:
+        raise UserError(
+            f'TensorRT takes int8 with zero point 0 alone, but {name} has {grid.bits} bits with zero point '
+            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.activation.scheme='signed' or "
+            'with at most 7 bits, or export with --target openvino.'
+        )
+    return Container(np.dtype(np.int8), 0, low, high)
+
+
+def slice_scalar_gathers(graph: Graph) -> None:
+    """Replace Gather with one constant index by Slice and Squeeze, which compute the same.
+
+    OpenVINO 2026.4 moves a product with constants behind such a Gather and then multiplies along the wrong axis.
+
+    Args:
+        graph: A graph for OpenVINO.
+    """
+    for node in list(graph.nodes):
+        index = graph.constants.get(node.input[1]) if node.op_type == 'Gather' else None
+        if index is None or index.ndim or node.input[0] in graph.constants:
+            continue
+        start = int(index)
+        end = start + 1 if start != -1 else np.iinfo(np.int64).max
+        axis = np.asarray([attribute(node, 'axis', 0)], dtype=np.int64)
+        ends = [graph.constant(np.asarray([at], dtype=np.int64), f'{node.name}/at') for at in (start, end)]
+        axes = graph.constant(axis, f'{node.name}/axis')
+        piece = graph.add('Slice', [node.input[0], *ends, axes], name=f'{node.name}/slice')
+        output = graph.add('Squeeze', [piece, axes], name=f'{node.name}/squeeze')
+        graph.replace_uses(node.output[0], output)
+        graph.remove([node])
+
+
+def check_tensorrt(graph: Graph) -> list[str]:
+    """Check a lowered graph against the rules of explicit quantization in TensorRT.
+
+    No TensorRT runs here: the rules are those that NVIDIA documents.
+
+    Args:
+        graph: A graph with QuantizeLinear and DequantizeLinear.
+
+    Returns:
+        One sentence for each violation, empty if there is none.
+    """
+    problems = []
+    for node in graph.nodes:
+        if node.op_type == 'QuantizeLinear':
+            problems += _check_pair(graph, node.name, node.input)
+            if any(reader.op_type != 'DequantizeLinear' for reader in graph.consumers(node.output[0])):
+                problems.append(f'{node.name}: a quantized value is read by an operator other than DequantizeLinear.')
+            if graph.constants[node.input[1]].ndim:
+                problems.append(f'{node.name}: an activation has one step for each channel.')
+        elif node.op_type == 'DequantizeLinear':
+            problems += _check_pair(graph, node.name, node.input)
+            if node.input[0] in graph.constants:
+                problems += _check_weight(graph, node)
+    return problems
+
+
+def _check_pair(graph: Graph, name: str, inputs: list[str]) -> list[str]:
+    problems = []
+    step = graph.constants.get(inputs[1])
+    if step is None or not bool((step > 0).all()) or not bool(np.isfinite(step).all()):
+        problems.append(f'{name}: the step is not a positive constant.')
+    if len(inputs) > 2:
+        zero_point = graph.constants.get(inputs[2])
+        if zero_point is None or zero_point.dtype.name not in ('int8', 'int4'):
+            problems.append(f'{name}: the integer type is not int8 or int4.')
+        elif zero_point.astype(np.int32).any():
+            problems.append(f'{name}: the zero point is not 0.')
+    return problems
+
+
+def _check_weight(graph: Graph, node: object) -> list[str]:
+    name, inputs, output = node.name, node.input, node.output[0]  # type: ignore[attr-defined]
+    if graph.constants[inputs[0]].dtype.name not in ('int8', 'int4'):
+        return [f'{name}: the weight is not int8 or int4.']
+    step = graph.constants[inputs[1]]
+    if step.ndim == 0:
+        return []
+    axis = attribute(node, 'axis', 1)  # type: ignore[arg-type]
+    return [
+        f'{name}: steps lie along axis {axis}, which is not that of the output channels of {reader.op_type}.'
+        for reader in graph.consumers(output)
+        if axis != WEIGHTED.get(reader.op_type, axis)
+    ]
