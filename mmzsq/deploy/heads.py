@@ -152,7 +152,7 @@ def decoder_of(head: Any) -> Decoder:
     Raises:
         UserError: If the head decodes in another way than those that are known.
     """
-    if hasattr(head, 'dense_predictions') and hasattr(head, 'selection'):
+    if hasattr(head, 'dense_predictions') and hasattr(head, 'post_processor'):
         return _decode_selected
     if isinstance(head, YOLOXHead):
         return _decode_yolox
@@ -178,11 +178,11 @@ def _decode_selected(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
 
     class Selection:
         @staticmethod
-        def select_batch(bboxes: Tensor, objectness: Tensor, classes: Tensor, *_: Any) -> list[Any]:
+        def process_batch(bboxes: Tensor, objectness: Tensor, classes: Tensor, *_: Any) -> list[Any]:
             captured.append((bboxes, objectness[..., None] * classes))
             return []
 
-    with patched(head, 'selection', Selection()):
+    with patched(head, 'post_processor', Selection()):
         head.predict_by_feat(*maps, batch_img_metas=[])
     return captured[0]
 

@@ -233,9 +233,11 @@ def select(
         meta: Of the image.
         rescale: Whether boxes refer to the original image.
     """
-    if hasattr(head, 'selection'):
+    if hasattr(head, 'post_processor'):
         certain = scores.new_ones(1, len(scores))
-        selected: InstanceData = head.selection.select_batch(boxes[None], certain, scores[None], [meta], rescale)[0]
+        selected: InstanceData = head.post_processor.process_batch(boxes[None], certain, scores[None], [meta], rescale)[
+            0
+        ]
         return selected
     cfg = copy.deepcopy(head.test_cfg)
     if isinstance(head, YOLOXHead):
