@@ -13,7 +13,7 @@ from mmzsq.deploy.fold import fold_batch_norms
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.lower import WeightUse, attach_weights, detach_weights, lower_activations, number_calls
 from mmzsq.deploy.markers import MarkedGraph
-from mmzsq.deploy.place import move_up, share
+from mmzsq.deploy.place import drop_repeated, move_down, move_up, share
 from mmzsq.errors import UserError
 
 INT4_OPSET = 21
@@ -57,8 +57,11 @@ def build(
     graph.fold_constants()
     uses = detach_weights(graph, marked.weights)
     fold_batch_norms(graph, uses)
+    drop_repeated(graph, marked.activations)
     share(graph, marked.activations)
-    move_up(graph, marked.activations)
+    if target == 'onnxruntime':
+        move_down(graph, marked.activations)
+    move_up(graph, marked.activations, target == 'onnxruntime')
     share(graph, marked.activations)
     int4_layers = attach_weights(graph, uses, int4)
     lower_activations(graph, marked.activations, target)

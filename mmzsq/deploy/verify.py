@@ -374,9 +374,9 @@ def _watching(detector: nn.Module, check: Callable[..., None]) -> Iterator[None]
         for name, module in detector.named_modules():
             if isinstance(module, QuantizedLayer):
                 stack.callback(module.input_quantizer.register_forward_pre_hook(remember(name)).remove)
-                stack.callback(module.register_forward_hook(finish(name)).remove)
+                stack.callback(module.register_forward_hook(finish(name), prepend=True).remove)
             elif isinstance(module, _BatchNorm):
-                stack.callback(module.register_forward_hook(normalize).remove)
+                stack.callback(module.register_forward_hook(normalize, prepend=True).remove)
         yield
         flush()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -59,11 +60,13 @@ class QuantizationReport:
     Args:
         model: The prepared model. Its steps are read when needed.
         layers: Layers in the order of ``named_modules``, then attention, then other parameters.
+        outputs: Name of the module that quantizes the output of a layer, by the name of the layer.
     """
 
-    def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
+    def __init__(self, model: nn.Module, layers: list[LayerReport], outputs: Mapping[str, str] | None = None) -> None:
         self.model: Any = model
         self.layers = layers
+        self.outputs = dict(outputs or {})
 
     @property
     def size_before(self) -> float:
@@ -113,6 +116,8 @@ class QuantizationReport:
             row = asdict(layer)
             if layer.quantized:
                 row['weight'], row['input'] = map(_describe, _quantizers_of(modules[layer.name]))
+            if layer.name in self.outputs:
+                row['output'] = _describe(cast(LSQ, modules[self.outputs[layer.name]].output_quantizer))
             layers.append(row)
         model = {
             'size_before_mb': self.size_before,
