@@ -199,6 +199,7 @@ def test_generate_builds_the_set_alone(call: Tool, recorded: list[Any]) -> None:
         (train, ['no_import.py'], 'not_a_package'),
         (train, ['student.py', '--cfg-options', 'zsq.quantiser.w_bits=4'], "'quantizer'"),
         (train, ['zero_shot.py', '--auto-scale-lr'], 'zsq.train.optimizer'),
+        (train, ['detector.py', '--cfg-options', 'runner_type=Foo'], 'Foo is not in the runner registry. Correct'),
         (train, ['detector.py', '--auto-scale-lr'], 'base_batch_size'),
         (test, ['detector.py', 'c.pth', '--out', 'results.json'], '*.pkl'),
         (test, ['detector.py', 'c.pth', '--show-dir', 'out'], 'default_hooks.visualization'),

@@ -73,13 +73,13 @@ else:
         NumBits | _LayerBits,
         BeforeValidator(_as_dict),
         AfterValidator(_to_bits),
-        Meaning('an integer from 2 to 8 or a dict of w_bits and a_bits'),
+        Meaning('an integer from 2 to 8, a dict of w_bits and a_bits'),
     ]
     OperandBits = Annotated[
         NumBits | _OperandBits,
         BeforeValidator(_as_dict),
         AfterValidator(_to_attention_bits),
-        Meaning('an integer from 2 to 8 or a dict of operand_bits and probability_bits'),
+        Meaning('an integer from 2 to 8, a dict of operand_bits and probability_bits'),
     ]
 
 Patterns = Annotated[
@@ -89,9 +89,10 @@ Patterns = Annotated[
 ]
 Scope = Annotated[
     tuple[str, ...],
+    Field(min_length=1),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     FromList,
-    Meaning('a module pattern or a list of module patterns'),
+    Meaning('a module pattern, a list of module patterns'),
 ]
 Candidates = Annotated[
     tuple[NumBits, ...],

@@ -124,7 +124,8 @@ class SynthesisConfig(TypedSection):
             )
         for name in ('relabel', 'refine'):
             stages = getattr(self, name)
-            for stage in stages if isinstance(stages, list) else [stages]:
+            for index, stage in enumerate(stages if isinstance(stages, list) else [stages]):
                 if stage is not None and not iterations_allowed(name, stage):
-                    raise failure(f'{{where}}.{name}.{NO_ITERATIONS}')
+                    position = f'[{index}]' if isinstance(stages, list) else ''
+                    raise failure(f'{{where}}.{name}{position}.{NO_ITERATIONS}')
         return self

@@ -336,6 +336,70 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(quantizer=dict(w_bits='four')), "zsq.quantizer.w_bits is 'four', but must be an integer from 2 to 8"),
         (dict(quantizer=dict(a_bits=None)), 'zsq.quantizer.a_bits is None, but must be an integer from 2 to 8'),
         (dict(teacher=5), 'zsq.teacher is 5, but must be a string or None'),
+        (dict(preset=['paper']), r"zsq.preset is \['paper'\], but must be one of"),
+        (dict(presets='paper'), "zsq.presets is 'paper', but must be a dict"),
+        (dict(presets=dict(default=dict(train=5))), 'zsq.presets.default.train is 5, but must be a dict'),
+        (dict(quantizer={1: 2}), 'zsq.quantizer has the key 1, but keys must be strings'),
+        (dict(train={(1, 2): 3}), r'zsq.train has the key \(1, 2\), but keys must be strings'),
+        (dict(quantizer=dict(overrides={1: 2})), 'zsq.quantizer.overrides has the key 1, but keys must be strings'),
+        (dict(quantizer=dict(scope=[])), r'zsq.quantizer.scope is \[\], but must be a module pattern'),
+        (
+            dict(quantizer=dict(weight=dict(narrow=5))),
+            'zsq.quantizer.weight.narrow is 5, but must be True, False or None',
+        ),
+        (
+            dict(synthesis=dict(refine=[dict(image_size=64, iterations=1), dict(image_size=64, iterations=0)])),
+            r'zsq.synthesis.refine\[1\].iterations is 0',
+        ),
+        (
+            dict(train=dict(optimizer=dict(type=5, lr=1e-3))),
+            'zsq.train.optimizer.type is 5, but must be a registered optimizer',
+        ),
+        (dict(label_sampler=dict(type=5)), 'zsq.label_sampler.type is 5, which is not a registered label sampler'),
+        (
+            dict(label_sampler=dict(start=dict(num_boxes=(5, 1)))),
+            'zsq.label_sampler.start: MultiBoxSampler: num_boxes must be two numbers',
+        ),
+        (
+            dict(label_sampler=dict(type='mmzsq.RealLabelSampler', ann_file=5)),
+            'zsq.label_sampler: RealLabelSampler: ann_file must be a path',
+        ),
+        (
+            dict(synthesis=dict(priors=[dict(type='mmzsq.TotalVariationPrior', weight=float('nan'))])),
+            r'zsq.synthesis.priors\[0\]: TotalVariationPrior: weight must be a number of at least 0, got nan',
+        ),
+        (
+            dict(synthesis=dict(priors=[dict(type='mmzsq.BNStatisticsPrior', first_weight='x')])),
+            r"zsq.synthesis.priors\[0\]: BNStatisticsPrior: first_weight must be a number of at least 0, got 'x'",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmdet.FocalLoss')])),
+            "'mmdet.FocalLoss', which is not a registered DistillationLoss. Registered: mmzsq.DensePredictionLoss",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionKLLoss', tau=0)])),
+            r'zsq.distillation.losses\[0\]: PredictionKLLoss: tau must be above 0',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionKLLoss', heads=[5])])),
+            'PredictionKLLoss: heads must be a module pattern',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.FeatureMSELoss', modules=[])])),
+            'FeatureMSELoss: modules must be a module pattern',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.FeatureMSELoss', normalize='no')])),
+            "FeatureMSELoss: normalize must be True or False, got 'no'",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionLoss', loss_weight=None)])),
+            'PredictionLoss: loss_weight must be a number of at least 0, got None',
+        ),
+        (
+            dict(calibration_set=dict(real=dict(type='CocoDataset', pipeline=[dict()]))),
+            'zsq.calibration_set.real.pipeline is .*, but must be a list of dicts with a type',
+        ),
     ],
 )
 def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
@@ -347,6 +411,26 @@ def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], me
 def test_a_section_that_is_no_dict_is_refused(user: Config, section: Any) -> None:
     user.zsq = section
     with pytest.raises(UserError, match='zsq is .*, but must be a dict'):
+        compose(user)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(model=5), 'model is 5, but must be a dict'),
+        (dict(default_hooks=dict(checkpoint=5)), 'default_hooks.checkpoint is 5, but must be a dict or None'),
+        (dict(custom_hooks=[None]), 'custom_hooks must be a list of dicts with a type, but holds None'),
+        (dict(custom_hooks=[dict()]), 'custom_hooks must be a list of dicts with a type, but holds {}'),
+        (dict(val_dataloader=5), 'val_dataloader is 5, but must be a dict'),
+        (dict(randomness=dict(seed=-1)), 'randomness.seed is -1, but must be an integer from 0'),
+        (dict(randomness=dict(seed='x')), "randomness.seed is 'x', but must be an integer from 0"),
+    ],
+)
+def test_a_mistake_beside_the_section_is_named(user: Config, changes: dict[str, Any], message: str) -> None:
+    for key, value in changes.items():
+        user.pop(key, None)
+        user[key] = value
+    with pytest.raises(UserError, match=message):
         compose(user)
 
 

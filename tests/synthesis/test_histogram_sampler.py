@@ -125,7 +125,7 @@ def test_an_adaptive_sampler_may_start_in_distribution() -> None:
         (dict(size_histogram=[float('nan')]), 'size_histogram must be a list of weights'),
         (dict(ratio=(2.0, 0.5)), 'ratio must be two numbers'),
         (dict(ratio=(0, 2.0)), 'ratio must start above 0'),
-        (dict(ratio=(1.0, float('inf'))), 'ratio must start above 0 and be finite'),
+        (dict(ratio=(1.0, float('inf'))), 'ratio must be two numbers'),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
