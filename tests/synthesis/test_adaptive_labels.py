@@ -104,7 +104,7 @@ def test_suppression_keeps_the_best_of_one_class_and_one_of_each_class():
     assert len(relabel(labels_of(A), one_class, nms_iou=0.9)[0]) == 3
 
 
-def test_suppression_tells_many_classes_apart_without_losing_precision():
+def test_suppression_separates_many_classes_without_losing_precision():
     # In fp32, the offset of class 999,999 is a multiple of 8 pixels, and rounds boxes to such.
     rows = [(40.0 + shift, 40.0, 60.0 + shift, 60.0) for shift in range(0, 40, 6)]  # IoU 0.54
     predictions = predictions_of(*[(row, 0.9, 999_999) for row in rows])
