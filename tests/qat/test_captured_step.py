@@ -64,8 +64,8 @@ def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
         model.init_weights()
         torch.manual_seed(1)
         with torch.no_grad():
-            # A student equal to its teacher learns from rounding noise: changing its weights by 1e-6 changes the loss by
-            # 10 %. From here on, by 1 %.
+            # A student equal to its teacher learns from rounding noise: a change of 1e-6 in its weights changes the
+            # loss by 10 %. From here on, by 1 %.
             for weight in model.student.parameters():
                 weight.mul_(1 + 0.3 * torch.randn_like(weight))
         with torch.no_grad(), calibrating(model.eval().student):
