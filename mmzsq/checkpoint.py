@@ -44,6 +44,9 @@ SAFE_LOADING: bool = digit_version(torch.__version__) >= digit_version('2.6')
 
 _mmengine_load_from_local = mmengine_checkpoint.load_from_local
 
+PATH_OPTION = '--cfg-options load_from=PATH (zsq.teacher=PATH if the config sets zsq.teacher)'
+"""Option that names another checkpoint, for error messages."""
+
 
 def register_checkpoint_loaders() -> None:
     """Make MMEngine read local files, URLs and ``mmzsq://NAME`` with the loaders of this module."""
@@ -69,8 +72,8 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     path = Path(filename).expanduser()
     if not path.is_file():
         raise UserError(
-            f'checkpoint {filename} does not exist. Set the path with --cfg-options load_from=PATH, or check the path '
-            'on the command line.'
+            f'checkpoint {filename} does not exist. Set the path with {PATH_OPTION}, or check the path on the command '
+            'line.'
         )
     if path.suffix == '.safetensors':
         return load_safetensors(path, map_location)
@@ -131,7 +134,7 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
         except (OSError, HTTPException) as error:
             raise UserError(
                 f'cannot download {filename} ({error}). Download it by other means and set its path with '
-                f'--cfg-options load_from=PATH, or copy it to {path}.'
+                f'{PATH_OPTION}, or copy it to {path}.'
             ) from error
     barrier()
     return load_from_local(str(path), map_location)

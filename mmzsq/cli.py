@@ -62,7 +62,8 @@ class _Settings(DictAction):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         for value in values:
-            if '=' not in value:
+            name, equals, _ = value.partition('=')
+            if not equals or not all(name.split('.')):
                 parser.error(f'--cfg-options {value}: write each setting as KEY=VALUE, such as zsq.train.max_epochs=10')
         try:
             super().__call__(parser, namespace, values, option_string)
@@ -126,11 +127,21 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that ``runner_type`` names, or MMEngine's own."""
+    """Build the runner that ``runner_type`` names, or MMEngine's own.
+
+    Raises:
+        UserError: If the config names a class that is not registered.
+    """
     setup_cache_size_limit_of_dynamo()
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_processes_on_cpu(cfg)
-    return RUNNERS.build(cfg)
+    try:
+        return RUNNERS.build(cfg)
+    except KeyError as error:
+        text, separator, _ = str(error.args[0]).partition(' Please check whether')
+        if not separator:
+            raise
+        raise UserError(f'{text} Correct the name, or import its module by custom_imports in the config.') from error
 
 
 def run(main: Callable[[], None]) -> None:

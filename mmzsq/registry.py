@@ -57,24 +57,40 @@ def resolve_class(registry: Registry, kind: Any) -> Any:
     return registry.get(kind) if isinstance(kind, str) else kind
 
 
-def build_part(registry: Registry, cfg: Mapping[str, Any], where: str) -> Any:
+def build_part(registry: Registry, cfg: Any, where: str, base: type = object) -> Any:
     """Build a registered part from its config section.
 
     Args:
         registry: Registry that contains the class.
         cfg: ``type`` and the arguments of the class.
         where: Name of the section in messages, for example ``'zsq.label_sampler'``.
+        base: Class that the part must be derived from, where the registry also holds other classes.
 
     Raises:
-        UserError: If the type is missing or unknown, or if the class does not accept an argument.
+        UserError: If the type is missing or unknown, or if the class does not accept an argument. The message names the
+            section.
     """
     if not isinstance(cfg, Mapping):
         raise UserError(f'{where} is {cfg!r}, but must be a dict with a type.')
     arguments = dict(cfg)
     name = arguments.pop('type', None)
-    part = resolve_class(registry, name)
-    if part is None:
-        known = ', '.join(f'{SCOPE}.{key}' for key in sorted(registry.module_dict))
-        raise UserError(f'{where}.type is {name!r}, which is not a registered {registry.name}. Registered: {known}.')
-    check_keys(arguments, inspect.signature(part).parameters, where)
-    return part(**arguments)
+    part = resolve_class(registry, name) if name else None
+    if not inspect.isclass(part) or not issubclass(part, base):
+        known = [f'{SCOPE}.{key}' for key, entry in sorted(registry.module_dict.items()) if issubclass(entry, base)]
+        kind = registry.name if base is object else base.__name__
+        raise UserError(f'{where}.type is {name!r}, which is not a registered {kind}. Registered: {", ".join(known)}.')
+    parameters = inspect.signature(part).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_keys(arguments, parameters, where)
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments and not _is_variadic(parameter):
+            raise UserError(f'{where} lacks {parameter.name}, which {part.__name__} requires.')
+    try:
+        return part(**arguments)
+    except UserError as error:
+        # Parts name their class and the argument, and parts within parts their section.
+        raise (error if str(error).startswith(where) else UserError(f'{where}: {error}')) from error.__cause__
+
+
+def _is_variadic(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

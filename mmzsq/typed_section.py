@@ -162,7 +162,10 @@ def nearest(word: Any, known: Sequence[str], cutoff: float = 0.4) -> str:
 def _alternatives(annotation: Any) -> list[str]:
     texts: list[str] = []
     for part in get_args(annotation):
-        texts += [repr(value) for value in get_args(part)] if get_origin(part) is Literal else [describe(part)]
+        if get_origin(part) is Literal:
+            texts += [repr(value) for value in get_args(part)]
+        else:
+            texts += ['True', 'False'] if part is bool else [describe(part)]
     return list(dict.fromkeys(texts))
 
 
@@ -207,6 +210,9 @@ def _message(cls: type[TypedSection], section: Any, where: str, error: Validatio
             check_keys({place.key: None}, list(place.owner.model_fields), place.parent)
         except UserError as unknown:
             return str(unknown)
+    if detail['type'] == 'invalid_key' or detail['loc'][-1:] == ('[key]',):
+        found = place.key == detail['input']
+        return f'{place.parent if found else place.path} has the key {detail["input"]!r}, but keys must be strings.'
     if detail['type'] == 'missing' and detail['loc'][-1] == place.key:
         return f'{place.parent} lacks {place.key}.'
     if detail['type'] == 'section':

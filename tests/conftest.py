@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-# Before numpy and torch are imported: tiny tensors lose time to thread pools.
+# Set before numpy and torch are imported: thread pools slow down tiny tensors.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
@@ -35,7 +35,7 @@ def repo() -> Path:
 
 @pytest.fixture(scope='session')
 def shared() -> Path:
-    """Folder beside the source tree with real data and weights; skips where there is none."""
+    """Folder beside the source tree with real data and weights; skips the test if it is missing."""
     path = REPO.parent / 'shared'
     if not (path / 'data').is_dir():
         pytest.skip(f'no real data: {path} does not exist')
@@ -59,7 +59,7 @@ def wheel(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the content of the wheel, as in site-packages: to be put on PYTHONPATH."""
+    """Folder with the content of the wheel, as in site-packages, for PYTHONPATH."""
     folder = tmp_path_factory.mktemp('site')
     with ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -140,7 +140,7 @@ def tiny_cfg() -> Callable[[str], Any]:
 
 @pytest.fixture
 def zero_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are built without drawing their weights, which takes most of the time."""
+    """Build layers without initializing their weights, which takes most of the time."""
     from mmcv.cnn import ConvModule
 
     def zero(layer: Any) -> None:
@@ -159,7 +159,7 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``cuda`` where there is no device."""
+    """Skip tests marked ``cuda`` without a device."""
     if torch.cuda.is_available():
         return
     for item in items:

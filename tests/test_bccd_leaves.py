@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves of blood cells: one recipe per detector at every bit width, and what it is compared with."""
+"""The leaves of blood cells: one recipe per detector at every bit width, and its comparisons."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_leaf_is_the_teachers_config_with_our_bits(detector: str) -> None:
         cfg = compose(leaf(f'{detector}_{bits}'))
         assert f'w{cfg.zsq.quantizer.w_bits}a{cfg.zsq.quantizer.a_bits}' == bits
         assert cfg.model.detector == teacher.model
-        # Where tools/train.py puts the teacher's last checkpoint.
+        # The path of the teacher's last checkpoint by tools/train.py.
         assert cfg.load_from == f'work_dirs/{detector}/epoch_{epochs}.pth'
         assert teacher.default_hooks.checkpoint.interval == epochs
         for key in ('val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator'):
@@ -57,14 +57,14 @@ def test_a_leaf_is_the_teachers_config_with_our_bits(detector: str) -> None:
 
 
 @pytest.mark.parametrize('detector', DETECTORS)
-def test_a_comparison_differs_in_nothing_but_what_it_is_named_after(detector: str) -> None:
+def test_a_comparison_differs_in_the_setting_of_its_name_only(detector: str) -> None:
     teacher = Config.fromfile(CONFIGS / f'{detector}.py')
     for bits in BITS:
         ours = compose(leaf(f'{detector}_{bits}'))
         for kind in KINDS:
             cfg = compose(leaf(f'{detector}_{bits}{kind}'))
             dataset = cfg.train_dataloader.dataset
-            # The images and labels that the teacher learnt from, read without augmentation.
+            # The images and labels that the teacher learned from, without augmentation.
             assert {**dataset, 'pipeline': None} == {**teacher.train_dataloader.dataset, 'pipeline': None}
             kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
             assert [step.type for step in dataset.pipeline] == kinds

@@ -81,7 +81,7 @@ def test_a_truncated_file_is_reported(tmp_path: Path, suffix: str, share: float)
 
 
 def test_a_missing_file_is_reported() -> None:
-    with pytest.raises(UserError, match=r'nowhere\.pth does not exist'):
+    with pytest.raises(UserError, match=r'nowhere\.pth does not exist.* load_from=PATH \(zsq.teacher=PATH if'):
         load('nowhere.pth')
 
 

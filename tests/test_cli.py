@@ -32,7 +32,7 @@ Tool = Callable[..., None]
 
 
 class Recording:
-    """A runner that records what the tools ask of it."""
+    """A runner that records the calls of the tools."""
 
     calls: list[tuple[str, Config]] = []
 
@@ -94,7 +94,7 @@ def test_amp_and_work_dir_reach_a_detector(call: Tool, recorded: list[Any]) -> N
     assert (cfg.work_dir, cfg.launcher) == ('elsewhere', 'slurm')
 
 
-def test_resume_goes_on_from_the_last_or_a_given_checkpoint(call: Tool, recorded: list[Any]) -> None:
+def test_resume_continues_from_the_last_or_a_given_checkpoint(call: Tool, recorded: list[Any]) -> None:
     call(train, 'detector.py', '--resume')
     call(train, 'detector.py', '--resume', 'epoch_1.pth')
     call(train, 'detector.py')
@@ -105,9 +105,7 @@ def test_resume_goes_on_from_the_last_or_a_given_checkpoint(call: Tool, recorded
     ]
 
 
-def test_load_from_becomes_the_teacher_where_another_checkpoint_is_resumed_or_tested(
-    call: Tool, recorded: list[Any]
-) -> None:
+def test_load_from_becomes_the_teacher_if_another_checkpoint_is_loaded(call: Tool, recorded: list[Any]) -> None:
     options = ('--cfg-options', 'load_from=mine.pth')
     call(train, 'zero_shot.py', '--resume', *options)
     call(train, 'zero_shot.py', '--resume', 'epoch_1.pth', *options)
@@ -155,7 +153,7 @@ def test_a_config_without_a_model_is_refused(call: Tool, folder: Path, capsys: p
         (dict(type='MMFullyShardedDataParallel'), dict(type='MMFullyShardedDataParallel')),
     ],
 )
-def test_processes_without_a_gpu_give_ddp_no_device_and_other_wrappers_what_they_had(
+def test_without_a_gpu_ddp_gets_no_device_and_other_wrappers_are_unchanged(
     wrapper: dict[str, Any] | None,
     on_cpu: dict[str, Any],
     call: Tool,
@@ -183,7 +181,7 @@ def test_test_evaluates_the_checkpoint(call: Tool, recorded: list[Any]) -> None:
     assert (name, cfg.load_from, cfg.resume) == ('test', 'student.pth', False)
 
 
-def test_generate_builds_the_set_alone(call: Tool, recorded: list[Any]) -> None:
+def test_generate_makes_the_set_only(call: Tool, recorded: list[Any]) -> None:
     call(generate, 'zero_shot.py')
     assert [name for name, _ in recorded] == ['generate']
 
@@ -199,6 +197,7 @@ def test_generate_builds_the_set_alone(call: Tool, recorded: list[Any]) -> None:
         (train, ['no_import.py'], 'not_a_package'),
         (train, ['student.py', '--cfg-options', 'zsq.quantiser.w_bits=4'], "'quantizer'"),
         (train, ['zero_shot.py', '--auto-scale-lr'], 'zsq.train.optimizer'),
+        (train, ['detector.py', '--cfg-options', 'runner_type=Foo'], 'Foo is not in the runner registry. Correct'),
         (train, ['detector.py', '--auto-scale-lr'], 'base_batch_size'),
         (test, ['detector.py', 'c.pth', '--out', 'results.json'], '*.pkl'),
         (test, ['detector.py', 'c.pth', '--show-dir', 'out'], 'default_hooks.visualization'),
@@ -251,7 +250,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
     )
 
 
-def test_results_go_where_they_are_asked_for_though_no_such_folder_is_there(
+def test_json_is_written_to_a_new_folder_or_to_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / 'results' / 'benchmarks' / 'one.json'
@@ -281,7 +280,7 @@ def test_print_config_prints_a_config_that_runs(folder: Path, repo: Path) -> Non
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Path:
-    """Folder with commands that print their arguments, one a line."""
+    """Folder with commands that print their arguments, one per line."""
     for name in ('python', 'srun'):
         command = tmp_path / name
         command.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
@@ -313,7 +312,7 @@ def test_dist_scripts_start_any_number_of_nodes(
     ('script', 'told_first'),
     [('slurm_train.sh', ['c.py', '--work-dir', 'last']), ('slurm_test.sh', ['c.py', 'last'])],
 )
-def test_slurm_scripts_start_what_srun_gives(script: str, told_first: list[str], fake: Path, repo: Path) -> None:
+def test_slurm_scripts_start_the_processes_of_srun(script: str, told_first: list[str], fake: Path, repo: Path) -> None:
     env = {'PATH': f'{fake}:{os.environ["PATH"]}', 'GPUS': '16', 'SRUN_ARGS': '--qos=high --mem=0'}
     result = run(repo / 'tools' / script, 'part', 'job', 'c.py', 'last', '--amp', cwd=fake, **env)
     told = result.stdout.splitlines()
@@ -325,7 +324,7 @@ def test_slurm_scripts_start_what_srun_gives(script: str, told_first: list[str],
     'script',
     ['dist_train.sh', 'dist_test.sh', 'dist_generate.sh', 'slurm_train.sh', 'slurm_test.sh'],
 )
-def test_scripts_tell_their_usage(script: str, repo: Path) -> None:
+def test_scripts_print_their_usage(script: str, repo: Path) -> None:
     result = run(repo / 'tools' / script, 'one', cwd=repo)
     assert result.returncode == 2
     assert 'usage: ' in result.stderr

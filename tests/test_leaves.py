@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves in configs/zsq: a detector's own config, the checkpoint it is published with, our bits."""
+"""The leaves in configs/zsq: a detector's published config and checkpoint with quantization added."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _origin(detector: str) -> Config:
 
 
 def _without_scope(node: Any) -> Any:
-    """MMEngine notes in every dict of a base where the base was found."""
+    """MMEngine records in every dict of a base where the base was found."""
     if isinstance(node, dict):
         return {key: _without_scope(value) for key, value in node.items() if key != '_scope_'}
     return [_without_scope(value) for value in node] if isinstance(node, (list, tuple)) else node
@@ -96,7 +96,7 @@ def test_all_rows_have_a_leaf() -> None:
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_every_leaf_composes_and_builds_what_its_name_says(name: str, zero_weights: None) -> None:
+def test_every_leaf_composes_and_matches_its_name(name: str, zero_weights: None) -> None:
     """All layers are quantized, the first and the last with 8 bits."""
     detector, bits = name.rsplit('_', 1)
     cfg = compose(_leaf(name))
@@ -107,7 +107,7 @@ def test_every_leaf_composes_and_builds_what_its_name_says(name: str, zero_weigh
         assert cfg.model.detector == Config.fromfile(CONFIGS / OWN[detector]).model
     rows = MODELS.build(cfg.model).report.layers
     layers = [row for row in rows if row.quantized]
-    # They are added to what attention has multiplied.
+    # They are added to the attention scores, not multiplied.
     assert all(row.name.endswith('.relative_position_bias_table') for row in rows if not row.quantized)
     assert {(layer.w_bits, layer.a_bits) for layer in layers if not layer.role} == {(w_bits, a_bits)}
     assert {(layer.w_bits, layer.a_bits) for layer in layers if layer.role} == {(8, 8)}
@@ -115,7 +115,7 @@ def test_every_leaf_composes_and_builds_what_its_name_says(name: str, zero_weigh
 
 @pytest.mark.parametrize('detector', ORIGINS)
 def test_a_leaf_is_mmdets_config_with_our_bits(detector: str) -> None:
-    """The model, the validation and the data are mmdet's to the letter."""
+    """The model, the validation and the data are exactly MMDetection's."""
     origin = _origin(detector)
     for bits in BITS[detector]:
         cfg = compose(_leaf(f'{detector}_{bits}'))
@@ -147,7 +147,7 @@ def test_the_teacher_is_the_one_that_mmdet_publishes_for_this_config(detector: s
 
 
 @pytest.mark.parametrize('detector', [name for name in OWN if 'shapes' not in name])
-def test_the_teacher_is_the_file_that_the_converter_is_told_to_write(detector: str) -> None:
+def test_the_teacher_is_the_file_that_the_converter_writes(detector: str) -> None:
     files = {_leaf(f'{detector}_{bits}').load_from for bits in BITS[detector]}
     assert files == {f'checkpoints/{detector.replace("-", "")}.safetensors'}
 
@@ -177,7 +177,7 @@ def test_the_voc_leaf_has_vocs_classes_data_and_metric(zero_weights: None) -> No
 
 
 def test_a_checkpoint_of_stock_mmdet_starts_teacher_and_student(tmp_path: Path, zero_weights: None) -> None:
-    """The named command's detector; backbone weights that its config names are not fetched."""
+    """The detector of the named command, without downloading the backbone weights of its config."""
     origin = _origin('mask-rcnn_swin-t')
     assert origin.model.backbone.init_cfg.checkpoint.startswith('https://')
     stock = MODELS.build(origin.model)
@@ -198,8 +198,8 @@ def test_a_checkpoint_of_stock_mmdet_starts_teacher_and_student(tmp_path: Path, 
         assert torch.equal(student[name], value)
 
 
-def test_without_network_and_teacher_one_message_says_what_to_do(tmp_path: Path, zero_weights: None) -> None:
-    """Which file, and how to give it."""
+def test_without_network_and_teacher_one_message_states_the_fix(tmp_path: Path, zero_weights: None) -> None:
+    """The message names the file and how to provide it."""
     cfg = _leaf(SWIN_T)
     model: ZeroShotDetector = MODELS.build(compose(cfg).model)
     with pytest.raises(UserError) as told:

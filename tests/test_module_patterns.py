@@ -95,7 +95,7 @@ def test_a_pattern_without_a_match_is_an_error_with_a_suggestion(pattern: str, m
         select_modules(Detector(), [pattern])
 
 
-def test_quantizer_and_distillation_speak_the_same_language() -> None:
+def test_quantizer_and_distillation_share_one_pattern_syntax() -> None:
     """The quantizer takes every layer inside, a loss the outputs of the modules themselves."""
     detector = Detector()
     assert FeatureMSELoss([r're:backbone\.layer\d+']).taps(detector) == ['backbone.layer1', 'backbone.layer10']

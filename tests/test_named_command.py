@@ -64,7 +64,7 @@ def command(repo: Path, tmp_path: Path) -> Command:
 
 
 def save_teacher(path: Path, classes: tuple[str, ...], *changes: str) -> None:
-    """Random weights that see the first class everywhere: AP without any detection would be no number."""
+    """Random weights that detect the first class everywhere, because AP without any detection is NaN."""
     register_all_modules()
     cfg = Config.fromfile(STOCK)
     cfg.merge_from_dict(options_of(changes))
@@ -78,7 +78,7 @@ def options_of(changes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_results(folder: Path, images: int) -> dict[str, Any]:
-    """Box and mask AP of all three rows, and a set with masks, made without a download."""
+    """All three rows have box and mask AP, and the set has masks, without a download."""
     results = json.loads((folder / 'out' / 'results.json').read_text())
     assert results['evaluation_images'] == images
     assert set(results['metrics']) == {'float', 'ptq', 'zero_shot'}
@@ -115,12 +115,12 @@ def test_it_ends_with_box_and_mask_ap(command: Command, shared: Path, tmp_path: 
     report = json.loads((tmp_path / 'out' / 'quantization_report.json').read_text())['layers']
     quantized = [layer for layer in report if 'weight' in layer]
     assert len(quantized) == 73
-    # Swin's twelve tables of relative positions, added to scores and not multiplied, stay float.
+    # Swin's twelve tables of relative positions stay float: they are added, not multiplied.
     assert len(report) == 73 + 12
 
 
-def test_it_takes_other_data_and_a_teacher_of_three_classes(command: Command, shared: Path, tmp_path: Path) -> None:
-    """Blood cells, by options alone."""
+def test_it_accepts_other_data_and_a_teacher_of_three_classes(command: Command, shared: Path, tmp_path: Path) -> None:
+    """Blood cells, selected by options only."""
     bccd = shared / 'data' / 'bccd'
     names = (bccd / 'ImageSets' / 'Main' / 'test.txt').read_text().split()[:1]
     images = [dict(id=0, file_name=f'{names[0]}.jpg', width=640, height=480)]
@@ -146,7 +146,7 @@ def test_it_takes_other_data_and_a_teacher_of_three_classes(command: Command, sh
     assert set(results['calibration_set']['statistics']['classes']) == set(CELLS)
 
 
-def test_without_network_and_teacher_it_says_which_file_it_wants(command: Command, repo: Path) -> None:
+def test_without_network_and_teacher_the_message_names_the_file(command: Command, repo: Path) -> None:
     start = time.monotonic()
     result = command(*SMALLER)
     assert result.returncode == 2

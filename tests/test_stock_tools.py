@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole flow from outside the source tree: by MMDetection's own tools, and in two processes."""
+"""Whole runs outside the source tree: with MMDetection's own tools, and in two processes."""
 
 from __future__ import annotations
 

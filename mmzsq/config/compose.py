@@ -23,9 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
+from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
 from mmzsq.registry import LABEL_SAMPLERS, MODELS, PRIORS, build_part, resolve_class
-from mmzsq.typed_section import describe, nearest
+from mmzsq.typed_section import describe, nearest, section_classes
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
 
@@ -74,15 +75,25 @@ def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqS
         raise UserError(f'zsq is {zsq!r}, but must be a dict. zsq = dict() takes all values of the preset.')
     check_keys(zsq, ('presets', 'composed', *ZsqSection.model_fields), 'zsq')
     preset = _preset_name(zsq.get('preset', 'default'), 'zsq.preset')
-    of_presets = zsq.get('presets') or {}
+    of_presets = zsq.get('presets')
+    if of_presets is None:
+        of_presets = {}
+    if not isinstance(of_presets, Mapping):
+        raise UserError(f'zsq.presets is {of_presets!r}, but must be a dict ({", ".join(PRESETS)}) or None.')
     check_keys(of_presets, PRESETS, 'zsq.presets')
-    changes = of_presets.get(preset) or {}
+    changes = of_presets.get(preset)
+    if changes is None:
+        changes = {}
     source = preset
     if isinstance(changes, str):
         source, changes = _preset_name(changes, f'zsq.presets.{preset}'), {}
     elif not isinstance(changes, Mapping):
         raise UserError(f'zsq.presets.{preset} is {changes!r}, but must be {describe(PresetChanges)}.')
     check_keys(changes, ZsqSection.model_fields, f'zsq.presets.{preset}')
+    for key, value in changes.items():
+        # Otherwise the value would replace a whole section, and the message would not name zsq.presets.
+        if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
+            raise UserError(f'zsq.presets.{preset}.{key} is {value!r}, but must be a dict.')
     user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
     defaults = preset_section(source, merge(changes, user), two_stages_on_batch_norm(model or {}))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))
@@ -90,10 +101,10 @@ def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqS
 
 
 def _preset_name(name: Any, where: str) -> str:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         known = ', '.join(map(repr, PRESETS))
         raise UserError(f'{where} is {name!r}, but must be one of {known}.{nearest(name, list(PRESETS))}')
-    return str(name)
+    return name
 
 
 def check_parts(section: Mapping[str, Any]) -> None:
@@ -111,10 +122,10 @@ def check_parts(section: Mapping[str, Any]) -> None:
     for index, prior in enumerate(section['synthesis']['priors']):
         build_part(PRIORS, prior, f'zsq.synthesis.priors[{index}]')
     for index, loss in enumerate(section['distillation']['losses']):
-        build_part(MODELS, loss, f'zsq.distillation.losses[{index}]')
+        build_part(MODELS, loss, f'zsq.distillation.losses[{index}]', DistillationLoss)
     optimizer = section['train']['optimizer']['type']
-    if resolve_class(OPTIMIZERS, optimizer) is None:
-        hint = nearest(optimizer, sorted(OPTIMIZERS.module_dict))
+    if not inspect.isclass(resolve_class(OPTIMIZERS, optimizer) if optimizer else None):
+        hint = nearest(optimizer, sorted(OPTIMIZERS.module_dict)) if isinstance(optimizer, str) else ''
         raise UserError(f'zsq.train.optimizer.type is {optimizer!r}, but must be a registered optimizer.{hint}')
 
 
@@ -140,6 +151,7 @@ def compose(cfg: Config) -> Config:
     if isinstance(zsq, Mapping) and zsq.get('composed'):
         _check_unchanged(zsq)
         return cfg
+    _check_other_sections(cfg)
     section, plain = read_section(zsq, cfg.model)
     check_parts(plain)
     # With `resume`, `load_from` is a checkpoint to go on from.
@@ -189,6 +201,23 @@ def compose(cfg: Config) -> Config:
     cfg.randomness.setdefault('diff_rank_seed', True)
     cfg.train_dataloader.sampler.seed = cfg.randomness.seed
     return cfg
+
+
+def _check_other_sections(cfg: Config) -> None:
+    """Check the form of the sections outside of ``zsq`` that :func:`compose` reads."""
+    for key in ('model', 'randomness', 'default_hooks', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(key) is not None and not isinstance(cfg[key], Mapping):
+            raise UserError(f'{key} is {cfg[key]!r}, but must be a dict.')
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        if hook is not None and not isinstance(hook, Mapping):
+            raise UserError(f'default_hooks.{name} is {hook!r}, but must be a dict or None.')
+    hooks = cfg.get('custom_hooks') or []
+    for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
+        if not isinstance(hook, Mapping) or 'type' not in hook:
+            raise UserError(f'custom_hooks must be a list of dicts with a type, but holds {hook!r}.')
+    seed = (cfg.get('randomness') or {}).get('seed')
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise UserError(f'randomness.seed is {seed!r}, but must be an integer from 0 to {2**32 - 1} or None.')
 
 
 def _digest(section: Mapping[str, Any]) -> str:
@@ -256,10 +285,15 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
     )
     real = plain['calibration_set']['real']
     if real is not None:
+        own_pipeline = real.get('pipeline') or []
+        if not isinstance(own_pipeline, (list, tuple)) or not all(
+            isinstance(step, Mapping) and 'type' in step for step in own_pipeline
+        ):
+            raise UserError(
+                f'zsq.calibration_set.real.pipeline is {own_pipeline!r}, but must be a list of dicts with a type.'
+            )
         # Bitmaps or polygons, as the detector's own training reads them.
-        own: Mapping[str, Any] = next(
-            (step for step in real.get('pipeline', []) if 'LoadAnnotations' in str(step['type'])), {}
-        )
+        own: Mapping[str, Any] = next((step for step in own_pipeline if 'LoadAnnotations' in str(step['type'])), {})
         if 'poly2mask' in own:
             annotations['poly2mask'] = own['poly2mask']
         dataset = dict(real, pipeline=real_pipeline(cfg, annotations))

@@ -51,7 +51,7 @@ class CalibrationSetConfig(TypedSection):
     num_images: Positive
     """Number of images."""
     batch_size: Positive
-    """Images optimized together where a stage of ``zsq.synthesis`` does not say."""
+    """Images optimized together in stages of ``zsq.synthesis`` without a ``batch_size``."""
     seed: Seed
     """Seed of the set, and of the run if the config has no ``randomness.seed``."""
     real: Settings | None
@@ -64,7 +64,7 @@ class OptimizerConfig(TypedSection):
     model_config = ConfigDict(extra='allow')
 
     type: Type
-    """Class of the optimizer in MMEngine's registry: any of ``torch.optim``."""
+    """Name of the optimizer in MMEngine's registry, which holds all of ``torch.optim``."""
     lr: PositiveFloat
     """Learning rate of weights."""
 
@@ -73,7 +73,7 @@ class OptimizerConfig(TypedSection):
     def _check_lr(cls, section: Any) -> Any:
         if isinstance(section, dict) and section.get('lr') is None:
             raise failure(
-                "{where} has no lr. An optimizer of another type than the preset's takes none of its settings: set "
+                '{where} has no lr. An optimizer of another type does not inherit the settings of the preset: set '
                 '{where}.lr too.'
             )
         return section
@@ -87,15 +87,15 @@ class TrainConfig(TypedSection):
     batch_size: Positive
     """Images in a batch of one process."""
     accumulate: Positive
-    """Batches whose gradients are added up for one step of the optimizer."""
+    """Batches whose gradients are accumulated for one optimizer step."""
     num_workers: NonNegative
     """Processes that load images, for each training process."""
     optimizer: OptimizerConfig
     """The optimizer."""
     step_lr: NonNegativeFloat | None
-    """Learning rate of the quantizers' steps. None: that of weights."""
+    """Learning rate of the quantizers' steps. None: the same as of weights."""
     schedule: Literal['cosine', 'linear', 'constant']
-    """How the learning rate decays."""
+    """Decay of the learning rate."""
     final_lr_ratio: Share
     """Learning rate at the end, divided by that at the start."""
     bn: Literal['frozen', 'train']
@@ -105,15 +105,15 @@ class TrainConfig(TypedSection):
     clip_grad: NonNegativeFloat | None
     """Largest L2 norm of the gradient. None: no clipping."""
     amp: bool
-    """Train under bfloat16 autocast. Off where there is no GPU."""
+    """Train under bfloat16 autocast. Ignored without a GPU."""
     init_batches: Positive
-    """Batches that the first steps of quantizers are found on."""
+    """Batches for initializing the steps of quantizers."""
     capture: bool
     """Capture a training step as a CUDA graph where possible."""
     augmentation: AugmentationConfig | None
     """Random views of the images. They need ``zsq.distillation.detection_weight=0``. None: no augmentation."""
     image_size: ImageSize | None
-    """Size that images are resized to. None: the size they were made at."""
+    """Size that images are resized to. None: no resizing."""
     channels_last: bool
     """Use the channels-last memory format."""
 
@@ -122,21 +122,21 @@ class ZsqSection(TypedSection):
     """The section ``zsq`` of a config."""
 
     preset: Literal['default', 'paper', 'paper_transformer']
-    """Set of defaults for all keys that the config does not set."""
+    """Defaults of all keys that the config does not set."""
     teacher: str | None = None
     """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""
     quantizer: QuantizationConfig
-    """Which layers are quantized, and how."""
+    """Selection of layers, bits and quantizers."""
     calibration_set: CalibrationSetConfig
     """The synthetic images."""
     label_sampler: PartConfig
-    """Where labels come from: a registered label sampler and its arguments."""
+    """Source of labels: a registered label sampler and its arguments."""
     synthesis: SynthesisConfig
-    """How images are synthesized."""
+    """Synthesis of images."""
     distillation: DistillationConfig
-    """What the student learns from the teacher."""
+    """Losses of the student."""
     train: TrainConfig
-    """How the student is trained."""
+    """Training of the student."""
 
     @model_validator(mode='after')
     def _check_together(self) -> Self:

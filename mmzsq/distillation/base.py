@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mmzsq.argument_checks import checked_number
+
 Outputs = dict[str, list[Tensor]]
 """Recorded outputs of the modules of one detector, by module name."""
 
@@ -13,12 +15,15 @@ class DistillationLoss(nn.Module):
     """A loss over the recorded outputs of teacher and student.
 
     Args:
-        loss_weight: Factor of the loss.
+        loss_weight: Factor of the loss, at least 0.
+
+    Raises:
+        UserError: If the weight is not such a number.
     """
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()
-        self.loss_weight = loss_weight
+        self.loss_weight = checked_number(f'{type(self).__name__}: loss_weight', loss_weight, 0)
 
     def resolve(self, detector: nn.Module) -> DistillationLoss:
         """Return the loss to use for ``detector``: this loss, unless a subclass chooses another one."""
@@ -52,12 +57,15 @@ class WeightedTermsLoss(DistillationLoss):
 
     Args:
         loss_weight: Factor of the whole loss.
-        weights: Factor of each term, by the name that :meth:`extra_repr` shows.
+        weights: Factor of each term, at least 0, by the name that :meth:`extra_repr` shows.
     """
 
     def __init__(self, loss_weight: float, **weights: float) -> None:
         super().__init__(loss_weight)
-        self.weights = weights
+        self.weights = {
+            name: checked_number(f'{type(self).__name__}: weight of {name}', weight, 0)
+            for name, weight in weights.items()
+        }
 
     def extra_repr(self) -> str:
         """Show all weights."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections ``zsq.distillation`` and ``zsq.train.augmentation``: what the student learns from the teacher."""
+"""The sections ``zsq.distillation`` and ``zsq.train.augmentation``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmzsq.typed_section import NonNegativeFloat, Settings, Share, TypedSection
 
 
 class DistillationConfig(TypedSection):
-    """What the student learns from the teacher."""
+    """Losses of the student: distillation from the teacher, and the detection loss."""
 
     detection_weight: NonNegativeFloat
     """Weight of the detector's own loss on the labels of the calibration set."""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from mmzsq.argument_checks import checked_flag, checked_patterns
 from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.divergence import relative_errors
 from mmzsq.distillation.prediction_kl import IMAGE_MASK_HEAD
@@ -40,12 +41,18 @@ class FeatureMSELoss(DistillationLoss):
         loss_weight: Factor of the loss.
         normalize: Whether to divide the error of each layer by the mean square of the teacher's features. Layers with
             large activations then do not dominate the loss.
+
+    Raises:
+        UserError: If an argument is not allowed.
     """
 
-    def __init__(self, modules: Sequence[str] | None = None, loss_weight: float = 1.0, normalize: bool = False) -> None:
+    def __init__(
+        self, modules: Sequence[str] | str | None = None, loss_weight: float = 1.0, normalize: bool = False
+    ) -> None:
         super().__init__(loss_weight)
-        self.patterns = [modules] if isinstance(modules, str) else modules
-        self.normalize = normalize
+        name = type(self).__name__
+        self.patterns = checked_patterns(f'{name}: modules', modules)
+        self.normalize = checked_flag(f'{name}: normalize', normalize)
 
     def taps(self, detector: nn.Module) -> list[str]:
         """Return the names of the compared modules.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmzsq.argument_checks import checked_flag, checked_number, checked_patterns
 from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.divergence import kl_divergence
 from mmzsq.errors import UserError
@@ -65,11 +66,14 @@ class PredictionKLLoss(DistillationLoss):
     averaged over images and summed over maps.
 
     Args:
-        tau: Temperature.
+        tau: Temperature, above 0.
         loss_weight: Factor of the loss.
         join_maps: Whether all maps of an image form one vector (the paper's two-stage setting) instead of one each.
         heads: Patterns of the modules whose outputs are predictions, see :mod:`mmzsq.module_patterns`. By default
             :func:`prediction_heads` chooses them.
+
+    Raises:
+        UserError: If an argument is not allowed.
     """
 
     def __init__(
@@ -80,9 +84,12 @@ class PredictionKLLoss(DistillationLoss):
         heads: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(loss_weight)
-        self.tau = tau
-        self.join_maps = join_maps
-        self.heads = [heads] if isinstance(heads, str) else heads
+        name = type(self).__name__
+        self.tau = checked_number(f'{name}: tau', tau, 0)
+        if tau == 0:
+            raise UserError(f'{name}: tau must be above 0')
+        self.join_maps = checked_flag(f'{name}: join_maps', join_maps)
+        self.heads = checked_patterns(f'{name}: heads', heads)
 
     def taps(self, detector: nn.Module) -> list[str]:
         """Return the names of the prediction heads.

@@ -125,13 +125,13 @@ class ZeroShotRunner(Runner):
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f'{where} cannot be built: {error}') from error
+                raise UserError(f'{where} cannot be built: {_text(error)}') from error
         real = self.cfg.zsq.calibration_set.real
         if real is not None:
             try:
                 DATASETS.build(copy.deepcopy(dataset))
             except Exception as error:
-                raise UserError(f'zsq.calibration_set.real cannot be built: {error}') from error
+                raise UserError(f'zsq.calibration_set.real cannot be built: {_text(error)}') from error
 
     def _allocate_bits(self) -> None:
         """Give layers their bits; a resumed run has them already."""
@@ -140,6 +140,11 @@ class ZeroShotRunner(Runner):
             allocate_bits(self)
         else:
             self.detector.load_bits_from(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+
+
+def _text(error: Exception) -> str:
+    """Return the message of an error; ``str`` of a KeyError is the repr of its message."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def resolve_resume(cfg: Config) -> tuple[str | None, str | None]:

@@ -37,7 +37,7 @@ def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
     except (OSError, URLError, RuntimeError) as error:
         raise UserError(
             f'the teacher checkpoint {checkpoint} cannot be read ({error}). Give the file of a trained detector with '
-            '--cfg-options load_from=PATH_OR_URL'
+            '--cfg-options zsq.teacher=PATH_OR_URL'
         ) from error
     state = loaded.get('state_dict', loaded)
     state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}

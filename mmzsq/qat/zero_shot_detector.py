@@ -16,7 +16,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmzsq.distillation import BatchAugmentation
+from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
@@ -111,7 +111,8 @@ class ZeroShotDetector(BaseModel):
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)
         self.distillation_losses: Any = nn.ModuleList(
-            build_part(MODELS, loss, 'zsq.distillation.losses').resolve(student) for loss in distillation['losses']
+            build_part(MODELS, loss, f'zsq.distillation.losses[{index}]', DistillationLoss).resolve(student)
+            for index, loss in enumerate(distillation['losses'])
         )
         self.augmentation: Any = BatchAugmentation.from_cfg(augmentation)
         if augmentation is not None and self.detection_weight:

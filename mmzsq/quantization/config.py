@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section ``zsq.quantizer``: which layers are quantized, and how."""
+"""The section ``zsq.quantizer``: selection of layers, bits and quantizers."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ else:
         NumBits | _LayerBits,
         BeforeValidator(_as_dict),
         AfterValidator(_to_bits),
-        Meaning('an integer from 2 to 8 or a dict of w_bits and a_bits'),
+        Meaning('an integer from 2 to 8, a dict of w_bits and a_bits'),
     ]
     OperandBits = Annotated[
         NumBits | _OperandBits,
         BeforeValidator(_as_dict),
         AfterValidator(_to_attention_bits),
-        Meaning('an integer from 2 to 8 or a dict of operand_bits and probability_bits'),
+        Meaning('an integer from 2 to 8, a dict of operand_bits and probability_bits'),
     ]
 
 Patterns = Annotated[
@@ -89,9 +89,10 @@ Patterns = Annotated[
 ]
 Scope = Annotated[
     tuple[str, ...],
+    Field(min_length=1),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     FromList,
-    Meaning('a module pattern or a list of module patterns'),
+    Meaning('a module pattern, a list of module patterns'),
 ]
 Candidates = Annotated[
     tuple[NumBits, ...],
@@ -102,34 +103,34 @@ Candidates = Annotated[
 
 
 class WeightSettings(TypedSection):
-    """How weights are quantized."""
+    """Quantization of weights."""
 
     scheme: Literal['signed'] = 'signed'
     """Integer grid. An offset of weights would cost integer hardware a sum over every input."""
     per_channel: bool = True
     """One step for each output channel instead of one for the tensor."""
     init: Literal['mse', 'lsq'] = 'mse'
-    """First steps: of least squared error, or LSQ's ``2 * mean(|w|) / sqrt(qmax)``."""
+    """Initial steps: those of the least squared error, or LSQ's ``2 * mean(|w|) / sqrt(qmax)``."""
     narrow: bool | None = None
     """Leave out -2^(b-1), so that BatchNorm with a negative gamma folds into the same integer type. None: at 8 bits
     only. Fewer bits have room for the flipped value in int8."""
 
 
 class ActivationSettings(TypedSection):
-    """How the inputs of layers are quantized, with one step for each tensor."""
+    """Quantization of the inputs of layers, with one step for each tensor."""
 
     scheme: Literal['offset', 'signed', 'unsigned'] = 'offset'
     """Integer grid: with a zero point, symmetric, or from zero up."""
     init: Literal['mse', 'lsq'] = 'mse'
-    """First steps: of least squared error, or LSQ's."""
+    """Initial steps: those of the least squared error, or LSQ's."""
 
 
 class AllocationSettings(TypedSection):
-    """How each layer gets bits by its sensitivity; see :mod:`mmzsq.quantization.allocation`."""
+    """Choice of the bits of each layer by its sensitivity; see :mod:`mmzsq.quantization.allocation`."""
 
     budget: Literal['size', 'operations'] = 'size'
-    """What must not exceed that of ``w_bits`` and ``a_bits`` in every layer: the size of the weights, where inputs keep
-    their bits, or the bit operations, where a layer's weight and input get the same bits."""
+    """Limit that the allocation keeps: the size of the weights, or the bit operations, of ``w_bits`` and ``a_bits`` in
+    every layer. With ``'size'``, inputs keep their bits. With ``'operations'``, weight and input get the same bits."""
     candidates: Candidates = (2, 3, 4, 5, 6, 8)
     """Bits to choose from."""
     batches: Positive = 2
@@ -137,7 +138,7 @@ class AllocationSettings(TypedSection):
 
 
 class QuantizationConfig(TypedSection):
-    """Which layers are quantized, and how.
+    """Selection of layers, bits and quantizers.
 
     The defaults are the best recipe measured. The paper's settings are ``weight=dict(per_channel=False, init='lsq',
     narrow=False), activation=dict(scheme='signed', init='lsq'), step='linear', first_bits=None, last_bits=None``.
@@ -154,23 +155,23 @@ class QuantizationConfig(TypedSection):
     a_bits: NumBits = 8
     """Bits of the inputs of layers."""
     weight: WeightSettings = WeightSettings()
-    """How weights are quantized."""
+    """Quantization of weights."""
     activation: ActivationSettings = ActivationSettings()
-    """How the inputs of layers are quantized."""
+    """Quantization of the inputs of layers."""
     step: Literal['log', 'linear'] = 'log'
     """Whether training learns the logarithm of a step or the step itself."""
     grad_scale: bool = True
     """Scale the gradients of steps by 1 / sqrt(n * qmax), as LSQ does."""
     first_bits: NumBits | Literal['same'] | None = 8
-    """Bits of layers that see the model's input. ``'same'``: as any other layer. None: they stay float."""
+    """Bits of the layers that read the model's input. ``'same'``: as any other layer. None: they stay float."""
     last_bits: NumBits | Literal['same'] | None = 8
-    """Bits of layers that make the model's output. ``'same'``: as any other layer. None: they stay float."""
+    """Bits of the layers that compute the model's output. ``'same'``: as any other layer. None: they stay float."""
     equalize: bool = False
-    """Divide each input channel of a layer by a factor and multiply its weights by it, so that channels of unlike
-    ranges share a step better. Applies to layers with an input or a weight below 8 bits; see
+    """Divide each input channel of a layer by a factor and multiply its weights by it. Channels of different
+    ranges then share a step better. Applies to layers with an input or a weight below 8 bits; see
     :mod:`mmzsq.quantization.equalize`."""
     scope: Scope | None = None
-    """What is quantized, such as ``'backbone'``. All else stays float. None: the whole model."""
+    """Modules to quantize, such as ``'backbone'``. All others stay float. None: the whole model."""
     attention: OperandBits | None = None
     """Bits of the operands of attention's two matrix products. The softmax output is unsigned, queries, keys and values
     have the scheme of ``activation``. None: the products stay float."""

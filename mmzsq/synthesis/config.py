@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section ``zsq.synthesis``: how images are synthesized."""
+"""The section ``zsq.synthesis``."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class CutoutConfig(TypedSection):
 
 
 class StageConfig(TypedSection):
-    """One stage of synthesis: a size, a number of steps, and how the images start."""
+    """One stage of synthesis: image size, number of steps, and initial images."""
 
     image_size: ImageSize | Annotated[float, Field(gt=0, lt=1)]
     """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``."""
     iterations: NonNegative
-    """Optimization steps. 0 leaves the images as they start."""
+    """Optimization steps. 0 keeps the initial images."""
     batch_size: Positive | None = None
     """Images optimized together. None: ``zsq.calibration_set.batch_size``."""
     lr: PositiveFloat | None = None
     """Learning rate of this stage. None: ``zsq.synthesis.lr``."""
     start: Literal['noise', 'previous'] = 'noise'
-    """What the images start from: noise, or the resized images of the stage before."""
+    """Initial images: noise, or the resized images of the previous stage."""
 
 
 NO_ITERATIONS = 'iterations is 0, but must be an integer of at least 1.'
@@ -78,7 +78,7 @@ Stages = StageConfig | list[StageConfig] | None
 
 
 class SynthesisConfig(TypedSection):
-    """How images are synthesized from labels."""
+    """Synthesis of images from labels."""
 
     relabel: Stages
     """First stage or stages, in which the teacher corrects the labels. None: no such stage."""
@@ -97,11 +97,11 @@ class SynthesisConfig(TypedSection):
     lr: PositiveFloat
     """Learning rate of Adam. It decays to 0 along a cosine."""
     warmup: NonNegative
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate increases from 0."""
     betas: Betas
     """Coefficients of Adam."""
     init: Literal['uniform', 'normal']
-    """Noise that images start from: uniform in [0, 1], or standard normal in the network's normalized input."""
+    """Initial noise: uniform in [0, 1], or standard normal in the network's normalized input."""
     cutout: CutoutConfig | None
     """Random erasing. None: no erasing."""
     clamp: bool
@@ -124,7 +124,8 @@ class SynthesisConfig(TypedSection):
             )
         for name in ('relabel', 'refine'):
             stages = getattr(self, name)
-            for stage in stages if isinstance(stages, list) else [stages]:
+            for index, stage in enumerate(stages if isinstance(stages, list) else [stages]):
                 if stage is not None and not iterations_allowed(name, stage):
-                    raise failure(f'{{where}}.{name}.{NO_ITERATIONS}')
+                    position = f'[{index}]' if isinstance(stages, list) else ''
+                    raise failure(f'{{where}}.{name}{position}.{NO_ITERATIONS}')
         return self

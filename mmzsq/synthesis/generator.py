@@ -144,7 +144,10 @@ class CalibrationSetGenerator:
             raise UserError(
                 'the first round of zsq.synthesis.relabel has 0 iterations, but there are no images yet to predict on'
             )
-        priors = [build_part(PRIORS, prior, 'zsq.synthesis.priors') for prior in options.pop('priors')]
+        priors = [
+            build_part(PRIORS, prior, f'zsq.synthesis.priors[{index}]')
+            for index, prior in enumerate(options.pop('priors'))
+        ]
         selected = select_priors(priors, task.detector, options.pop('require_feature_prior', True))
         self.priors_left_out = [prior for prior in priors if prior not in selected]
         self.synthesizer = Synthesizer(task, selected, **options)

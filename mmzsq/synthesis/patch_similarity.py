@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from mmzsq.argument_checks import checked_integer, checked_number
 from mmzsq.errors import UserError
 from mmzsq.registry import PRIORS
 from mmzsq.synthesis.priors import Prior
@@ -218,20 +219,18 @@ class PatchSimilarityPrior(Prior):
             an image.
 
     Raises:
-        UserError: If ``bandwidth`` or ``points`` is out of range.
+        UserError: If an argument is out of range.
     """
 
     is_feature_prior = True
     requirement = 'attention in its backbone'
 
     def __init__(self, weight: float = 1.0, bandwidth: float = 0.01, points: int = 10) -> None:
-        if bandwidth <= 0:
-            raise UserError(f'bandwidth of PatchSimilarityPrior must be above 0, not {bandwidth!r}')
-        if not isinstance(points, int) or points < 2:
-            raise UserError(f'points of PatchSimilarityPrior must be an integer of at least 2, not {points!r}')
-        self.weight = weight
-        self.bandwidth = bandwidth
-        self.points = points
+        self.weight = checked_number('PatchSimilarityPrior: weight', weight, 0)
+        self.bandwidth = checked_number('PatchSimilarityPrior: bandwidth', bandwidth, 0)
+        if bandwidth == 0:
+            raise UserError('PatchSimilarityPrior: bandwidth must be above 0')
+        self.points = checked_integer('PatchSimilarityPrior: points', points, 2)
         self._handles: list[RemovableHandle] = []
         self._inputs: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._blocks: list[_Block] = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmzsq.argument_checks import checked_number
 from mmzsq.errors import UserError
 from mmzsq.fused_kernels import HAS_TRITON, fused_kernels_enabled
 from mmzsq.registry import PRIORS
@@ -124,7 +125,7 @@ class BNStatisticsPrior(Prior):
         form: ``'l2'`` or ``'kl'``.
 
     Raises:
-        UserError: If ``form`` is unknown.
+        UserError: If a weight is below 0, or ``form`` is unknown.
     """
 
     is_feature_prior = True
@@ -132,9 +133,9 @@ class BNStatisticsPrior(Prior):
 
     def __init__(self, weight: float = 0.01, first_weight: float = 0.0, form: str = 'kl') -> None:
         if form not in ('l2', 'kl'):
-            raise UserError(f"form of BNStatisticsPrior must be 'l2' or 'kl', not {form!r}")
-        self.weight = weight
-        self.first_weight = first_weight
+            raise UserError(f"BNStatisticsPrior: form must be 'l2' or 'kl', got {form!r}")
+        self.weight = checked_number('BNStatisticsPrior: weight', weight, 0)
+        self.first_weight = checked_number('BNStatisticsPrior: first_weight', first_weight, 0)
         self.form = form
         self._collector = BatchNormStatisticsCollector()
         self._running: dict[tuple[_BatchNorm, ...], _RunningStatistics] = {}
@@ -250,11 +251,14 @@ class TotalVariationPrior(Prior):
     therefore grows with the square root of the number of pixels.
 
     Args:
-        weight: Weight of the sum of the four norms.
+        weight: Weight of the sum of the four norms, at least 0.
+
+    Raises:
+        UserError: If the weight is not such a number.
     """
 
     def __init__(self, weight: float = 5e-4) -> None:
-        self.weight = weight
+        self.weight = checked_number('TotalVariationPrior: weight', weight, 0)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the weighted penalty of images (N, 3, H, W) in [0, 1], a scalar."""

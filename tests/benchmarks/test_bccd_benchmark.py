@@ -19,7 +19,7 @@ from PIL import Image
 
 TOOL = 'benchmarks/bccd.py'
 
-# Stands for every script that a job runs: notes that it began and with which arguments, then leaves what it should.
+# Replaces every script that a job runs: records its arguments, then writes the expected files.
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
@@ -61,7 +61,7 @@ def tool(repo: Path) -> SimpleNamespace:
 
 @pytest.fixture
 def root(repo: Path, tmp_path: Path) -> Path:
-    """A repository with this tool, in which all others are the script above."""
+    """A repository with this tool, where the script above replaces all others."""
     for name in ('train', 'generate'):
         path = tmp_path / 'tools' / f'{name}.py'
         path.parent.mkdir(exist_ok=True)
@@ -81,13 +81,13 @@ def run(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def began(root: Path) -> list[str]:
-    """Names of the folders of the jobs, in the order in which they began."""
+    """Names of the folders of the jobs, in the order of their start."""
     return [line.split()[0] for line in (root / 'began.txt').read_text().splitlines()]
 
 
 def test_plan_has_a_job_for_every_leaf_config(repo: Path, tool: SimpleNamespace) -> None:
     jobs = {job.name: job for job in tool.plan(['r50', 'swin-t'], tool.BITS, [0, 2], [])}
-    # Conversion and teachers; for each seed two sets and, of each of six leaves, three students.
+    # Conversion and teachers; for each seed two sets, and three students of each of six leaves.
     assert len(jobs) == 3 + 2 * (2 + 18)
     leaves = {path.relative_to(repo).as_posix() for path in (repo / 'configs/bccd').rglob('*_w?a?*.py')}
     assert {job.command[1] for job in jobs.values() if job.command[0] == 'tools/train.py'} - leaves == {
@@ -97,9 +97,9 @@ def test_plan_has_a_job_for_every_leaf_config(repo: Path, tool: SimpleNamespace)
     assert len(leaves) == 18
     for job in jobs.values():
         if job.command[1] in leaves:
-            # The teacher that the leaf names is the one that was waited for.
+            # The student waited for the teacher that its leaf names.
             assert Config.fromfile(repo / job.command[1]).load_from == str(jobs[job.needs[0]].result)
-    # Replaying graphs, they would keep a teacher from the GPU.
+    # Their CUDA graphs would delay a teacher on the same GPU.
     assert jobs[f'{R50}_set_seed0'].needs == (R50, SWIN)
     assert jobs[f'{SWIN}_set_seed0'].needs == (SWIN, R50)
     student = jobs[f'{SWIN}_w4a8_seed2']
@@ -121,7 +121,7 @@ def test_jobs_run_once_after_their_dependencies_and_results_are_kept(root: Path)
     for detector in (R50, SWIN):
         assert order.index(detector) < order.index(f'{detector}_set_seed0') < order.index(f'{detector}_w8a8_seed0')
         assert order.index(detector) < order.index(f'{detector}_w8a8_lsq-real_seed0')
-    # Both teachers at once; theirs are settings of their own.
+    # Both teachers run at once, with separate settings.
     assert set(order[:2]) == {R50, SWIN}
     told = [line.split()[0] for line in (root / 'began.txt').read_text().splitlines() if 'max_epochs=2' in line]
     assert set(told) == set(order) - {R50, SWIN}
@@ -131,7 +131,7 @@ def test_jobs_run_once_after_their_dependencies_and_results_are_kept(root: Path)
     with Image.open(root / f'docs/images/{SWIN}_set_seed0.jpg') as gallery:
         assert gallery.format == 'JPEG' and gallery.width == len(f'{SWIN}_set_seed0')
     assert f'{R50}_w8a8_seed0: ' in done.stdout and 'box AP float 55.0, zero_shot 54.1' in done.stdout
-    # The second time nothing is left to do, and lost copies come back.
+    # The second run has nothing to do but to restore lost copies.
     (root / f'benchmarks/results/bccd/{R50}_w8a8_seed0.json').unlink()
     assert run(root, '--bits', 'w8a8').returncode == 0
     assert began(root) == order
@@ -161,7 +161,7 @@ def test_unfinished_jobs_resume_after_a_kill(root: Path) -> None:
     before = began(root)
     (root / 'behavior.json').write_text('{}')
     done = run(root, '--bits', 'w8a8', '--detectors', 'r50')
-    # The lock would have told of a process that lives on.
+    # The lock would reveal a process that still runs.
     assert done.returncode == 0, done.stderr
     lines = (root / 'began.txt').read_text().splitlines()
     # Two jobs side by side: either may be the first to write its line.
@@ -174,7 +174,7 @@ def test_unfinished_jobs_resume_after_a_kill(root: Path) -> None:
 def test_a_partly_replaced_checkpoint_is_ignored(tool: SimpleNamespace, tmp_path: Path) -> None:
     job = tool.Job('a', ('train.py', 'a.py'), tmp_path, tmp_path / 'epoch_9.pth', resumes=True)
     assert job.arguments()[1:] == ['train.py', 'a.py']
-    # MMEngine removes the old file before it writes the new one, and names that afterwards.
+    # MMEngine removes the old file before it writes the new one, and updates last_checkpoint after that.
     (tmp_path / 'last_checkpoint').write_text('elsewhere/epoch_4.pth')
     (tmp_path / 'epoch_9.pth').touch()
     assert job.arguments()[1:] == ['train.py', 'a.py']

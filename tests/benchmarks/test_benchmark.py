@@ -37,7 +37,7 @@ def run(repo: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
 
 
 class ShortProfile(Profile):
-    """Records one operator in place of steps: reading what a training step of the CPU did takes seconds."""
+    """Profiles one operator instead of steps, since reading the profile of a training step on the CPU takes seconds."""
 
     def start(self) -> None:
         super().start()
@@ -50,7 +50,7 @@ class ShortProfile(Profile):
 
 @pytest.fixture(scope='module')
 def measured(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All three measurements, as the tool writes them; those of training have steps enough with one."""
+    """All three measurements, as the tool writes them. One step is enough for training."""
     folder = tmp_path_factory.mktemp('benchmark')
     written = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -93,11 +93,11 @@ def test_synthesis_step_reports_time_and_execution(measured: dict[str, Any]) -> 
 
 def test_every_relabeling_updates_labels_in_place(measured: dict[str, Any]) -> None:
     part = measured['relabel']
-    # One to warm up, one in each of two measurements, one that is profiled.
+    # One warm-up step, one step in each of two measurements, one profiled step.
     assert part['added'] >= 4
     assert part['captures_lost'] == 0
     assert part['predictions'] == 'drawn'
-    # As often as the sampler would in the stage of the config.
+    # As often as the sampler relabels in the stage of the config.
     assert part['corrections'] > 0
     expected = part['ms_per_image_step'] + part['ms_per_image_correction'] * part['corrections'] / part['iterations']
     assert part['ms_per_image_iteration'] == pytest.approx(expected, abs=1e-3)
@@ -116,7 +116,7 @@ def test_float_quantized_and_distilled_steps_are_compared(measured: dict[str, An
 
 
 class Correction(LabelSampler):
-    """Takes an hour on the clock below, and changes nothing."""
+    """Takes an hour on the clock below and changes nothing."""
 
     adaptive = True
 
@@ -156,7 +156,7 @@ def test_measurements_cover_whole_steps_and_every_second_one_relabels(
     else:
         assert clock.seconds == [7, 3607, 7, 3607]
     assert len(corrected) == clock.corrections
-    # One more step than is profiled, which ends the profile.
+    # One step more than is profiled: it ends the profile.
     warmup, profiled = benchmark_steps.SYNTHESIS_WARMUP, benchmark_steps.PROFILED_STEPS
     assert clock.iterations == warmup + len(clock.seconds) * 7 + profiled + 1
 
@@ -204,7 +204,7 @@ def test_a_config_without_a_section_is_refused(repo: Path) -> None:
 
 
 def test_random_weights_give_normalized_activations(repo: Path) -> None:
-    """As PyTorch draws them, activations of the large detector reach millions, and exponents of them are not finite."""
+    """With PyTorch's initial weights, activations reach millions, and their exponentials are infinite."""
     cfg = Config.fromfile(repo / 'configs/zsq/yolox-s_w4a8.py')
     cfg.model.backbone.widen_factor = 0.125
     cfg.model.neck.update(in_channels=[32, 64, 128], out_channels=32)
@@ -221,10 +221,10 @@ def test_random_weights_give_normalized_activations(repo: Path) -> None:
             layer.register_forward_pre_hook(compare)
     with torch.no_grad(), eval_mode(detector, keep=()):
         detector(torch.rand(1, 3, 256, 256) * 255, mode='tensor')
-    # Another image of noise is to every layer about what it was made for.
+    # Another noise image gives every layer about the same statistics.
     assert len(ratios) > 50
     assert 0.5 < min(ratios) and max(ratios) < 100
-    # Other weights each time would be another benchmark.
+    # Different weights would be a different benchmark.
     again = benchmark_steps.build_detector(cfg, None).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in detector.state_dict().items())
 

@@ -18,7 +18,7 @@ CUDA = torch.autograd.DeviceType.CUDA
 
 
 def event(name: str, start: float, end: float, device_type: Any = None, **more: Any) -> SimpleNamespace:
-    """As PyTorch's profiler has it; times in microseconds."""
+    """An event of PyTorch's profiler; times in microseconds."""
     return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device_type, **more)
 
 

@@ -18,7 +18,7 @@ from speed_cases import CASES, STEP, Case, Goal, lookup
 from mmzsq.config.compose import complete_section
 
 TINY = Case('Tiny', 'tiny.py', ('synthesis',), 64, 2, seconds=1, goals=(Goal(STEP, 1.0, authors=9.0),))
-# Stands for the benchmark in the process that measures: what it does is the name of the config.
+# Replaces the benchmark in the measuring process: the name of the config selects its behavior.
 BENCHMARK = """
 import os, time
 

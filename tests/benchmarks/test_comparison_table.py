@@ -53,12 +53,12 @@ def update(repo: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Update:
 
 
 def accuracy(box: float) -> dict[str, float]:
-    """Three numbers that tell from each other."""
+    """Three distinct numbers."""
     return {'coco/bbox_mAP': box, 'coco/bbox_mAP_50': box + 0.3, 'coco/segm_mAP': box - 0.1, 'coco/segm_mAP_50': 0.0}
 
 
 def keep(root: Path, bits: int, suffix: str, seed: int, box: float, teacher: float = 0.55, **changes: Any) -> Path:
-    """Write what a run leaves; ``box`` is the AP after training, 0.2 above that of PTQ."""
+    """Write the results of a run; ``box`` is the AP after training, 0.2 above that of PTQ."""
     leaf = f'{FOLDERS[suffix]}/tiny_w{bits}a{bits}{suffix}.py'
     own = Config.fromfile(root / leaf).zsq.to_dict()
     own.setdefault('calibration_set', {}).update(seed=seed, dir=f'work_dirs/set_{seed}')
@@ -84,7 +84,7 @@ def keep(root: Path, bits: int, suffix: str, seed: int, box: float, teacher: flo
 
 
 def other_settings(root: Path) -> None:
-    """Keep a second run, of another number of images."""
+    """Keep a second run with another number of images."""
     path = keep(root, 8, '', 1, 0.5)
     content = json.loads(path.read_text())
     content['settings']['calibration_set']['num_images'] += 1

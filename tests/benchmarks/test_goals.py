@@ -17,7 +17,7 @@ WITH_GOALS = [case for case in CASES if case.goals]
 
 @pytest.fixture(params=WITH_GOALS, ids=[case.name for case in WITH_GOALS], scope='module')
 def result(request: pytest.FixtureRequest, repo: Path) -> tuple[Case, dict[str, Any]]:
-    """A case and what was measured of it."""
+    """A case and its result."""
     if not torch.cuda.is_available():
         pytest.skip('no CUDA device: the goals are those of one H100')
     case = request.param
@@ -41,7 +41,7 @@ def test_steps_run_as_cuda_graphs(result: tuple[Case, dict[str, Any]]) -> None:
         step = measured['synthesis']
         assert step['cuda_graph'], step['eager_reason']
         assert step['graph_launches'] == 1
-        # The learning rate, and little else.
+        # Only the learning rate and little else.
         assert step['launches'] < 20
     if 'training' in measured:
         assert lookup(measured, 'training.steps.distilled.graph_launches') == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import jobs
 import pytest
 
-# Notes when it began and ended, and on which GPU; meanwhile, all that may run beside it has begun.
+# Records start, end and GPU; it runs until all jobs that may run beside it have started.
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -38,7 +38,7 @@ def job(name: str, kind: str, *needs: str) -> jobs.Job:
 
 
 def run(place: Path, *planned: jobs.Job, processes: int, gpus: int) -> list[tuple[str, str, str]]:
-    """Events, in order: what, of which job, on which GPU."""
+    """Events in order: kind, job and GPU."""
     with tempfile.TemporaryFile() as lock:
         assert jobs.run(planned, processes, place, lock.fileno(), lambda job: '', gpus) == []
     lines = (place / 'events.txt').read_text().splitlines()
@@ -62,7 +62,7 @@ def test_jobs_of_different_kinds_never_share_a_gpu(place: Path) -> None:
     planned = [job('set1', 'set'), job('set2', 'set'), job('student1', 'student'), job('student2', 'student', 'set1')]
     events = run(place, *planned, processes=4, gpus=1)
     assert beside(events) == {('set1', 'set2', True), ('student1', 'student2', True)}
-    # There is nothing to choose from.
+    # There is only one choice.
     assert {gpu for _, _, gpu in events} == {'-'}
 
 

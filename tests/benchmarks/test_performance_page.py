@@ -88,7 +88,7 @@ def keep(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def cells(text: str, title: str) -> list[str]:
-    """Cells of the first row of this title, without it."""
+    """Cells of the first row with this title, without the title."""
     [row, *_] = [line for line in text.splitlines() if line.startswith(f'| {title} |')]
     return [cell.strip() for cell in row.split('|')[2:-1]]
 
@@ -135,7 +135,7 @@ def test_step_tables_show_tasks_and_graphs() -> None:
     assert training[9:] == ['1.20 (1.19 to 1.21)', '2.00 (1.90 to 2.10)', 'yes', 'yes', '98 %']
     memory = '3.25 / 4.50'
     assert cells(TABLES['memory'](results), title) == [memory, '', memory, memory, memory]
-    # A name that would end a cell is kept in it.
+    # The bar in the name is escaped.
     assert '| `void gemm<a\\|b>` | 2.000 | 3.0 | 25 % |' in TABLES['costs'](results)
 
 

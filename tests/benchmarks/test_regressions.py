@@ -15,7 +15,7 @@ pytestmark = pytest.mark.benchmark
 
 @pytest.fixture(scope='module')
 def measured(repo: Path) -> dict[str, Any]:
-    """All of the shipped detector, at 128 px."""
+    """All measurements of the shipped detector at 128 px."""
     config = repo / 'configs/zsq/yolov5-p_shapes_w4a4.py'
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     options = ('--image-size', '128', '--batch-size', '4', '--repeats', '5', '--device', device)

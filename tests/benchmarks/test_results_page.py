@@ -38,7 +38,7 @@ def root(repo: Path, tmp_path: Path) -> Path:
 
 @cache
 def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
-    """The settings that the tool's own command line makes, in JSON's types."""
+    """The settings that the tool's command line produces, in JSON types."""
     run = yolo.Run(method, bits, seed, ())
     with tempfile.TemporaryDirectory() as folder:
         yolo.write_configs([run], Path(folder))
@@ -51,7 +51,7 @@ def section_of(repo: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
 
 @pytest.fixture
 def keep(repo: Path, root: Path) -> Callable[..., dict[str, Any]]:
-    """Keep the result of a run whose AP is ``ap`` per mill, as a run of yolo.py leaves it."""
+    """Keep a result with an AP of ``ap`` per mill, as yolo.py does."""
 
     def keep(name: str, ap: int, ptq: int | None = 100, **changes: Any) -> Any:
         match = results_page.NAME.fullmatch(name)
@@ -91,7 +91,7 @@ def section(root: Path, number: int) -> str:
 
 
 def row(text: str, *labels: str) -> list[str]:
-    """The cells of the first row that begins with ``labels``, behind these."""
+    """The cells after ``labels`` in the first row that begins with them."""
     lines = [[cell.strip() for cell in line[1:-1].split('|')] for line in text.splitlines() if line[:1] == '|']
     return next(line[len(labels) :] for line in lines if tuple(line[: len(labels)]) == labels)
 
@@ -105,9 +105,9 @@ def test_a_cell_is_the_mean_over_the_seeds_with_half_their_range(
     text = section(root, 2)
     default = row(text, 'W4A4', '`default`, zero-shot')
     assert default == ['512 synthetic', '21.0 ± 1.0 / 42.0 ± 2.0', '70.0 %', '']
-    # One seed has no spread; the paper's number is that of the same row.
+    # One seed has no spread. The paper's number is in the same row.
     assert row(text, 'W4A4', '`paper`, zero-shot')[1:] == ['5.0 / 10.0', '16.7 %', '15.0 / 27.0']
-    # The same runs where else they belong.
+    # The same runs in other tables.
     assert row(section(root, 5), 'W4A4', 'adaptive sampling')[2:4] == ['5.0 / 10.0', '21.0 ± 1.0 / 42.0 ± 2.0']
     assert row(section(root, 7), '`default`', '512')[0] == '21.0 ± 1.0 / 42.0 ± 2.0'
     assert row(section(root, 4), 'W4A4', '`default`, PTQ only', 'synthetic')[0] == '10.0 ± 0.0 / 20.0 ± 0.0'
@@ -123,7 +123,7 @@ def test_settings_of_runs_are_listed_below_a_table(root: Path, keep: Callable[..
         *('W8A8, W4A4', '512 synthetic', '2.5', '640 px x 400', '640 x 16', '0, 2', '2.0', '1.5', '200 images'),
         'one GPU',
     ]
-    # No set is made of real images.
+    # Runs on real images have no set.
     assert row(text, '`paper_lsq-real337`')[:4] == ['W4A4', '337 real', '', '']
     assert row(text, '`paper_lsq-real337`')[6] == ''
     assert 'somebody' not in text and 'have changed since' not in text
@@ -137,7 +137,7 @@ def test_missing_runs_are_empty_and_listed(root: Path, keep: Callable[..., dict[
     [missing] = [line for line in text.splitlines() if line.startswith('Not run, therefore empty: ')]
     assert '`paper_tile-in`,' in missing and '`default_tile-in` (W6A6, W5A5),' in missing
     assert row(text, 'W4A4', 'Tile, in distribution', 'no', 'yes') == ['', '9.0 / 18.0', '6.8 / 13.4']
-    # A table without a gap needs no such line.
+    # Complete tables have no such line.
     for method, bits in TABLES[8].runs:
         keep(f'{method}_{bits}_seed0', 100)
     assert 'Not run' not in section(root, 8)
@@ -160,7 +160,7 @@ def test_runs_with_changed_settings_are_listed(root: Path, keep: Callable[..., d
     del settings['train']['augmentation'], settings['train']['amp']
     keep('default_w4a4_seed0', 200, settings=settings)
     text = section(root, 8)
-    # New settings that are off change nothing; neither does where a set lies.
+    # New settings that are off change nothing, and neither does the folder of the set.
     assert 'Marked *, run' in text and '`default`: `zsq.train.max_epochs=7, zsq.train.augmentation=absent`.' in text
     assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0 *'
     keep('default_w4a4_seed1', 200)
@@ -169,7 +169,7 @@ def test_runs_with_changed_settings_are_listed(root: Path, keep: Callable[..., d
     (root / 'benchmarks/results/yolov5-n/default_w4a4_seed1.json').unlink()
     settings['train']['max_epochs'] = content['settings']['train']['max_epochs']
     keep('default_w4a4_seed0', 200, settings=settings)
-    # What came later was not otherwise.
+    # Settings that were added later do not count as changed.
     text = section(root, 8)
     assert '\nRun with settings that have changed since: `default`: `zsq.train.augmentation=absent`.' in text
     assert row(text, '`default`', 'yes', 'yes', '')[0] == '20.0 / 40.0'
@@ -288,7 +288,7 @@ def test_the_summary_of_the_readme_is_that_of_the_page(
     assert full == ['30.0'] * 5 and lsq == paper == [''] * 5 and real == ['29.5', *[''] * 4]
     assert zero_shot == ['29.0', '', '', '22.0', ''] and more == ['', '28.0', '', '', '']
     assert mixed == ['', '', '', '25.0', ''] and more_mixed == ['', '28.5', '', '', '']
-    # It is checked with the page.
+    # The check of the page covers it.
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
     results_page.main()
     readme.write_text(text.replace('22.0', '23.0'))

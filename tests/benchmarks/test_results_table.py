@@ -36,7 +36,7 @@ def results(**changes: Any) -> dict[str, Any]:
         synthesis=dict(
             betas=(0.5, 0.9), cutout=dict(probability=0.3), synthesize=dict(image_size=64, iterations=5, batch_size=2)
         ),
-        # Another type, whose rate is the preset's.
+        # Another type with the rate of the preset.
         train=dict(max_epochs=2, batch_size=3, ema=0.99, optimizer=dict(type='AdamW', lr=2e-4)),
     )
     section = json.loads(json.dumps(complete_section(own)))
@@ -98,7 +98,7 @@ def rows(markdown: str, bits: str) -> list[list[str]]:
     return [row for row in table if bits in row]
 
 
-def test_a_row_holds_what_the_run_measured(written: str) -> None:
+def test_a_row_shows_the_measurements_of_its_run(written: str) -> None:
     [accuracy, _, how] = rows(written, 'W4A4')
     assert accuracy == ['tiny', 'default', 'W4A4', '29.4 / 44.5', '0.0 / 0.0', '20.0 / 33.2', '7.53', '1.09']
     assert how[3:] == ['6', '32 px x 4, 64x48 px x 5', '0.184, 0.994', '4 x 3', '7', 'one GPU']
@@ -138,7 +138,7 @@ def test_patterns_select_runs(repo: Path, root: Path, monkeypatch: pytest.Monkey
     [accuracy, _, how] = rows(readme.read_text(), 'W4A4')
     assert accuracy[:2] == ['tiny', 'default'] and accuracy[5] == '35.0 ± 5.0 / 33.2 ± 0.0'
     assert how[-2] == '1, 2'
-    # The name of another method is none of a preset.
+    # The name of another method is not that of a preset.
     readme.write_text(README.replace('benchmarks/results/run', 'benchmarks/results/run/default_1024_w*'))
     with pytest.raises(SystemExit, match='default_1024_w4a4_seed1.json holds .* rename it'):
         run(repo, monkeypatch, readme, '--root', root)
@@ -191,7 +191,7 @@ def test_the_command_repeats_the_settings_of_the_run(written: str, root: Path) -
     command = shlex.split(written.split('```bash\n')[1].split('```')[0].replace('\\\n', ' '))
     assert command[:3] == ['python', 'tools/train.py', 'configs/zsq/tiny_w4a4.py']
     assert command[3] == '--cfg-options'
-    # A shell would look for files named so.
+    # A shell would expand it to file names.
     assert "zsq.synthesis.betas='[0.5,0.9]'" in written
     cfg = Config.fromfile(root / command[2])
     parser = argparse.ArgumentParser()
@@ -200,7 +200,7 @@ def test_the_command_repeats_the_settings_of_the_run(written: str, root: Path) -
     section = json.loads(json.dumps(complete_section(cfg.zsq.to_dict())))
     recorded = copy.deepcopy(results())
     assert section.pop('quantizer') == recorded['quantizer']
-    # The run's own folder is on its machine; the default is beside the work_dir.
+    # The folder of the run is on its machine; the default is in the work_dir.
     assert section['calibration_set'].pop('dir') is None
     del recorded['settings']['calibration_set']['dir']
     assert section == recorded['settings']
@@ -336,6 +336,6 @@ def test_kept_results_hold_no_local_paths(repo: Path) -> None:
 def test_a_removed_setting_counts_only_if_a_run_had_it_switched_on() -> None:
     recorded = dict(train=dict(lr=1, drop=None, relative=False, extra=True))
     assert dict(differences(recorded, dict(train=dict(lr=1)), 'zsq')) == {'zsq.train.extra': True}
-    # Of a section of another type every setting counts.
+    # In a section of another type every setting counts.
     recorded = dict(type='A', warmup=0)
     assert dict(differences(recorded, dict(type='B'), 'zsq')) == {'zsq.type': 'A', 'zsq.warmup': 0}

@@ -77,7 +77,7 @@ def test_times_one_and_two_processes_and_finds_their_sets_equal(call: Any, tmp_p
         assert (run['images'], run['shards'], run['batch_size']) == (3, 3, 1)
         assert parts < set(run['seconds'])
         assert all(run['seconds'][part] > 0 for part in parts)
-    # The images of an epoch are shared out.
+    # The processes share the images of an epoch.
     assert (one['train_steps'], two['train_steps']) == (6, 4)
     assert len(one['synthesis_seconds']) == 1
     assert max(two['synthesis_seconds']) == two['seconds']['synthesis']
@@ -115,7 +115,7 @@ def test_a_failed_or_hanging_run_shows_the_end_of_its_log(
 
 
 def test_a_step_is_timed_within_epochs_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """30 epochs of 4 steps that take 1 s each, and 100 s until the workers of an epoch have begun."""
+    """30 epochs of 4 steps that take 1 s each, and 100 s until the workers of an epoch have started."""
     clock, time = scaling.Clock(), [0.0]
     monkeypatch.setattr(scaling, 'now', lambda: time[0])
     runner = SimpleNamespace(iter=0, max_iters=120, train_dataloader=range(4))
@@ -124,7 +124,7 @@ def test_a_step_is_timed_within_epochs_after_a_warm_up(monkeypatch: pytest.Monke
         hook.before_train_epoch(runner)
         time[0] += 100
         for step in range(4):
-            # Before all is compiled and captured, a step takes ten times as long. A quarter of it is loading.
+            # Until everything is compiled and captured, a step takes ten times as long. A quarter of it is loading.
             seconds = 10 if runner.iter < scaling.WARM_UP_STEPS else 1
             time[0] += 0.25 * seconds
             hook.before_train_iter(runner, step)

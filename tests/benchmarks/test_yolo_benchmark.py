@@ -41,7 +41,7 @@ def _config(repo: Path, path: str) -> Config:
 
 
 def config_of(repo: Path, command: tuple[str, ...]) -> Config:
-    """The config of a command of ``tools/``, as the tool would read it."""
+    """The config that a command of ``tools/`` reads."""
     path, options = command[1], command[command.index('--cfg-options') + 1 :]
     cfg = copy.deepcopy(_config(repo, path))
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in (o.split('=', 1) for o in options)})
@@ -75,10 +75,10 @@ def test_tables_are_consistent() -> None:
             assert widths == (len(table.heads), len(table.columns), len(table.paper)), (number, row)
         for cell in (cell for row in table.rows for cell in row.cells):
             assert cell.method in METHODS and cell.bits in BITS and cell.metric in ('float', 'ptq', 'zero_shot')
-        # Beside each other in every table of the paper: its preset and ours.
+        # Every table of the paper has the paper's preset and ours.
         presets = Counter(method.split('_')[0] for method, _ in table.runs)
         assert presets['default'] and (presets['paper'] or number >= 9)
-    # Nothing is made that no table shows.
+    # Every run is in a table.
     assert {method for table in TABLES.values() for method, _ in table.runs} == set(METHODS)
     assert {method.images.name for method in METHODS.values() if method.images} == {images.name for images in SETS}
 
@@ -104,14 +104,14 @@ def test_every_student_has_its_bits_and_its_calibration_set(repo: Path, tmp_path
         for key in ('calibration_set', 'label_sampler', 'synthesis'):
             assert section[key] == made[own][key]
         assert f'{jobs[own].work_dir}/calibration_set' == section['calibration_set']['dir']
-    # Whatever is composed, the Runner gets a student of the published detector.
+    # Every composed config has a student of the published detector.
     cfg = compose(config_of(repo, jobs['default_w4a4_seed3'].command))
     assert cfg.load_from == str(yolo.TEACHER) == str(jobs[yolo.CONVERT].result)
 
 
 @pytest.fixture
 def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real labels where the sets look for them: one box an image, of COCO's categories."""
+    """Real labels at the path that the sets read: one box per image, with COCO's categories."""
     monkeypatch.chdir(tmp_path)
     names = DATASETS.get('CocoDataset').METAINFO['classes']
     box = dict(bbox=[10, 10, 50, 50], category_id=5, iscrowd=0)
@@ -154,11 +154,11 @@ def test_every_set_can_be_made_as_it_is_written(repo: Path) -> None:
     assert stages['paper_one-stage'] == [('synthesize', 640, 350)]
     assert stages['default_one-stage'] == [('synthesize', 640, 525)]
     assert stages['paper_three-stages'] == [('relabel', 160, 800), ('relabel', 160, 0), ('synthesize', 640, 300)]
-    # As many pixels in one stage as in two.
+    # One stage processes as many pixels as two.
     for preset in ('paper', 'default'):
         pixels = [sum(side**2 * n for _, side, n in stages[name]) for name in (preset, f'{preset}_one-stage')]
         assert pixels[0] == pixels[1]
-    # Known labels leave nothing to a stage at a low resolution but, in `default`, images to go on from.
+    # With known labels, the only use of a low-resolution stage is to provide initial images, as in `default`.
     assert stages['paper_tile-in'] == [('synthesize', 640, 300)]
     assert stages['default_tile-in'] == stages['default']
     for preset in ('paper', 'default'):
@@ -251,7 +251,7 @@ def test_loss_ablations_only_remove_losses(repo: Path) -> None:
     assert losses('default_detection-alone') == ([], 1.0)
 
 
-# Stands for every script that a job runs: notes its arguments, then leaves what it should.
+# Replaces every script that a job runs: records its arguments, then writes the expected files.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -278,7 +278,7 @@ else:
 
 @pytest.fixture
 def root(repo: Path, tmp_path: Path) -> Path:
-    """A repository with this tool, in which all others are the script above."""
+    """A repository with this tool, where the script above replaces all others."""
     scripts = ('tools/train.py', 'tools/generate.py', 'tools/model_converters/ultralytics_to_mmzsq.py')
     for name in (
         *scripts,
@@ -299,7 +299,7 @@ def execute(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def began(root: Path) -> list[str]:
-    """Names of the folders of sets and students, in the order in which they began."""
+    """Names of the folders of sets and students, in the order of their start."""
     return [line.split()[0] for line in (root / 'began.txt').read_text().splitlines()]
 
 
@@ -316,7 +316,7 @@ TABLE_8 = [
 def test_one_command_makes_a_table(root: Path) -> None:
     done = execute(root, '--tables', '8', '--jobs', '1', '--weights', 'published.pt')
     assert done.returncode == 0, done.stdout + done.stderr
-    # Sets first; both serve all students of their preset.
+    # Sets first; each is used by all students of its preset.
     assert began(root) == ['set_paper_seed0', 'set_default_seed0', *(f'{name}_w4a4_seed0' for name in TABLE_8)]
     assert (root / 'checkpoints/yolov5n.safetensors').read_text() == str(root / 'published.pt')
     assert kept(root) == {f'{name}_w4a4_seed0' for name in TABLE_8}
@@ -325,7 +325,7 @@ def test_one_command_makes_a_table(root: Path) -> None:
     with Image.open(root / 'docs/images/yolov5-n/set_paper_seed0.jpg') as gallery:
         assert gallery.format == 'JPEG' and gallery.width == len('set_paper_seed0')
     assert 'paper_w4a4_seed0: ' in done.stdout and 'box AP float 29.3, zero_shot 20.4' in done.stdout
-    # What is kept is not run again, even on a machine that has nothing else; nor is a set for it.
+    # Kept runs are not repeated, even on a new machine, and their sets are not made.
     (root / 'benchmarks/results/yolov5-n/default_features-alone_w4a4_seed0.json').unlink()
     subprocess.run(['rm', '-r', root / 'work_dirs'], check=True)
     before = began(root)
@@ -351,7 +351,7 @@ def test_trials_need_their_own_folders(root: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert kept(root / 'trial') == {'default_w4a4_seed0'} and not kept(root)
     lines = (root / 'began.txt').read_text().splitlines()
-    # Behind the table's own: the last one counts.
+    # After those of the table: the last one counts.
     assert all(line.endswith('zsq.train.max_epochs=1') for line in lines)
 
 
@@ -375,7 +375,7 @@ def test_runs_are_ordered_by_seed_then_table() -> None:
     assert [run.seed for run in runs] == sorted((run.seed for run in runs), reverse=True)
     names = _names(run for run in runs if run.seed == 1)
     assert names[:8] == [f'{name}_w4a4_seed1' for name in TABLE_8]
-    # Shown by both, run once.
+    # Both tables show it; it runs once.
     assert len(names) == len(set(names)) == 8 + 12 - 2
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``compose`` makes of a detector's config and a zsq section."""
+"""``compose``: the runnable config of a detector and a zsq section, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmzsq.errors import UserError
 
 @pytest.fixture
 def user() -> Config:
-    """A user's config: a detector to be trained, with all that training needs, and a zsq section."""
+    """A user's config: a detector with its training settings, and a zsq section."""
     loader = dict(batch_size=1, dataset=dict(type='CocoDataset', metainfo=dict(classes=('cat', 'dog')), ann_file='no'))
     return Config(
         dict(
@@ -64,10 +64,10 @@ def types(hooks: Any) -> list[str]:
     return [hook.type for hook in hooks]
 
 
-# What stays and what goes.
+# Kept and replaced settings.
 
 
-def test_composing_leaves_its_argument_alone_and_a_composed_config_as_it_is(user: Config) -> None:
+def test_compose_does_not_change_its_argument_or_a_composed_config(user: Config) -> None:
     before = copy.deepcopy(user.to_dict())
     once = compose(user)
     assert user.to_dict() == before
@@ -77,7 +77,7 @@ def test_composing_leaves_its_argument_alone_and_a_composed_config_as_it_is(user
 
 
 @pytest.mark.parametrize('suffix', ['.py', '.json', '.yml'])
-def test_a_composed_config_is_the_same_from_a_file_and_refuses_what_would_have_no_effect(
+def test_a_composed_config_survives_a_file_and_refuses_ineffective_changes(
     user: Config, tmp_path: Path, suffix: str
 ) -> None:
     leaf = tmp_path / 'leaf.py'
@@ -102,13 +102,13 @@ def test_a_composed_config_is_the_same_from_a_file_and_refuses_what_would_have_n
     compose(read)
 
 
-def test_a_section_that_says_it_is_composed_without_a_digest_is_refused(user: Config) -> None:
-    """What earlier versions wrote: whether it has changed since, nothing tells."""
+def test_a_composed_section_without_a_digest_is_refused(user: Config) -> None:
+    """Earlier versions wrote such configs. Later changes of them cannot be detected."""
     with pytest.raises(UserError, match='with the config that was composed$'):
         composed(user, composed=True)
 
 
-def test_what_is_the_users_is_kept(user: Config) -> None:
+def test_settings_of_the_user_are_kept(user: Config) -> None:
     cfg = compose(user)
     kept = (
         *('val_cfg', 'val_dataloader', 'val_evaluator', 'test_cfg', 'test_dataloader', 'test_evaluator'),
@@ -119,7 +119,7 @@ def test_what_is_the_users_is_kept(user: Config) -> None:
     assert cfg.default_hooks.checkpoint.interval == 2
 
 
-def test_what_trains_the_float_detector_is_replaced_as_a_whole(user: Config) -> None:
+def test_float_training_settings_are_replaced_completely(user: Config) -> None:
     cfg = compose(user)
     assert cfg.model.type == 'mmzsq.ZeroShotDetector'
     assert cfg.model.detector == user.model
@@ -132,8 +132,8 @@ def test_what_trains_the_float_detector_is_replaced_as_a_whole(user: Config) -> 
     assert cfg.auto_scale_lr.enable is False
 
 
-def test_a_preprocessor_beside_the_model_becomes_the_detectors(user: Config) -> None:
-    """MMEngine's Runner would give it to teacher and student."""
+def test_a_preprocessor_beside_the_model_moves_into_the_detector(user: Config) -> None:
+    """MMEngine's Runner would pass it to the model of teacher and student."""
     user.data_preprocessor = dict(type='DetDataPreprocessor', std=[1, 1, 1])
     cfg = compose(user)
     assert 'data_preprocessor' not in cfg
@@ -142,16 +142,16 @@ def test_a_preprocessor_beside_the_model_becomes_the_detectors(user: Config) -> 
     assert compose(user).model.detector.data_preprocessor.std == [2, 2, 2]
 
 
-def test_the_teacher_is_named_by_the_section_or_is_what_a_new_run_loads(user: Config) -> None:
+def test_the_teacher_is_that_of_the_section_or_load_from_of_a_new_run(user: Config) -> None:
     assert compose(user).model.teacher == compose(user).zsq.teacher == 'teacher.pth'
     assert composed(user, teacher='other.pth').model.teacher == 'other.pth'
-    # Of a run that goes on, load_from is the checkpoint to go on from.
+    # With resume, load_from is the checkpoint to continue from.
     user.resume = True
     assert compose(user).model.teacher is None
     assert composed(user, teacher='other.pth').model.teacher == 'other.pth'
 
 
-def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Config) -> None:
+def test_hooks_of_float_training_and_save_best_are_removed(user: Config) -> None:
     cfg = compose(user)
     assert types(cfg.custom_hooks) == [
         *('EmptyCacheHook', 'mmzsq.CalibrationSetHook', 'mmzsq.QuantizerInitHook', 'mmzsq.FiniteLossHook'),
@@ -159,7 +159,7 @@ def test_hooks_that_steer_float_training_go_with_the_choice_by_accuracy(user: Co
     assert 'save_best' not in cfg.default_hooks.checkpoint
 
 
-def test_the_set_lies_beside_the_run_unless_the_config_says_where(user: Config) -> None:
+def test_the_set_is_in_the_work_dir_unless_configured(user: Config) -> None:
     for cfg, folder in (
         (compose(user), 'out/calibration_set'),
         (composed(user, calibration_set=dict(dir='/sets/a')), '/sets/a'),
@@ -168,7 +168,7 @@ def test_the_set_lies_beside_the_run_unless_the_config_says_where(user: Config) 
         assert next(hook for hook in cfg.custom_hooks if 'root' in hook).root == folder
 
 
-def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
+def test_values_of_the_section_reach_the_runner(user: Config) -> None:
     train = dict(batch_size=3, max_epochs=7, ema=0.99, bn='train', clip_grad=None, amp=True, schedule='constant')
     cfg = composed(user, train=train, calibration_set=dict(seed=5))
     assert (cfg.train_dataloader.batch_size, cfg.train_cfg.max_epochs, cfg.model.bn) == (3, 7, 'train')
@@ -192,14 +192,14 @@ def test_numbers_of_the_section_reach_the_runner(user: Config) -> None:
         (dict(seed=0, diff_rank_seed=False), dict(seed=0, diff_rank_seed=False)),
     ],
 )
-def test_what_the_user_says_of_randomness_stands(user: Config, own: Any, rest: dict[str, Any]) -> None:
+def test_randomness_settings_of_the_user_are_kept(user: Config, own: Any, rest: dict[str, Any]) -> None:
     user.randomness = own
     cfg = composed(user, calibration_set=dict(seed=5))
     assert cfg.randomness == rest
     assert cfg.train_dataloader.sampler.seed == rest['seed']
 
 
-def test_gradients_of_several_batches_make_one_step_and_the_average_follows_steps(user: Config) -> None:
+def test_gradients_accumulate_and_the_average_follows_optimizer_steps(user: Config) -> None:
     assert composed(user).optim_wrapper.accumulative_counts == 1
     cfg = composed(user, train=dict(accumulate=4, ema=0.99))
     assert cfg.optim_wrapper.accumulative_counts == 4
@@ -207,7 +207,7 @@ def test_gradients_of_several_batches_make_one_step_and_the_average_follows_step
     assert (average.type, average.interval, average.gamma) == ('EMAHook', 4, 4 * 2000)
 
 
-def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
+def test_quantizer_steps_have_a_separate_rate_and_no_decay(user: Config) -> None:
     cfg = composed(user, train=dict(optimizer=dict(lr=1e-4, weight_decay=0.1), step_lr=5e-3))
     steps = cfg.optim_wrapper.paramwise_cfg.custom_keys['_quantizer.']
     assert cfg.optim_wrapper.optimizer.lr * steps.lr_mult == pytest.approx(5e-3)
@@ -217,7 +217,7 @@ def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ('model', 'learnt'),
+    ('model', 'learned'),
     [
         (dict(type='MaskRCNN', roi_head=dict(bbox_head=dict(), mask_head=dict(type='FCNMaskHead'))), True),
         (dict(type='CascadeRCNN', roi_head=dict(mask_head=[dict(type='FCNMaskHead')])), True),
@@ -228,16 +228,14 @@ def test_steps_have_their_own_rate_and_no_decay(user: Config) -> None:
         (dict(type='YOLOX', bbox_head=dict(num_classes=2)), False),
     ],
 )
-def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
-    user: Config, model: dict[str, Any], learnt: bool
-) -> None:
+def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: dict[str, Any], learned: bool) -> None:
     user.model = model
-    for weight, read in ((0.1, learnt), (0.0, False)):
+    for weight, read in ((0.1, learned), (0.0, False)):
         cfg = composed(user, distillation=dict(detection_weight=weight))
         [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
         assert load.with_mask is read
         assert load.with_bbox is True
-        # Of the detection loss alone.
+        # Only the detection loss reads masks.
         assert cfg.train_dataloader.collate_fn == dict(type='mmzsq.stack_images', labels=bool(weight))
 
 
@@ -336,6 +334,70 @@ def test_masks_are_read_where_the_detection_loss_of_a_detector_learns_them(
         (dict(quantizer=dict(w_bits='four')), "zsq.quantizer.w_bits is 'four', but must be an integer from 2 to 8"),
         (dict(quantizer=dict(a_bits=None)), 'zsq.quantizer.a_bits is None, but must be an integer from 2 to 8'),
         (dict(teacher=5), 'zsq.teacher is 5, but must be a string or None'),
+        (dict(preset=['paper']), r"zsq.preset is \['paper'\], but must be one of"),
+        (dict(presets='paper'), "zsq.presets is 'paper', but must be a dict"),
+        (dict(presets=dict(default=dict(train=5))), 'zsq.presets.default.train is 5, but must be a dict'),
+        (dict(quantizer={1: 2}), 'zsq.quantizer has the key 1, but keys must be strings'),
+        (dict(train={(1, 2): 3}), r'zsq.train has the key \(1, 2\), but keys must be strings'),
+        (dict(quantizer=dict(overrides={1: 2})), 'zsq.quantizer.overrides has the key 1, but keys must be strings'),
+        (dict(quantizer=dict(scope=[])), r'zsq.quantizer.scope is \[\], but must be a module pattern'),
+        (
+            dict(quantizer=dict(weight=dict(narrow=5))),
+            'zsq.quantizer.weight.narrow is 5, but must be True, False or None',
+        ),
+        (
+            dict(synthesis=dict(refine=[dict(image_size=64, iterations=1), dict(image_size=64, iterations=0)])),
+            r'zsq.synthesis.refine\[1\].iterations is 0',
+        ),
+        (
+            dict(train=dict(optimizer=dict(type=5, lr=1e-3))),
+            'zsq.train.optimizer.type is 5, but must be a registered optimizer',
+        ),
+        (dict(label_sampler=dict(type=5)), 'zsq.label_sampler.type is 5, which is not a registered label sampler'),
+        (
+            dict(label_sampler=dict(start=dict(num_boxes=(5, 1)))),
+            'zsq.label_sampler.start: MultiBoxSampler: num_boxes must be two numbers',
+        ),
+        (
+            dict(label_sampler=dict(type='mmzsq.RealLabelSampler', ann_file=5)),
+            'zsq.label_sampler: RealLabelSampler: ann_file must be a path',
+        ),
+        (
+            dict(synthesis=dict(priors=[dict(type='mmzsq.TotalVariationPrior', weight=float('nan'))])),
+            r'zsq.synthesis.priors\[0\]: TotalVariationPrior: weight must be a number of at least 0, got nan',
+        ),
+        (
+            dict(synthesis=dict(priors=[dict(type='mmzsq.BNStatisticsPrior', first_weight='x')])),
+            r"zsq.synthesis.priors\[0\]: BNStatisticsPrior: first_weight must be a number of at least 0, got 'x'",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmdet.FocalLoss')])),
+            "'mmdet.FocalLoss', which is not a registered DistillationLoss. Registered: mmzsq.DensePredictionLoss",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionKLLoss', tau=0)])),
+            r'zsq.distillation.losses\[0\]: PredictionKLLoss: tau must be above 0',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionKLLoss', heads=[5])])),
+            'PredictionKLLoss: heads must be a module pattern',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.FeatureMSELoss', modules=[])])),
+            'FeatureMSELoss: modules must be a module pattern',
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.FeatureMSELoss', normalize='no')])),
+            "FeatureMSELoss: normalize must be True or False, got 'no'",
+        ),
+        (
+            dict(distillation=dict(losses=[dict(type='mmzsq.PredictionLoss', loss_weight=None)])),
+            'PredictionLoss: loss_weight must be a number of at least 0, got None',
+        ),
+        (
+            dict(calibration_set=dict(real=dict(type='CocoDataset', pipeline=[dict()]))),
+            'zsq.calibration_set.real.pipeline is .*, but must be a list of dicts with a type',
+        ),
     ],
 )
 def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], message: str) -> None:
@@ -344,9 +406,29 @@ def test_a_mistake_in_the_section_is_named(user: Config, zsq: dict[str, Any], me
 
 
 @pytest.mark.parametrize('section', [None, 5, 'w4a8', [1]])
-def test_a_section_that_is_no_dict_is_refused(user: Config, section: Any) -> None:
+def test_a_section_that_is_not_a_dict_is_refused(user: Config, section: Any) -> None:
     user.zsq = section
     with pytest.raises(UserError, match='zsq is .*, but must be a dict'):
+        compose(user)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(model=5), 'model is 5, but must be a dict'),
+        (dict(default_hooks=dict(checkpoint=5)), 'default_hooks.checkpoint is 5, but must be a dict or None'),
+        (dict(custom_hooks=[None]), 'custom_hooks must be a list of dicts with a type, but holds None'),
+        (dict(custom_hooks=[dict()]), 'custom_hooks must be a list of dicts with a type, but holds {}'),
+        (dict(val_dataloader=5), 'val_dataloader is 5, but must be a dict'),
+        (dict(randomness=dict(seed=-1)), 'randomness.seed is -1, but must be an integer from 0'),
+        (dict(randomness=dict(seed='x')), "randomness.seed is 'x', but must be an integer from 0"),
+    ],
+)
+def test_a_mistake_beside_the_section_is_named(user: Config, changes: dict[str, Any], message: str) -> None:
+    for key, value in changes.items():
+        user.pop(key, None)
+        user[key] = value
+    with pytest.raises(UserError, match=message):
         compose(user)
 
 
@@ -360,7 +442,7 @@ def test_a_config_without_the_section_or_a_model_is_refused(user: Config, key: s
 # Merging.
 
 
-def test_mappings_merge_key_by_key_and_all_else_is_replaced() -> None:
+def test_mappings_merge_by_key_and_other_values_are_replaced() -> None:
     base = dict(a=dict(b=1, c=[1, 2]), d=4)
     merged = merge(base, dict(a=dict(c=[3]), e=None))
     assert merged == dict(a=dict(b=1, c=[3]), d=4, e=None)
@@ -412,7 +494,7 @@ def test_evaluation_names_the_classes_before_training_does() -> None:
     ]
 
 
-def test_the_set_has_the_names_of_the_users_training_data_where_no_other_gives_any(user: Config) -> None:
+def test_class_names_fall_back_to_the_training_data(user: Config) -> None:
     names = ['sheep', 'goat']
     user.train_dataloader.dataset = dict(type='RepeatDataset', dataset=dict(metainfo=dict(classes=names)))
     for loader in ('val_dataloader', 'test_dataloader'):
@@ -424,8 +506,8 @@ def test_the_set_has_the_names_of_the_users_training_data_where_no_other_gives_a
 # Presets.
 
 
-def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
-    """It stands between that preset and what the config says of all."""
+def test_changes_of_one_preset_do_not_affect_another() -> None:
+    """They override the preset, and settings for all presets override them."""
     zsq = dict(
         presets=dict(default=dict(train=dict(batch_size=3, max_epochs=4, optimizer=dict(lr=1e-3)))),
         train=dict(max_epochs=5),
@@ -437,29 +519,29 @@ def test_what_a_config_says_of_one_preset_is_not_said_of_another() -> None:
     assert 'presets' not in paper
 
 
-def test_another_preset_can_stand_for_one() -> None:
+def test_a_preset_can_be_replaced_by_another() -> None:
     zsq = dict(presets=dict(paper='paper_transformer', paper_transformer=dict(train=dict(max_epochs=4))))
     section = complete_section(dict(zsq, preset='paper', train=dict(batch_size=3)))
     expected = complete_section(dict(preset='paper_transformer', train=dict(batch_size=3)))
-    # Under the name that was asked for.
+    # The name stays that of the config.
     assert section == dict(expected, preset='paper')
     assert complete_section(zsq) == complete_section({})
 
 
-def test_a_presets_numbers_can_be_changed_one_by_one() -> None:
+def test_single_values_of_a_preset_can_be_changed() -> None:
     section = complete_section(dict(preset='paper', quantizer=dict(w_bits=4), train=dict(max_epochs=3)))
     assert (section['quantizer']['w_bits'], section['quantizer']['step']) == (4, 'linear')
     assert (section['train']['max_epochs'], section['train']['bn']) == (3, 'train')
     assert complete_section({})['preset'] == 'default'
 
 
-# What depends on the bits.
+# Defaults that depend on the bits.
 
 
 @pytest.mark.parametrize(
     ('bits', 'lr', 'step_lr'), [((8, 8), 2e-5, 2e-4), ((6, 6), 1e-4, 2e-3), ((4, 8), 1e-4, 2e-3), ((8, 4), 1e-4, 2e-3)]
 )
-def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, step_lr: float) -> None:
+def test_students_of_8_bits_have_lower_rates(bits: tuple[int, int], lr: float, step_lr: float) -> None:
     quantizer = dict(w_bits=bits[0], a_bits=bits[1])
     train = complete_section(dict(quantizer=quantizer))['train']
     assert (train['optimizer']['lr'], train['step_lr']) == (lr, step_lr)
@@ -469,7 +551,7 @@ def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, ste
     assert (paper['optimizer']['lr'], paper['step_lr']) == (1e-4, None)
 
 
-# What depends on the detector.
+# Defaults that depend on the detector.
 
 
 @pytest.mark.parametrize(
@@ -485,7 +567,7 @@ def test_a_student_of_8_bits_learns_slowly(bits: tuple[int, int], lr: float, ste
         ('rpn/rpn_r50_fpn_1x_coco', (1.0, 'sum')),
     ],
 )
-def test_the_detection_losses_of_two_stages_on_batch_norm_are_not_added_up(
+def test_detection_losses_of_two_stages_on_batch_norm_are_averaged(
     tmp_path: Path, config: str, expected: tuple[float, str]
 ) -> None:
     leaf = tmp_path / 'leaf.py'
@@ -497,20 +579,20 @@ def test_the_detection_losses_of_two_stages_on_batch_norm_are_not_added_up(
         return synthesis.detection_weight, synthesis.detection_reduction
 
     assert weight_and_reduction() == expected
-    # The user's word, and that for one preset, stand; the paper's numbers are the paper's.
+    # Settings of the user and of one preset win, and the paper's preset does not change.
     assert weight_and_reduction(synthesis=dict(detection_weight=3.0)) == (3.0, expected[1])
     assert weight_and_reduction(presets=dict(default=dict(synthesis=dict(detection_reduction='sum'))))[1] == 'sum'
     assert weight_and_reduction(preset='paper') == (0.5, 'sum')
 
 
-def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() -> None:
+def test_unset_norms_default_to_those_of_the_backbone_class() -> None:
     def section(**backbone: Any) -> dict[str, Any]:
         return complete_section({}, dict(rpn_head=dict(), roi_head=dict(), backbone=backbone))
 
     assert section(type=ResNet)['synthesis']['detection_reduction'] == 'mean'
-    # It hands its arguments on.
+    # It passes its arguments on.
     assert section(type='ResNeXt')['synthesis']['detection_reduction'] == 'mean'
-    # A config in Python names the layer's class.
+    # A Python-style config names the class itself.
     assert section(type=ResNet, norm_cfg=dict(type=nn.BatchNorm2d))['synthesis']['detection_reduction'] == 'mean'
     assert section(type=ResNet, norm_cfg=dict(type='GN'))['synthesis']['detection_reduction'] == 'sum'
     assert section(type='CSPDarknet', norm_cfg=None)['synthesis']['detection_reduction'] == 'sum'
@@ -521,14 +603,14 @@ def test_norms_that_a_config_does_not_name_are_those_of_the_backbones_class() ->
 
     assert section(type=OwnNorm)['synthesis']['detection_reduction'] == 'sum'
     assert section(type=SwinTransformer)['synthesis']['detection_reduction'] == 'sum'
-    # What is not known is left to who builds it.
+    # Unknown types are refused when they are built.
     assert section(type='NoSuchBackbone')['synthesis']['detection_reduction'] == 'sum'
 
 
-# What depends on whether labels are read.
+# Defaults that depend on whether a loss reads labels.
 
 
-def test_images_are_augmented_where_no_loss_reads_labels() -> None:
+def test_images_are_augmented_unless_a_loss_reads_labels() -> None:
     assert complete_section({})['train']['augmentation'] == dict(flip=0.5, mosaic=0.5, color=0.3)
     labels = dict(detection_weight=0.5)
     for zsq in (
@@ -544,10 +626,10 @@ def test_images_are_augmented_where_no_loss_reads_labels() -> None:
 
 
 @pytest.mark.parametrize(('image_size', 'scale'), [(96, (96, 96)), ([64, 96], (96, 64))])
-def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_size: Any, scale: Any) -> None:
+def test_training_images_are_resized_if_configured(user: Config, image_size: Any, scale: Any) -> None:
     plain = composed(user).train_dataloader.dataset.pipeline
     pipeline = composed(user, train=dict(image_size=image_size)).train_dataloader.dataset.pipeline
-    # After the labels are read, so that they follow.
+    # After the labels are loaded, so that they are resized too.
     resize = dict(type='Resize', scale=scale, keep_ratio=False)
     assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'LoadAnnotations'
     for wrong in (0, 'large', [640], [640, 480.0]):
@@ -557,7 +639,7 @@ def test_images_of_a_set_are_resized_where_training_says_so(user: Config, image_
             composed(user, train=dict(image_size=wrong))
 
 
-def test_a_run_needs_something_to_learn_from(user: Config) -> None:
+def test_a_run_without_any_loss_is_refused(user: Config) -> None:
     with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
         composed(user, distillation=dict(losses=[]))
     composed(user, distillation=dict(losses=[], detection_weight=1.0))
@@ -566,7 +648,7 @@ def test_a_run_needs_something_to_learn_from(user: Config) -> None:
 # Real images, for comparison.
 
 
-def test_real_images_are_read_as_the_detector_is_tested_and_no_set_is_made(user: Config) -> None:
+def test_real_images_use_the_test_pipeline_and_no_set_is_made(user: Config) -> None:
     user.test_dataloader.dataset.pipeline = [
         dict(type='LoadImageFromFile'),
         dict(type='Resize', scale=(64, 64), keep_ratio=True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's numbers, written out: what ``zsq.preset=paper`` makes of the leaves of each detector that it reports."""
+"""``zsq.preset=paper`` gives the leaf of each detector the values of the paper, which are written out here."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ ADAPTIVE = dict(
 )
 YOLO_TRAINING = dict(
     max_epochs=100,
-    # The steps share the optimizer and its rate.
+    # Quantizer steps share the optimizer and its rate.
     step_lr=None,
     bn='train',
     ema=0.9999,
     clip_grad=10.0,
     amp=True,
-    # The first batch gives the steps.
+    # Steps are initialized on the first batch.
     init_batches=1,
 )
 YOLOV5 = dict(
@@ -54,7 +54,7 @@ YOLOV5 = dict(
         synthesize=dict(image_size=640, iterations=2500, batch_size=32),
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
-            # Of transformers; left out where there is no attention.
+            # For transformers; it does not apply without attention.
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
             dict(type='mmzsq.TotalVariationPrior', weight=0.0005),
         ],
@@ -163,7 +163,7 @@ MASK_RCNN_SWIN = dict(
         amp=True,
     ),
 )
-# What was quantized is told of it, and the images of its set for VOC; all else is the preset's.
+# The paper states its quantized layers, and the images of its set for VOC. All else is that of the preset.
 MASK_RCNN_R50 = dict(
     YOLOV5,
     quantizer=dict(QUANTIZER, scope=['backbone', 'neck'], skip=['backbone.conv1', 'backbone.layer4.2']),
@@ -190,12 +190,12 @@ def _paper(leaf: str) -> Config:
 
 
 def _only(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``section`` that ``like`` has, however deep."""
+    """The keys of ``section`` that ``like`` has, at every depth."""
     return {key: _only(section[key], value) if isinstance(value, dict) else section[key] for key, value in like.items()}
 
 
 @pytest.mark.parametrize('detector', PAPER)
-def test_every_row_of_the_paper_is_run_with_its_numbers(detector: str) -> None:
+def test_every_row_of_the_paper_has_its_values(detector: str) -> None:
     expected, rows = PAPER[detector]
     for bits in rows:
         section = _paper(f'{detector}_{bits}').zsq.to_dict()
@@ -204,8 +204,8 @@ def test_every_row_of_the_paper_is_run_with_its_numbers(detector: str) -> None:
         assert section['preset'] == 'paper'
 
 
-def test_swin_is_optimised_in_units_of_its_normalized_inputs() -> None:
-    """By a step as the optimizer takes it, and by the variation of one image in both units."""
+def test_swin_is_optimized_in_units_of_its_normalized_inputs() -> None:
+    """Compares an optimizer step, and the variation of one image, in both units."""
     cfg = _paper('mask-rcnn_swin-t_w4a8')
     assert tuple(cfg.model.detector.data_preprocessor.std) == IMAGENET_STD
     synthesis = cfg.zsq.synthesis
@@ -218,40 +218,40 @@ def test_swin_is_optimised_in_units_of_its_normalized_inputs() -> None:
 
 
 def _float_layers(leaf: str) -> tuple[set[str], set[str]]:
-    """Names of the layers that the paper's preset leaves in full precision, and of all."""
+    """Names of the layers that the paper's preset leaves in full precision, and of all layers."""
     rows = MODELS.build(_paper(leaf).model).report.layers
     assert {(row.w_bits, row.a_bits) for row in rows if row.quantized} == {(4, 8)}
     layers = [row for row in rows if not row.name.endswith('.relative_position_bias_table')]
     return {row.name for row in layers if not row.quantized}, {row.name for row in layers}
 
 
-def test_yolov5_keeps_its_first_and_its_three_last_convolutions(zero_weights: None) -> None:
+def test_yolov5_keeps_its_first_and_last_convolutions_in_float(zero_weights: None) -> None:
     kept, names = _float_layers('yolov5-s_w4a8')
     assert kept == {'backbone.stem.conv', *(name for name in names if name.startswith('bbox_head.'))}
     assert len(kept) == 4
 
 
-def test_yolo11_keeps_its_first_convolution_and_its_head(zero_weights: None) -> None:
+def test_yolo11_keeps_its_first_convolution_and_its_head_in_float(zero_weights: None) -> None:
     kept, names = _float_layers('yolo11-s_w4a8')
     [first] = [name for name in kept if not name.startswith('bbox_head.')]
     assert first == next(iter(sorted(name for name in names if name.startswith('backbone.stem'))))
     assert kept - {first} == {name for name in names if name.startswith('bbox_head.')}
 
 
-def test_mask_rcnn_r50_keeps_stem_last_bottleneck_and_heads(zero_weights: None) -> None:
+def test_mask_rcnn_r50_keeps_stem_last_bottleneck_and_heads_in_float(zero_weights: None) -> None:
     kept, names = _float_layers('mask-rcnn_r50_w4a8')
     last = {f'backbone.layer4.2.conv{index}' for index in (1, 2, 3)}
     heads = {name for name in names if name.startswith(('rpn_head.', 'roi_head.'))}
     assert kept == {'backbone.conv1', *last, *heads}
 
 
-def test_mask_rcnn_swin_is_quantized_in_all_of_its_backbone_alone(zero_weights: None) -> None:
-    """From the patch embedding on."""
+def test_mask_rcnn_swin_is_quantized_in_the_whole_backbone_only(zero_weights: None) -> None:
+    """The patch embedding is included."""
     kept, names = _float_layers('mask-rcnn_swin-t_w4a8')
     assert names - kept == {name for name in names if name.startswith('backbone.')}
 
 
-def test_the_numbers_reach_the_runner() -> None:
+def test_values_reach_the_runner() -> None:
     cfg = _paper('yolo11-m_w6a6')
     assert (cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts) == (16, 4)
     assert cfg.optim_wrapper.optimizer == dict(type='Adam', lr=1e-5, weight_decay=5e-4)

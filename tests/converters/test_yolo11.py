@@ -30,7 +30,7 @@ def build(repo: Path, size: str, classes: int) -> nn.Module:
     return MODELS.build(cfg.model).eval()
 
 
-def test_converted_weights_compute_what_they_did(plain: Any, repo: Path) -> None:
+def test_converted_weights_compute_the_same(plain: Any, repo: Path) -> None:
     model = plain(*SIZES['n'], classes=3)
     tensors = model.tensors()
     images = torch.rand(1, 3, 64, 96)

@@ -28,7 +28,7 @@ def build(repo: Path, size: str, classes: int) -> nn.Module:
     return MODELS.build(cfg.model).eval()
 
 
-def test_converted_weights_compute_what_they_did(plain, repo: Path) -> None:
+def test_converted_weights_compute_the_same(plain, repo: Path) -> None:
     tensors = plain.tensors(classes=3)
     images = torch.rand(1, 3, 64, 96)
     converted = convert_yolov5(tensors)
@@ -84,7 +84,7 @@ def test_every_name_and_shape_is_checked(plain) -> None:
         convert_yolov5({**tensors, 'model.0.conv.weight': torch.zeros(1, 3, 6, 6)})
 
 
-def test_real_weights_detect_what_a_plain_implementation_detects(plain, repo: Path, shared: Path) -> None:
+def test_real_weights_detect_the_same_as_a_plain_implementation(plain, repo: Path, shared: Path) -> None:
     source = read_ultralytics(shared / 'weights/yolov5n.pt')
     assert source.classes[:2] == ('person', 'bicycle')
     detector = build(repo, 'n', 80)

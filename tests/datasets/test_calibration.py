@@ -22,7 +22,7 @@ HEIGHT, WIDTH = 40, 60
 BOXES = torch.tensor([[[4.0, 6.0, 24.0, 26.0], [30.5, 0.0, 60.0, 20.0]]]).repeat(3, 1, 1)
 LABELS = torch.tensor([[0, 2], [1, 1], [2, 0]])
 CLASSES = ('cat', 'dog', 'person')
-# `person` is a class of COCO too, under another label: nothing of COCO's may shine through.
+# `person` is also a class of COCO, with another label. The labels of COCO must not be used.
 
 
 def images() -> np.ndarray:

@@ -52,7 +52,7 @@ def test_each_format_says_layout_and_normalization(calibration_set: CalibrationS
 
 
 @pytest.mark.parametrize('to_rgb', [True, False])
-def test_inputs_are_what_mmdetections_preprocessor_makes(
+def test_inputs_equal_those_of_mmdetections_preprocessor(
     calibration_set: CalibrationSet, to_rgb: bool, tmp_path: Path
 ) -> None:
     settings = dict(PREPROCESSING, bgr_to_rgb=to_rgb)

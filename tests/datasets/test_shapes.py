@@ -112,7 +112,7 @@ def test_stripes_are_told_from_a_box_by_texture(scenes: list[Scene]) -> None:
     assert spread('stripes') > 2 * spread('box')
 
 
-def test_color_says_nothing_about_the_class(scenes: list[Scene]) -> None:
+def test_color_does_not_depend_on_the_class(scenes: list[Scene]) -> None:
     means = [np.mean([s.image[m].mean(axis=0) for s, m in by_class(scenes, name)], axis=0) for name in CLASS_NAMES]
     assert np.std(means, axis=0).max() < 12
 
@@ -180,7 +180,7 @@ def test_the_same_pipeline_reads_files(tmp_path: Path) -> None:
     assert np.array_equal(pipeline({'img_path': str(tmp_path / 'image.png')})['img'], image)
 
 
-def test_coco_metric_gives_full_marks_to_the_truth_and_none_to_wrong_classes() -> None:
+def test_coco_metric_is_1_for_the_truth_and_0_for_wrong_classes() -> None:
     dataset = ShapesDataset(num_images=12, pipeline=PIPELINE)
     for shift, expected in ((0, 1.0), (1, 0.0)):
         metric = CocoMetric(metric=['bbox', 'segm'])

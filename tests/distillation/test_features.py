@@ -66,7 +66,7 @@ def test_the_error_is_that_of_fp32_copies_and_keeps_none(dtype: torch.dtype) -> 
     torch.testing.assert_close(student.grad, gradient)
 
 
-# What is compared where the config names nothing.
+# Default features.
 
 
 def of_type(detector: nn.Module, name: str) -> list[str]:
@@ -102,7 +102,7 @@ def test_batchnorm_of_the_roi_head_is_not_compared(tiny_cfg: Callable[[str], Any
 
 
 def test_parts_of_a_mask_head_are_features_beside_a_box_head() -> None:
-    """The head itself is given what the box head picks; alone, it is a head of predictions."""
+    """Beside a box head, the mask head sees selected locations; without one, it is a prediction head."""
     detector = Detector()
     detector.mask_head = nn.ModuleDict(dict(prototypes=nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), loss=nn.L1Loss()))
     assert feature_modules(detector) == ['backbone.1', 'mask_head.prototypes']

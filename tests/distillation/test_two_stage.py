@@ -34,7 +34,7 @@ CLASSES = 3
 
 
 def box_loss(coder: DeltaXYWHBBoxCoder, student: Tensor, teacher: Tensor) -> float:
-    """1 - CIoU of what two vectors of four deltas stand for."""
+    """1 - CIoU of the boxes that two vectors of four deltas encode."""
     return 1 - float(complete_box_iou(coder.decode(UNIT, student[None]), coder.decode(UNIT, teacher[None])))
 
 
@@ -62,7 +62,7 @@ def test_box_head_terms_are_those_of_a_loop_over_rois(class_agnostic: bool) -> N
 
 
 def test_background_counts_for_categories_alone() -> None:
-    """Where the teacher is sure that nothing is there, a student that sees something is wrong, wherever it sees it."""
+    """If the teacher is certain of background, any object of the student is an error, whatever its box."""
     teacher = [torch.tensor([[-9.0, -9.0, -9.0, 20.0]]), torch.zeros(1, 12)]
     student = [torch.tensor([[9.0, -9.0, -9.0, 9.0]]), torch.ones(1, 12)]
     classes, boxes = box_head_terms(student, teacher, BOX_CODER)

@@ -49,7 +49,7 @@ MakeRunner = Callable[..., ZeroShotRunner]
 
 @pytest.fixture(scope='session')
 def teacher(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a teacher that sees something: random weights, BatchNorm statistics of random images."""
+    """Checkpoint of a teacher that detects objects: random weights, BatchNorm statistics of random images."""
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model)
     torch.manual_seed(3)
@@ -67,7 +67,7 @@ def teacher(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def configure(repo: Path, teacher: Path) -> MakeConfig:
-    """Config of a tiny run in ``work_dir``, a path."""
+    """Function that makes the config of a tiny run in ``work_dir``, a path."""
 
     def configure(work_dir: Path, **options: Any) -> Config:
         cfg = Config.fromfile(repo / 'configs/zsq/yolov5-p_shapes_w4a4.py')
@@ -83,7 +83,7 @@ def configure(repo: Path, teacher: Path) -> MakeConfig:
 
 @pytest.fixture
 def make_config(configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    """Config of a tiny run in ``work_dir``, a folder of the test; the current folder is that of the test too."""
+    """Function that makes the config of a tiny run in a folder of the test, which is also the current folder."""
     monkeypatch.chdir(tmp_path)
     # Same content without layout: MMEngine formats a config by yapf six times a run, a second each.
     monkeypatch.setattr(Config, 'pretty_text', property(plain_text))
@@ -92,7 +92,7 @@ def make_config(configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def make_runner(make_config: MakeConfig) -> MakeRunner:
-    """Runner of a tiny run, see ``make_config``."""
+    """Function that builds the runner of a tiny run, see ``make_config``."""
     return lambda *args, **options: ZeroShotRunner.from_cfg(make_config(*args, **options))
 
 

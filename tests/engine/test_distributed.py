@@ -23,11 +23,11 @@ NO_EVALUATION = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cf
 SIX_IMAGES = {'zsq.calibration_set.num_images': 6}
 """Three shards: one process makes one more than the other."""
 EXACT = {
-    # What does not depend on who sees which image: no draws of each process, no sample of the activations.
+    # Settings whose result does not depend on the distribution of images: no random numbers per process, no sampling.
     'zsq.train.augmentation': None,
     'zsq.quantizer.activation.init': 'lsq',
     'zsq.quantizer.equalize': False,
-    # Adam would make whole steps of gradients that are nothing but rounding.
+    # Adam would turn gradients that are only rounding errors into full steps.
     'zsq.train.optimizer': dict(_delete_=True, type='SGD', lr=1e-3),
     'zsq.train.step_lr': None,
 }
@@ -39,10 +39,10 @@ AVERAGED = {
 
 
 def smooth(student: Any) -> None:
-    """Let a student differ from its teacher by noise in place of rounding, which is not to be compared to many digits.
+    """Replace the rounding of a student by noise in its weights, so that results can be compared to many digits.
 
-    A value that is rounded to the next level is as good as another, and changes what comes after by percents: two
-    convolutions that differ in the seventh digit, as of one image and of two, are enough.
+    Convolutions of one and of two images differ in the seventh digit. This is enough to round a value to another level,
+    which changes later results by percents.
     """
     set_quantization(student, False)
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +204,7 @@ def set_content(work_dir: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 @pytest.fixture(scope='module')
 def root(configure: Any, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run by one process, ``one``, the same by two, ``two``, and another by two, ``averaged``."""
+    """Folder of three runs: ``one`` by one process, ``two``, the same by two, and ``averaged``, another by two."""
     root = tmp_path_factory.mktemp('distributed')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
@@ -243,7 +243,7 @@ def assert_same(states: list[dict[str, torch.Tensor]]) -> None:
 
 
 def test_two_interrupted_processes_generate_the_same_set_as_one(root: Path) -> None:
-    """The one with a shard more may take longer than processes otherwise wait for each other."""
+    """The process with one more shard may take longer than the usual timeout between processes."""
     for two, one in zip(set_content(root / 'two'), set_content(root / 'one'), strict=True):
         assert two == one
     assert set_content(root / 'averaged') == set_content(root / 'one')
@@ -252,7 +252,7 @@ def test_two_interrupted_processes_generate_the_same_set_as_one(root: Path) -> N
 def test_two_processes_train_the_same_student_as_one_with_the_same_batch(root: Path) -> None:
     one = torch.load(root / 'one' / 'last.pth', weights_only=True)
     two = of_ranks(root / 'two', 'last')
-    # Three steps in each of two epochs; the images of a step are shared out.
+    # Three steps in each of two epochs; the processes share the images of a step.
     assert len(one['losses']) == 6
     torch.testing.assert_close((two[0]['losses'] + two[1]['losses']) / 2, one['losses'], rtol=1e-5, atol=1e-5)
     assert not torch.equal(two[0]['losses'], two[1]['losses'])
@@ -269,7 +269,7 @@ def test_two_processes_train_the_same_student_as_one_with_the_same_batch(root: P
 
 @pytest.mark.parametrize('name', ['two', 'averaged'])
 def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path, name: str) -> None:
-    """With frozen BatchNorm, and with quantizers and BatchNorm that learn, averaged weights and a resumed training."""
+    """With frozen BatchNorm, and with trained quantizers and BatchNorm, averaged weights and a resumed run."""
     first, last = (of_ranks(root / name, moment) for moment in ('first', 'last'))
     assert_same(first)
     assert_same([rank['state'] for rank in last])
@@ -277,7 +277,7 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
     assert changed
     assert any('_quantizer.' in key for key in changed) == (name == 'averaged')
     assert any('running_var' in key for key in changed) == (name == 'averaged')
-    # Each has measured layers on images of its own.
+    # Each process measured layers on different images.
     bits = of_ranks(root / name, 'bits')
     assert bits[0] == bits[1]
     assert (len(set(bits[0].values())) > 2) == (name == 'averaged')
@@ -289,7 +289,7 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
 
 def test_soft_object_count_is_the_mean_over_processes_and_at_least_one_in_total(root: Path) -> None:
     for units in of_ranks(root, 'units'):
-        # (2 + 4) / 2, and 1 / 2 in place of (0.2 + 0.2) / 2.
+        # (2 + 4) / 2, and 1 / 2 instead of (0.2 + 0.2) / 2.
         assert units['numbers'] == [3.0, 0.5]
 
 
@@ -300,6 +300,6 @@ def test_a_missing_gradient_of_one_process_counts_as_zeros(root: Path) -> None:
         assert units['layer'].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradients_are_averaged_behind_a_captured_step(root: Path) -> None:
+def test_gradients_are_averaged_after_a_captured_step(root: Path) -> None:
     for units in of_ranks(root, 'units'):
         assert units['replayed'] == 1.0 - 1.5 - 2.5

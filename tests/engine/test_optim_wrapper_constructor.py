@@ -52,7 +52,7 @@ def test_merged_groups_take_the_same_steps(model: nn.Module) -> None:
     joined = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor')
     stock = wrap(other, 'DefaultOptimWrapperConstructor')
     groups = joined.optimizer.param_groups
-    # Weights decay; norms and biases do not; steps have a rate of their own.
+    # Weights decay; norms and biases do not; quantizer steps have another rate.
     assert len(groups) == 3 < len(stock.optimizer.param_groups)
     assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
     images = torch.rand(2, 3, 8, 8)

@@ -24,7 +24,7 @@ SIZE = (48, 64)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Images with two cells, with none, with one beside a crowd, and with a crowd alone; the same to evaluate on."""
+    """Images with two cells, without cells, with a cell and a crowd, and with a crowd; also for evaluation."""
     root = tmp_path / 'data'
     (root / 'JPEGImages').mkdir(parents=True)
     images, annotations = [], []
@@ -49,7 +49,7 @@ def data(tmp_path: Path) -> Path:
 def run(
     repo: Path, data: Path, tmp_path: Path, tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., ZeroShotRunner]:
-    """Train by a config of blood cells with a tiny detector in place of its own."""
+    """Train by a config of blood cells with a tiny detector."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: str(cfg.to_dict())))
     teacher = MODELS.build(tiny_cfg('mask-rcnn_r18'))
@@ -86,7 +86,7 @@ def run(
 
 
 @pytest.mark.parametrize('kind', ['lsq-real', 'lsq-real-distil'])
-def test_a_run_on_real_images_ends_with_box_and_mask_ap_and_says_what_it_learnt_from(
+def test_a_run_on_real_images_reports_box_and_mask_ap_and_its_data(
     run: Callable[..., ZeroShotRunner], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[str] = []
@@ -101,7 +101,7 @@ def test_a_run_on_real_images_ends_with_box_and_mask_ap_and_says_what_it_learnt_
     runner = run(kind)
     assert any('learns from real images, for comparison only' in text for text in warned)
     results = json.loads(Path(kind, 'results.json').read_text())
-    # Images without cells and crowds are no obstacle.
+    # Images without cells, and crowds, are allowed.
     assert results['calibration_set'] == dict(statistics=dict(images=4, real=True), stages={})
     assert list(results['metrics']) == ['float', 'ptq', 'zero_shot']
     for row in results['metrics'].values():
@@ -111,7 +111,7 @@ def test_a_run_on_real_images_ends_with_box_and_mask_ap_and_says_what_it_learnt_
     assert all(name in table for name in ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'QAT on real images'))
     assert 'zero-shot' not in table and 'synthetic' not in table
     assert not Path(kind, 'calibration_set').exists()
-    # Only distillation runs the teacher along.
+    # Only distillation runs the teacher.
     assert bool(compared) == (kind == 'lsq-real-distil')
     before, after = runner.detector.teacher.state_dict(), runner.detector.state_dict()
     moved = [name for name, value in before.items() if not torch.equal(value, after[name])]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job from config to results, on a tiny detector: what it writes, what it never reads, how it goes on."""
+"""Whole runs of a tiny detector from config to results: files written, data read, and resuming."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mmzsq.synthesis import CalibrationSet
 
 @METRICS.register_module(force=True)
 class PredictionsMetric(BaseMetric):
-    """What a detector predicts, as numbers that no two detectors share; COCO's AP of random weights is 0."""
+    """Reports the predictions as numbers that differ between detectors. COCO's AP of random weights is 0."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         for sample in data_samples:
@@ -63,7 +63,7 @@ def last(work_dir: str) -> dict[str, Any]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two states are equal, bit for bit."""
+    """Return whether two states are equal, bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -74,7 +74,7 @@ def set_bits(work_dir: str) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
+def test_a_run_writes_set_results_gallery_and_a_self_contained_checkpoint(
     make_runner: Any, make_config: Any, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     copy = tmp_path / 'copy.pth'
@@ -82,7 +82,7 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
     released: list[Any] = []
     monkeypatch.setattr(CapturedStep, 'release', lambda step: released.append(step))
     runner = run(make_runner, load_from=str(copy))
-    # A graph that is left keeps several processes from ending.
+    # A remaining graph would keep several processes from ending.
     assert released == [runner.detector._captured_step]
 
     written = results('out')
@@ -93,7 +93,7 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
     assert (written['quantizer']['w_bits'], written['quantizer']['a_bits']) == (4, 4)
     assert written['model_mb']['quantized'] < written['model_mb']['float'] / 4
     assert written['bit_operations']['quantized'] < written['bit_operations']['float'] / 10
-    # Two epochs of three images by two.
+    # Two epochs of three images in batches of two.
     assert (written['train']['iterations'], written['train']['images']) == (4, 8)
     assert set(written['seconds']) == {'train', 'evaluate_float', 'evaluate_ptq', 'evaluate_zero_shot'}
     assert written['settings']['synthesis']['relabel']['iterations'] == 2
@@ -116,12 +116,12 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
     assert checkpoint['meta']['mmzsq']['teacher'] == str(copy)
     floats = torch.load(copy, weights_only=True)['state_dict']
     assert checkpoint['state_dict'].keys() > floats.keys()
-    # The optimizer's moments are the student's too.
+    # The optimizer has moments of the student only.
     shapes = {tuple(value.shape) for value in runner.detector.parameters()}
     moments = checkpoint['optimizer']['state'].values()
     assert {tuple(state['exp_avg'].shape) for state in moments} <= shapes
 
-    # tools/test.py, with nothing else at hand than config and checkpoint.
+    # tools/test.py needs only config and checkpoint.
     copy.unlink()
     cfg = make_config('tested', **METRIC, load_from='gone.pth')
     cfg.dump('config.py')
@@ -132,7 +132,7 @@ def test_a_run_leaves_set_results_gallery_and_a_checkpoint_that_stands_alone(
     assert json.loads(tested.read_text().splitlines()[-1]).items() >= written['metrics']['zero_shot'].items()
 
 
-def test_a_float_checkpoint_is_no_quantized_one(make_runner: Any) -> None:
+def test_a_float_checkpoint_is_not_accepted_as_a_quantized_one(make_runner: Any) -> None:
     # load_from is the teacher: a float checkpoint.
     with pytest.raises(UserError, match='holds no quantizer steps'):
         make_runner('out', **METRIC).test()
@@ -151,7 +151,7 @@ def test_a_float_checkpoint_is_no_quantized_one(make_runner: Any) -> None:
 def test_a_checkpoint_of_other_bits_is_refused(
     make_runner: Any, tmp_path: Path, quantizer: dict[str, Any], message: str | None
 ) -> None:
-    """Its tensors have the shapes that the config wants, so that nothing else would tell."""
+    """Its tensors have the shapes of the config, so no other check would find the difference."""
     runner = make_runner('out')
     trained = json.loads(json.dumps(merge(runner.detector.quantizer_cfg, quantizer)))
     state = runner.detector.state_dict()
@@ -164,10 +164,8 @@ def test_a_checkpoint_of_other_bits_is_refused(
 
 
 @pytest.mark.parametrize('in_meta', [True, False], ids=['', 'without settings'])
-def test_a_checkpoint_that_divides_inputs_of_other_layers_is_refused(
-    make_runner: Any, tmp_path: Path, in_meta: bool
-) -> None:
-    """Its weights are multiplied by factors that would be dropped, or are not by those of the model."""
+def test_a_checkpoint_with_other_equalized_layers_is_refused(make_runner: Any, tmp_path: Path, in_meta: bool) -> None:
+    """Its weights contain factors that the model would drop, or lack those of the model."""
     runner = make_runner('out', **{'zsq.quantizer.equalize': True})
     quantizer = json.loads(json.dumps(runner.detector.quantizer_cfg))
     meta = dict(mmzsq=dict(quantizer=quantizer)) if in_meta else {}
@@ -191,13 +189,13 @@ def test_a_checkpoint_that_divides_inputs_of_other_layers_is_refused(
 
 ALLOCATE = {
     'zsq.quantizer.allocate': dict(budget='size', candidates=[3, 4, 8], batches=1),
-    # Without the search for the first steps, which is not what is tested.
+    # Skips the search for the first steps, which is not tested here.
     'zsq.quantizer.weight.init': 'lsq',
     'zsq.quantizer.activation.init': 'lsq',
 }
 
 
-def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_them(
+def test_allocated_bits_keep_the_size_and_every_command_reads_them(
     make_runner: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sizes(work_dir: str) -> tuple[list[tuple[int, int]], float]:
@@ -220,7 +218,7 @@ def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_th
     def measured(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('measured again')
 
-    # A run that goes on trains the same layers with the same bits, and so does the evaluation by the config as it is.
+    # A resumed run, and an evaluation with the same config, use the same bits.
     monkeypatch.setattr(bit_allocation, 'measure_sensitivity', measured)
     cfg = make_config('out', **METRIC, **ALLOCATE)
     cfg.resume, cfg.load_from = True, None
@@ -232,19 +230,19 @@ def test_layers_get_bits_of_their_own_within_the_size_and_every_command_knows_th
     metrics = tested.test()
     assert {name: (q.bits, q.qmax) for name, q in quantizers(tested.detector.student)} == trained
     assert metrics.items() >= results('out')['metrics']['zero_shot'].items()
-    # By a config with the bits in it, as the checkpoint has them, too; by one without, never.
+    # A config with the bits of the checkpoint is accepted, too; one without them is refused.
     quantizer = last('out')['meta']['mmzsq']['quantizer']
     assert set(quantizer['overrides']) == {runner.detector.report.layers[index].name for index in free}
     with pytest.raises(UserError, match='other settings of zsq.quantizer: overrides'):
         make_runner('other', **METRIC, load_from=Path('out/last_checkpoint').read_text()).test()
-    # So does that of the student as it was initialized.
+    # The initial student is evaluated with them as well.
     ptq = make_runner('ptq', **METRIC, **{**ALLOCATE, 'load_from': 'out/ptq.pth'})
     assert ptq.test() == pytest.approx(results('out')['metrics']['ptq'], rel=1e-12)
     assert {name: (q.bits, q.qmax) for name, q in quantizers(ptq.detector.student)} == trained
 
 
-def test_of_a_checkpoint_the_bits_of_layers_are_taken_and_no_patterns(make_runner: Any, tmp_path: Path) -> None:
-    """A pattern would change the settings, and none of the layers that it means."""
+def test_a_checkpoint_provides_bits_of_layers_but_no_patterns(make_runner: Any, tmp_path: Path) -> None:
+    """A pattern would change the settings but not the layers that it selects."""
     runner = make_runner('out', **ALLOCATE)
     trained = json.loads(json.dumps(merge(runner.detector.quantizer_cfg, dict(overrides={'neck': 8}))))
     state = runner.detector.state_dict()
@@ -254,7 +252,7 @@ def test_of_a_checkpoint_the_bits_of_layers_are_taken_and_no_patterns(make_runne
 
 
 def coco(folder: Path, color: int) -> dict[str, Any]:
-    """Options for an evaluation on images on disk; ``color`` None: there are none."""
+    """Options for an evaluation on images on disk; without ``color`` there are no images."""
     classes = [f'c{index}' for index in range(8)]
     if color is not None:
         folder.mkdir()
@@ -291,7 +289,7 @@ def coco(folder: Path, color: int) -> dict[str, Any]:
 
 @pytest.fixture
 def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collects what runners warn of."""
+    """Collects the warnings of runners."""
     collected: list[str] = []
     warning = logging.Logger.warning
     monkeypatch.setattr(
@@ -300,7 +298,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return collected
 
 
-def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
+def test_real_data_is_not_needed_and_changes_no_bit(
     make_runner: Any, tmp_path: Path, warnings_of: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -309,7 +307,7 @@ def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
     assert any('accuracy is not measured' in text and 'nowhere' in text for text in warnings_of)
     assert results('missing')['metrics'] == {}
 
-    # Real data that is there is opened once the last checkpoint is written, not before.
+    # Existing real data is opened after the last checkpoint is written.
     def imdecode(*args: Any) -> Any:
         opened.append('' if Path('present/last_checkpoint').exists() else 'early')
         return read(*args)
@@ -335,14 +333,14 @@ def test_zero_shot_no_real_data_is_needed_and_none_changes_a_bit(
         assert same(last(work_dir)['state_dict'], last('missing')['state_dict'])
 
 
-def test_images_of_a_size_that_the_neck_cannot_take_are_refused_before_a_set_is_begun(make_runner: Any) -> None:
+def test_an_image_size_that_the_neck_rejects_is_refused_before_synthesis(make_runner: Any) -> None:
     runner = make_runner('out', **NO_EVALUATION, **{'zsq.synthesis.synthesize.image_size': 100})
     with pytest.raises(UserError, match='does not accept images of 100x100 pixels'):
         runner.generate()
     assert not list(Path('out').glob('calibration_set/images/*'))
 
 
-def test_images_that_vanished_cost_the_accuracy_and_not_the_run(
+def test_missing_test_images_skip_the_evaluation_and_not_the_run(
     make_runner: Any, tmp_path: Path, warnings_of: list[str]
 ) -> None:
     options = coco(tmp_path / 'half', 0)
@@ -353,10 +351,10 @@ def test_images_that_vanished_cost_the_accuracy_and_not_the_run(
 
 
 @pytest.mark.parametrize('own', [True, False])
-def test_what_one_process_cannot_read_costs_all_their_accuracy(
+def test_an_unreadable_image_in_one_process_skips_the_evaluation_in_all(
     make_runner: Any, tmp_path: Path, warnings_of: list[str], monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
-    """Here another process fails, or this one does, which the other is told of."""
+    """Either another process fails, or this one fails and the other is notified."""
     told = []
 
     def tell(failed: torch.Tensor, op: str) -> None:
@@ -370,14 +368,14 @@ def test_what_one_process_cannot_read_costs_all_their_accuracy(
     if own:
         (tmp_path / 'half' / '1.png').unlink()
     run(make_runner, 'out', **options)
-    # The data set is there, an image of it is not.
+    # The data set exists, but one of its images is missing.
     assert told == [0.0, float(own)]
     assert any('accuracy is not measured' in text for text in warnings_of)
     assert results('out')['metrics'] == {}
 
 
 class Interrupt(Hook):
-    """Ends a run after an epoch, as Ctrl-C would."""
+    """Ends a run after an epoch, like Ctrl-C."""
 
     priority = 'LOWEST'
 
@@ -385,7 +383,7 @@ class Interrupt(Hook):
         raise KeyboardInterrupt
 
 
-def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
+def test_a_resumed_run_continues_without_calibrating_again(
     make_runner: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(make_runner, 'whole', **NO_EVALUATION)
@@ -397,7 +395,7 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     checkpoint = last('out')
     assert checkpoint['meta']['epoch'] == 1
 
-    # As MMDetection's tools/train.py --resume leaves it: the checkpoint names the teacher.
+    # As MMDetection's tools/train.py --resume sets it: the checkpoint names the teacher.
     cfg = make_config('out', **NO_EVALUATION)
     cfg.resume, cfg.load_from = True, None
     runner = ZeroShotRunner.from_cfg(cfg)
@@ -405,7 +403,7 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     seen: dict[str, Any] = {}
 
     class Look(Hook):
-        """Notes where the run stands when training begins."""
+        """Records the iteration at which training begins."""
 
         priority = 'LOWEST'
 
@@ -426,19 +424,17 @@ def test_a_resumed_run_goes_on_where_it_was_and_calibrates_nothing_anew(
     assert last('out')['meta']['iter'] == 4
     assert set_bits('out') == set_bits('whole')
     assert results('out')['metrics'] == {}
-    # The time of an image is that of those that this process saw.
+    # The time per image counts the images of this process only.
     train = results('out')['train']
     assert (train['iterations'], train['images'], train['first_iteration']) == (4, 8, 2)
     assert train['ms_per_image'] == pytest.approx(1000 * results('out')['seconds']['train'] / 4, abs=0.001)
     assert results('whole')['train']['first_iteration'] == 0
 
 
-def test_a_run_that_is_resumed_before_it_has_a_checkpoint_begins_from_its_teacher(
-    make_config: Any, teacher: Path
-) -> None:
+def test_resume_without_a_checkpoint_starts_from_the_teacher(make_config: Any, teacher: Path) -> None:
     cfg = make_config('out')
     cfg.resume, cfg.load_from, cfg.zsq.teacher = True, None, str(teacher)
-    # The work_dir is empty, then it holds what the float detector's training left.
+    # The work_dir is empty, then it holds the files of the float detector's training.
     for _ in range(2):
         runner = ZeroShotRunner.from_cfg(cfg)
         assert runner.detector.teacher_checkpoint == str(teacher)
@@ -450,7 +446,7 @@ def test_a_run_that_is_resumed_before_it_has_a_checkpoint_begins_from_its_teache
 
 
 @pytest.mark.parametrize('composed', [False, True])
-def test_a_resumed_run_takes_its_teacher_from_the_section_or_the_checkpoint(
+def test_a_resumed_run_gets_its_teacher_from_the_section_or_the_checkpoint(
     make_config: Any, teacher: Path, composed: bool
 ) -> None:
     cfg = make_config('out')
@@ -471,7 +467,7 @@ def test_a_resumed_run_takes_its_teacher_from_the_section_or_the_checkpoint(
         assert ZeroShotRunner.from_cfg(cfg).detector.teacher_checkpoint == 'moved/teacher.pth'
 
 
-def test_load_from_is_never_a_teacher_beside_resume(make_config: Any, teacher: Path) -> None:
+def test_load_from_is_never_the_teacher_with_resume(make_config: Any, teacher: Path) -> None:
     cfg = make_config('out')
     cfg.resume = True
     with pytest.raises(UserError, match=f'{teacher} is not the checkpoint of a quantization run. Name .* zsq.teacher'):
@@ -488,7 +484,7 @@ def test_load_from_is_never_a_teacher_beside_resume(make_config: Any, teacher: P
         (dict(lr=1e-3, betas=3), 'zsq.train.optimizer cannot be built'),
     ],
 )
-def test_an_optimizer_that_cannot_be_built_is_named_before_an_image_is_made(
+def test_an_invalid_optimizer_is_refused_before_synthesis(
     make_config: Any, settings: dict[str, Any], message: str
 ) -> None:
     cfg = make_config('out')
@@ -498,7 +494,7 @@ def test_an_optimizer_that_cannot_be_built_is_named_before_an_image_is_made(
     assert not Path('out/calibration_set').exists()
 
 
-def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
+def test_a_run_killed_during_synthesis_continues_to_the_same_set(
     make_runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_runner('whole').generate()
@@ -528,7 +524,7 @@ def test_a_run_killed_while_it_makes_images_goes_on_and_ends_with_the_same_set(
     assert written == [1]
 
 
-def test_the_log_says_what_synthesis_minimizes(make_runner: Any) -> None:
+def test_the_log_names_the_terms_of_synthesis(make_runner: Any) -> None:
     make_runner('out').generate()
     balance = dict(detection_weight=0.5, detection_reduction='mean')
     make_runner('other', **{f'zsq.synthesis.{key}': value for key, value in balance.items()}).generate()
@@ -550,7 +546,7 @@ def test_a_set_of_another_teacher_or_other_settings_is_refused(make_runner: Any,
     assert set_bits('out') == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_intact(
+def test_a_non_finite_loss_ends_the_run_and_keeps_its_checkpoints(
     make_runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = make_runner('out', **NO_EVALUATION)
@@ -570,7 +566,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_checkpoints_intact(
     assert all(torch.isfinite(value).all() for value in last('out')['state_dict'].values())
 
 
-def test_the_loss_is_looked_at_from_time_to_time_only(make_runner: Any) -> None:
+def test_the_loss_is_checked_at_intervals_only(make_runner: Any) -> None:
     class Loop:
         train_dataloader = range(100)
         iter = 0
@@ -589,10 +585,8 @@ def test_the_loss_is_looked_at_from_time_to_time_only(make_runner: Any) -> None:
     assert looked == [49, 99]
 
 
-def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(
-    make_runner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whenever it is due, here every two iterations."""
+def test_no_checkpoint_is_written_after_a_non_finite_loss(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its interval, here every two iterations."""
     checkpoint = {'default_hooks.checkpoint': dict(type='CheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=1)}
     runner = make_runner('out', **NO_EVALUATION, **checkpoint, **{'zsq.train.max_epochs': 3})
     loss, steps = runner.detector.loss, 0
@@ -609,7 +603,7 @@ def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(
     assert all(torch.isfinite(value).all() for value in last('out')['state_dict'].values())
 
 
-def test_the_paper_preset_runs_to_the_end_and_its_average_is_what_counts(make_runner: Any, make_config: Any) -> None:
+def test_the_paper_preset_runs_and_its_average_is_saved(make_runner: Any, make_config: Any) -> None:
     options = {'zsq.preset': 'paper', 'zsq.train.ema': 0.9, 'zsq.train.max_epochs': 2, 'zsq.train.optimizer.lr': 1e-2}
     runner = run(make_runner, 'out', **options)
     written = results('out')
@@ -621,7 +615,7 @@ def test_the_paper_preset_runs_to_the_end_and_its_average_is_what_counts(make_ru
     assert {f'module.{name}' for name in averages} == set(trained) - {'steps'}
     own = runner.detector.state_dict()
     name = next(name for name in own if name.endswith('conv.weight'))
-    # The file's weights are the average, which lags behind what was trained.
+    # The saved weights are the average, which lags behind the trained weights.
     assert torch.equal(trained[f'module.{name}'], own[name])
     assert not torch.equal(averages[name], own[name])
     assert all(quantizer.ready for _, quantizer in quantizers(runner.detector.student))
@@ -631,7 +625,7 @@ def test_the_paper_preset_runs_to_the_end_and_its_average_is_what_counts(make_ru
     assert ZeroShotRunner.from_cfg(cfg).test() == pytest.approx(written['metrics']['zero_shot'], rel=1e-12)
 
 
-def test_a_composed_config_is_what_the_run_keeps(make_runner: Any) -> None:
+def test_a_run_keeps_its_composed_config(make_runner: Any) -> None:
     runner = make_runner('out')
     runner.generate()
     assert runner.cfg.zsq.composed
@@ -645,7 +639,7 @@ def test_a_composed_config_is_what_the_run_keeps(make_runner: Any) -> None:
     assert MODELS.get('mmzsq.ZeroShotDetector') is type(runner.detector)
 
 
-def test_a_composed_config_has_the_teacher_that_it_was_composed_with(make_config: Any, teacher: Path) -> None:
+def test_a_composed_config_keeps_its_teacher(make_config: Any, teacher: Path) -> None:
     cfg = compose(make_config('out'))
     cfg.load_from = 'other.pth'
     runner = ZeroShotRunner.from_cfg(cfg)

@@ -33,9 +33,9 @@ Make = Callable[..., ZeroShotDetector]
 
 @pytest.fixture(autouse=True)
 def same_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A captured step and an eager one choose the same algorithms, and these add up in the same order each time.
+    """Make captured and eager steps use the same deterministic algorithms.
 
-    A rounding error that moves one value across the border of two levels is no rounding error any more.
+    Otherwise a rounding error may move a value to another quantization level, where it is no longer small.
     """
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
@@ -64,8 +64,8 @@ def make(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
         model.init_weights()
         torch.manual_seed(1)
         with torch.no_grad():
-            # A student that is its teacher learns from the noise of rounding: a millionth in its weights changes the
-            # loss by a tenth. From here on it is a hundredth.
+            # A student equal to its teacher learns from rounding noise: a change of 1e-6 in its weights changes the
+            # loss by 10 %. From here on, by 1 %.
             for weight in model.student.parameters():
                 weight.mul_(1 + 0.3 * torch.randn_like(weight))
         with torch.no_grad(), calibrating(model.eval().student):
@@ -81,7 +81,7 @@ def labels(count: int) -> InstanceData:
 
 
 def labeled(counts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Batches of two images with so many objects."""
+    """Batches of two images with the given numbers of objects."""
     data = batches(len(counts))
     for batch, of_images in zip(data, counts, strict=True):
         batch['data_samples'] = data_samples([labels(count) for count in of_images], SIZE, torch.device('cpu'))
@@ -124,7 +124,7 @@ def train(model: ZeroShotDetector, data: list[dict[str, Any]], wrapper: str = 'O
 @pytest.mark.parametrize('wrapper', ['OptimWrapper', 'AmpOptimWrapper'])
 @pytest.mark.parametrize('name', ['yolov5', 'retinanet_r18'])
 def test_captured_steps_match_eager_steps(make: Make, name: str, wrapper: str) -> None:
-    """The same losses, step for step, over more steps than the eager ones, and in a last batch of another size."""
+    """The losses of each step are equal, beyond the first eager steps and for a last batch of another size."""
     data = batches(EAGER_STEPS + 4) + batches(1, images=1)
     logs, moves = [], []
     for capture in (True, False):
@@ -138,7 +138,7 @@ def test_captured_steps_match_eager_steps(make: Make, name: str, wrapper: str) -
     for captured, eager in zip(*logs, strict=True):
         assert captured.keys() == eager.keys()
         assert captured == pytest.approx(eager, rel=tolerance)
-    # The images of each batch are those that were learnt from.
+    # The graph read the images of each batch.
     assert len({log['loss'] for log in logs[0]}) == len(data)
     assert copy.deepcopy(model)._captured_step.graph is None
 
@@ -155,7 +155,7 @@ def test_release_frees_the_graph_and_a_new_one_is_captured() -> None:
 
 
 @pytest.mark.cuda
-def test_training_goes_on_after_a_release(make: Make) -> None:
+def test_training_continues_after_a_release(make: Make) -> None:
     data, logs = batches(2 * EAGER_STEPS + 2), []
     for release in (True, False):
         model = make().cuda()
@@ -180,8 +180,8 @@ def test_losses_with_labels_or_proposals_run_eagerly(make: Make) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('bn', ['frozen', 'train'])
-def test_labels_of_padded_shape_are_learnt_by_a_captured_step_too(make: Make, bn: str) -> None:
-    """One batch has more objects than there is room for, and is learnt eagerly."""
+def test_padded_labels_are_learned_by_a_captured_step_too(make: Make, bn: str) -> None:
+    """One batch has more objects than the padded length and runs eagerly."""
     data = labeled([*[(1 + index, 3) for index in range(EAGER_STEPS + 3)], (1, 2 * PAD_MULTIPLE + 1), (2, 2)])
     logs, statistics = [], []
     for capture in (True, False):
@@ -206,7 +206,7 @@ def test_padded_targets_are_the_labels(make: Make, monkeypatch: pytest.MonkeyPat
         assert padded == pytest.approx(own, rel=1e-5) and padded['loss_detection'] > 0
 
 
-def test_padded_length_stays_once_there_is_a_graph() -> None:
+def test_the_padded_length_is_fixed_once_a_graph_exists() -> None:
     room = TargetCapacity()
     assert [
         room.pad([labels(count)], fixed).labels.shape[1] for count, fixed in ((3, False), (33, True), (3, True))
@@ -218,7 +218,7 @@ def test_padded_length_stays_once_there_is_a_graph() -> None:
     assert room.pad([labels(33)], fixed=False).valid.sum() == 33 and room.targets == 3 * PAD_MULTIPLE
 
 
-def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_a_step_equals_mmengines(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, stock = make(), make()
     logs = train(model, batches(2))
     monkeypatch.setattr(type(stock), 'train_step', super(ZeroShotDetector, stock).train_step.__func__)
@@ -226,7 +226,7 @@ def test_on_the_cpu_a_step_is_that_of_mmengine(make: Make, monkeypatch: pytest.M
 
 
 class Line(BaseModel):
-    """A weight that falls with each step by the mean of what it has seen."""
+    """A weight that each step decreases by the mean of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class Line(BaseModel):
         return dict(loss=self.weight * inputs.mean())
 
 
-def test_accumulated_gradients_wait_for_their_step() -> None:
+def test_the_optimizer_steps_once_per_accumulation() -> None:
     model = Line()
     optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0), accumulative_counts=2)
     optim_wrapper.initialize_count_status(model, 0, 4)
@@ -248,7 +248,7 @@ def test_accumulated_gradients_wait_for_their_step() -> None:
 
 
 class Graph:
-    """Stands for a captured step of a :class:`Line`: reads and writes where the graph does."""
+    """Replaces a captured step of a :class:`Line`: reads and writes the same memory as the graph."""
 
     def __init__(self, step: CapturedStep, model: Line) -> None:
         step.inputs = torch.zeros(1)
@@ -267,7 +267,7 @@ class Graph:
 def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
     captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process has seen nothing but zeros."""
+    """The other process has seen only zeros."""
     monkeypatch.setattr(captured_step, '_can_capture', lambda *args: captured)
     model, step = Line(), CapturedStep()
     step.graph = Graph(step, model) if captured else None
@@ -280,7 +280,7 @@ def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
     assert losses == [0, -4]
 
 
-def test_a_graph_gets_the_targets_of_each_batch_and_none_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_gets_the_targets_of_each_batch_if_their_shape_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_step, '_can_capture', lambda *args: True)
     model, step = Line(), CapturedStep()
     step.graph = Graph(step, model)

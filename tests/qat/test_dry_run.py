@@ -41,10 +41,10 @@ def _report(detector: nn.Module) -> QuantizationReport:
 
 @pytest.mark.parametrize('name', LAST)
 def test_every_layer_of_a_two_stage_detector_is_quantized(name: str, tiny_cfg: Callable[[str], Any]) -> None:
-    """From the patch embedding to the deconvolution; first and last layers are known as such."""
+    """From the patch embedding to the deconvolution, with the roles of first and last layers."""
     report = _report(MODELS.build(tiny_cfg(name)))
     floats = [row.name for row in report.layers if not row.quantized]
-    # Swin's position biases are added.
+    # Swin's position biases are added, not multiplied.
     assert all(name.endswith('relative_position_bias_table') for name in floats)
     assert {row.name for row in report.layers if row.role == 'first'} == {FIRST[name]}
     assert {row.name for row in report.layers if row.role == 'last'} == LAST[name]
@@ -53,8 +53,8 @@ def test_every_layer_of_a_two_stage_detector_is_quantized(name: str, tiny_cfg: C
 
 
 @pytest.mark.parametrize('keep', ['nothing', 'all'])
-def test_the_report_does_not_depend_on_what_is_proposed(keep: str, tiny_cfg: Callable[[str], Any]) -> None:
-    """A detector that proposes nothing, or as much as it can, is reported as one with other weights."""
+def test_the_report_does_not_depend_on_the_proposals(keep: str, tiny_cfg: Callable[[str], Any]) -> None:
+    """The report is the same without proposals, with as many as possible, and with other weights."""
     expected = _report(MODELS.build(tiny_cfg('mask-rcnn_r18'))).layers
     cfg = tiny_cfg('mask-rcnn_r18')
     cfg.test_cfg.rpn.min_bbox_size = 10**6 if keep == 'nothing' else -1
@@ -62,7 +62,7 @@ def test_the_report_does_not_depend_on_what_is_proposed(keep: str, tiny_cfg: Cal
     assert _report(MODELS.build(cfg)).layers == expected
 
 
-def test_the_detector_is_as_before_afterwards(tiny_cfg: Callable[[str], Any]) -> None:
+def test_the_detector_is_restored(tiny_cfg: Callable[[str], Any]) -> None:
     detector = MODELS.build(tiny_cfg('faster-rcnn_r18'))
     dry_run(detector)
     assert 'forward' not in vars(detector.roi_head)
@@ -90,7 +90,7 @@ def test_a_part_that_needs_a_compiled_mmcv_is_named_when_the_model_is_built(
 
 
 class ManyQueries(nn.Module):
-    """Takes the likeliest of so many places, which a small image does not have."""
+    """Selects the highest scores of more locations than a small image has."""
 
     def __init__(self, queries: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ def layer(channels: int = 5) -> nn.BatchNorm2d:
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()
-        # Far from zero beside its deviation.
+        # Far from zero compared with its deviation.
         norm.running_mean.normal_(100, 10)
         norm.running_var.uniform_(0.5, 2)
     return norm
@@ -40,12 +40,12 @@ def test_gradients_are_those_of_pytorch(memory_format: torch.memory_format) -> N
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_in_bf16_a_mean_that_rounds_leaves_no_error() -> None:
+def test_a_mean_that_rounds_in_bf16_leaves_no_error() -> None:
     norm = layer()
     with torch.no_grad():
         norm.running_mean.fill_(100.2)  # 100 in bf16
     x = (100 + torch.randn(4, 5, 20, 20)).bfloat16()
-    # All of one sign, so that the error of the mean adds up.
+    # All of one sign, so that errors of the mean add up.
     grad = torch.rand_like(x)
     expected = torch.autograd.grad(norm(x.float()), (norm.weight, norm.bias), grad.float())
     output = _FrozenBatchNorm.apply(
@@ -80,7 +80,7 @@ def test_a_model_keeps_its_layers_names_and_modes() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_on_a_gpu_a_frozen_layer_takes_it_and_a_training_one_does_not(dtype: torch.dtype) -> None:
+def test_on_a_gpu_only_frozen_layers_use_the_backward(dtype: torch.dtype) -> None:
     norm = layer(16).cuda()
     x = (100 + torch.randn(4, 16, 20, 20, device='cuda')).to(dtype).requires_grad_()
     grad = torch.randn_like(x)

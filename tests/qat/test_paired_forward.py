@@ -65,7 +65,7 @@ def few_rois(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures('few_rois')
 def test_both_detectors_see_the_teachers_best_proposals(cfg: Any) -> None:
-    """Worked out apart: MMDetection's proposals of the teacher, cut, through the RoI head of each."""
+    """Reference: MMDetection's proposals of the teacher, truncated, through the RoI head of each."""
     student, teacher = pair(cfg)
     inputs, samples = batch()
     compared = build_paired_forward(student, teacher, HEADS)(inputs, samples, with_losses=False)
@@ -179,7 +179,7 @@ def test_other_detectors_run_as_tensors(tiny_cfg: Callable[[str], Any]) -> None:
         torch.testing.assert_close(outputs['bbox_head'], maps)
 
 
-def test_a_two_stage_detector_of_other_heads_runs_on_the_same_regions(cfg: Any) -> None:
+def test_a_two_stage_detector_with_other_heads_runs_on_the_same_regions(cfg: Any) -> None:
     student, teacher = pair(cfg)
     assert type(build_paired_forward(student, teacher, ['rpn_head'])) is TwoStagePairedForward
     student.rpn_head.use_sigmoid_cls = False
@@ -187,7 +187,7 @@ def test_a_two_stage_detector_of_other_heads_runs_on_the_same_regions(cfg: Any) 
 
 
 class RunsItsHeadTwice(nn.Module):
-    """As CondInst in mode 'tensor', where labels decide which places the mask head is shown."""
+    """Like CondInst in mode 'tensor', where labels decide which locations the mask head sees."""
 
     def __init__(self) -> None:
         super().__init__()

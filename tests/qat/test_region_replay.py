@@ -51,7 +51,7 @@ def pair(tiny_cfg: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 def test_each_stage_of_a_cascade_sees_the_teachers_regions(pair: Any) -> None:
-    """Worked out apart: the teacher's cascade by MMDetection, and each head of the student on what its stage saw."""
+    """Reference: the teacher's cascade by MMDetection, and each head of the student on the regions of its stage."""
     student, teacher = pair('cascade-rcnn_r18')
     inputs, samples = batch()
     heads = [f'roi_head.bbox_head.{stage}' for stage in range(3)]
@@ -104,7 +104,7 @@ def test_an_exact_student_has_zero_loss_and_others_get_gradients_in_every_head(p
     assert total().item() == pytest.approx(0, abs=1e-5)
 
 
-def test_heads_act_as_in_use_and_go_back_to_training(pair: Any) -> None:
+def test_heads_run_in_eval_mode_and_return_to_train_mode(pair: Any) -> None:
     student, teacher = pair('cascade-rcnn_r18')
     student.train()
     seen = []
@@ -124,7 +124,7 @@ def test_an_image_without_proposals_becomes_one_region(pair: Any) -> None:
 
 
 def test_the_students_own_loss_matches_and_runs_the_trunk_once(pair: Any) -> None:
-    """Of a detector with a semantic branch, for which no pixel has a label: that term is zero."""
+    """A detector with a semantic branch has no labeled pixel, so that term is zero."""
     student, teacher = pair('htc_r18')
     inputs, samples = batch()
     add_ignored_semantic_labels(student, samples)

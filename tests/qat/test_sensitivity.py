@@ -26,7 +26,7 @@ DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
 
 LAYERS = ['backbone.stage2.0.conv', 'neck.top_down_fine.final_conv.conv', 'backbone.stage4.0.conv']
 SIZE = 64
-# Without the search for the first steps, which takes a second.
+# Skips the search for the first steps, which takes a second.
 QUANTIZER = dict(
     DEFAULT['quantizer'],
     w_bits=4,
@@ -40,7 +40,7 @@ Make = Callable[..., ZeroShotDetector]
 
 @pytest.fixture(scope='module')
 def make(repo: Path) -> Make:
-    """A student of the shipped detector, without steps."""
+    """A student of the shipped detector without initialized steps."""
     register_all_modules()
     cfg = Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py').model.to_dict()
 
@@ -73,7 +73,7 @@ def batches() -> list[dict[str, Any]]:
 
 
 def alone(make: Make, layer: str, bits: int, batches: list[dict[str, Any]], inputs: bool, **options: Any) -> float:
-    """Growth of the loss of a student that has this layer quantized and no other."""
+    """Increase of the loss of a student in which only this layer is quantized."""
     only = dict(QUANTIZER, scope=[layer], first_bits='same', last_bits='same', w_bits=bits, a_bits=bits)
     model = make(quantizer=only, **options).eval()
     data = [model.data_preprocessor(copy.deepcopy(batch), False) for batch in batches]
@@ -115,7 +115,7 @@ def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batc
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    # Mosaics and tints are for training.
+    # Mosaics and tints are used in training only.
     assert torch.equal(measure_sensitivity(make(), LAYERS[:1], (2, 8), batches, batches), measured[:1])
 
 
@@ -123,7 +123,7 @@ def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batc
 def test_with_equalized_inputs_candidates_are_independent(
     make: Make, batches: list[dict[str, Any]], inputs: bool
 ) -> None:
-    """Each is what it is alone, and in a student that starts its training with these bits."""
+    """Each equals that of a separate measurement, and that of a student that starts training with these bits."""
     model = make(quantizer=EQUALIZED)
     measured = measure_sensitivity(model, LAYERS[:1], (8, 2), batches, batches[:1], inputs)
     for column, bits in enumerate((8, 2)):
@@ -140,9 +140,7 @@ def test_with_equalized_inputs_candidates_are_independent(
         assert measured[0, column].item() == pytest.approx(mean_loss(student, batches) - before, rel=1e-6)
 
 
-def test_after_measuring_a_student_with_equalized_inputs_starts_as_it_would_have(
-    make: Make, batches: list[dict[str, Any]]
-) -> None:
+def test_measuring_does_not_change_the_start_of_an_equalized_student(make: Make, batches: list[dict[str, Any]]) -> None:
     students = [make(quantizer=EQUALIZED), make(quantizer=EQUALIZED)]
     measure_sensitivity(students[0], LAYERS, (2, 8), batches, batches[:1])
     for student in students:
@@ -170,9 +168,7 @@ def test_random_numbers_are_the_same_in_each_measurement(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_detectors_own_loss_counts_where_the_student_learns_from_it(
-    make: Make, batches: list[dict[str, Any]]
-) -> None:
+def test_the_detection_loss_counts_if_the_student_learns_from_it(make: Make, batches: list[dict[str, Any]]) -> None:
     distillation = dict(detection_weight=1.0, losses=[])
     measured = measure_sensitivity(make(distillation=distillation), LAYERS[:1], (2,), batches, batches[:1])
     expected = alone(make, LAYERS[0], 2, batches, True, distillation=distillation)

@@ -36,7 +36,7 @@ TINY = {
 
 @pytest.fixture
 def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
-    """Of a tiny DINO."""
+    """Config of a tiny DINO."""
     cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py')
     cfg.merge_from_dict(copy.deepcopy(TINY))
     return cfg.model
@@ -46,7 +46,7 @@ def cfg(tiny_cfg: Callable[[str], Any]) -> Any:
 def pair(cfg: Any) -> tuple[Any, Any]:
     """A tiny DINO with random weights, and a copy of it."""
     teacher = MODELS.build(copy.deepcopy(cfg)).eval().requires_grad_(False)
-    # Before, the embedding of levels is whatever was in memory.
+    # Until then, the level embedding is uninitialized memory.
     teacher.init_weights()
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -62,7 +62,7 @@ def batch() -> tuple[Tensor, Any]:
 
 
 def proposing(detector: Any) -> nn.Linear:
-    """The layer whose scores choose queries, and nothing else."""
+    """Parameters of the layer whose scores only choose queries."""
     return detector.bbox_head.cls_branches[detector.decoder.num_layers]
 
 
@@ -95,11 +95,11 @@ def test_query_proposals_are_compared_and_all_layers_are_trained(pair: tuple[Any
         for name, parameter in student.named_parameters()
         if parameter.dim() > 1 and (parameter.grad is None or not parameter.grad.any())
     ]
-    # What denoising alone reads.
+    # Parameters that only denoising reads.
     assert lost == ['dn_query_generator.label_embedding.weight']
 
 
-def test_its_own_loss_is_that_of_training_and_changes_nothing_of_the_comparison(pair: tuple[Any, Any]) -> None:
+def test_the_detection_loss_equals_that_of_training_and_keeps_the_comparison(pair: tuple[Any, Any]) -> None:
     student, teacher = pair
     inputs, samples = batch()
     compare = build_paired_forward(student, teacher, ['bbox_head'])

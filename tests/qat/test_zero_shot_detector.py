@@ -34,7 +34,7 @@ from mmzsq.tasks.detection_task import num_classes, sum_losses
 DEFAULT = preset_section('default', {'quantizer': {'w_bits': 4}})
 PAPER = preset_section('paper', {'quantizer': {'w_bits': 4}})
 PAPER_TRANSFORMER = preset_section('paper_transformer', {'quantizer': {'w_bits': 4}})
-# Without the search for the first steps, which takes a second.
+# Skips the search for the first steps, which takes a second.
 QUANTIZER = dict(
     DEFAULT['quantizer'],
     w_bits=4,
@@ -54,7 +54,7 @@ def detector_cfg(repo: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope='module')
 def checkpoint(detector_cfg: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with random weights, and BatchNorm statistics that are not those of a new layer."""
+    """A teacher with random weights and random BatchNorm statistics."""
     torch.manual_seed(1)
     detector = MODELS.build(copy.deepcopy(detector_cfg))
     detector.init_weights()
@@ -74,7 +74,7 @@ def float_detector(detector_cfg: dict[str, Any], checkpoint: Path) -> nn.Module:
 
 @pytest.fixture
 def make(detector_cfg: dict[str, Any], checkpoint: Path) -> Make:
-    """Make a student that starts from the teacher, with steps unless ``calibrate`` is false."""
+    """Make a student that starts from the teacher, with initialized steps unless ``calibrate`` is false."""
 
     def make(preset: dict[str, Any] = DEFAULT, calibrate: bool = True, **options: Any) -> ZeroShotDetector:
         arguments = dict(quantizer=QUANTIZER, distillation=preset['distillation'], teacher=str(checkpoint))
@@ -118,7 +118,7 @@ def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
 
 
-# The state of a student is the float detector's and the quantizers'.
+# The state of a student consists of those of the float detector and of the quantizers.
 
 
 def test_the_state_dict_is_the_float_detectors_plus_the_quantizers(make: Make, float_detector: nn.Module) -> None:
@@ -151,7 +151,7 @@ def test_the_students_own_state_loads_strictly_without_a_teacher(make: Make, det
 def test_a_detector_that_changes_its_config_when_built_is_built_twice_alike(
     detector_cfg: dict[str, Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As DETR's head, which puts a tensor where its config has a number."""
+    """Like DETR's head, which replaces a number in its config by a tensor."""
     build = MODELS.build
 
     def build_and_spoil(cfg: dict[str, Any]) -> nn.Module:
@@ -175,7 +175,7 @@ def test_the_teacher_is_in_no_state_parameter_module_or_copy(make: Make) -> None
     assert copy.deepcopy(model).teacher is model.teacher
 
 
-def test_without_a_loaded_teacher_its_use_is_an_error(detector_cfg: dict[str, Any]) -> None:
+def test_using_a_teacher_that_is_not_loaded_is_an_error(detector_cfg: dict[str, Any]) -> None:
     model = ZeroShotDetector(copy.deepcopy(detector_cfg), QUANTIZER)
     with pytest.raises(RuntimeError, match='load_teacher'):
         _ = model.teacher
@@ -237,7 +237,7 @@ def test_without_distillation_the_teacher_does_not_run(make: Make, monkeypatch: 
         assert len(ran) == bool(losses)
 
 
-def test_batchnorm_is_frozen_or_trains_as_told(make: Make) -> None:
+def test_batchnorm_is_frozen_or_trains_as_configured(make: Make) -> None:
     statistics = ('running_mean', 'running_var')
     for bn, moves in (('frozen', False), ('train', True)):
         model = make(bn=bn)
@@ -246,7 +246,7 @@ def test_batchnorm_is_frozen_or_trains_as_told(make: Make) -> None:
         moved = {name for name in changed(before, model) if name.endswith(statistics)}
         assert bool(moved) == moves
         assert {m.training for m in model.student.modules() if isinstance(m, nn.BatchNorm2d)} == {moves}
-        # Frozen are the statistics, not the affine parameters.
+        # The statistics are frozen, the affine parameters are not.
         assert any('bn.weight' in name for name in changed(before, model))
     with pytest.raises(UserError, match="'frozen' or 'train', but is 'frosen'"):
         make(bn='frosen')
@@ -254,7 +254,7 @@ def test_batchnorm_is_frozen_or_trains_as_told(make: Make) -> None:
 
 def test_ema_averages_weights_and_steps_of_the_student(make: Make) -> None:
     model = make(bn='train', calibrate=False)
-    # As EMAHook does: the copy is taken before the quantizers have steps.
+    # Like EMAHook, copy before the quantizers have steps.
     average = ExponentialMovingAverage(model, momentum=0.5, update_buffers=True)
     with torch.no_grad(), calibrating(model.eval().student):
         model.student(torch.rand(2, 3, *SIZE), mode='tensor')
@@ -297,17 +297,17 @@ def test_the_teacher_follows_the_student_to_another_type_or_device(make: Make) -
     assert next(model.teacher.parameters()).dtype == torch.float64
 
 
-# Any detector, by presets that name none.
+# Presets that apply to any detector.
 
 
 @pytest.fixture
 def make_tiny(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
-    """Make a student of one of the tiny detectors, with steps, in train mode."""
+    """Make a student of one of the tiny detectors, with initialized steps, in train mode."""
 
     def make_tiny(name: str, preset: dict[str, Any] = DEFAULT, **quantizer: Any) -> ZeroShotDetector:
         teacher = MODELS.build(tiny_cfg(name))
         teacher.init_weights()
-        # The rpn's initial weights are so small that quantization changes nothing to speak of.
+        # The initial weights of the RPN are so small that quantization changes almost nothing.
         torch.nn.init.normal_(teacher.rpn_head.rpn_cls.weight, std=0.2)
         torch.save(teacher.state_dict(), tmp_path / f'{name}.pth')
         model = ZeroShotDetector(
@@ -323,7 +323,7 @@ def make_tiny(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> Make:
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin', 'faster-rcnn_r18'])
-def test_a_two_stage_student_learns_in_all_of_its_parts(make_tiny: Make, name: str) -> None:
+def test_all_parts_of_a_two_stage_student_learn(make_tiny: Make, name: str) -> None:
     model = make_tiny(name)
     losses = train_step(model)
     assert list(losses) == ['loss_0_TwoStagePredictionLoss', 'loss_1_FeatureMSELoss']
@@ -337,7 +337,7 @@ def test_a_two_stage_student_learns_in_all_of_its_parts(make_tiny: Make, name: s
 
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'mask-rcnn_swin'])
 def test_an_exact_student_has_no_loss_even_while_it_trains(make_tiny: Make, name: str) -> None:
-    """Stochastic depth, which this Swin has, would tell it from its teacher."""
+    """The stochastic depth of this Swin would make it differ from its teacher."""
     model = make_tiny(name)
     set_quantization(model.student, False)
     assert sum(model(*batch(), mode='loss').values()).item() == pytest.approx(0, abs=1e-4)
@@ -396,7 +396,7 @@ def test_the_log_names_losses_and_modules(make_tiny: Make, monkeypatch: pytest.M
     assert lines[1].endswith('on 6 modules from backbone.stages.0.blocks.0 to neck')
 
 
-def test_a_loss_that_does_not_fit_is_refused_when_built(tiny_cfg: Callable[[str], Any]) -> None:
+def test_an_unsupported_loss_is_refused_when_built(tiny_cfg: Callable[[str], Any]) -> None:
     for loss, message in (('DensePredictionLoss', 'dense_predictions'), ('TwoStagePredictionLoss', 'does not support')):
         with pytest.raises(UserError, match=message):
             ZeroShotDetector(
@@ -438,7 +438,7 @@ def test_a_damaged_teacher_is_named(float_detector: nn.Module, tmp_path: Path) -
         load_teacher(float_detector, str(tmp_path / 'cut.pth'))
 
 
-def test_the_meta_of_a_checkpoint_comes_along(float_detector: nn.Module, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_meta_of_a_checkpoint_is_kept(float_detector: nn.Module, checkpoint: Path, tmp_path: Path) -> None:
     assert load_teacher(float_detector, str(checkpoint))['dataset_meta']['classes'] == ('a',)
     torch.save(float_detector.state_dict(), tmp_path / 'bare.pth')
     assert load_teacher(float_detector, str(tmp_path / 'bare.pth')) == {}
@@ -457,7 +457,7 @@ def test_digest_depends_on_weights_only(
         assert digest(other) != wanted
         load_teacher(other, str(tmp_path / name))
         assert digest(other) == wanted
-    # Halves are exact in singles: the same numbers in another type are the same detector.
+    # fp16 values are exact in fp32: equal values in another type are the same detector.
     half = copy.deepcopy(float_detector).half()
     assert digest(half) == digest(copy.deepcopy(half).float())
 
@@ -475,7 +475,7 @@ def test_digest_changes_with_the_last_bit_of_any_weight_or_statistic(float_detec
 
 
 def caffe_style(mean: tuple[float, ...], std: tuple[float, ...], bgr_to_rgb: bool) -> nn.Module:
-    """RetinaNet as mmdet's configs build it, as small as it goes, with the given preprocessor."""
+    """A small RetinaNet of MMDetection's config with the given preprocessor."""
     register_all_modules()
     configs = Path(mmdet.__file__).parent / '.mim' / 'configs'
     cfg = Config.fromfile(configs / 'retinanet/retinanet_r18_fpn_1x_coco.py')
@@ -498,11 +498,11 @@ def caffe_style(mean: tuple[float, ...], std: tuple[float, ...], bgr_to_rgb: boo
         ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), True, 'rgb'),
     ],
 )
-def test_inputs_are_what_the_detectors_own_preprocessor_makes_of_the_same_image(
+def test_inputs_equal_those_of_the_detectors_preprocessor(
     mean: tuple[float, ...], std: tuple[float, ...], bgr_to_rgb: bool, order: str
 ) -> None:
     detector = caffe_style(mean, std, bgr_to_rgb)
-    # What OpenCV reads from a file: uint8, BGR.
+    # As OpenCV reads a file: uint8, BGR.
     bgr = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     image = torch.from_numpy(bgr).permute(2, 0, 1)
     sample = DetDataSample(metainfo=dict(img_shape=(64, 96)))
@@ -544,12 +544,12 @@ def test_losses_are_summed_as_mmengine_does(float_detector: nn.Module) -> None:
 
 
 def test_predictions_are_in_pixels_of_the_image_given(float_detector: nn.Module) -> None:
-    """A head that is made to answer: one anchor of one cell is sure of class 5, all else is silent."""
+    """A head with a fixed answer: one anchor of one cell is certain of class 5, all others predict nothing."""
     task = DetectionTask(float_detector)
     head = task.detector.bbox_head
     maps = [torch.full((1, 3 * 13, 64 // stride, 96 // stride), -20.0) for stride in (8, 16, 32)]
     anchor, row, column = 1, 2, 3
-    # Offsets of 0 stand for the middle of the cell and a box of the anchor's size.
+    # Offsets of 0 give a box of the anchor's size at the center of the cell.
     answer = maps[0].view(1, 3, 13, 8, 12)[0, anchor, :, row, column]
     answer[:4], answer[4], answer[5 + 5] = 0.0, 20.0, 20.0
     head.forward = lambda feats: (maps,)
@@ -563,7 +563,7 @@ def test_predictions_are_in_pixels_of_the_image_given(float_detector: nn.Module)
 
 
 def test_batch_augments_of_float_training_are_off(detector_cfg: dict[str, Any]) -> None:
-    """As YOLOX, whose batches have another size every ten iterations."""
+    """Like YOLOX, whose batches change their size every ten iterations."""
     resize = dict(type='BatchSyncRandomResize', random_size_range=(32, 33), interval=1, size_divisor=32)
     preprocessor = dict(detector_cfg['data_preprocessor'], batch_augments=[resize])
     resized = dict(detector_cfg, data_preprocessor=preprocessor)
@@ -578,7 +578,7 @@ def test_batch_augments_of_float_training_are_off(detector_cfg: dict[str, Any]) 
 
 
 def test_teacher_and_student_see_the_same_augmented_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certain mirror image: what both are run on, and no more than that."""
+    """Always mirrors: both detectors see the mirrored images, and the batch itself does not change."""
     model = make(augmentation=dict(flip=1.0)).train()
     seen = []
     for detector in (model.student, model.teacher):
@@ -609,10 +609,10 @@ def test_channels_last_changes_the_layout_and_not_the_losses(make: Make) -> None
         sum(losses.values()).backward()
         gradients = {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
         results.append((losses, gradients))
-        # A map of one channel or one pixel is both.
+        # A map with one channel or one pixel has both layouts.
         wide = [m for m in maps if m.shape[1] > 1 and m.shape[2] * m.shape[3] > 1]
         assert wide and all(m.is_contiguous(memory_format=torch.channels_last) is channels_last for m in wide)
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=1e-5)
-    # Sums in another order round a few values to the next level.
+    # Sums in another order round a few values to another level.
     for name, gradient in results[0][1].items():
         assert float((results[1][1][name] - gradient).norm()) <= 0.05 * float(gradient.norm()) + 1e-6, name

@@ -83,9 +83,9 @@ def test_all_four_layers_are_quantized_and_learn() -> None:
     assert {name: bits[f'attention.{name}'] for name in LAYERS} == dict.fromkeys(LAYERS, (4, 4, 640))
     assert model.attention.query_projection.weight_quantizer.num_steps == 8
     model(TOKENS).square().sum().backward()
-    learnt = {n: p for n, p in model.named_parameters() if n.startswith('attention.') and not n.endswith('bias')}
-    assert len(learnt) == 2 + 4 * 2
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learnt.values())
+    learned = {n: p for n, p in model.named_parameters() if n.startswith('attention.') and not n.endswith('bias')}
+    assert len(learned) == 2 + 4 * 2
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned.values())
     rows = model.attention.in_proj_weight.grad.view(3, -1)
     assert all(row.any() for row in rows)
     model.load_state_dict(before, strict=False)

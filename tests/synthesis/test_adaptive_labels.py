@@ -104,7 +104,7 @@ def test_suppression_keeps_the_best_of_one_class_and_one_of_each_class():
     assert len(relabel(labels_of(A), one_class, nms_iou=0.9)[0]) == 3
 
 
-def test_suppression_tells_many_classes_apart_without_losing_precision():
+def test_suppression_separates_many_classes_without_losing_precision():
     # In fp32, the offset of class 999,999 is a multiple of 8 pixels, and rounds boxes to such.
     rows = [(40.0 + shift, 40.0, 60.0 + shift, 60.0) for shift in range(0, 40, 6)]  # IoU 0.54
     predictions = predictions_of(*[(row, 0.9, 999_999) for row in rows])
@@ -309,8 +309,9 @@ def test_it_uses_real_labels_if_its_start_does(monkeypatch):
             dict(start=dict(type='mmzsq.AdaptiveLabelSampler')),
             'start must be a sampler that is not',
         ),
-        (dict(warmup=-1), 'warmup must be a number'),
-        (dict(interval=0), 'interval must be a number'),
+        (dict(warmup=-1), 'warmup must be an integer of at least 0, got -1'),
+        (dict(interval=0), 'interval must be an integer of at least 1, got 0'),
+        (dict(warmup=0.5), 'warmup must be an integer'),
         (dict(score_thr=1.2), r'score_thr must be a number in \[0, 1\], got 1.2'),
         (dict(nms_iou='x'), 'nms_iou'),
         (dict(add_iou=True), 'add_iou'),

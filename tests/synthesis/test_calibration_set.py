@@ -111,7 +111,7 @@ def test_masks_are_kept_and_make_up_the_area(tmp_path, capsys):
     assert annotation['area'] == 6 * 16 - 1
 
 
-def test_the_manifest_says_what_made_each_image(tmp_path):
+def test_the_manifest_records_the_settings_of_each_image(tmp_path):
     calibration_set = make(tmp_path, uses_real_labels=True, versions=dict(torch='2.x'))
     manifest = calibration_set.manifest
     assert manifest is not None
@@ -170,7 +170,7 @@ def test_tuples_and_lists_are_the_same_setting(tmp_path):
     CalibrationSet.open(tmp_path, **{**SETTINGS, 'fingerprint': dict(size=[640, 640])})
 
 
-def test_a_directory_of_other_things_is_refused_and_left_alone(tmp_path):
+def test_a_directory_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images' / 'holiday.png').write_bytes(b'precious')
     with pytest.raises(UserError, match=r'no calibration set \(images\)'):

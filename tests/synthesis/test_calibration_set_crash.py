@@ -92,7 +92,7 @@ def die_at_system_call(root: Path, number: int) -> bool:
     return False
 
 
-def test_killed_at_any_step_it_goes_on_to_the_same_bits(tmp_path):
+def test_after_a_kill_at_any_step_the_set_ends_with_the_same_bits(tmp_path):
     write(tmp_path / 'whole')
     whole = content(tmp_path / 'whole')
     step = 1

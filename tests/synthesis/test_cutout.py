@@ -8,7 +8,7 @@ from mmzsq.errors import UserError
 from mmzsq.synthesis.cutout import Cutout
 
 
-def test_erases_one_rectangle_of_the_asked_area_and_ratio() -> None:
+def test_erases_one_rectangle_of_the_configured_area_and_ratio() -> None:
     torch.manual_seed(0)
     erased = Cutout(probability=1.0, area=(0.1, 0.2), ratio=(0.5, 2.0), value=0.0)(torch.ones(200, 3, 64, 64)) == 0
     assert (erased == erased[:, :1]).all()
@@ -20,7 +20,7 @@ def test_erases_one_rectangle_of_the_asked_area_and_ratio() -> None:
         assert 0.45 < height / width < 2.2
 
 
-def test_erases_the_asked_share_of_images() -> None:
+def test_erases_the_configured_share_of_images() -> None:
     torch.manual_seed(0)
     erased = (Cutout(probability=0.5)(torch.ones(1000, 1, 16, 16)) == 0).flatten(1).any(1)
     assert 0.4 < erased.float().mean() < 0.6
@@ -44,7 +44,7 @@ def test_images_and_gradients_stay_channels_last() -> None:
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_draws_anew_each_time_and_the_same_for_a_seed() -> None:
+def test_draws_differ_between_calls_and_repeat_for_a_seed() -> None:
     images = torch.ones(8, 3, 32, 32)
     cutout = Cutout(probability=1.0)
     torch.manual_seed(3)
@@ -62,7 +62,7 @@ def test_rectangles_of_the_mean_color_leave_the_mean_of_an_image_as_it_was() -> 
         inside = (erased != image).any(0)
         assert 0.01 < inside.float().mean() < 0.25
         torch.testing.assert_close(erased[:, inside], image.mean((1, 2))[:, None].expand(3, int(inside.sum())))
-    # What a rectangle shows is not learnt by the pixels around it.
+    # The content of a rectangle does not affect the pixels around it.
     (grad,) = torch.autograd.grad(seen.sum(), images)
     assert torch.equal(grad, (seen == images).float())
 

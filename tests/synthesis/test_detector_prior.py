@@ -123,8 +123,8 @@ def test_categories_are_read_from_the_biases_of_mmdetections_heads(config: str) 
 
 
 @pytest.mark.parametrize('num_classes', [2, 8, 256])
-def test_hidden_layers_are_no_categories(num_classes: int) -> None:
-    """Those of this head have 256 outputs, which 2 and 8 divide."""
+def test_hidden_layers_are_not_read_as_categories(num_classes: int) -> None:
+    """The hidden layers of this head have 256 outputs, which are divisible by 2 and 8."""
     register_all_modules()
     config = 'retinanet/retinanet_r50_fpn_1x_coco.py'
     cfg = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / config).model
@@ -140,7 +140,7 @@ def test_hidden_layers_are_no_categories(num_classes: int) -> None:
     torch.testing.assert_close(label_prior(detector, num_classes).categories, logits.sigmoid())
 
 
-def test_a_set_starts_from_what_the_weights_of_its_detector_tell(repo: Path) -> None:
+def test_a_set_starts_from_the_label_prior_of_its_detector(repo: Path) -> None:
     register_all_modules()
     detector = MODELS.build(Config.fromfile(repo / 'configs/yolov5/yolov5-n_coco.py').model)
     for conv in detector.bbox_head.convs:

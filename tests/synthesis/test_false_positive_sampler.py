@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""False-positive sampling: what is seen and not labeled is added, nothing is removed."""
+"""False-positive sampling adds unlabeled predictions and removes no label."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_its_thresholds_are_configured() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31))
-def test_it_adds_what_adaptive_sampling_adds_behind_all_of_its_labels(seed: int) -> None:
+def test_it_appends_the_boxes_that_adaptive_sampling_adds(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     blind = MultiBoxSampler(num_boxes=(1, 8), side=(0.05, 0.95))
     labels = blind.sample(4, SIZE, 3, generator)

@@ -77,7 +77,7 @@ def generator(task: Any, sampler: dict[str, Any] = ADAPTIVE, seed: int = 0, **sy
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two shards have the same pixels and labels."""
+    """Return whether two shards have the same pixels and labels."""
     return np.array_equal(first[0], second[0]) and all(
         torch.equal(a.bboxes, b.bboxes) and torch.equal(a.labels, b.labels)
         for a, b in zip(first[1], second[1], strict=True)
@@ -106,7 +106,7 @@ def test_every_batch_has_a_seed_of_its_own() -> None:
     assert shard_seed(0, 1, 2, 3) == int(np.random.SeedSequence([0, 1, 2, 3]).generate_state(1)[0])
 
 
-def test_images_and_labels_are_what_the_last_stage_made(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
+def test_images_and_labels_are_those_of_the_last_stage(task: DetectionTask, runs: list[dict[str, Any]]) -> None:
     images, labels, info = generator(task).make_shard(0, 3)
     assert (images.shape, images.dtype) == ((3, 64, 96, 3), np.uint8)
     result = runs[-1]['result']
@@ -176,7 +176,7 @@ def test_three_stages_correct_labels_once_by_finished_images(task: DetectionTask
     assert [run['iterations'] for run in runs] == [3, 0, 2]
     first = [InstanceData(bboxes=one.bboxes, labels=one.labels) for one in drawn['labels']]
     assert all(map(same_labels, drawn['result'].labels, first))
-    # The second looks at the images that the first ended with, and changes labels alone.
+    # The second stage reads the final images of the first and changes labels only.
     assert torch.equal(looked['result'].images, drawn['result'].images)
     expected, counts = made.sampler.relabel(first, task.predict(drawn['result'].images), (64, 64))
     assert all(map(same_labels, looked['result'].labels, expected))
@@ -258,7 +258,7 @@ def test_a_shard_is_as_large_as_the_largest_batch(task: DetectionTask) -> None:
     assert generator(task, relabel=None, synthesize=stage).shard_size == 2
 
 
-def test_shards_reach_the_set_on_disk_and_progress_is_told(task: DetectionTask, tmp_path: Path) -> None:
+def test_shards_are_written_to_disk_and_progress_is_reported(task: DetectionTask, tmp_path: Path) -> None:
     made = generator(task)
     options = dict(fingerprint={}, num_images=5, shard_size=3, classes='abcdefgh')
     calibration_set = CalibrationSet.open(tmp_path / 'set', **options)

@@ -71,7 +71,7 @@ def test_large_boxes_keep_their_size_and_stay_in_the_image() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(4, 700), st.integers(4, 700), st.integers(1, 400))
-def test_boxes_lie_inside_the_image_and_are_no_thinner_than_a_pixel(
+def test_boxes_lie_inside_the_image_and_are_at_least_a_pixel_wide(
     seed: int, height: int, width: int, bins: int
 ) -> None:
     sampler = MultiBoxSampler(num_boxes=(1, 9), size_histogram=[1] * bins, ratio=(0.1, 10.0))
@@ -125,7 +125,7 @@ def test_an_adaptive_sampler_may_start_in_distribution() -> None:
         (dict(size_histogram=[float('nan')]), 'size_histogram must be a list of weights'),
         (dict(ratio=(2.0, 0.5)), 'ratio must be two numbers'),
         (dict(ratio=(0, 2.0)), 'ratio must start above 0'),
-        (dict(ratio=(1.0, float('inf'))), 'ratio must start above 0 and be finite'),
+        (dict(ratio=(1.0, float('inf'))), 'ratio must be two numbers'),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

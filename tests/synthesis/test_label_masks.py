@@ -30,7 +30,7 @@ def boxes(count: int, size: tuple[int, int], side: tuple[float, float] = (0.1, 0
 
 
 def inside(bbox: list[float], x: float, y: float) -> bool:
-    """Whether a point lies in the ellipse inscribed in a box: its distances to the two foci add up to the long axis."""
+    """Return whether a point lies in the ellipse inscribed in a box, by the sum of its distances to the foci."""
     x1, y1, x2, y2 = bbox
     a, b = (x2 - x1) / 2, (y2 - y1) / 2
     focus = math.sqrt(abs(a * a - b * b))

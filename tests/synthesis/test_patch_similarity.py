@@ -396,7 +396,9 @@ def test_a_detector_without_attention_is_named_as_the_problem() -> None:
         PatchSimilarityPrior().attach(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
 
 
-@pytest.mark.parametrize(('key', 'value'), [('bandwidth', 0.0), ('points', 1), ('points', 2.5)])
+@pytest.mark.parametrize(
+    ('key', 'value'), [('weight', -1), ('bandwidth', 0.0), ('bandwidth', 'x'), ('points', 1), ('points', 2.5)]
+)
 def test_a_number_out_of_range_is_refused(key: str, value: float) -> None:
-    with pytest.raises(UserError, match=f'{key} of PatchSimilarityPrior .* not {value!r}'):
+    with pytest.raises(UserError, match=f'PatchSimilarityPrior: {key} must be'):
         PatchSimilarityPrior(**{key: value})

@@ -208,7 +208,7 @@ def test_statistics_and_their_gradient_are_those_of_autograd_in_double(
     torch.testing.assert_close(features.grad.double(), reference.grad, rtol=tolerance, atol=tolerance * 0.02)
 
 
-# Which priors fit a detector
+# Selection of priors for a detector
 
 WITH_BATCHNORM = dict(neck=nn.BatchNorm2d(4))
 WITH_ATTENTION = dict(backbone=nn.MultiheadAttention(4, 2))

@@ -59,7 +59,7 @@ def boxes(*per_image: list[list[float]]) -> list[InstanceData]:
 LABELS = boxes([[2, 2, 8, 8]], [[4, 6, 14, 12]])
 
 
-def test_images_show_what_the_labels_ask_for() -> None:
+def test_images_show_the_labeled_objects() -> None:
     task = BrightBoxes()
     result = Synthesizer(task, [], detection_weight=100.0, lr=0.05).run(LABELS, SIZE, 200, seed=0)
     wanted = task.data_samples(LABELS, SIZE)
@@ -167,7 +167,7 @@ def test_progress_reports_iterations_losses_and_images() -> None:
     assert seen[-1].losses == result.losses and torch.equal(seen[-1].images, result.images)
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_do() -> None:
+def test_a_non_finite_loss_stops_with_advice() -> None:
     task = BrightBoxes()
     task.loss = lambda images, samples: images.sum() * math.nan  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r'diverged.*synthesis\.lr'):
@@ -188,7 +188,7 @@ def test_the_learning_rate_warms_up_then_falls_along_half_a_cosine() -> None:
     assert Synthesizer(BrightBoxes(), []).schedule(0, 10) == 1.0
 
 
-def test_images_start_from_noise_of_the_kind_asked_for() -> None:
+def test_images_start_from_the_configured_noise() -> None:
     class Normalized(BrightBoxes):
         def denormalize(self, inputs: torch.Tensor) -> torch.Tensor:
             return inputs * 0.25 + 0.5

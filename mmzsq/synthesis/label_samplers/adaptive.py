@@ -8,7 +8,6 @@ labels, and labels that the teacher does not detect are removed (section 3.3 and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from mmzsq.argument_checks import checked_integer, checked_number, checked_range
 from mmzsq.boxes import box_area, pairwise_iou
 from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS, build_part
@@ -25,8 +25,6 @@ from mmzsq.synthesis.label_samplers.base import (
     LabelPrior,
     LabelSampler,
     RelabelCounts,
-    checked_number,
-    checked_range,
 )
 
 
@@ -133,8 +131,8 @@ class AdaptiveLabelSampler(LabelSampler):
             )
         self.uses_real_labels = self.start.uses_real_labels
         self.uses_detector_prior = self.start.uses_detector_prior
-        self.warmup = checked_number(f'{name}: warmup', warmup, 0, math.inf)
-        self.interval = checked_number(f'{name}: interval', interval, 1, math.inf)
+        self.warmup = checked_integer(f'{name}: warmup', warmup, 0)
+        self.interval = checked_integer(f'{name}: interval', interval, 1)
         self.score_thr = checked_number(f'{name}: score_thr', score_thr, 0, 1)
         self.nms_iou = checked_number(f'{name}: nms_iou', nms_iou, 0, 1)
         self.add_iou = checked_number(f'{name}: add_iou', add_iou, 0, 1)

@@ -8,7 +8,6 @@ Labels are a list of :class:`mmengine.structures.InstanceData` on the CPU, one e
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmzsq.errors import UserError
 from mmzsq.masks import ellipse_masks, resize_masks
 
 
@@ -168,47 +166,3 @@ def fit_masks(labels: Sequence[InstanceData], image_size: tuple[int, int], neede
             new.masks = ellipse_masks(instances.bboxes, image_size)
         fitted.append(new)
     return fitted
-
-
-def checked_range(name: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """Return ``value`` as a pair of numbers with ``low <= first <= second <= high``.
-
-    Raises:
-        UserError: If it is not; the message gives the argument, the value and the allowed values.
-    """
-    if (
-        not isinstance(value, Sequence)
-        or len(value) != 2
-        or not all(isinstance(bound, (int, float)) for bound in value)
-        or not low <= value[0] <= value[1] <= high
-    ):
-        raise UserError(f'{name} must be two numbers (low, high) with {low} <= low <= high <= {high}, got {value!r}')
-    return value[0], value[1]
-
-
-def checked_number(name: str, value: float, low: float, high: float) -> float:
-    """Return ``value`` if it is a number in ``[low, high]``.
-
-    Raises:
-        UserError: If it is not; the message gives the argument, the value and the allowed values.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UserError(f'{name} must be a number in [{low}, {high}], got {value!r}')
-    return value
-
-
-def checked_histogram(name: str, value: Sequence[float] | None) -> list[float] | None:
-    """Return ``value`` as a list if it is a sequence of finite weights >= 0, at least one of them > 0; None stays None.
-
-    Raises:
-        UserError: If it is neither; the message gives the argument, the value and the allowed values.
-    """
-    if value is None:
-        return None
-    if (
-        not isinstance(value, Sequence)
-        or not all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in value)
-        or not any(weight > 0 for weight in value)
-    ):
-        raise UserError(f'{name} must be a list of weights >= 0, at least one > 0, got {value!r}')
-    return list(value)

@@ -15,9 +15,10 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmzsq.argument_checks import checked_number
 from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS
-from mmzsq.synthesis.label_samplers.base import LabelPrior, checked_number
+from mmzsq.synthesis.label_samplers.base import LabelPrior
 from mmzsq.synthesis.label_samplers.random_boxes import MultiBoxSampler, draw_bins, place_boxes
 
 

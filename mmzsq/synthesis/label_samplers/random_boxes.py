@@ -8,16 +8,16 @@ data set, as written by ``tools/analysis_tools/label_statistics.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmzsq.argument_checks import checked_histogram, checked_range
 from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS
-from mmzsq.synthesis.label_samplers.base import LabelSampler, checked_histogram, checked_range
+from mmzsq.synthesis.label_samplers.base import LabelSampler
 
 
 def random_boxes(
@@ -130,7 +130,7 @@ class MultiBoxSampler(LabelSampler):
         ratio: Sequence[float] = (0.5, 2.0),
     ) -> None:
         name = type(self).__name__
-        low, high = checked_range(f'{name}: num_boxes', num_boxes, 1, math.inf)
+        low, high = checked_range(f'{name}: num_boxes', num_boxes, 1)
         if not isinstance(low, int) or not isinstance(high, int):
             raise UserError(f'{name}: num_boxes must be two integers, got {num_boxes!r}')
         self.num_boxes = (low, high)
@@ -139,9 +139,9 @@ class MultiBoxSampler(LabelSampler):
             raise UserError(f'{name}: side must start above 0, got {side!r}')
         self.count_histogram = checked_histogram(f'{name}: count_histogram', count_histogram)
         self.size_histogram = checked_histogram(f'{name}: size_histogram', size_histogram)
-        self.ratio = checked_range(f'{name}: ratio', ratio, 0, math.inf)
-        if self.ratio[0] == 0 or self.ratio[1] == math.inf:
-            raise UserError(f'{name}: ratio must start above 0 and be finite, got {ratio!r}')
+        self.ratio = checked_range(f'{name}: ratio', ratio, 0)
+        if self.ratio[0] == 0:
+            raise UserError(f'{name}: ratio must start above 0, got {ratio!r}')
 
     def sample(
         self,

@@ -51,6 +51,9 @@ class RealLabelSampler(LabelSampler):
         format: str = 'coco',
         classes: Sequence[str] | None = None,
     ) -> None:
+        for name, value in (('ann_file', ann_file), ('data_root', data_root)):
+            if value is not None and not isinstance(value, (str, Path)):
+                raise UserError(f'RealLabelSampler: {name} must be a path or None, got {value!r}')
         root = Path(data_root or '')
         if format == 'coco':
             if ann_file is None:

@@ -10,7 +10,7 @@ from mmzsq.errors import UserError
 
 
 def loaded(height: int, width: int, box: tuple[int, int, int, int]) -> dict:
-    """What a pipeline has loaded of a black image with one white box, its mask and its map."""
+    """Loaded results of a black image with one white box, its mask and its map."""
     x1, y1, x2, y2 = box
     image = np.zeros((height, width, 3), np.uint8)
     image[y1:y2, x1:x2] = 255

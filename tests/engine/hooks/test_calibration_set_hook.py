@@ -31,7 +31,7 @@ def real_labels(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize('alone', [True, False])
-def test_log_and_manifest_of_a_set_with_real_labels_say_so(
+def test_log_and_manifest_state_that_real_labels_were_used(
     make_runner: Any, real_labels: dict[str, Any], alone: bool
 ) -> None:
     if alone:
@@ -47,7 +47,7 @@ def test_log_and_manifest_of_a_set_with_real_labels_say_so(
         assert made.statistics()['boxes_per_image'] == dict(mean=8.0, min=8, max=8, histogram={'8': 3})
 
 
-def test_manifest_of_a_set_without_real_labels_says_so_too(make_runner: Any) -> None:
+def test_manifest_states_that_no_real_labels_were_used(make_runner: Any) -> None:
     runner = make_runner()
     runner.generate()
     assert CalibrationSet.load('out/calibration_set').manifest['uses_real_labels'] is False
@@ -64,7 +64,7 @@ def test_wrong_number_of_class_names_is_an_error_before_synthesis(make_runner: A
 
 
 def test_a_set_of_noise_is_generated_reused_and_checked(make_runner: Any) -> None:
-    """The paper's Gaussian noise (Table 5): nothing is optimized, and another set cannot be taken for it."""
+    """The paper's Gaussian noise (Table 5): nothing is optimized, and another set is not accepted in its place."""
     sizes = dict(image_size=64, batch_size=2)
     noise = {
         'zsq.label_sampler': dict(type='mmzsq.SingleBoxSampler', _delete_=True),
