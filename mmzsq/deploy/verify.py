@@ -88,6 +88,7 @@ class VerifyReport:
         agreement: Part of the detections that both find, in [0, 1]; None if it was not measured.
         self_agreement: The same for PyTorch and PyTorch in another memory format.
         images: Number of images that ``agreement`` was measured on.
+        detections: Number of detections that were compared, those of both.
         float_layers: Layers that the engine does not compute in 8 bits; known for OpenVINO alone.
         failures: One sentence for each failure, empty if all checks pass.
     """
@@ -98,6 +99,7 @@ class VerifyReport:
     agreement: float | None = None
     self_agreement: float | None = None
     images: int = 0
+    detections: int = 0
     float_layers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -168,7 +170,8 @@ def verify(
         _check_complete(detector, report)
         if samples and model is not None:
             deployed = detector_of(next(iter(exported.files.values())), model, runtime, threads)
-            report.agreement, report.images = agreement(detector, deployed, samples), len(samples)
+            report.agreement, report.detections = compare_detections(detector, deployed, samples)
+            report.images = len(samples)
             twin = copy.deepcopy(detector).to(memory_format=torch.channels_last)
             report.self_agreement = agreement(detector, twin, samples)
     finally:
@@ -353,9 +356,16 @@ def float_layers(session: Session, content: bytes) -> list[str]:
     ]
 
 
-@torch.no_grad()
 def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]], score_thr: float = 0.3) -> float:
-    """Return the part of detections that two detectors share.
+    """Return the agreement of :func:`compare_detections`."""
+    return compare_detections(detector, deployed, samples, score_thr)[0]
+
+
+@torch.no_grad()
+def compare_detections(
+    detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]], score_thr: float = 0.3
+) -> tuple[float, int]:
+    """Find the detections that two detectors share.
 
     Args:
         detector: The detector in PyTorch.
@@ -365,7 +375,7 @@ def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]]
 
     Returns:
         2 * pairs / (detections of one + detections of the other), where a pair has one label and an IoU of at least
-        0.75; 1 if there are no detections.
+        0.75; 1 if there are no detections. And the number of detections of both.
     """
     pairs = total = 0
     for sample in samples:
@@ -379,7 +389,7 @@ def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]]
             overlap = box_iou(found[0].bboxes, found[1].bboxes)
             same = found[0].labels[:, None] == found[1].labels
             pairs += _count_pairs(torch.where(same, overlap, torch.zeros_like(overlap)))
-    return 2 * pairs / total if total else 1.0
+    return (2 * pairs / total if total else 1.0), total
 
 
 def _count_pairs(overlap: Tensor) -> int:
