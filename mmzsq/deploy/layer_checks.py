@@ -26,6 +26,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmzsq.deploy.dialects import container
 from mmzsq.deploy.graph import Graph, attribute, sources
 from mmzsq.deploy.heads import Part
 from mmzsq.deploy.markers import ActivationGrid, activation_grids, weight_grids
@@ -96,8 +97,9 @@ class _Call:
     normalized: Tensor | None = None
 
 
+@torch.no_grad()
 def check_layers(
-    detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str
+    detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
 ) -> tuple[list[LayerCheck], list[str]]:
     """Check every quantized layer of one file, and what lies between the layers.
 
@@ -107,12 +109,13 @@ def check_layers(
         content: The file of this part.
         inputs: Input of the part.
         runtime: The engine.
+        target: Target that the file was written for.
 
     Returns:
         One entry for each call of a layer, in the order of PyTorch's calls, and one sentence for each failure that
         belongs to no layer.
     """
-    pieces = _Pieces(detector, part, content, inputs, runtime)
+    pieces = _Pieces(detector, part, content, inputs, runtime, target)
     failures = pieces.check_quantizers()
     with _watching(detector, pieces.check):
         expected = part.module(inputs)
@@ -123,8 +126,10 @@ def check_layers(
 class _Pieces:
     """A file that is cut at the outputs of its quantized layers, while PyTorch runs."""
 
-    def __init__(self, detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str) -> None:
-        self.part, self.runtime = part, runtime
+    def __init__(
+        self, detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
+    ) -> None:
+        self.part, self.runtime, self.target = part, runtime, target
         self.graph = Graph(onnx.load_from_string(content))
         self.full = self.graph.to_model()
         self.tensors = {tensor.name: tensor for tensor in self.full.graph.initializer}
@@ -146,14 +151,19 @@ class _Pieces:
             if node.op_type != 'QuantizeLinear':
                 continue
             name = _quantizer_name(node)
-            reason = (
-                'training has no such quantizer.'
-                if name not in self.grids
-                else _grid_fault(self.graph, node, self.grids[name])
-            )
+            reason: str | None = 'training has no such quantizer.'
+            if name in self.grids:
+                reason = _grid_fault(self.graph, node, self.grids[name]) or self._zero_point_fault(name, node)
             if reason:
                 failures.append(f'{name or node.name}: {reason}')
         return failures
+
+    def _zero_point_fault(self, name: str, node: NodeProto) -> str | None:
+        given = self.graph.constants[node.input[2]]
+        expected = container(name, self.grids[name], self.target)
+        if (given.dtype, int(given)) == (expected.dtype, expected.zero_point):
+            return None
+        return f'the zero point is {int(given)} ({given.dtype}), but must be {expected.zero_point} ({expected.dtype}).'
 
     def check(self, call: _Call) -> None:
         """Check one call of a layer; its output then feeds the pieces behind it."""
@@ -200,15 +210,18 @@ class _Pieces:
         fault = _grid_fault(self.graph, quantizer, grid)
         if fault:
             return f'at its input, {fault}'
-        entry_nodes = self._nodes_between([output], {entry})
         dequantized = next(iter(self.graph.consumers(quantizer.output[0]))).output[0]
         rounded = call.layer.input_quantizer(call.x)
-        given = self._run(self._nodes_between([dequantized], {entry}), {entry: call.x}, dequantized)
+        # Without a Clip of its own, a quantizer of few bits gets values that lie on its grid already.
+        settled = entry == quantizer.input[0] and grid.qmax - grid.qmin < 255
+        given = self._run(
+            self._nodes_between([dequantized], {entry}), {entry: rounded if settled else call.x}, dequantized
+        )
         fault = _rounding_fault(call.x, rounded, torch.from_numpy(given).to(rounded), grid)
         if fault:
             return fault
         # On the grid, so that no value lies half way between two levels.
-        given = self._run(entry_nodes, {entry: rounded}, output)
+        given = self._run(self._nodes_between([output], {entry}), {entry: rounded}, output)
         check.difference = relative_difference(expected.cpu().numpy(), given)
         if check.difference > TOLERANCE:
             return f'alone, it differs from PyTorch by {check.difference:.1e} of its largest output.'

@@ -159,7 +159,7 @@ def verify(
             content = Path(exported.files[part.name]).read_bytes()
             inputs = images if part.input_name == 'images' else torch.rand(part.example.shape, generator=generator)
             report.failures += check_metadata(detector, exported, content, classes, pipeline)
-            layers, failures = check_layers(detector, part, content, inputs, runtime)
+            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target)
             report.layers += layers
             report.failures += failures
             session = Session(content, runtime, threads)
