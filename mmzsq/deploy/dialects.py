@@ -18,6 +18,7 @@ import numpy as np
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.deploy.markers import ActivationGrid
 from mmzsq.errors import UserError
+from mmzsq.typed_section import nearest
 
 TARGETS = ('openvino', 'onnxruntime', 'tensorrt')
 WEIGHTED = {'Conv': 0, 'ConvTranspose': 1}
@@ -54,7 +55,9 @@ def check_target(target: str) -> None:
         UserError: Names what is allowed.
     """
     if target not in TARGETS:
-        raise UserError(f'target is {target!r}, but must be one of {", ".join(map(repr, TARGETS))}.')
+        raise UserError(
+            f'target is {target!r}, but must be one of {", ".join(map(repr, TARGETS))}.{nearest(target, TARGETS)}'
+        )
 
 
 def container(name: str, grid: ActivationGrid, target: str) -> Container:

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.models.detectors import TwoStageDetector
 from torch import Tensor, nn
 
-from mmzsq.atomic_files import make_directory, write_atomically
+from mmzsq.atomic_files import disk_errors, make_directory, write_atomically
 from mmzsq.deploy.build import BuiltGraph, build
 from mmzsq.deploy.dialects import check_target
 from mmzsq.deploy.heads import DETECTOR, FEATURES, Part, parts_of
-from mmzsq.deploy.markers import INT4_OPSET, OPSET, activation_grids, export_marked, weight_grids
+from mmzsq.deploy.markers import INT4_OPSET, OPSET, activation_grids, check_exporter, export_marked, weight_grids
+from mmzsq.deploy.nms import DETECTIONS, LAYOUT, NmsSettings, append_nms, nms_of
 from mmzsq.errors import UserError
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
 from mmzsq.version import __version__
@@ -59,6 +62,7 @@ class DeployReport:
         size: Height and width of the images, in pixels.
         outputs: ``'decoded'``, ``'raw'`` or ``'two-stage'``.
         layers: Every call of a quantized layer.
+        int4: Whether weights of at most 4 bits are stored as INT4.
     """
 
     files: dict[str, str]
@@ -67,6 +71,7 @@ class DeployReport:
     size: tuple[int, int]
     outputs: str
     layers: list[LayerExport]
+    int4: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts and lists."""
@@ -82,6 +87,7 @@ def export(
     raw: bool = False,
     dynamic_batch: bool = False,
     int4: bool = False,
+    nms: bool = False,
     exporter: str = 'torchscript',
     classes: Sequence[str] | None = None,
     pipeline: Sequence[Mapping[str, Any]] | None = None,
@@ -100,6 +106,7 @@ def export(
         raw: End a dense detector at the raw maps of its head in place of decoded boxes and class scores.
         dynamic_batch: Leave the number of images open in place of 1.
         int4: Store weights of at most 4 bits as INT4: a smaller file, never a faster one.
+        nms: Append NMS to a dense detector, as a third output ``detections``, see :mod:`mmzsq.deploy.nms`.
         exporter: ``'torchscript'`` or ``'dynamo'``.
         classes: Class names for the metadata; those of ``detector.dataset_meta`` if None.
         pipeline: Test pipeline of the config, for the metadata.
@@ -109,23 +116,31 @@ def export(
 
     Raises:
         UserError: If the detector is not quantized, the target cannot represent it, a module cannot be exported, it
-            does not take images of ``size``, or the file cannot be written. No file is written then.
+            does not take images of ``size``, options exclude each other, or the file cannot be written. No file is
+            written then.
     """
     path = Path(path)
     if path.suffix != '.onnx':
         raise UserError(f'{path} does not end in .onnx.')
     check_target(target)
+    check_exporter(exporter)
     detector = unwrap(detector)
     check_quantized(detector)
+    if int4:
+        _check_int4(detector)
+    check_writable(path)
+    settings = _nms_settings(detector, raw, dynamic_batch) if nms else None
     parts = parts_of(detector, size, raw)
     outputs = 'two-stage' if parts[0].name == FEATURES else 'raw' if raw else 'decoded'
-    common = _metadata(detector, target, size, outputs, classes, pipeline, int4)
+    common = metadata_of(detector, target, size, outputs, classes, pipeline, int4, settings)
     if outputs == 'two-stage':
         common['parts'] = json.dumps({part.name: _path_of(path, part.name).name for part in parts})
     contents: dict[str, bytes] = {}
     layers: list[LayerExport] = []
     for part in parts:
         built = build_part(detector, part, target, dynamic_batch, int4, exporter, common)
+        if settings is not None:
+            append_nms(built.model, settings)
         contents[part.name] = built.model.SerializeToString()
         layers += [
             LayerExport(
@@ -145,7 +160,7 @@ def export(
         write_atomically(_path_of(path, name), contents[name])
     files = {name: str(_path_of(path, name)) for name in contents}
     sizes = {name: len(content) for name, content in contents.items()}
-    return DeployReport(files, sizes, target, size, outputs, layers)
+    return DeployReport(files, sizes, target, size, outputs, layers, int4)
 
 
 def build_part(
@@ -207,19 +222,75 @@ def check_quantized(detector: nn.Module) -> None:
     activation_grids(detector)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that cannot be written, before minutes go into its content.
+
+    Args:
+        path: Of a file whose folders may be missing.
+
+    Raises:
+        UserError: If the folder, or the nearest one that exists, takes no files.
+    """
+    if path.is_dir():
+        raise UserError(f'{path} is a folder: name a file.')
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with disk_errors(path), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _check_int4(detector: nn.Module) -> None:
+    bits = {weights for weights, _ in bits_of(detector).values()}
+    if min(bits) > 4:
+        raise UserError(
+            f'--int4 stores weights of at most 4 bits, but the weights of this detector have '
+            f'{" and ".join(map(str, sorted(bits)))} bits: export without --int4.'
+        )
+
+
+def _nms_settings(detector: Any, raw: bool, dynamic_batch: bool) -> NmsSettings:
+    if isinstance(detector, TwoStageDetector):
+        raise UserError(
+            f'--nms is for dense detectors, but {type(detector).__name__} has two stages, whose NMS the predictor runs '
+            'between its files: export without --nms.'
+        )
+    for given, option in ((raw, '--raw'), (dynamic_batch, '--dynamic-batch')):
+        if given:
+            raise UserError(f'--nms needs decoded boxes of one image: export without {option}, or without --nms.')
+    head = getattr(detector, 'bbox_head', None)
+    if head is None:
+        raise UserError(f'--nms is for dense detectors, but {type(detector).__name__} has no bbox_head.')
+    return nms_of(head)
+
+
 def _path_of(path: Path, part: str) -> Path:
     return path if part in (DETECTOR, FEATURES) else path.with_name(f'{path.stem}.{part}.onnx')
 
 
-def _metadata(
+def metadata_of(
     detector: Any,
     target: str,
     size: tuple[int, int],
     outputs: str,
     classes: Sequence[str] | None,
     pipeline: Sequence[Mapping[str, Any]] | None,
-    int4: bool,
+    int4: bool = False,
+    nms: NmsSettings | None = None,
 ) -> dict[str, str]:
+    """Return the entries that all files of a detector share.
+
+    Args:
+        detector: The quantized detector.
+        target: As of :func:`export`.
+        size: As of :func:`export`.
+        outputs: ``'decoded'``, ``'raw'`` or ``'two-stage'``.
+        classes: As of :func:`export`.
+        pipeline: As of :func:`export`.
+        int4: As of :func:`export`.
+        nms: Settings of appended NMS, None if there is none.
+
+    Returns:
+        Text, or JSON for values of other types, by key.
+    """
     preprocessor = detector.data_preprocessor
     if classes is None:
         classes = (getattr(detector, 'dataset_meta', None) or {}).get('classes')
@@ -235,13 +306,26 @@ def _metadata(
         bgr_to_rgb=bool(getattr(preprocessor, '_channel_conversion', False)),
         pad_value=float(getattr(preprocessor, 'pad_value', 0)),
         resize=resize_of(pipeline or ()),
+        pipeline=[_plain(transform) for transform in pipeline or ()],
         bits=bits_of(detector),
         int4='weights of at most 4 bits are stored as INT4, which engines compute in 8 bits or in float'
         if int4
         else False,
+        nms=None if nms is None else dict(asdict(nms), output=DETECTIONS, layout=LAYOUT),
         buffers=_buffers(detector),
     )
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Config values as JSON holds them: classes by name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if key != '_scope_'}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, '__name__', str(value))
 
 
 def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

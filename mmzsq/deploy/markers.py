@@ -8,6 +8,7 @@ the tracer does to the rest of the graph can change them.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import io
 import logging
@@ -27,6 +28,7 @@ from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.errors import UserError
 from mmzsq.patching import patched, patched_forwards
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
+from mmzsq.typed_section import nearest
 
 DOMAIN = 'mmzsq'
 MARKER = 'FakeQuantize'
@@ -142,6 +144,19 @@ def activation_grids(module: nn.Module) -> dict[str, ActivationGrid]:
     return grids
 
 
+def check_exporter(exporter: str) -> None:
+    """Refuse an unknown exporter, and the dynamo exporter without onnxscript.
+
+    Raises:
+        UserError: Names what is allowed, or what to install.
+    """
+    if exporter not in EXPORTERS:
+        known = ', '.join(map(repr, EXPORTERS))
+        raise UserError(f'exporter is {exporter!r}, but must be one of {known}.{nearest(exporter, EXPORTERS)}')
+    if exporter == 'dynamo' and importlib.util.find_spec('onnxscript') is None:
+        raise UserError('the dynamo exporter needs onnxscript: run `pip install onnxscript`, or use torchscript.')
+
+
 @contextmanager
 def marking(module: nn.Module) -> Iterator[None]:
     """Replace the ``forward`` of every enabled quantizer by one marker node inside the block.
@@ -205,8 +220,7 @@ def export_marked(
     Raises:
         UserError: If an operator has no counterpart in ONNX, or the exporter is unknown.
     """
-    if exporter not in EXPORTERS:
-        raise UserError(f'exporter is {exporter!r}, but must be one of {", ".join(map(repr, EXPORTERS))}.')
+    check_exporter(exporter)
     root = module if root is None else root
     weights, activations = weight_grids(root), activation_grids(root)
     with ExitStack() as stack:

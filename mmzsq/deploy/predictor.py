@@ -160,7 +160,8 @@ def _attach_dense(detector: Any, session: Session) -> None:
         head.forward = lambda images: unflatten(structure, run_images(session, images))
         return
     locations = json.loads(session.metadata.get('locations', '[]'))
-    head.forward = lambda images: tuple(run_images(session, images))
+    # Without `detections`, which a file with NMS has beside boxes and scores.
+    head.forward = lambda images: tuple(run_images(session, images)[:2])
     head.predict_by_feat = lambda boxes, scores, batch_img_metas, rescale=False, **_: [
         select(head, boxes[index], scores[index], locations, meta, rescale)
         for index, meta in enumerate(batch_img_metas)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,16 @@ def _open_onnxruntime(model: bytes, threads: int, exact: bool) -> Any:
 
 
 def _open_openvino(model: bytes, threads: int, precision: str) -> Any:
-    import openvino
-
-    core = openvino.Core()
+    core = _openvino_core()
     config = {'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = str(threads)
     return core.compile_model(core.read_model(model), 'CPU', config)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO's entry point. Loading its plugins takes longer than compiling a layer."""
+    import openvino
+
+    return openvino.Core()
