@@ -57,6 +57,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def add_runtime_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of tools that run exported files.
+
+    Args:
+        options: The parser.
+    """
+    options.add_argument(
+        '--runtime',
+        choices=['openvino', 'onnxruntime'],
+        help='engine of an exported file (default: the target that it was exported for)',
+    )
+    options.add_argument(
+        '--threads', type=int, default=0, metavar='N', help='threads of the engine (default: the engine decides)'
+    )
+
+
 class _Settings(DictAction):
     """``DictAction`` of MMEngine, with a message instead of a traceback for what is not ``KEY=VALUE``."""
 

@@ -19,7 +19,7 @@ from mmzsq.deploy.build import BuiltGraph, build
 from mmzsq.deploy.dialects import TARGETS
 from mmzsq.deploy.export import DeployReport, export
 from mmzsq.deploy.markers import MarkedGraph, export_marked
-from mmzsq.deploy.predictor import OnnxDetector, detector_of
+from mmzsq.deploy.predictor import OnnxDetector, detector_of, read_metadata, runtime_for
 from mmzsq.deploy.runtime import RUNTIMES, Session
 from mmzsq.deploy.verify import VerifyReport, verify
 
@@ -36,5 +36,7 @@ __all__ = [
     'detector_of',
     'export',
     'export_marked',
+    'read_metadata',
+    'runtime_for',
     'verify',
 ]
