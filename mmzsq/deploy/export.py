@@ -21,6 +21,7 @@ from mmzsq.errors import UserError
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
 from mmzsq.version import __version__
 
+FLOAT = 'float'
 MAX_BUFFER = 4096
 """Most numbers of a head's buffer that go into the metadata."""
 
@@ -55,7 +56,7 @@ class DeployReport:
     Attributes:
         files: Path of each file by the name of its part; the main file first.
         bytes: Size of each file by the name of its part.
-        target: Target that the files are written for.
+        target: Target that the files are written for; ``'float'`` for a float detector.
         size: Height and width of the images, in pixels.
         outputs: ``'decoded'``, ``'raw'`` or ``'two-stage'``.
         layers: Every call of a quantized layer.
@@ -111,12 +112,60 @@ def export(
         UserError: If the detector is not quantized, the target cannot represent it, a module cannot be exported, it
             does not take images of ``size``, or the file cannot be written. No file is written then.
     """
-    path = Path(path)
-    if path.suffix != '.onnx':
-        raise UserError(f'{path} does not end in .onnx.')
     check_target(target)
     detector = unwrap(detector)
     check_quantized(detector)
+    return _export(detector, Path(path), target, size, raw, dynamic_batch, int4, exporter, classes, pipeline)
+
+
+def export_float(
+    detector: nn.Module,
+    path: str | Path,
+    size: tuple[int, int] = (640, 640),
+    *,
+    raw: bool = False,
+    dynamic_batch: bool = False,
+    exporter: str = 'torchscript',
+    classes: Sequence[str] | None = None,
+    pipeline: Sequence[Mapping[str, Any]] | None = None,
+) -> DeployReport:
+    """Write a float detector as ONNX with the same inputs and outputs, to compare size, speed and detections.
+
+    Args:
+        detector: Detector without quantized layers.
+        path: As of :func:`export`.
+        size: As of :func:`export`.
+        raw: As of :func:`export`.
+        dynamic_batch: As of :func:`export`.
+        exporter: As of :func:`export`.
+        classes: As of :func:`export`.
+        pipeline: As of :func:`export`.
+
+    Returns:
+        The report, with the target ``'float'`` and without layers.
+
+    Raises:
+        UserError: If the detector is quantized, and as :func:`export`.
+    """
+    if any(True for _ in quantized_layers(detector)):
+        raise UserError('The detector is quantized: use export, or build the detector of the float config.')
+    return _export(detector, Path(path), FLOAT, size, raw, dynamic_batch, False, exporter, classes, pipeline)
+
+
+def _export(
+    detector: nn.Module,
+    path: Path,
+    target: str,
+    size: tuple[int, int],
+    raw: bool,
+    dynamic_batch: bool,
+    int4: bool,
+    exporter: str,
+    classes: Sequence[str] | None,
+    pipeline: Sequence[Mapping[str, Any]] | None,
+) -> DeployReport:
+    if path.suffix != '.onnx':
+        raise UserError(f'{path} does not end in .onnx.')
     parts = parts_of(detector, size, raw)
     outputs = 'two-stage' if parts[0].name == FEATURES else 'raw' if raw else 'decoded'
     common = _metadata(detector, target, size, outputs, classes, pipeline, int4)
@@ -181,7 +230,8 @@ def build_part(
         exporter=exporter,
         opset=INT4_OPSET if int4 else OPSET,
     )
-    return build(marked, target, int4, entries)
+    # Without quantizers, the graph is the same for all targets.
+    return build(marked, 'onnxruntime' if target == FLOAT else target, int4, entries)
 
 
 def unwrap(detector: Any) -> nn.Module:
