@@ -21,6 +21,7 @@ from mmzsq.deploy.export import DeployReport, export, export_float
 from mmzsq.deploy.markers import MarkedGraph, export_marked
 from mmzsq.deploy.predictor import OnnxDetector, detector_of, read_metadata, runtime_for
 from mmzsq.deploy.runtime import RUNTIMES, Session
+from mmzsq.deploy.standalone import StandaloneDetector
 from mmzsq.deploy.verify import VerifyReport, verify
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     'MarkedGraph',
     'OnnxDetector',
     'Session',
+    'StandaloneDetector',
     'VerifyReport',
     'build',
     'detector_of',

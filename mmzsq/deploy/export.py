@@ -17,6 +17,7 @@ from mmzsq.deploy.build import BuiltGraph, build
 from mmzsq.deploy.dialects import check_target
 from mmzsq.deploy.heads import DETECTOR, FEATURES, Part, parts_of
 from mmzsq.deploy.markers import INT4_OPSET, OPSET, activation_grids, export_marked, weight_grids
+from mmzsq.deploy.standalone import selection_of
 from mmzsq.errors import UserError
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
 from mmzsq.version import __version__
@@ -285,6 +286,7 @@ def _metadata(
         bgr_to_rgb=bool(getattr(preprocessor, '_channel_conversion', False)),
         pad_value=float(getattr(preprocessor, 'pad_value', 0)),
         resize=resize_of(pipeline or ()),
+        selection=selection_of(detector.bbox_head) if outputs == 'decoded' else None,
         bits=bits_of(detector),
         int4='weights of at most 4 bits are stored as INT4, which engines compute in 8 bits or in float'
         if int4
@@ -302,8 +304,8 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     Returns:
         ``mode``: ``'letterbox'`` (keep the aspect ratio, pad evenly on both sides), ``'keep_ratio'`` (pad at bottom
-        and right) or ``'stretch'``; ``scale`` (width, height) in pixels; ``pad_value`` in [0, 255]. None if no
-        transform resizes.
+        and right) or ``'stretch'``; ``scale`` (width, height) in pixels; ``pad_value`` in [0, 255], None if no
+        transform pads: normalized images are then padded at bottom and right. None if no transform resizes.
     """
     found: dict[str, Any] | None = None
     for transform in pipeline:
@@ -314,7 +316,7 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         elif name in ('Resize', 'FixScaleResize'):
             mode = 'keep_ratio' if transform.get('keep_ratio') else 'stretch'
             scale = transform.get('scale')
-            found = dict(mode=mode, scale=None if scale is None else list(scale), pad_value=0)
+            found = dict(mode=mode, scale=None if scale is None else list(scale), pad_value=None)
         elif name == 'Pad' and found is not None:
             value = transform.get('pad_val', 0)
             found['pad_value'] = value.get('img', 0) if isinstance(value, Mapping) else value

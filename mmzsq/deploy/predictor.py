@@ -17,11 +17,9 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from mmcv.transforms import Compose
 from mmdet.models.dense_heads import YOLOV3Head, YOLOXHead
 from mmdet.models.utils import filter_scores_and_topk
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from torch.nn import functional as F
 from mmzsq.deploy.heads import BOX_HEAD, DETECTOR, FEATURES, MASK_HEAD, box_heads, mask_heads, part_names, unflatten
 from mmzsq.deploy.runtime import RUNTIMES, Session
 from mmzsq.errors import UserError
+from mmzsq.image_detector import ImageDetector
 
 
 def detector_of(
@@ -124,7 +123,7 @@ def runtime_for(path: str | Path, runtime: str | None = None) -> str:
     return runtime
 
 
-class OnnxDetector:
+class OnnxDetector(ImageDetector):
     """An exported file with the test pipeline of its config.
 
     Args:
@@ -145,53 +144,7 @@ class OnnxDetector:
     def __init__(
         self, path: str | Path, cfg: Any, runtime: str | None = None, threads: int = 0, precision: str = 'f32'
     ) -> None:
-        self.detector = detector_of(path, cfg['model'], runtime, threads, precision)
-        self._load, self._loaded = pipelines_of(cfg)
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[str | Path | np.ndarray]) -> list[DetDataSample]:
-        """Detect objects.
-
-        Args:
-            images: Paths, or arrays (H, W, 3) of uint8 in the order B, G, R, as OpenCV reads them.
-
-        Returns:
-            One data sample for each image; boxes are in pixels of the image as given.
-        """
-        results: list[DetDataSample] = []
-        for image in images:
-            data = self._prepare(image)
-            results += self.detector.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
-        return results
-
-    def _prepare(self, image: str | Path | np.ndarray) -> Any:
-        if isinstance(image, np.ndarray):
-            return self._loaded(dict(img=image, img_id=0))
-        if not Path(image).is_file():
-            raise UserError(f'{image} does not exist.')
-        return self._load(dict(img_path=str(image), img_id=0))
-
-
-def pipelines_of(cfg: Any) -> tuple[Compose, Compose]:
-    """Build the test pipeline of a config without annotations.
-
-    Args:
-        cfg: A config with ``test_dataloader``.
-
-    Returns:
-        The pipeline for paths, and the one for images that are loaded.
-    """
-    transforms = [copy.deepcopy(dict(t)) for t in cfg['test_dataloader']['dataset']['pipeline']]
-    kept = [t for t in transforms if not str(t['type']).rpartition('.')[2].startswith('LoadAnnotations')]
-    loaded = [copy.deepcopy(t) for t in kept]
-    loaded[0] = dict(type='mmdet.LoadImageFromNDArray')
-    return _compose(kept), _compose(loaded)
-
-
-def _compose(transforms: list[dict[str, Any]]) -> Compose:
-    from mmdet.registry import TRANSFORMS
-
-    return Compose([TRANSFORMS.build(transform) for transform in transforms])
+        super().__init__(detector_of(path, cfg['model'], runtime, threads, precision), cfg)
 
 
 def _load_buffers(detector: nn.Module, values: Mapping[str, Any]) -> None:
@@ -210,7 +163,12 @@ def _attach_dense(detector: Any, session: Session) -> None:
         head.forward = lambda images: unflatten(structure, run_images(session, images))
         return
     locations = json.loads(session.metadata.get('locations', '[]'))
-    head.forward = lambda images: tuple(run_images(session, images))
+
+    def forward(images: Tensor) -> tuple[Tensor, ...]:
+        outputs = dict(zip(session.outputs, run_images(session, images), strict=True))
+        return tuple(outputs[name] for name in ('boxes', 'scores', 'factors') if name in outputs)
+
+    head.forward = forward
     head.predict_by_feat = lambda boxes, scores, factors=None, *, batch_img_metas, rescale=False, **_: [
         select(head, boxes[i], scores[i], None if factors is None else factors[i], locations, meta, rescale)
         for i, meta in enumerate(batch_img_metas)
