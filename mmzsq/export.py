@@ -268,7 +268,7 @@ def synthetic_images(student: Student, count: int) -> tuple[list[str | np.ndarra
 def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argparse.Namespace) -> None:
     """Compare the files with PyTorch in all runtimes, write ``deploy.json``, and exit with 1 if a check fails."""
     from mmzsq.deploy import verify
-    from mmzsq.deploy.predictor import pipelines_of
+    from mmzsq.image_detector import pipelines_of
 
     images, source = synthetic_images(student, args.verify)
     _log(f'detections are compared on {len(images)} {source}')

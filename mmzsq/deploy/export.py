@@ -20,10 +20,12 @@ from mmzsq.deploy.dialects import check_target
 from mmzsq.deploy.heads import DETECTOR, FEATURES, Part, parts_of
 from mmzsq.deploy.markers import INT4_OPSET, OPSET, activation_grids, check_exporter, export_marked, weight_grids
 from mmzsq.deploy.nms import DETECTIONS, LAYOUT, NmsSettings, append_nms, nms_of
+from mmzsq.deploy.standalone import selection_of
 from mmzsq.errors import UserError
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
 from mmzsq.version import __version__
 
+FLOAT = 'float'
 MAX_BUFFER = 4096
 """Most numbers of a head's buffer that go into the metadata."""
 
@@ -58,7 +60,7 @@ class DeployReport:
     Attributes:
         files: Path of each file by the name of its part; the main file first.
         bytes: Size of each file by the name of its part.
-        target: Target that the files are written for.
+        target: Target that the files are written for; ``'float'`` for a float detector.
         size: Height and width of the images, in pixels.
         outputs: ``'decoded'``, ``'raw'`` or ``'two-stage'``.
         layers: Every call of a quantized layer.
@@ -119,17 +121,68 @@ def export(
             does not take images of ``size``, options exclude each other, or the file cannot be written. No file is
             written then.
     """
-    path = Path(path)
-    if path.suffix != '.onnx':
-        raise UserError(f'{path} does not end in .onnx.')
     check_target(target)
     check_exporter(exporter)
     detector = unwrap(detector)
     check_quantized(detector)
     if int4:
         _check_int4(detector)
-    check_writable(path)
     settings = _nms_settings(detector, raw, dynamic_batch) if nms else None
+    return _export(detector, path, target, size, raw, dynamic_batch, int4, exporter, classes, pipeline, settings)
+
+
+def export_float(
+    detector: nn.Module,
+    path: str | Path,
+    size: tuple[int, int] = (640, 640),
+    *,
+    raw: bool = False,
+    dynamic_batch: bool = False,
+    exporter: str = 'torchscript',
+    classes: Sequence[str] | None = None,
+    pipeline: Sequence[Mapping[str, Any]] | None = None,
+) -> DeployReport:
+    """Write a float detector as ONNX with the same inputs and outputs, to compare size, speed and detections.
+
+    Args:
+        detector: Detector without quantized layers.
+        path: As of :func:`export`.
+        size: As of :func:`export`.
+        raw: As of :func:`export`.
+        dynamic_batch: As of :func:`export`.
+        exporter: As of :func:`export`.
+        classes: As of :func:`export`.
+        pipeline: As of :func:`export`.
+
+    Returns:
+        The report, with the target ``'float'`` and without layers.
+
+    Raises:
+        UserError: If the detector is quantized, and as :func:`export`.
+    """
+    if any(True for _ in quantized_layers(detector)):
+        raise UserError('The detector is quantized: use export, or build the detector of the float config.')
+    check_exporter(exporter)
+    return _export(detector, path, FLOAT, size, raw, dynamic_batch, False, exporter, classes, pipeline, None)
+
+
+def _export(
+    detector: nn.Module,
+    path: str | Path,
+    target: str,
+    size: tuple[int, int],
+    raw: bool,
+    dynamic_batch: bool,
+    int4: bool,
+    exporter: str,
+    classes: Sequence[str] | None,
+    pipeline: Sequence[Mapping[str, Any]] | None,
+    settings: NmsSettings | None,
+) -> DeployReport:
+    path = Path(path)
+    if path.suffix != '.onnx':
+        raise UserError(f'{path} does not end in .onnx.')
+    check_writable(path)
     parts = parts_of(detector, size, raw)
     outputs = 'two-stage' if parts[0].name == FEATURES else 'raw' if raw else 'decoded'
     common = metadata_of(detector, target, size, outputs, classes, pipeline, int4, settings)
@@ -196,7 +249,8 @@ def build_part(
         exporter=exporter,
         opset=INT4_OPSET if int4 else OPSET,
     )
-    return build(marked, target, int4, entries)
+    # Without quantizers, the graph is the same for all targets.
+    return build(marked, 'onnxruntime' if target == FLOAT else target, int4, entries)
 
 
 def unwrap(detector: Any) -> nn.Module:
@@ -307,6 +361,7 @@ def metadata_of(
         pad_value=float(getattr(preprocessor, 'pad_value', 0)),
         resize=resize_of(pipeline or ()),
         pipeline=[_plain(transform) for transform in pipeline or ()],
+        selection=selection_of(detector.bbox_head) if outputs == 'decoded' else None,
         bits=bits_of(detector),
         int4='weights of at most 4 bits are stored as INT4, which engines compute in 8 bits or in float'
         if int4
@@ -336,8 +391,8 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     Returns:
         ``mode``: ``'letterbox'`` (keep the aspect ratio, pad evenly on both sides), ``'keep_ratio'`` (pad at bottom
-        and right) or ``'stretch'``; ``scale`` (width, height) in pixels; ``pad_value`` in [0, 255]. None if no
-        transform resizes.
+        and right) or ``'stretch'``; ``scale`` (width, height) in pixels; ``pad_value`` in [0, 255], None if no
+        transform pads: normalized images are then padded at bottom and right. None if no transform resizes.
     """
     found: dict[str, Any] | None = None
     for transform in pipeline:
@@ -348,7 +403,7 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         elif name in ('Resize', 'FixScaleResize'):
             mode = 'keep_ratio' if transform.get('keep_ratio') else 'stretch'
             scale = transform.get('scale')
-            found = dict(mode=mode, scale=None if scale is None else list(scale), pad_value=0)
+            found = dict(mode=mode, scale=None if scale is None else list(scale), pad_value=None)
         elif name == 'Pad' and found is not None:
             value = transform.get('pad_val', 0)
             found['pad_value'] = value.get('img', 0) if isinstance(value, Mapping) else value

@@ -24,7 +24,7 @@ from mmzsq.errors import UserError
 from mmzsq.patching import patched
 
 DETECTOR, FEATURES, BOX_HEAD, MASK_HEAD = 'detector', 'features', 'box_head', 'mask_head'
-Decoder = Callable[[Any, Any], tuple[Tensor, Tensor]]
+Decoder = Callable[[Any, Any], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -81,7 +81,9 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
         names = _names('map', structure)
         return [Part(DETECTOR, _RawMaps(detector), images, 'images', names, structure, [])]
     locations = _locations(detector.bbox_head, maps)
-    return [Part(DETECTOR, _Decoded(detector, decode), images, 'images', ['boxes', 'scores'], [0, 1], locations)]
+    module = _Decoded(detector, decode)
+    names = ['boxes', 'scores', 'factors'][: len(_run(lambda: module(images), detector, size))]
+    return [Part(DETECTOR, module, images, 'images', names, list(range(len(names))), locations)]
 
 
 def box_heads(roi_head: Any) -> list[Any]:
@@ -147,7 +149,8 @@ def decoder_of(head: Any) -> Decoder:
 
     Returns:
         Maps the head and its outputs to boxes (N, P, 4), xyxy in pixels of the network's input and not clipped, and
-        class scores (N, P, C) in [0, 1].
+        class scores (N, P, C) in [0, 1]. Heads that compare scores with a threshold before they multiply them by
+        centerness or objectness return this factor too, (N, P) in [0, 1]; the scores are the products.
 
     Raises:
         UserError: If the head decodes in another way than those that are known.
@@ -195,7 +198,7 @@ def _decode_yolox(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
     return head._bbox_decode(torch.cat(priors), _rows(bbox_preds, 4)), scores
 
 
-def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
+def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor, Tensor]:
     (maps,) = maps
     sizes = [tuple(level.shape[-2:]) for level in maps]
     anchors = torch.cat(head.prior_generator.grid_priors(sizes, device=maps[0].device))
@@ -213,18 +216,21 @@ def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
     centers = centers + (rows[..., :2].sigmoid() - 0.5) * strides
     half_sizes = half_sizes * rows[..., 2:4].exp()
     boxes = torch.cat((centers - half_sizes, centers + half_sizes), dim=-1)
-    return boxes, rows[..., 5:].sigmoid() * rows[..., 4:5].sigmoid()
+    objectness = rows[..., 4].sigmoid()
+    return boxes, rows[..., 5:].sigmoid() * objectness[..., None], objectness
 
 
-def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
+def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, ...]:
     """Decode with the head's prior generator and box coder, as ``BaseDenseHead.predict_by_feat`` does."""
     cls_scores, bbox_preds, factors = (*maps, None)[:3]
     sizes = [tuple(level.shape[-2:]) for level in cls_scores]
     mlvl_priors = head.prior_generator.grid_priors(sizes, dtype=cls_scores[0].dtype, device=cls_scores[0].device)
     scores = _rows(cls_scores, head.cls_out_channels)
     scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[..., :-1]
+    extra: tuple[Tensor, ...] = ()
     if factors is not None:
-        scores = scores * _rows(factors, 1).sigmoid()
+        factor = _rows(factors, 1).sigmoid()
+        scores, extra = scores * factor, (factor[..., 0],)
     priors = torch.cat(mlvl_priors)
     if isinstance(head, GFLHead):
         levels = [
@@ -237,7 +243,7 @@ def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
     # Coders decode (P, 4) alone in traceable form.
     repeated = priors.expand(deltas.shape[0], *priors.shape).reshape(-1, priors.shape[-1])
     boxes = head.bbox_coder.decode(repeated, deltas.reshape(-1, deltas.shape[-1]))
-    return boxes.reshape(deltas.shape[0], -1, 4), scores
+    return boxes.reshape(deltas.shape[0], -1, 4), scores, *extra
 
 
 def _rows(levels: Sequence[Tensor], channels: int) -> Tensor:
@@ -262,7 +268,7 @@ class _Decoded(nn.Module):
         self.detector = detector
         self.decode = decode
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         head = self.detector.bbox_head
         return self.decode(head, head(self.detector.extract_feat(images)))
 

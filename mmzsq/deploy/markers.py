@@ -251,6 +251,9 @@ def _trace_torchscript(
     options: dict[str, Any] = {}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
         options['dynamo'] = False
+    # The exporter warns of a domain that the graph does not use, as that of a float detector.
+    if any(quantizer.enabled for _, quantizer in quantizers(module)):
+        options['custom_opsets'] = {DOMAIN: 1}
     if dynamic_batch:
         options['dynamic_axes'] = {name: {0: 'batch'} for name in (input_name, *names)}
     try:
@@ -261,7 +264,6 @@ def _trace_torchscript(
             input_names=[input_name],
             output_names=names or None,
             opset_version=opset,
-            custom_opsets={DOMAIN: 1},
             **options,
         )
     except torch.onnx.errors.UnsupportedOperatorError as error:

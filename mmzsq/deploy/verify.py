@@ -35,7 +35,7 @@ from mmzsq.deploy.export import DeployReport, metadata_of, unwrap
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.heads import Part, parts_of
 from mmzsq.deploy.layer_checks import LayerCheck, check_layers, mean_difference
-from mmzsq.deploy.nms import NmsSettings, nms_of, suppress
+from mmzsq.deploy.nms import DETECTIONS, NmsSettings, nms_of, suppress
 from mmzsq.deploy.predictor import detector_of
 from mmzsq.deploy.runtime import Session
 from mmzsq.quantization import quantized_layers, quantizers
@@ -273,7 +273,8 @@ def check_detections(session: Session, inputs: Tensor) -> list[str]:
     if not nms:
         return []
     settings = NmsSettings(**{key: nms[key] for key in NmsSettings.__dataclass_fields__})
-    boxes, scores, detections = session(inputs.cpu().numpy())
+    outputs = dict(zip(session.outputs, session(inputs.cpu().numpy()), strict=True))
+    boxes, scores, detections = (outputs[name] for name in ('boxes', 'scores', DETECTIONS))
     expected = suppress(torch.from_numpy(boxes)[0], torch.from_numpy(scores)[0], settings).numpy()
     # Equal scores have no order.
     if expected.shape == detections.shape and np.allclose(_sorted(expected), _sorted(detections), rtol=1e-5, atol=1e-4):

@@ -325,12 +325,12 @@ def choose_grids(
     missing: list[str] = []
     for value in wanted:
         candidates = value.hosts[:1] if value.kind == 'layer' else value.hosts
-        host = next((name for name in candidates if all(other in wanted for other in by_host[name])), None)
-        if host is None:
+        free = [name for name in candidates if all(other in wanted for other in by_host[name])]
+        if not free:
             missing += [*value.hosts[:1], *value.layers[:1]][:1]
         else:
-            chosen.append((value, host))
-            union([f'host:{host}', *(f'layer:{name}' for name in value.layers if name in sharing)])
+            chosen.append((value, free[0]))
+            union([f'host:{free[0]}', *(f'layer:{name}' for name in value.layers if name in sharing)])
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for key in list(parent):
         kind, _, name = key.partition(':')
