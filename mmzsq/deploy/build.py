@@ -25,7 +25,7 @@ class BuiltGraph:
 
     Attributes:
         model: Standard ONNX with QuantizeLinear and DequantizeLinear.
-        uses: Weights in the order of the graph.
+        uses: Every operator that reads a weight, in the order of the graph.
         int4_layers: Names of the layers that are stored as INT4.
     """
 
@@ -46,7 +46,7 @@ def build(
         metadata: Entries for the file.
 
     Returns:
-        The model and what became of each weight.
+        The model, the use of each weight, and the names of the layers that are stored as INT4.
 
     Raises:
         UserError: If the target is unknown or cannot represent the model.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer types and rules of each target.
 
-``'openvino'`` and ``'onnxruntime'`` take uint8 activations with an integer zero point, whatever the scheme they were
-trained with. OpenVINO 2026.4 computes wrong results for signed activations behind a Concat, so int8 activations are
-never written for it. ``'tensorrt'`` takes int8 with zero point 0.
+Activations for ``'openvino'`` and ``'onnxruntime'`` are uint8 with an integer zero point, whatever their scheme in
+training, because OpenVINO 2026.4 computes wrong results for int8 activations behind a Concat. Activations for
+``'tensorrt'`` are int8 with zero point 0.
 
-Rules of TensorRT are those of "Working with Quantized Types" and "Explicit Quantization" in NVIDIA's documentation:
+The rules of TensorRT are documented in "Working with Quantized Types" and "Explicit Quantization" of NVIDIA's manual:
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
 """
 
@@ -43,7 +43,7 @@ class Container:
 
     @property
     def needs_clip(self) -> bool:
-        """Whether the type holds integers outside the grid, so that its own saturation is not enough."""
+        """Whether the type has integers outside the grid. Its own saturation is then not enough."""
         info = np.iinfo(self.dtype)
         return (self.low, self.high) != (info.min, info.max)
 
@@ -69,7 +69,7 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
         target: One of :data:`TARGETS`.
 
     Returns:
-        A type in which every level of the grid keeps its value.
+        A type that represents every level of the grid exactly.
 
     Raises:
         UserError: If the grid has levels that the target cannot represent.
@@ -88,7 +88,7 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
 
 
 def slice_scalar_gathers(graph: Graph) -> None:
-    """Replace Gather with one constant index by Slice and Squeeze, which compute the same.
+    """Replace each Gather with one constant index by an equal Slice and Squeeze.
 
     OpenVINO 2026.4 moves a product with constants behind such a Gather and then multiplies along the wrong axis.
 
@@ -113,7 +113,7 @@ def slice_scalar_gathers(graph: Graph) -> None:
 def check_tensorrt(graph: Graph) -> list[str]:
     """Check a lowered graph against the rules of explicit quantization in TensorRT.
 
-    No TensorRT runs here: the rules are those that NVIDIA documents.
+    The rules are the documented ones. TensorRT itself is not run.
 
     Args:
         graph: A graph with QuantizeLinear and DequantizeLinear.

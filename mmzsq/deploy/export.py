@@ -27,7 +27,7 @@ from mmzsq.version import __version__
 
 FLOAT = 'float'
 MAX_BUFFER = 4096
-"""Most numbers of a head's buffer that go into the metadata."""
+"""Largest number of elements of a buffer that goes into the metadata."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LayerExport:
         call: Number of the call, from 0; heads that share a layer among levels call it once for each.
         operator: ONNX operator.
         w_bits: Bits of the weight.
-        batch_norm: ``'folded'``, the reason why it was not, or None if there is none.
+        batch_norm: ``'folded'``, or the reason why the BatchNorm behind the layer stayed, or None if there is none.
         int4: Whether the weight is stored as INT4.
     """
 
@@ -102,19 +102,19 @@ def export(
     Args:
         detector: Detector with quantized layers and steps, or the :class:`ZeroShotDetector` that holds it as
             ``student``.
-        path: Of the main file, ending in ``.onnx``. Its folder is made.
+        path: Path of the main file, ending in ``.onnx``. Missing folders are created.
         target: ``'openvino'``, ``'onnxruntime'`` or ``'tensorrt'``.
         size: Height and width of the images that the files take, in pixels.
-        raw: End a dense detector at the raw maps of its head in place of decoded boxes and class scores.
-        dynamic_batch: Leave the number of images open in place of 1.
+        raw: End the graph of a dense detector at the raw maps of its head, not at decoded boxes and class scores.
+        dynamic_batch: Leave the number of images open. If False, it is 1.
         int4: Store weights of at most 4 bits as INT4: a smaller file, never a faster one.
         nms: Append NMS to a dense detector, as a third output ``detections``, see :mod:`mmzsq.deploy.nms`.
         exporter: ``'torchscript'`` or ``'dynamo'``.
-        classes: Class names for the metadata; those of ``detector.dataset_meta`` if None.
+        classes: Class names for the metadata. If None, they are read from ``detector.dataset_meta``.
         pipeline: Test pipeline of the config, for the metadata.
 
     Returns:
-        The report.
+        Files, sizes and layers.
 
     Raises:
         UserError: If the detector is not quantized, the target cannot represent it, a module cannot be exported, it
@@ -229,12 +229,15 @@ def build_part(
 
     Args:
         detector: Model that defines the names of the layers.
-        part: From :func:`~mmzsq.deploy.heads.parts_of`.
-        target: As of :func:`export`.
-        dynamic_batch: As of :func:`export`; heads that take regions always leave their number open.
-        int4: As of :func:`export`.
-        exporter: As of :func:`export`.
-        metadata: Entries that all files of the detector share.
+        part: A result of :func:`~mmzsq.deploy.heads.parts_of`.
+        target: Target, see :func:`export`.
+        dynamic_batch: Leave the number of images open. The number of regions is always open.
+        int4: Store weights of at most 4 bits as INT4.
+        exporter: ``'torchscript'`` or ``'dynamo'``.
+        metadata: Metadata that all files of the detector share.
+
+    Returns:
+        The lowered graph.
     """
     entries = dict(metadata or {}, part=part.name, structure=json.dumps(part.structure))
     if part.locations:
@@ -260,10 +263,10 @@ def unwrap(detector: Any) -> nn.Module:
 
 
 def check_quantized(detector: nn.Module) -> None:
-    """Refuse a float detector, and one whose quantizers have no steps.
+    """Refuse a float detector and a detector whose quantizers have no steps.
 
     Raises:
-        UserError: Says which command makes a quantized checkpoint.
+        UserError: Names the command that makes a quantized checkpoint.
     """
     if not any(True for _ in quantized_layers(detector)):
         raise UserError(
@@ -418,7 +421,7 @@ def bits_of(detector: nn.Module) -> dict[str, list[int]]:
 
 
 def _buffers(detector: nn.Module) -> dict[str, Any]:
-    """Buffers that decoding reads outside of the graph, such as anchors that a checkpoint brings."""
+    """Return buffers of heads that decoding outside the graph reads, such as anchors from a checkpoint."""
     found = {}
     for name, module in detector.named_modules():
         inside = name.split('.')[0] in ('bbox_head', 'rpn_head', 'roi_head')

@@ -37,8 +37,8 @@ class Part:
         example: Input to trace with.
         input_name: Name of the input.
         output_names: Names of the outputs.
-        structure: The outputs as the detector's own Python nests them: lists of indices into the outputs.
-        locations: Locations of each level of a decoded graph, else empty.
+        structure: Nesting of the outputs in the detector's own code, as lists of indices into the outputs.
+        locations: Number of locations of each level of a decoded graph, else empty.
     """
 
     name: str
@@ -59,7 +59,7 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
         raw: Whether a dense detector ends at the raw maps of its head.
 
     Returns:
-        One part of a dense detector; of a two-stage one features, box heads, mask head.
+        One part for a dense detector. For a two-stage detector: features, box heads, mask heads.
 
     Raises:
         UserError: If the detector, or a module of it, cannot be exported, or does not take images of ``size``.
@@ -92,7 +92,7 @@ def box_heads(roi_head: Any) -> list[Any]:
 
 
 def mask_heads(roi_head: Any) -> list[Any]:
-    """Return the mask heads likewise, none if there is no mask head."""
+    """Return the mask heads of a two-stage detector, one for each stage of a cascade, or an empty list."""
     if not roi_head.with_mask:
         return []
     return list(roi_head.mask_head) if isinstance(roi_head.mask_head, nn.ModuleList) else [roi_head.mask_head]
@@ -107,8 +107,8 @@ def flatten(nested: Any, flat: list[Tensor]) -> Any:
     """Collect the tensors of nested sequences.
 
     Args:
-        nested: Tensors in lists and tuples; None stays.
-        flat: Gets the tensors.
+        nested: Tensors in lists and tuples. None stays None.
+        flat: List to which the tensors are appended.
 
     Returns:
         The same nesting, in lists, with the index of each tensor in its place.
@@ -122,10 +122,10 @@ def flatten(nested: Any, flat: list[Tensor]) -> Any:
 
 
 def unflatten(structure: Any, flat: Sequence[Tensor]) -> Any:
-    """Invert :func:`flatten`; sequences become tuples at the top and lists below.
+    """Invert :func:`flatten`. The outermost sequence becomes a tuple, inner ones become lists.
 
     Args:
-        structure: What :func:`flatten` returned.
+        structure: Result of :func:`flatten`.
         flat: Tensors by index.
     """
     if structure is None:
@@ -142,7 +142,7 @@ def _unflatten_list(structure: Any, flat: Sequence[Tensor]) -> Any:
 
 
 def decoder_of(head: Any) -> Decoder:
-    """Find how a dense head decodes its maps.
+    """Return the function that decodes the maps of a dense head.
 
     Args:
         head: The ``bbox_head`` of a dense detector.
@@ -153,7 +153,7 @@ def decoder_of(head: Any) -> Decoder:
         centerness or objectness return this factor too, (N, P) in [0, 1]; the scores are the products.
 
     Raises:
-        UserError: If the head decodes in another way than those that are known.
+        UserError: If the head decodes in an unknown way.
     """
     if hasattr(head, 'dense_predictions') and hasattr(head, 'post_processor'):
         return _decode_selected
@@ -240,7 +240,7 @@ def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, ...]:
         deltas, priors = torch.cat(levels, dim=1), head.anchor_center(priors)
     else:
         deltas = _rows(bbox_preds, head.bbox_coder.encode_size)
-    # Coders decode (P, 4) alone in traceable form.
+    # Coders are traceable only for two dimensions, (P, 4).
     repeated = priors.expand(deltas.shape[0], *priors.shape).reshape(-1, priors.shape[-1])
     boxes = head.bbox_coder.decode(repeated, deltas.reshape(-1, deltas.shape[-1]))
     return boxes.reshape(deltas.shape[0], -1, 4), scores, *extra
@@ -356,10 +356,10 @@ def _locations(head: Any, maps: Any) -> list[int]:
 
 
 def _run(call: Callable[[], Any], detector: Any, size: tuple[int, int]) -> Any:
-    """Call with gradients off and in eval mode.
+    """Call a function in eval mode and without gradients.
 
     Raises:
-        UserError: If the call fails, which it does for images of a size that the neck does not take.
+        UserError: If the call fails, as it does if the neck does not support the image size.
     """
     training = [module for module in detector.modules() if module.training]
     detector.eval()

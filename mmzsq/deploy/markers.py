@@ -34,7 +34,7 @@ DOMAIN = 'mmzsq'
 MARKER = 'FakeQuantize'
 OPSET = 17
 INT4_OPSET = 20
-"""From here on, operators mean the same as in opset 21, which introduces INT4."""
+"""From this version on, operators mean the same as in opset 21, which adds INT4."""
 EXPORTERS = ('torchscript', 'dynamo')
 
 
@@ -114,7 +114,7 @@ def weight_grids(module: nn.Module) -> dict[str, WeightGrid]:
 
 @torch.no_grad()
 def activation_grids(module: nn.Module) -> dict[str, ActivationGrid]:
-    """Read the grids of all quantizers that are not those of weights.
+    """Read the grids of all quantizers of activations.
 
     Args:
         module: A model with quantized layers whose quantizers have steps.
@@ -207,15 +207,15 @@ def export_marked(
     Args:
         module: Maps ``inputs`` to a flat tuple of tensors. It is traced in eval mode and without gradients.
         inputs: One example, (N, ...), on the device of the module.
-        root: Model that defines the names of layers and quantizers; ``module`` itself if None.
+        root: Model that defines the names of layers and quantizers. If None, it is ``module``.
         input_name: Name of the input of the graph.
-        output_names: Names of the outputs; chosen by the exporter if None.
+        output_names: Names of the outputs. If None, the exporter chooses them.
         dynamic_batch: Leave the first dimension of inputs and outputs open.
         exporter: ``'torchscript'`` or ``'dynamo'``, which takes several times longer and needs onnxscript.
-        opset: Version of ONNX's operators for the TorchScript exporter; the other one writes its own.
+        opset: Version of ONNX's operators for the TorchScript exporter. The dynamo exporter chooses its own.
 
     Returns:
-        The marked graph. Integers and steps are copies.
+        The marked graph, with copies of integers and steps.
 
     Raises:
         UserError: If an operator has no counterpart in ONNX, or the exporter is unknown.
@@ -245,7 +245,7 @@ def _trace_torchscript(
     dynamic_batch: bool,
     opset: int,
 ) -> onnx.ModelProto:
-    # Its annotation knows paths alone.
+    # torch.onnx.export takes files too, but its annotation names only paths.
     file: Any = io.BytesIO()
     names = list(output_names or ())
     options: dict[str, Any] = {}

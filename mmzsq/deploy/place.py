@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Placement of activation quantizers: equal ones are shared, and they move up through operators that keep values.
 
-Rounding to a grid is monotone and acts on each value alone. So ``Q(op(x)) == op(Q(x))`` bit for bit if ``op`` only
-selects or rearranges values, or takes maxima. A quantizer is repeated in front of such an operator and stays behind it,
-which is the form DQ-op-Q that engines replace by ``op`` on integers.
+Rounding to a grid is monotone and acts on each value separately. Therefore ``Q(op(x)) == op(Q(x))`` bit for bit if
+``op`` only selects or rearranges values, or takes maxima. A quantizer is repeated in front of such an operator and also
+stays behind it. Engines replace the resulting DQ-op-Q by ``op`` on integers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors that run exported files and keep MMDetection's own pre- and post-processing.
 
-The network of a detector is replaced by sessions. Everything else, such as NMS, RoIAlign, rescaling and pasting of
-masks, stays the detector's own Python, so that an evaluation differs from that of the checkpoint by the engine alone.
+Sessions replace the network of a detector. Everything else, such as NMS, RoIAlign, rescaling and pasting of masks, is
+the detector's own code. The evaluation of a file and that of its checkpoint therefore differ only by the engine.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ class Session:
         model: Path of an ONNX file, or its content.
         runtime: ``'onnxruntime'`` or ``'openvino'``.
         threads: Number of threads; 0 lets the runtime decide.
-        precision: Precision of what OpenVINO does not compute in integers. Its default is bf16 on CPUs that have it,
-            which is neither what was trained nor comparable.
-        exact: Keep ONNX Runtime from rounding the bias of a convolution to multiples of input step times weight step.
-            It does so where a quantizer directly follows, which moves an output by at most half of such a multiple;
-            without it, such a convolution runs in float.
+        precision: Precision of operators that OpenVINO does not compute in integers. Its default is bf16 on CPUs that
+            have it, but training used f32.
+        exact: Keep ONNX Runtime from rounding the bias of a convolution. If a quantizer directly follows, it rounds the
+            bias to multiples of input step times weight step, which changes an output by at most half of such a
+            multiple. With ``exact``, such a convolution runs in float.
 
     Attributes:
         inputs: Names of the inputs.
