@@ -66,10 +66,10 @@ def build(
     graph.fold_constants()
     uses = detach_weights(graph, marked.weights)
     fold_batch_norms(graph, uses)
+    if target != 'openvino':
+        move_down(graph, marked.activations)
     drop_repeated(graph, marked.activations)
     share(graph, marked.activations)
-    if target == 'onnxruntime':
-        move_down(graph, marked.activations)
     move_up(graph, marked.activations, target == 'onnxruntime')
     share(graph, marked.activations)
     int4_layers = attach_weights(graph, uses, int4)
