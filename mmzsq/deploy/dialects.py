@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.deploy.markers import ActivationGrid
@@ -81,8 +82,8 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
     if low < -128 or high > 127:
         raise UserError(
             f'TensorRT takes int8 with zero point 0 alone, but {name} has {grid.bits} bits with zero point '
-            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.activation.scheme='signed' or "
-            'with at most 7 bits, or export with --target openvino.'
+            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.target='tensorrt' or with at "
+            'most 7 bits, or export with --target openvino.'
         )
     return Container(np.dtype(np.int8), 0, low, high)
 
@@ -134,6 +135,73 @@ def check_tensorrt(graph: Graph) -> list[str]:
             if node.input[0] in graph.constants:
                 problems += _check_weight(graph, node)
     return problems
+
+
+def float_in_onnxruntime(graph: Graph) -> list[str]:
+    """List layers that ONNX Runtime computes in float, since no quantizer stands directly behind them.
+
+    Args:
+        graph: A lowered graph.
+
+    Returns:
+        Names of the operators with a dequantized weight, in the order of the graph. A ReLU between an operator and a
+        quantizer does no harm.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op_type not in ('Conv', 'Gemm', 'MatMul') or not _has_weight(graph, node):
+            continue
+        readers = graph.consumers(node.output[0])
+        while len(readers) == 1 and readers[0].op_type in ('Add', 'Relu') and node.op_type != 'Conv':
+            readers = graph.consumers(readers[0].output[0])
+        if len(readers) == 1 and readers[0].op_type == 'Relu':
+            readers = graph.consumers(readers[0].output[0])
+        if [reader.op_type for reader in readers] != ['QuantizeLinear']:
+            found.append(node.name)
+    return found
+
+
+def float_in_tensorrt(graph: Graph) -> list[str]:
+    """List additions and concatenations that TensorRT computes in float.
+
+    It fuses the addition of a shortcut into the convolution before it if the shortcut is quantized, and it
+    concatenates integers if all of them have one step.
+
+    Args:
+        graph: A lowered graph.
+
+    Returns:
+        One sentence for each, empty if there is none.
+    """
+    found = []
+    for node in graph.nodes:
+        if any(name in graph.constants for name in node.input):
+            continue
+        steps = [_step_of(graph, name) for name in node.input]
+        if node.op_type == 'Add' and not any(steps) and _follows_layer(graph, node):
+            found.append(f'{node.name}: neither operand of the addition is quantized.')
+        readers = graph.consumers(node.output[0])
+        quantized = bool(readers) and all(reader.op_type == 'QuantizeLinear' for reader in readers)
+        if node.op_type == 'Concat' and quantized and len(set(steps)) != 1:
+            found.append(f'{node.name}: the inputs of the concatenation have different steps, or none.')
+    return found
+
+
+def _has_weight(graph: Graph, node: NodeProto) -> bool:
+    sources = (graph.producer(name) for name in node.input)
+    return any(s is not None and s.op_type == 'DequantizeLinear' and s.input[0] in graph.constants for s in sources)
+
+
+def _follows_layer(graph: Graph, node: NodeProto) -> bool:
+    sources = [source for name in node.input if (source := graph.producer(name)) is not None]
+    return any(source.op_type in WEIGHTED and _has_weight(graph, source) for source in sources)
+
+
+def _step_of(graph: Graph, value: str) -> float | None:
+    source = graph.producer(value)
+    if source is None or source.op_type != 'DequantizeLinear':
+        return None
+    return float(graph.constants[source.input[1]])
 
 
 def _check_pair(graph: Graph, name: str, inputs: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,10 +191,12 @@ def _export(
         common['parts'] = json.dumps({part.name: _path_of(path, part.name).name for part in parts})
     contents: dict[str, bytes] = {}
     layers: list[LayerExport] = []
+    slow: list[str] = []
     for part in parts:
         built = build_part(detector, part, target, dynamic_batch, int4, exporter, common)
         if settings is not None:
             append_nms(built.model, settings)
+        slow += built.slow
         contents[part.name] = built.model.SerializeToString()
         layers += [
             LayerExport(
@@ -207,6 +210,7 @@ def _export(
             )
             for use in built.uses
         ]
+    _warn_if_slow(target, slow, len(layers))
     make_directory(path.parent)
     # The main file, which names the others, comes last.
     for name in reversed(contents):
@@ -254,6 +258,22 @@ def build_part(
     )
     # Without quantizers, the graph is the same for all targets.
     return build(marked, 'onnxruntime' if target == FLOAT else target, int4, entries)
+
+
+def _warn_if_slow(target: str, slow: list[str], layers: int) -> None:
+    """Warn that a file will be slower than a float one, and say how to train one that is not."""
+    if target == 'onnxruntime' and 2 * len(slow) > layers:
+        warnings.warn(
+            f'The file will be slower than a float one: ONNX Runtime computes {len(slow)} of {layers} layers in float, '
+            "since no grid stands behind them; train with zsq.quantizer.target='onnxruntime'.",
+            stacklevel=3,
+        )
+    if target == 'tensorrt' and slow:
+        warnings.warn(
+            f'TensorRT will compute {len(slow)} operators in float, the first of them {slow[0]} Train with '
+            "zsq.quantizer.target='tensorrt'.",
+            stacklevel=3,
+        )
 
 
 def unwrap(detector: Any) -> nn.Module:

@@ -14,7 +14,8 @@ For ONNX Runtime the grids are:
 * The output of an activation function and the sum of a shortcut, unless all their readers share one grid.
 * The sigmoid inside of a SiLU, whose grid is fixed: multiples of 1/256.
 
-All layers that read one value share the quantizer of their inputs, which is also that of the value if it has one.
+All layers that read one value, or a part or another arrangement of it, share the quantizer of their inputs, which is
+also that of the value if it has one.
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ class Value:
         """The values that a kept value is made of; else the value itself."""
         return [origin for source in self.sources for origin in source.origins()] if self.kind == 'kept' else [self]
 
+    def root(self) -> Value:
+        """The value that this one is a part or another arrangement of, so that one grid fits both."""
+        return self.sources[0].root() if self.kind == 'kept' and len(self.sources) == 1 else self
+
 
 @dataclass
 class DataFlow:
@@ -175,8 +180,7 @@ class _Watcher(TorchFunctionMode):
                     operand.kept.append(value)
             return
         if name in ADDITIONS and len(operands) == 2:
-            kind = reader = 'sum'
-            reader = 'add'
+            kind, reader = 'sum', 'add'
             self.flow.sums.append((operands[0], operands[1]))
         elif name in RELU or name in FUNCTIONS:
             kind, reader = 'activation', 'relu' if name in RELU else 'activation'
@@ -273,10 +277,10 @@ class Grids:
             module that made or read it.
     """
 
-    groups: list[tuple[list[str], list[str]]]
-    layer_of: dict[str, str]
-    sigmoids: list[str]
-    float_values: list[str]
+    groups: list[tuple[list[str], list[str]]] = field(default_factory=list)
+    layer_of: dict[str, str] = field(default_factory=dict)
+    sigmoids: list[str] = field(default_factory=list)
+    float_values: list[str] = field(default_factory=list)
 
 
 def choose_grids(
@@ -308,8 +312,11 @@ def choose_grids(
         for key in keys:
             parent[find(key)] = find(keys[0])
 
+    sharing_of: dict[Value, list[str]] = {}
     for value in flow.values:
-        union([f'layer:{name}' for name in value.layers if name in sharing])
+        sharing_of.setdefault(value.root(), []).extend(f'layer:{name}' for name in value.layers if name in sharing)
+    for names in sharing_of.values():
+        union(names)
 
     def readers(value: Value) -> set[str]:
         found = value.readers - {'relu'}
@@ -330,7 +337,7 @@ def choose_grids(
             missing += [*value.hosts[:1], *value.layers[:1]][:1]
         else:
             chosen.append((value, free[0]))
-            union([f'host:{free[0]}', *(f'layer:{name}' for name in value.layers if name in sharing)])
+            union([f'host:{free[0]}', *sharing_of[value]])
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for key in list(parent):
         kind, _, name = key.partition(':')

@@ -29,7 +29,7 @@ from mmzsq.quantization.modules import (
     weight_of,
 )
 from mmzsq.quantization.multihead_attention import decompose_attention
-from mmzsq.quantization.outputs import add_grids, choose_grids, watching
+from mmzsq.quantization.outputs import Grids, add_grids, choose_grids, watching
 from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
 from mmzsq.quantization.trace import Trace, trace
 
@@ -120,12 +120,12 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         raise UserError(f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.')
     for found in attention:
         rows += _quantize_attention(found, settings)
-    grids = None
+    grids = Grids()
     if flow is not None:
         grids = choose_grids(flow, dict(quantized_layers(model)), result.last, config)
         add_grids(model, grids, config)
     rows += _other_parameters(model, layers.values())
-    return QuantizationReport(model, rows, grids.layer_of if grids else None)
+    return QuantizationReport(model, rows, grids.layer_of, grids.float_values)
 
 
 def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> None:
