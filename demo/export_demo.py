@@ -51,7 +51,11 @@ def main() -> None:
         images = student.data_preprocessor(dict(inputs=[sample['inputs'] for sample in samples]))['inputs']
     verified = True
     for runtime in RUNTIMES:
-        checks = verify(student, exported, images, runtime, detector_section(cfg), samples, THREADS)
+        checks = verify(
+            *(student, exported, images, runtime, detector_section(cfg), samples, THREADS),
+            classes=class_names(cfg),
+            pipeline=letterbox,
+        )
         verified = verified and checks.passed
         checks.save(work_dir / f'deploy_{runtime}.json')
         worst = max((check.difference or 0.0 for check in checks.layers), default=0.0)

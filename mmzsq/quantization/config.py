@@ -242,7 +242,8 @@ class QuantizationConfig(TypedSection):
         }
         left_out = ('weight', 'activation', 'grad_scale', 'allocate', 'outputs', 'target')
         kept = {key: getattr(self, key) for key in type(self).model_fields if key not in left_out}
-        return {**kept, 'outputs': self.output_bits, 'symmetric': self.target == 'tensorrt', **parts}
+        target = self.target if self.target == 'tensorrt' else None
+        return {**kept, 'outputs': self.output_bits, 'target': target, **parts}
 
     @property
     def output_bits(self) -> int | None:

@@ -332,19 +332,19 @@ def choose_grids(
     missing: list[str] = []
     for value in wanted:
         candidates = value.hosts[:1] if value.kind == 'layer' else value.hosts
-        free = [name for name in candidates if all(other in wanted for other in by_host[name])]
-        if not free:
-            missing += [*value.hosts[:1], *value.layers[:1]][:1]
+        fitting = [name for name in candidates if all(other in wanted for other in by_host[name])]
+        if fitting:
+            chosen.append((value, fitting[0]))
+            union([f'host:{fitting[0]}', *sharing_of[value]])
         else:
-            chosen.append((value, free[0]))
-            union([f'host:{free[0]}', *sharing_of[value]])
+            missing += [*value.hosts[:1], *value.layers[:1]][:1]
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for key in list(parent):
         kind, _, name = key.partition(':')
         groups.setdefault(find(key), ([], []))[kind == 'host'].append(name)
     return Grids(
         [group for group in groups.values() if group[1] or len(group[0]) > 1],
-        {value.layer: host for value, host in chosen if value.kind == 'layer' and value.layer is not None},
+        {value.layer: name for value, name in chosen if value.kind == 'layer' and value.layer is not None},
         list(dict.fromkeys(name for value, _ in chosen for name in value.activations)),
         list(dict.fromkeys(missing)),
     )
