@@ -27,7 +27,7 @@ from mmzsq.registry import resolve_class
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the options that all tools have.
+    """Make a parser with the options of all tools.
 
     Args:
         description: One sentence about the tool.
@@ -58,7 +58,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class _Settings(DictAction):
-    """``DictAction`` of MMEngine, with a message instead of a traceback for what is not ``KEY=VALUE``."""
+    """``DictAction`` of MMEngine, with a message instead of a traceback for arguments other than ``KEY=VALUE``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         for value in values:
@@ -72,10 +72,10 @@ class _Settings(DictAction):
 
 
 def name_teacher(cfg: Config) -> None:
-    """Set ``zsq.teacher`` to ``load_from``, before ``load_from`` names a checkpoint to resume or to test.
+    """Set ``zsq.teacher`` to ``load_from``, before ``load_from`` is set to a checkpoint to resume or to test.
 
     Args:
-        cfg: A config, changed in place; one without a ``zsq`` section, or with a teacher, stays as it is.
+        cfg: Config, changed in place. It is unchanged without a ``zsq`` section or if ``zsq.teacher`` is set.
     """
     if isinstance(cfg.get('zsq'), Mapping) and not cfg.zsq.get('composed') and cfg.zsq.get('teacher') is None:
         cfg.zsq.teacher = cfg.get('load_from')
