@@ -172,7 +172,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _can_use_kernel(x: Tensor, num_values: int) -> bool:
-    """Return whether a Triton kernel can process ``x`` (N, C, H, W) and index ``num_values`` values by 32-bit integers."""
+    """Return whether a Triton kernel can process ``x`` (N, C, H, W) and index ``num_values`` values by int32."""
     if not (x.is_cuda and HAS_TRITON and x.dim() == 4):
         return False
     from mmzsq.synthesis.kernels import MAX_VALUES
