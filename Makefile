@@ -9,6 +9,11 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
+	if $(BIN)/python -m pip install -r requirements/deploy.txt; then \
+		$(BIN)/python demo/export_demo.py work_dirs/demo; \
+	else \
+		echo 'The packages of requirements/deploy.txt cannot be installed here: the demo ends without the export.'; \
+	fi
 
 # One process per core with one thread each. Tests that start processes of their own come first and alone.
 ALONE = tests/datasets tests/engine
@@ -42,8 +47,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: setup.py requirements/runtime.txt requirements/mmcv-lite.txt | $(BIN)/python
-	$(BIN)/python -m pip install --editable .
+$(VENV)/.runtime: setup.py requirements/runtime.txt requirements/deploy.txt requirements/mmcv-lite.txt | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[deploy]'
 	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install -r requirements/mmcv-lite.txt
 	touch $@
 

@@ -39,13 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         help='folder for logs, checkpoints and results (default: work_dir of the config, else '
         './work_dirs/<name of the config>)',
     )
-    options.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Settings,
-        help='settings that override the config, as KEY=VALUE: zsq.quantizer.w_bits=6. '
-        'Lists are written KEY="[a,b]", quoted and without spaces',
-    )
+    add_config_options(options)
     options.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -55,6 +49,37 @@ def parser(description: str) -> argparse.ArgumentParser:
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     options.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return options
+
+
+def add_config_options(options: argparse.ArgumentParser) -> None:
+    """Add the option that overrides settings of the config.
+
+    Args:
+        options: The parser.
+    """
+    options.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Settings,
+        help='settings that override the config, as KEY=VALUE: zsq.quantizer.w_bits=6. '
+        'Lists are written KEY="[a,b]", quoted and without spaces',
+    )
+
+
+def add_runtime_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of tools that run exported files.
+
+    Args:
+        options: The parser.
+    """
+    options.add_argument(
+        '--runtime',
+        choices=['openvino', 'onnxruntime'],
+        help='engine of an exported file (default: the target that it was exported for)',
+    )
+    options.add_argument(
+        '--threads', type=int, default=0, metavar='N', help='threads of the engine (default: the engine decides)'
+    )
 
 
 class _Settings(DictAction):

@@ -23,7 +23,10 @@ from mmzsq.errors import UserError, check_keys
 SCOPE = 'mmzsq'
 
 MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope=SCOPE, locations=['mmzsq.models', 'mmzsq.qat', 'mmzsq.distillation']
+    'model',
+    parent=MMENGINE_MODELS,
+    scope=SCOPE,
+    locations=['mmzsq.models', 'mmzsq.qat', 'mmzsq.distillation', 'mmzsq.engine'],
 )
 MODEL_WRAPPERS = Registry('model wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope=SCOPE, locations=['mmzsq.engine'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmzsq.datasets'])

@@ -181,6 +181,13 @@ def test_test_evaluates_the_checkpoint(call: Tool, recorded: list[Any]) -> None:
     assert (name, cfg.load_from, cfg.resume) == ('test', 'student.pth', False)
 
 
+def test_runtime_options_are_for_exported_files(call: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (('--runtime', 'openvino'), ('--threads', '1')):
+        with pytest.raises(SystemExit):
+            call(test, 'detector.py', 'student.pth', *option)
+        assert '--runtime and --threads are for an exported .onnx file, not for student.pth' in capsys.readouterr().err
+
+
 def test_generate_makes_the_set_only(call: Tool, recorded: list[Any]) -> None:
     call(generate, 'zero_shot.py')
     assert [name for name, _ in recorded] == ['generate']
@@ -203,6 +210,9 @@ def test_generate_makes_the_set_only(call: Tool, recorded: list[Any]) -> None:
         (test, ['detector.py', 'c.pth', '--show-dir', 'out'], 'default_hooks.visualization'),
         (test, ['no_test.py', 'c.pth'], 'no test_dataloader'),
         (generate, ['detector.py'], 'has no zsq section'),
+        (generate, ['zero_shot.py', '--format', 'tflite'], "unknown format 'tflite': choose one of coco, yolo, npy"),
+        (generate, ['zero_shot.py', '--format', 'npy', '--format-dir', '.'], '. already holds files'),
+        (generate, ['zero_shot.py', '--format-dir', 'out'], '--format-dir names the folder of --format'),
     ],
 )
 def test_a_mistake_is_one_message_and_code_2(
@@ -226,6 +236,7 @@ def test_a_mistake_is_one_message_and_code_2(
     with pytest.raises(SystemExit) as ended:
         call(tool, *args)
     assert ended.value.code == 2
+    assert Recording.calls == []
     error = capsys.readouterr().err
     assert error.startswith('error: ')
     assert message in error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import runpy
@@ -10,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config, config
 from PIL import Image
 
-from mmzsq import cli, generate, test, train
+from mmzsq import cli
 
 GUIDE = Path(__file__).resolve().parents[1] / 'docs' / 'your_detector.md'
-TOOLS: dict[str, ModuleType] = {'mmzsq.train': train, 'mmzsq.test': test, 'mmzsq.generate': generate}
+TOOLS = ('mmzsq.train', 'mmzsq.test', 'mmzsq.generate', 'mmzsq.export')
 SMALL_DETECTOR = (
     *('model.backbone.depth=18', 'model.backbone.base_channels=8', 'model.backbone.init_cfg=None'),
     *('model.neck.in_channels=[8,16,32,64]', 'model.neck.out_channels=8'),
@@ -106,7 +106,7 @@ def run(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], No
             small += ('zsq.quantizer.allocate.candidates=[3,8]',)
         options = [] if '--cfg-options' in arguments else ['--cfg-options']
         monkeypatch.setattr(sys, 'argv', [module, *arguments, *options, *small])
-        cli.run(TOOLS[module].main)
+        cli.run(importlib.import_module(module).main)
 
     return run
 
@@ -140,13 +140,14 @@ def test_all_commands_of_the_guide_run_in_order(
     assert (site / 'work_dirs/look/gallery.png').is_file()
     assert (site / 'work_dirs/rehearsal/results.json').is_file()
     assert (site / 'my_detector_w4a8.safetensors').is_file()
+    assert json.loads((site / 'deploy.json').read_text())['passed'] is True
     sizes = [
         json.loads((site / f'work_dirs/my_detector_{name}/results.json').read_text())
         for name in ('mixed', 'allocated', 'w4a8')
     ]
     assert all(of['model_mb']['quantized'] <= sizes[-1]['model_mb']['quantized'] for of in sizes)
     assert set(json.loads((out / 'results.json').read_text())['metrics']) == {'float', 'ptq', 'zero_shot'}
-    named = set(re.findall(r'^\| `([^`]+)` \| ', GUIDE.read_text().split('## 6')[1].split('## Messages')[0], re.M))
+    named = set(re.findall(r'^\| `([^`]+)` \| ', GUIDE.read_text().split('## 6')[1].split('## 7')[0], re.M))
     assert named == {'results.json', 'quantization_report.json', LAST, 'ptq.pth', 'calibration_set/'}
     assert all((out / name).exists() for name in named)
 

@@ -244,6 +244,30 @@ def _replace(cfg: Config, key: str, value: Any) -> None:
     cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
 
 
+def detector_section(cfg: Config) -> dict[str, Any]:
+    """Return the config of the float detector.
+
+    Args:
+        cfg: A detector's config, with or without a ``zsq`` section, or a composed one. It is not changed.
+    """
+    composed = isinstance(cfg.get('zsq'), Mapping) and cfg.zsq.get('composed')
+    section: dict[str, Any] = (cfg.model.detector if composed else cfg.model).to_dict()
+    # MMEngine's Runner hands it to the model likewise.
+    if cfg.get('data_preprocessor') is not None:
+        section.setdefault('data_preprocessor', cfg.data_preprocessor.to_dict())
+    return section
+
+
+def drop_training_hooks(hooks: Sequence[Mapping[str, Any]] | None) -> list[Any]:
+    """Return the custom hooks without those that control the training of a float detector."""
+    return [
+        hook
+        for hook in hooks or []
+        # With a scope ('mmdet.PipelineSwitchHook') or without.
+        if getattr(hook['type'], '__name__', hook['type']).rsplit('.', 1)[-1] not in TRAINING_ONLY_HOOKS
+    ]
+
+
 def has_masks(model: Any) -> bool:
     """Return whether any part of a detector's config has a mask head or, as RTMDet-Ins in its box head, a mask loss."""
     if isinstance(model, Mapping):
@@ -383,12 +407,7 @@ def _param_scheduler(train: TrainConfig) -> list[dict[str, Any]]:
 def _custom_hooks(
     cfg: Config, section: ZsqSection, plain: Mapping[str, Any], classes: list[str] | None
 ) -> list[dict[str, Any]]:
-    kept = [
-        hook
-        for hook in cfg.get('custom_hooks') or []
-        # With a scope ('mmdet.PipelineSwitchHook') or without.
-        if getattr(hook['type'], '__name__', hook['type']).rsplit('.', 1)[-1] not in TRAINING_ONLY_HOOKS
-    ]
+    kept = drop_training_hooks(cfg.get('custom_hooks'))
     generate = dict(
         type='mmzsq.CalibrationSetHook',
         root=plain['calibration_set']['dir'],

@@ -68,6 +68,22 @@ class Preprocessing:
 Writer = Callable[[CalibrationSet, Path, Preprocessing], str]
 
 
+def check_format(name: str, out: Path) -> None:
+    """Refuse an unknown format, and a folder with files.
+
+    Args:
+        name: A key of :data:`FORMATS`.
+        out: Folder to write.
+
+    Raises:
+        UserError: Names the formats, or the folder.
+    """
+    if name not in FORMATS:
+        raise UserError(f'unknown format {name!r}: choose one of {", ".join(FORMATS)}')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f'{out} already holds files: give a new folder')
+
+
 def write_format(calibration_set: CalibrationSet, name: str, out: Path, preprocessing: Preprocessing) -> None:
     """Write a complete set in another layout.
 
@@ -82,10 +98,7 @@ def write_format(calibration_set: CalibrationSet, name: str, out: Path, preproce
     Raises:
         UserError: If the format is unknown, or ``out`` holds files or cannot be written.
     """
-    if name not in FORMATS:
-        raise UserError(f'unknown format {name!r}: choose one of {", ".join(FORMATS)}')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f'{out} already holds files: give a new folder')
+    check_format(name, out)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(mkdtemp(prefix=f'.{out.name}.', dir=out.parent))

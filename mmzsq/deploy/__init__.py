@@ -17,10 +17,11 @@ if importlib.util.find_spec('onnx') is None:
 
 from mmzsq.deploy.build import BuiltGraph, build
 from mmzsq.deploy.dialects import TARGETS
-from mmzsq.deploy.export import DeployReport, export
+from mmzsq.deploy.export import DeployReport, export, export_float
 from mmzsq.deploy.markers import MarkedGraph, export_marked
-from mmzsq.deploy.predictor import OnnxDetector, detector_of
+from mmzsq.deploy.predictor import OnnxDetector, detector_of, read_metadata, runtime_for
 from mmzsq.deploy.runtime import RUNTIMES, Session
+from mmzsq.deploy.standalone import StandaloneDetector
 from mmzsq.deploy.verify import VerifyReport, verify
 
 __all__ = [
@@ -31,10 +32,14 @@ __all__ = [
     'MarkedGraph',
     'OnnxDetector',
     'Session',
+    'StandaloneDetector',
     'VerifyReport',
     'build',
     'detector_of',
     'export',
+    'export_float',
     'export_marked',
+    'read_metadata',
+    'runtime_for',
     'verify',
 ]

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 import onnx
 
-from mmzsq.deploy.dialects import check_target, check_tensorrt, slice_scalar_gathers
+from mmzsq.deploy.dialects import (
+    check_target,
+    check_tensorrt,
+    float_in_onnxruntime,
+    float_in_tensorrt,
+    slice_scalar_gathers,
+)
 from mmzsq.deploy.fold import fold_batch_norms
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.lower import WeightUse, attach_weights, detach_weights, lower_activations, number_calls
 from mmzsq.deploy.markers import MarkedGraph
-from mmzsq.deploy.place import move_up, share
+from mmzsq.deploy.place import drop_repeated, move_down, move_up, share
 from mmzsq.errors import UserError
 
 INT4_OPSET = 21
@@ -25,13 +31,16 @@ class BuiltGraph:
 
     Attributes:
         model: Standard ONNX with QuantizeLinear and DequantizeLinear.
-        uses: Weights in the order of the graph.
+        uses: Every operator that reads a weight, in the order of the graph.
         int4_layers: Names of the layers that are stored as INT4.
+        slow: What the target computes in float although it is quantized: operators for ONNX Runtime, sentences for
+            TensorRT. It is not known for OpenVINO before the file is loaded.
     """
 
     model: onnx.ModelProto
     uses: list[WeightUse]
     int4_layers: list[str]
+    slow: list[str]
 
 
 def build(
@@ -46,7 +55,7 @@ def build(
         metadata: Entries for the file.
 
     Returns:
-        The model and what became of each weight.
+        The model, the use of each weight, and the names of the layers that are stored as INT4.
 
     Raises:
         UserError: If the target is unknown or cannot represent the model.
@@ -57,8 +66,11 @@ def build(
     graph.fold_constants()
     uses = detach_weights(graph, marked.weights)
     fold_batch_norms(graph, uses)
+    if target != 'openvino':
+        move_down(graph, marked.activations)
+    drop_repeated(graph, marked.activations)
     share(graph, marked.activations)
-    move_up(graph, marked.activations)
+    move_up(graph, marked.activations, target == 'onnxruntime')
     share(graph, marked.activations)
     int4_layers = attach_weights(graph, uses, int4)
     lower_activations(graph, marked.activations, target)
@@ -68,6 +80,7 @@ def build(
         problems = check_tensorrt(graph)
         if problems:
             raise UserError(f'The graph breaks a rule of TensorRT: {problems[0]}')
+    slow = {'onnxruntime': float_in_onnxruntime, 'tensorrt': float_in_tensorrt}.get(target)
     if int4_layers:
         graph.set_opset(INT4_OPSET)
-    return BuiltGraph(graph.to_model(metadata), uses, int4_layers)
+    return BuiltGraph(graph.to_model(metadata), uses, int4_layers, slow(graph) if slow else [])

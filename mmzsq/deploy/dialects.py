@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer types and rules of each target.
 
-``'openvino'`` and ``'onnxruntime'`` take uint8 activations with an integer zero point, whatever the scheme they were
-trained with. OpenVINO 2026.4 computes wrong results for signed activations behind a Concat, so int8 activations are
-never written for it. ``'tensorrt'`` takes int8 with zero point 0.
+Activations for ``'openvino'`` and ``'onnxruntime'`` are uint8 with an integer zero point, whatever their scheme in
+training, because OpenVINO 2026.4 computes wrong results for int8 activations behind a Concat. Activations for
+``'tensorrt'`` are int8 with zero point 0.
 
-Rules of TensorRT are those of "Working with Quantized Types" and "Explicit Quantization" in NVIDIA's documentation:
+The rules of TensorRT are documented in "Working with Quantized Types" and "Explicit Quantization" of NVIDIA's manual:
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.deploy.markers import ActivationGrid
 from mmzsq.errors import UserError
+from mmzsq.typed_section import nearest
 
 TARGETS = ('openvino', 'onnxruntime', 'tensorrt')
 WEIGHTED = {'Conv': 0, 'ConvTranspose': 1}
@@ -42,7 +44,7 @@ class Container:
 
     @property
     def needs_clip(self) -> bool:
-        """Whether the type holds integers outside the grid, so that its own saturation is not enough."""
+        """Whether the type has integers outside the grid. Its own saturation is then not enough."""
         info = np.iinfo(self.dtype)
         return (self.low, self.high) != (info.min, info.max)
 
@@ -54,7 +56,9 @@ def check_target(target: str) -> None:
         UserError: Names what is allowed.
     """
     if target not in TARGETS:
-        raise UserError(f'target is {target!r}, but must be one of {", ".join(map(repr, TARGETS))}.')
+        raise UserError(
+            f'target is {target!r}, but must be one of {", ".join(map(repr, TARGETS))}.{nearest(target, TARGETS)}'
+        )
 
 
 def container(name: str, grid: ActivationGrid, target: str) -> Container:
@@ -66,7 +70,7 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
         target: One of :data:`TARGETS`.
 
     Returns:
-        A type in which every level of the grid keeps its value.
+        A type that represents every level of the grid exactly.
 
     Raises:
         UserError: If the grid has levels that the target cannot represent.
@@ -78,14 +82,14 @@ def container(name: str, grid: ActivationGrid, target: str) -> Container:
     if low < -128 or high > 127:
         raise UserError(
             f'TensorRT takes int8 with zero point 0 alone, but {name} has {grid.bits} bits with zero point '
-            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.activation.scheme='signed' or "
-            'with at most 7 bits, or export with --target openvino.'
+            f"{grid.zero_point}, which needs {low} to {high}: train with zsq.quantizer.target='tensorrt' or with at "
+            'most 7 bits, or export with --target openvino.'
         )
     return Container(np.dtype(np.int8), 0, low, high)
 
 
 def slice_scalar_gathers(graph: Graph) -> None:
-    """Replace Gather with one constant index by Slice and Squeeze, which compute the same.
+    """Replace each Gather with one constant index by an equal Slice and Squeeze.
 
     OpenVINO 2026.4 moves a product with constants behind such a Gather and then multiplies along the wrong axis.
 
@@ -110,7 +114,7 @@ def slice_scalar_gathers(graph: Graph) -> None:
 def check_tensorrt(graph: Graph) -> list[str]:
     """Check a lowered graph against the rules of explicit quantization in TensorRT.
 
-    No TensorRT runs here: the rules are those that NVIDIA documents.
+    The rules are the documented ones. TensorRT itself is not run.
 
     Args:
         graph: A graph with QuantizeLinear and DequantizeLinear.
@@ -131,6 +135,73 @@ def check_tensorrt(graph: Graph) -> list[str]:
             if node.input[0] in graph.constants:
                 problems += _check_weight(graph, node)
     return problems
+
+
+def float_in_onnxruntime(graph: Graph) -> list[str]:
+    """List layers that ONNX Runtime computes in float, since no quantizer stands directly behind them.
+
+    Args:
+        graph: A lowered graph.
+
+    Returns:
+        Names of the operators with a dequantized weight, in the order of the graph. A ReLU between an operator and a
+        quantizer does no harm.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op_type not in ('Conv', 'Gemm', 'MatMul') or not _has_weight(graph, node):
+            continue
+        readers = graph.consumers(node.output[0])
+        while len(readers) == 1 and readers[0].op_type in ('Add', 'Relu') and node.op_type != 'Conv':
+            readers = graph.consumers(readers[0].output[0])
+        if len(readers) == 1 and readers[0].op_type == 'Relu':
+            readers = graph.consumers(readers[0].output[0])
+        if [reader.op_type for reader in readers] != ['QuantizeLinear']:
+            found.append(node.name)
+    return found
+
+
+def float_in_tensorrt(graph: Graph) -> list[str]:
+    """List additions and concatenations that TensorRT computes in float.
+
+    It fuses the addition of a shortcut into the convolution before it if the shortcut is quantized, and it
+    concatenates integers if all of them have one step.
+
+    Args:
+        graph: A lowered graph.
+
+    Returns:
+        One sentence for each, empty if there is none.
+    """
+    found = []
+    for node in graph.nodes:
+        if any(name in graph.constants for name in node.input):
+            continue
+        steps = [_step_of(graph, name) for name in node.input]
+        if node.op_type == 'Add' and not any(steps) and _follows_layer(graph, node):
+            found.append(f'{node.name}: neither operand of the addition is quantized.')
+        readers = graph.consumers(node.output[0])
+        quantized = bool(readers) and all(reader.op_type == 'QuantizeLinear' for reader in readers)
+        if node.op_type == 'Concat' and quantized and len(set(steps)) != 1:
+            found.append(f'{node.name}: the inputs of the concatenation have different steps, or none.')
+    return found
+
+
+def _has_weight(graph: Graph, node: NodeProto) -> bool:
+    sources = (graph.producer(name) for name in node.input)
+    return any(s is not None and s.op_type == 'DequantizeLinear' and s.input[0] in graph.constants for s in sources)
+
+
+def _follows_layer(graph: Graph, node: NodeProto) -> bool:
+    sources = [source for name in node.input if (source := graph.producer(name)) is not None]
+    return any(source.op_type in WEIGHTED and _has_weight(graph, source) for source in sources)
+
+
+def _step_of(graph: Graph, value: str) -> float | None:
+    source = graph.producer(value)
+    if source is None or source.op_type != 'DequantizeLinear':
+        return None
+    return float(graph.constants[source.input[1]])
 
 
 def _check_pair(graph: Graph, name: str, inputs: list[str]) -> list[str]:

@@ -16,18 +16,18 @@ from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.deploy.lower import WeightUse
 
 LEAST_STEP = 1e-30
-"""Step of a channel whose gamma is 0: engines want positive steps, and products vanish beside the bias."""
+"""Step of a channel with a gamma of 0. Engines require positive steps, and such products vanish beside the bias."""
 
 
 def fold_batch_norms(graph: Graph, uses: list[WeightUse]) -> None:
     """Fold every BatchNorm that directly follows a quantized convolution.
 
-    A BatchNorm stays as it is if the convolution's output has other readers, or if a flipped sign would leave int8,
-    which only -128 does. The reason is noted in :attr:`WeightUse.unfolded`.
+    A BatchNorm stays if the convolution's output has other readers, or if a negative gamma would turn the integer -128
+    into 128, which is outside int8. :attr:`WeightUse.unfolded` holds the reason.
 
     Args:
-        graph: Graph with detached weights; nodes and biases are edited.
-        uses: Its weights; integers, steps and axes are edited.
+        graph: Graph with detached weights. Nodes and biases are edited.
+        uses: Weights of the graph. Integers, steps and axes are edited.
     """
     for use in uses:
         node = use.node
@@ -41,7 +41,7 @@ def fold_batch_norms(graph: Graph, uses: list[WeightUse]) -> None:
 
 
 def _fold(graph: Graph, use: WeightUse, bn: object) -> str | None:
-    """Fold one BatchNorm; return the reason if it does not fit."""
+    """Fold one BatchNorm. Return None, or the reason why it stays."""
     inputs, outputs = list(bn.input), list(bn.output)  # type: ignore[attr-defined]
     axis = WEIGHTED[use.node.op_type]
     grouped = use.node.op_type == 'ConvTranspose' and attribute(use.node, 'group', 1) != 1

@@ -17,11 +17,11 @@ RANDOM = ('Bernoulli', 'Multinomial', 'RandomNormal', 'RandomNormalLike', 'Rando
 class Graph:
     """The main graph of an ONNX model.
 
-    Initializers, ``Constant`` nodes and ``Identity`` nodes become entries of ``constants`` or plain edges, so the same
-    patterns match the output of either exporter.
+    Initializers and ``Constant`` nodes become entries of ``constants``, and ``Identity`` nodes disappear. The same
+    patterns therefore match the output of both exporters.
 
     Args:
-        model: It is not changed. Only its main graph is edited.
+        model: The model. It is copied, and subgraphs are not edited.
 
     Attributes:
         nodes: Nodes in topological order after :meth:`sort`.
@@ -53,7 +53,7 @@ class Graph:
         self._resolve_identities()
 
     def opset(self, domain: str = '') -> int:
-        """Version of an operator set that the model imports, 0 if it imports none."""
+        """Return the version of an operator set that the model imports, or 0 if it does not import it."""
         return next((o.version for o in self._model.opset_import if o.domain == domain), 0)
 
     @property
@@ -67,14 +67,14 @@ class Graph:
         )
 
     def set_opset(self, version: int) -> None:
-        """Import another version of ONNX's operators; every operator of the graph must mean the same in both."""
+        """Import another version of ONNX's operators. Every operator of the graph must mean the same in both."""
         for opset in self._model.opset_import:
             if opset.domain == '':
                 opset.version = version
         self._model.ir_version = max(self._model.ir_version, 10)
 
     def producer(self, value: str) -> NodeProto | None:
-        """Return the node that computes ``value``; None for inputs and constants."""
+        """Return the node that computes ``value``, or None for inputs and constants."""
         self._index()
         assert self._producers is not None
         return self._producers.get(value)
@@ -86,7 +86,7 @@ class Graph:
         return list(self._consumers.get(value, {}).values())
 
     def only_consumer(self, value: str) -> NodeProto | None:
-        """Return the node that reads ``value``, if nothing else does and it is no output of the graph."""
+        """Return the only node that reads ``value``, or None if there are others or it is an output of the graph."""
         nodes = self.consumers(value)
         return nodes[0] if len(nodes) == 1 and value not in self.outputs else None
 
@@ -98,8 +98,8 @@ class Graph:
         Args:
             op: Operator type.
             inputs: Names of the inputs.
-            output: Name of the output; made from the node's name if None.
-            name: Name of the node; made from the operator if None. A suffix makes it unique.
+            output: Name of the output. If None, it is derived from the node's name.
+            name: Name of the node. If None, it is derived from the operator. A suffix makes it unique.
             **attributes: Attributes of the node.
 
         Returns:
@@ -120,18 +120,18 @@ class Graph:
         """Add a constant.
 
         Args:
-            value: Its dtype decides the type of the initializer; a scalar keeps its shape ().
-            name: A suffix makes it unique.
+            value: The value. The initializer has its dtype and shape; a scalar has the shape ().
+            name: Wanted name. A suffix makes it unique.
 
         Returns:
-            The name it got.
+            The unique name.
         """
         name = self.fresh(name)
         self.constants[name] = np.asarray(value)
         return name
 
     def fresh(self, name: str) -> str:
-        """Return ``name``, with a number appended if it is taken, and reserve it."""
+        """Reserve ``name`` and return it, with a number appended if it is taken."""
         candidate, count = name, 0
         while candidate in self._names:
             count += 1
@@ -148,11 +148,11 @@ class Graph:
             self._forget_node(node)
 
     def replace_uses(self, old: str, new: str) -> None:
-        """Let every reader of ``old`` read ``new``; an output of the graph keeps its name.
+        """Let every reader of ``old`` read ``new``. Outputs of the graph keep their names.
 
         Args:
-            old: Value whose producer is removed or no longer read.
-            new: Value that takes its place.
+            old: Name of the value to replace.
+            new: Name of its replacement.
         """
         if old in self.outputs:
             before, after = self.producer(old), self.producer(new)
@@ -175,7 +175,7 @@ class Graph:
         self._index_node(node)
 
     def changed(self) -> None:
-        """Forget the index of producers and consumers; call it after a node was edited directly."""
+        """Discard the index of producers and consumers. Call it after editing a node directly."""
         self._producers = self._consumers = None
 
     def evaluate(self, value: str, given: Mapping[str, np.ndarray] | None = None) -> np.ndarray | None:
@@ -183,7 +183,7 @@ class Graph:
 
         Args:
             value: Name of the value.
-            given: Values that are taken as known.
+            given: Known values by name, such as an input.
 
         Returns:
             The value, or None if it depends on an input of the graph or on an operator that cannot be evaluated.
@@ -209,7 +209,7 @@ class Graph:
         return computed
 
     def fold_constants(self) -> None:
-        """Replace values that depend on constants alone, such as sizes and grids of points."""
+        """Compute values that depend only on constants, such as sizes and grids of points."""
         constant: set[str] = set(self.constants)
         for node in self.nodes:
             if not node.domain and node.op_type not in RANDOM and all(n in constant for n in sources(node)):
@@ -225,7 +225,7 @@ class Graph:
         self.clean()
 
     def _collect(self, value: str, known: Mapping[str, Any], order: list[NodeProto], seen: set[str]) -> bool:
-        """Append the nodes that ``value`` needs, producers first; return False where an input is needed."""
+        """Append the nodes that ``value`` needs, producers first. Return False if it needs an input of the graph."""
         if not value or value in known or value in self.constants or value in seen:
             return True
         node = self.producer(value)
@@ -238,7 +238,7 @@ class Graph:
         return True
 
     def clean(self) -> None:
-        """Remove what no output depends on, and sort."""
+        """Remove nodes and constants on which no output depends, and sort the nodes."""
         self.sort()
         needed = set(self.outputs)
         kept: list[NodeProto] = []
@@ -251,7 +251,7 @@ class Graph:
         self.changed()
 
     def sort(self) -> None:
-        """Sort nodes topologically; nodes that may stay keep their order."""
+        """Sort nodes topologically, and keep their order where possible."""
         self._index()
         assert self._producers is not None
         done: set[int] = set()
@@ -343,7 +343,7 @@ class Graph:
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """Return an attribute of a node as a Python value, ``default`` if it has none of this name."""
+    """Return an attribute of a node as a Python value, or ``default`` if the node lacks it."""
     for entry in node.attribute:
         if entry.name == name:
             value = helper.get_attribute_value(entry)
@@ -352,7 +352,7 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
 
 
 def sources(node: NodeProto) -> list[str]:
-    """Names that a node reads, each once, those that its subgraphs read from outside included."""
+    """Return the names that a node and its subgraphs read from the graph, each once."""
     names = [name for name in node.input if name]
     for entry in node.attribute:
         for graph in (entry.g, *entry.graphs) if entry.HasField('g') or entry.graphs else ():

@@ -24,7 +24,7 @@ from mmzsq.errors import UserError
 from mmzsq.patching import patched
 
 DETECTOR, FEATURES, BOX_HEAD, MASK_HEAD = 'detector', 'features', 'box_head', 'mask_head'
-Decoder = Callable[[Any, Any], tuple[Tensor, Tensor]]
+Decoder = Callable[[Any, Any], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Part:
         example: Input to trace with.
         input_name: Name of the input.
         output_names: Names of the outputs.
-        structure: The outputs as the detector's own Python nests them: lists of indices into the outputs.
-        locations: Locations of each level of a decoded graph, else empty.
+        structure: Nesting of the outputs in the detector's own code, as lists of indices into the outputs.
+        locations: Number of locations of each level of a decoded graph, else empty.
     """
 
     name: str
@@ -59,7 +59,7 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
         raw: Whether a dense detector ends at the raw maps of its head.
 
     Returns:
-        One part of a dense detector; of a two-stage one features, box heads, mask head.
+        One part for a dense detector. For a two-stage detector: features, box heads, mask heads.
 
     Raises:
         UserError: If the detector, or a module of it, cannot be exported, or does not take images of ``size``.
@@ -81,7 +81,9 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
         names = _names('map', structure)
         return [Part(DETECTOR, _RawMaps(detector), images, 'images', names, structure, [])]
     locations = _locations(detector.bbox_head, maps)
-    return [Part(DETECTOR, _Decoded(detector, decode), images, 'images', ['boxes', 'scores'], [0, 1], locations)]
+    module = _Decoded(detector, decode)
+    names = ['boxes', 'scores', 'factors'][: len(_run(lambda: module(images), detector, size))]
+    return [Part(DETECTOR, module, images, 'images', names, list(range(len(names))), locations)]
 
 
 def box_heads(roi_head: Any) -> list[Any]:
@@ -90,7 +92,7 @@ def box_heads(roi_head: Any) -> list[Any]:
 
 
 def mask_heads(roi_head: Any) -> list[Any]:
-    """Return the mask heads likewise, none if there is no mask head."""
+    """Return the mask heads of a two-stage detector, one for each stage of a cascade, or an empty list."""
     if not roi_head.with_mask:
         return []
     return list(roi_head.mask_head) if isinstance(roi_head.mask_head, nn.ModuleList) else [roi_head.mask_head]
@@ -105,8 +107,8 @@ def flatten(nested: Any, flat: list[Tensor]) -> Any:
     """Collect the tensors of nested sequences.
 
     Args:
-        nested: Tensors in lists and tuples; None stays.
-        flat: Gets the tensors.
+        nested: Tensors in lists and tuples. None stays None.
+        flat: List to which the tensors are appended.
 
     Returns:
         The same nesting, in lists, with the index of each tensor in its place.
@@ -120,10 +122,10 @@ def flatten(nested: Any, flat: list[Tensor]) -> Any:
 
 
 def unflatten(structure: Any, flat: Sequence[Tensor]) -> Any:
-    """Invert :func:`flatten`; sequences become tuples at the top and lists below.
+    """Invert :func:`flatten`. The outermost sequence becomes a tuple, inner ones become lists.
 
     Args:
-        structure: What :func:`flatten` returned.
+        structure: Result of :func:`flatten`.
         flat: Tensors by index.
     """
     if structure is None:
@@ -140,17 +142,18 @@ def _unflatten_list(structure: Any, flat: Sequence[Tensor]) -> Any:
 
 
 def decoder_of(head: Any) -> Decoder:
-    """Find how a dense head decodes its maps.
+    """Return the function that decodes the maps of a dense head.
 
     Args:
         head: The ``bbox_head`` of a dense detector.
 
     Returns:
         Maps the head and its outputs to boxes (N, P, 4), xyxy in pixels of the network's input and not clipped, and
-        class scores (N, P, C) in [0, 1].
+        class scores (N, P, C) in [0, 1]. Heads that compare scores with a threshold before they multiply them by
+        centerness or objectness return this factor too, (N, P) in [0, 1]; the scores are the products.
 
     Raises:
-        UserError: If the head decodes in another way than those that are known.
+        UserError: If the head decodes in an unknown way.
     """
     if hasattr(head, 'dense_predictions') and hasattr(head, 'post_processor'):
         return _decode_selected
@@ -195,7 +198,7 @@ def _decode_yolox(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
     return head._bbox_decode(torch.cat(priors), _rows(bbox_preds, 4)), scores
 
 
-def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
+def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor, Tensor]:
     (maps,) = maps
     sizes = [tuple(level.shape[-2:]) for level in maps]
     anchors = torch.cat(head.prior_generator.grid_priors(sizes, device=maps[0].device))
@@ -213,18 +216,21 @@ def _decode_yolov3(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
     centers = centers + (rows[..., :2].sigmoid() - 0.5) * strides
     half_sizes = half_sizes * rows[..., 2:4].exp()
     boxes = torch.cat((centers - half_sizes, centers + half_sizes), dim=-1)
-    return boxes, rows[..., 5:].sigmoid() * rows[..., 4:5].sigmoid()
+    objectness = rows[..., 4].sigmoid()
+    return boxes, rows[..., 5:].sigmoid() * objectness[..., None], objectness
 
 
-def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
+def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, ...]:
     """Decode with the head's prior generator and box coder, as ``BaseDenseHead.predict_by_feat`` does."""
     cls_scores, bbox_preds, factors = (*maps, None)[:3]
     sizes = [tuple(level.shape[-2:]) for level in cls_scores]
     mlvl_priors = head.prior_generator.grid_priors(sizes, dtype=cls_scores[0].dtype, device=cls_scores[0].device)
     scores = _rows(cls_scores, head.cls_out_channels)
     scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[..., :-1]
+    extra: tuple[Tensor, ...] = ()
     if factors is not None:
-        scores = scores * _rows(factors, 1).sigmoid()
+        factor = _rows(factors, 1).sigmoid()
+        scores, extra = scores * factor, (factor[..., 0],)
     priors = torch.cat(mlvl_priors)
     if isinstance(head, GFLHead):
         levels = [
@@ -234,10 +240,10 @@ def _decode_priors(head: Any, maps: Any) -> tuple[Tensor, Tensor]:
         deltas, priors = torch.cat(levels, dim=1), head.anchor_center(priors)
     else:
         deltas = _rows(bbox_preds, head.bbox_coder.encode_size)
-    # Coders decode (P, 4) alone in traceable form.
+    # Coders are traceable only for two dimensions, (P, 4).
     repeated = priors.expand(deltas.shape[0], *priors.shape).reshape(-1, priors.shape[-1])
     boxes = head.bbox_coder.decode(repeated, deltas.reshape(-1, deltas.shape[-1]))
-    return boxes.reshape(deltas.shape[0], -1, 4), scores
+    return boxes.reshape(deltas.shape[0], -1, 4), scores, *extra
 
 
 def _rows(levels: Sequence[Tensor], channels: int) -> Tensor:
@@ -262,7 +268,7 @@ class _Decoded(nn.Module):
         self.detector = detector
         self.decode = decode
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         head = self.detector.bbox_head
         return self.decode(head, head(self.detector.extract_feat(images)))
 
@@ -350,10 +356,10 @@ def _locations(head: Any, maps: Any) -> list[int]:
 
 
 def _run(call: Callable[[], Any], detector: Any, size: tuple[int, int]) -> Any:
-    """Call with gradients off and in eval mode.
+    """Call a function in eval mode and without gradients.
 
     Raises:
-        UserError: If the call fails, which it does for images of a size that the neck does not take.
+        UserError: If the call fails, as it does if the neck does not support the image size.
     """
     training = [module for module in detector.modules() if module.training]
     detector.eval()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markers to QuantizeLinear and DequantizeLinear, with the trained integers as initializers.
+"""Replacement of markers by QuantizeLinear and DequantizeLinear, with the trained integers as initializers.
 
-Weights are never rounded again: the int8 initializers are what ``weight_quantizer.quantize`` returned.
+Weights are not rounded again: the initializers hold the integers that ``weight_quantizer.quantize`` returned.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class WeightUse:
         layer: Name of the layer.
         call: Number of this call of the layer, from 0.
         bits: 2 to 8.
-        integers: int8, laid out as the operator reads them.
+        integers: int8, in the layout that the operator reads.
         step: float32 of shape (), or (C,) along ``axis``.
-        axis: Axis of ``integers`` with one step for each entry; None for one step.
+        axis: Axis of ``integers`` that the steps lie along. None if there is one step.
         node: The operator.
         value: Name of its input that takes the dequantized weight.
-        folded: Name of the BatchNorm's scale that was folded in, None if none was.
-        unfolded: Reason why a BatchNorm behind the operator was not folded, None if there is no such BatchNorm.
+        folded: Name of the scale of the folded BatchNorm, else None.
+        unfolded: Reason why the BatchNorm behind the operator was not folded, else None.
     """
 
     layer: str
@@ -65,12 +65,12 @@ def number_calls(graph: Graph) -> None:
 
 
 def detach_weights(graph: Graph, weights: dict[str, WeightGrid]) -> list[WeightUse]:
-    """Replace the markers of weights by uses, which :func:`attach_weights` writes back.
+    """Remove the markers of weights. :func:`attach_weights` later writes the returned uses as initializers.
 
     Reshapes and transposes between a marker and its reader are applied to the integers.
 
     Args:
-        graph: A marked graph; its markers of weights are removed.
+        graph: A marked graph. It is edited.
         weights: Grids by the name of the quantizer.
 
     Returns:
@@ -146,9 +146,9 @@ def attach_weights(graph: Graph, uses: list[WeightUse], int4: bool = False) -> l
 
     Args:
         graph: The graph that the uses come from.
-        uses: What :func:`detach_weights` returned, perhaps with BatchNorms folded in.
-        int4: Store weights of at most 4 bits as INT4, if their integers fit. Engines compute no 4-bit convolutions:
-            this is a storage format.
+        uses: Result of :func:`detach_weights`. BatchNorms may be folded in.
+        int4: Store weights of at most 4 bits as INT4 if their integers fit. This is a storage format: engines compute
+            no 4-bit convolutions.
 
     Returns:
         Names of the layers that are stored as INT4.
@@ -178,10 +178,11 @@ def attach_weights(graph: Graph, uses: list[WeightUse], int4: bool = False) -> l
 def lower_activations(graph: Graph, activations: dict[str, ActivationGrid], target: str) -> None:
     """Replace the markers of activations by [Clip,] QuantizeLinear and DequantizeLinear.
 
-    A grid of fewer than 8 bits gets a Clip, which keeps its integers exact in the 8-bit type. There is none where all
-    values lie on the grid already: OpenVINO 2026.4 computes such a Clip on integers and rounds some of them down.
-    Between the division by input factors and a Clip it gets a Max that changes nothing, if a size is open: it would
-    merge division, Clip and QuantizeLinear into one operator, which is then wrong by 10 to 20 % of the largest output.
+    A grid of fewer than 8 bits gets a Clip, which keeps its integers exact in the 8-bit type. If all values already lie
+    on the grid, there is no Clip, because OpenVINO 2026.4 would compute it on integers and round some of them down.
+
+    If a size is open, OpenVINO 2026.4 would merge the division by input factors, Clip and QuantizeLinear into one
+    operator, which is wrong by 10 to 20 % of the largest output. A Max that changes no value prevents this.
 
     Args:
         graph: A marked graph.

@@ -8,6 +8,7 @@ the tracer does to the rest of the graph can change them.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import io
 import logging
@@ -27,12 +28,13 @@ from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.errors import UserError
 from mmzsq.patching import patched, patched_forwards
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
+from mmzsq.typed_section import nearest
 
 DOMAIN = 'mmzsq'
 MARKER = 'FakeQuantize'
 OPSET = 17
 INT4_OPSET = 20
-"""From here on, operators mean the same as in opset 21, which introduces INT4."""
+"""From this version on, operators mean the same as in opset 21, which adds INT4."""
 EXPORTERS = ('torchscript', 'dynamo')
 
 
@@ -112,7 +114,7 @@ def weight_grids(module: nn.Module) -> dict[str, WeightGrid]:
 
 @torch.no_grad()
 def activation_grids(module: nn.Module) -> dict[str, ActivationGrid]:
-    """Read the grids of all quantizers that are not those of weights.
+    """Read the grids of all quantizers of activations.
 
     Args:
         module: A model with quantized layers whose quantizers have steps.
@@ -140,6 +142,19 @@ def activation_grids(module: nn.Module) -> dict[str, ActivationGrid]:
             bits=quantizer.bits,
         )
     return grids
+
+
+def check_exporter(exporter: str) -> None:
+    """Refuse an unknown exporter, and the dynamo exporter without onnxscript.
+
+    Raises:
+        UserError: Names what is allowed, or what to install.
+    """
+    if exporter not in EXPORTERS:
+        known = ', '.join(map(repr, EXPORTERS))
+        raise UserError(f'exporter is {exporter!r}, but must be one of {known}.{nearest(exporter, EXPORTERS)}')
+    if exporter == 'dynamo' and importlib.util.find_spec('onnxscript') is None:
+        raise UserError('the dynamo exporter needs onnxscript: run `pip install onnxscript`, or use torchscript.')
 
 
 @contextmanager
@@ -192,21 +207,20 @@ def export_marked(
     Args:
         module: Maps ``inputs`` to a flat tuple of tensors. It is traced in eval mode and without gradients.
         inputs: One example, (N, ...), on the device of the module.
-        root: Model that defines the names of layers and quantizers; ``module`` itself if None.
+        root: Model that defines the names of layers and quantizers. If None, it is ``module``.
         input_name: Name of the input of the graph.
-        output_names: Names of the outputs; chosen by the exporter if None.
+        output_names: Names of the outputs. If None, the exporter chooses them.
         dynamic_batch: Leave the first dimension of inputs and outputs open.
         exporter: ``'torchscript'`` or ``'dynamo'``, which takes several times longer and needs onnxscript.
-        opset: Version of ONNX's operators for the TorchScript exporter; the other one writes its own.
+        opset: Version of ONNX's operators for the TorchScript exporter. The dynamo exporter chooses its own.
 
     Returns:
-        The marked graph. Integers and steps are copies.
+        The marked graph, with copies of integers and steps.
 
     Raises:
         UserError: If an operator has no counterpart in ONNX, or the exporter is unknown.
     """
-    if exporter not in EXPORTERS:
-        raise UserError(f'exporter is {exporter!r}, but must be one of {", ".join(map(repr, EXPORTERS))}.')
+    check_exporter(exporter)
     root = module if root is None else root
     weights, activations = weight_grids(root), activation_grids(root)
     with ExitStack() as stack:
@@ -231,12 +245,15 @@ def _trace_torchscript(
     dynamic_batch: bool,
     opset: int,
 ) -> onnx.ModelProto:
-    # Its annotation knows paths alone.
+    # torch.onnx.export takes files too, but its annotation names only paths.
     file: Any = io.BytesIO()
     names = list(output_names or ())
     options: dict[str, Any] = {}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
         options['dynamo'] = False
+    # The exporter warns of a domain that the graph does not use, as that of a float detector.
+    if any(quantizer.enabled for _, quantizer in quantizers(module)):
+        options['custom_opsets'] = {DOMAIN: 1}
     if dynamic_batch:
         options['dynamic_axes'] = {name: {0: 'batch'} for name in (input_name, *names)}
     try:
@@ -247,7 +264,6 @@ def _trace_torchscript(
             input_names=[input_name],
             output_names=names or None,
             opset_version=opset,
-            custom_opsets={DOMAIN: 1},
             **options,
         )
     except torch.onnx.errors.UnsupportedOperatorError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Placement of activation quantizers: equal ones are shared, and they move up through operators that keep values.
 
-Rounding to a grid is monotone and acts on each value alone. So ``Q(op(x)) == op(Q(x))`` bit for bit if ``op`` only
-selects or rearranges values, or takes maxima. A quantizer is repeated in front of such an operator and stays behind it,
-which is the form DQ-op-Q that engines replace by ``op`` on integers.
+Rounding to a grid is monotone and acts on each value separately. Therefore ``Q(op(x)) == op(Q(x))`` bit for bit if
+``op`` only selects or rearranges values, or takes maxima. A quantizer is repeated in front of such an operator and also
+stays behind it. Engines replace the resulting DQ-op-Q by ``op`` on integers.
 """
 
 from __future__ import annotations
@@ -51,12 +51,72 @@ def share(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
     return removed
 
 
-def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
+def drop_repeated(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
+    """Remove quantizers of values that a quantizer with an equal grid has made.
+
+    Args:
+        graph: A marked graph.
+        activations: Grids by the name of the quantizer.
+
+    Returns:
+        The number of markers removed.
+    """
+    removed = 0
+    for name, _, node in markers(graph):
+        above = graph.producer(node.input[0])
+        if name not in activations or above is None or not _is_marker(above) or node.output[0] in graph.outputs:
+            continue
+        if _key(activations[attribute(above, 'name')]) == _key(activations[name]):
+            graph.replace_uses(node.output[0], node.input[0])
+            graph.remove([node])
+            removed += 1
+    return removed
+
+
+def move_down(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
+    """Repeat quantizers behind operators that keep values of one input.
+
+    An operator between two different grids would run in float.
+
+    Args:
+        graph: A marked graph.
+        activations: Grids by the name of the quantizer.
+
+    Returns:
+        The number of markers added.
+    """
+    added = 0
+    pending = list(markers(graph))
+    while pending:
+        name, call, marker = pending.pop()
+        for reader in graph.consumers(marker.output[0]):
+            value = reader.output[0]
+            if reader.op_type == 'Concat' or not _keeps_values(reader) or reader.input[0] != marker.output[0]:
+                continue
+            behind = graph.consumers(value)
+            equal = all(
+                _is_marker(r) and _key(activations[attribute(r, 'name')]) == _key(activations[name]) for r in behind
+            )
+            if value in graph.outputs or equal:
+                continue
+            node = _marker(graph, name, call, value, f'{name}/down')
+            graph.replace_uses(value, node.output[0])
+            graph.insert(node)
+            _settle(node)
+            pending.append((name, call, node))
+            added += 1
+    graph.sort()
+    return added
+
+
+def move_up(graph: Graph, activations: dict[str, ActivationGrid], mixes_grids: bool = False) -> int:
     """Repeat quantizers in front of operators that keep values.
 
     Args:
         graph: A marked graph.
         activations: Grids by the name of the quantizer.
+        mixes_grids: Whether the target's Concat takes inputs on grids of their own, so that a quantized input needs no
+            second quantizer.
 
     Returns:
         The number of markers added.
@@ -73,21 +133,24 @@ def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
             # Each slice may have a grid of its own, and would quantize the whole value.
             continue
         count = DATA_INPUTS[source.op_type]
+        on_grid = True
         for index, data in enumerate(list(source.input)[:count]):
             above = graph.producer(data)
             if above is not None and _is_marker(above):
                 if _key(activations[attribute(above, 'name')]) == _key(activations[name]):
                     continue
+                if mixes_grids and source.op_type == 'Concat':
+                    on_grid = False
+                    continue
             if data in graph.constants:
+                on_grid = False
                 continue
-            output = graph.fresh(f'{data}/quantized')
-            node = helper.make_node(MARKER, [data], [output], name=graph.fresh(f'{name}/up'), domain=DOMAIN, call=call)
-            node.attribute.append(helper.make_attribute('name', name))
+            node = _marker(graph, name, call, data, f'{name}/up')
             graph.insert(node)
-            graph.set_input(source, index, output)
+            graph.set_input(source, index, node.output[0])
             pending.append((name, call, node))
             added += 1
-        if not any(data in graph.constants for data in list(source.input)[:count]):
+        if on_grid:
             for reader in graph.consumers(value):
                 _settle(reader)
     graph.sort()
@@ -97,6 +160,14 @@ def move_up(graph: Graph, activations: dict[str, ActivationGrid]) -> int:
 def is_settled(marker: NodeProto) -> bool:
     """Whether all values that a quantizer reads lie on its grid already."""
     return bool(attribute(marker, SETTLED, 0))
+
+
+def _marker(graph: Graph, quantizer: str, call: int, value: str, name: str) -> NodeProto:
+    """Make a marker that reads ``value``; it is not inserted yet."""
+    output = graph.fresh(f'{value}/quantized')
+    node = helper.make_node(MARKER, [value], [output], name=graph.fresh(name), domain=DOMAIN, call=call)
+    node.attribute.append(helper.make_attribute('name', quantizer))
+    return node
 
 
 def _settle(marker: NodeProto) -> None:

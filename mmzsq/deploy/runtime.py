@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ class Session:
         model: Path of an ONNX file, or its content.
         runtime: ``'onnxruntime'`` or ``'openvino'``.
         threads: Number of threads; 0 lets the runtime decide.
-        precision: Precision of what OpenVINO does not compute in integers. Its default is bf16 on CPUs that have it,
-            which is neither what was trained nor comparable.
-        exact: Keep ONNX Runtime from rounding the bias of a convolution to multiples of input step times weight step.
-            It does so where a quantizer directly follows, which moves an output by at most half of such a multiple;
-            without it, such a convolution runs in float.
+        precision: Precision of operators that OpenVINO does not compute in integers. Its default is bf16 on CPUs that
+            have it, but training used f32.
+        exact: Keep ONNX Runtime from rounding the bias of a convolution. If a quantizer directly follows, it rounds the
+            bias to multiples of input step times weight step, which changes an output by at most half of such a
+            multiple. With ``exact``, such a convolution runs in float.
 
     Attributes:
         inputs: Names of the inputs.
@@ -109,10 +110,16 @@ def _open_onnxruntime(model: bytes, threads: int, exact: bool) -> Any:
 
 
 def _open_openvino(model: bytes, threads: int, precision: str) -> Any:
-    import openvino
-
-    core = openvino.Core()
+    core = _openvino_core()
     config = {'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = str(threads)
     return core.compile_model(core.read_model(model), 'CPU', config)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO's entry point. Loading its plugins takes longer than compiling a layer."""
+    import openvino
+
+    return openvino.Core()

@@ -1,43 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verification of exported files against the detector in PyTorch.
 
-Four checks, of which the first two are exact:
+Five checks, of which the first three are exact up to the rounding of float32:
 
-1. Every weight integer in the files equals that of training, up to the sign of a folded BatchNorm.
-2. Each layer alone, fed the same input, gives the output of PyTorch.
-3. The outputs of each file differ from PyTorch's by no more than PyTorch differs from itself. An 8-bit network cannot
+1. The metadata are those of the detector, and images normalized by them equal those of its data preprocessor.
+2. Integers, steps, zero points and biases in the files equal those of training, with the BatchNorms folded in.
+3. Each layer alone, and what lies between the layers, gives PyTorch's values when fed PyTorch's values
+   (:mod:`mmzsq.deploy.layer_checks`).
+4. The outputs of each file differ from PyTorch's by no more than PyTorch differs from itself. An 8-bit network cannot
    agree better: another order of summation moves values across a border between two levels, and layers amplify it.
-4. Detections on images agree.
+5. Detections on images agree.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper
+from mmdet.structures import DetDataSample
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import box_iou
 
 from mmzsq.atomic_files import to_json, write_atomically
-from mmzsq.deploy.export import DeployReport, unwrap
-from mmzsq.deploy.graph import Graph, attribute, sources
+from mmzsq.deploy.export import DeployReport, metadata_of, unwrap
+from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.heads import Part, parts_of
-from mmzsq.deploy.markers import weight_grids
+from mmzsq.deploy.layer_checks import LayerCheck, check_layers, mean_difference
+from mmzsq.deploy.nms import DETECTIONS, NmsSettings, nms_of, suppress
 from mmzsq.deploy.predictor import detector_of
 from mmzsq.deploy.runtime import Session
-from mmzsq.quantization import QuantizedLayer, quantized_layers, quantizers
+from mmzsq.quantization import quantized_layers, quantizers
 
-TOLERANCE = 1e-5
-"""Largest difference of a layer's output, relative to its largest value."""
 NOISE_FACTOR = 1.5
 """Largest mean difference at the outputs, relative to that of PyTorch against itself."""
 NOISE = 1e-6
@@ -50,27 +52,6 @@ MAX_DISAGREEMENT = 0.1
 """Largest shortfall of the agreement on detections behind that of PyTorch with itself."""
 WEIGHTED_KINDS = ('Convolution', 'GroupConvolution', 'Deconvolution', 'FullyConnected', 'MatMul')
 """Types of OpenVINO's executed operators that multiply by a weight."""
-
-
-@dataclass
-class LayerCheck:
-    """One call of a layer.
-
-    Attributes:
-        file: Name of the part.
-        layer: Name of the layer.
-        call: Number of the call.
-        integers_equal: Whether all integers equal those of training.
-        difference: Largest difference of the output relative to its largest value; None if it was not computed.
-        reason: Why the layer fails, None if it passes.
-    """
-
-    file: str
-    layer: str
-    call: int
-    integers_equal: bool
-    difference: float | None
-    reason: str | None
 
 
 @dataclass
@@ -107,6 +88,7 @@ class VerifyReport:
         agreement: Part of the detections that both find, in [0, 1]; None if it was not measured.
         self_agreement: The same for PyTorch and PyTorch in another memory format.
         images: Number of images that ``agreement`` was measured on.
+        detections: Number of detections that were compared, those of both.
         float_layers: Layers that the engine does not compute in 8 bits; known for OpenVINO alone.
         failures: One sentence for each failure, empty if all checks pass.
     """
@@ -117,6 +99,7 @@ class VerifyReport:
     agreement: float | None = None
     self_agreement: float | None = None
     images: int = 0
+    detections: int = 0
     float_layers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -143,6 +126,8 @@ def verify(
     model: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     threads: int = 0,
+    classes: Sequence[str] | None = None,
+    pipeline: Sequence[Mapping[str, Any]] | None = None,
 ) -> VerifyReport:
     """Compare exported files with the detector they come from.
 
@@ -155,6 +140,8 @@ def verify(
         model: Section ``model`` of the float detector's config; needed to compare detections.
         samples: Items of the test pipeline, ``dict(inputs=..., data_samples=...)``, to compare detections on.
         threads: Number of threads; 0 lets the runtime decide.
+        classes: Class names as they were given to the export.
+        pipeline: Test pipeline as it was given to the export.
 
     Returns:
         The report; it names what fails.
@@ -171,21 +158,28 @@ def verify(
         for part in parts_of(detector, exported.size, exported.outputs == 'raw'):
             content = Path(exported.files[part.name]).read_bytes()
             inputs = images if part.input_name == 'images' else torch.rand(part.example.shape, generator=generator)
-            report.layers += check_layers(detector, part, content, inputs, runtime)
+            report.failures += check_metadata(detector, exported, content, classes, pipeline)
+            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target)
+            report.layers += layers
+            report.failures += failures
             session = Session(content, runtime, threads)
             report.outputs += check_outputs(detector, part, session, inputs)
+            report.failures += check_detections(session, inputs)
             if runtime == 'openvino':
                 report.float_layers += float_layers(session, content)
         _check_complete(detector, report)
         if samples and model is not None:
             deployed = detector_of(next(iter(exported.files.values())), model, runtime, threads)
-            report.agreement, report.images = agreement(detector, deployed, samples), len(samples)
+            report.agreement, report.detections = compare_detections(detector, deployed, samples)
+            report.images = len(samples)
             twin = copy.deepcopy(detector).to(memory_format=torch.channels_last)
             report.self_agreement = agreement(detector, twin, samples)
     finally:
         for module, training in modes.items():
             module.training = training
-    report.failures += [f'{check.layer} (call {check.call}): {check.reason}' for check in report.layers if check.reason]
+    report.failures[:0] = [
+        f'{check.layer} (call {check.call}): {check.reason}' for check in report.layers if check.reason
+    ]
     report.failures += [
         f'output {check.output} of {check.file}: it differs from PyTorch by {check.difference:.1e} of its mean, '
         f'PyTorch from itself by {check.noise:.1e}.'
@@ -209,176 +203,87 @@ def _check_complete(detector: nn.Module, report: VerifyReport) -> None:
     ]
 
 
-def check_layers(detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str) -> list[LayerCheck]:
-    """Check integers and output of each quantized layer of one file.
-
-    A layer is cut out of the file with its quantizers and run alone. OpenVINO gets inputs that lie on the grid: it
-    rounds by another formula, which may decide otherwise for values half way between two levels.
+def check_metadata(
+    detector: Any,
+    exported: DeployReport,
+    content: bytes,
+    classes: Sequence[str] | None,
+    pipeline: Sequence[Mapping[str, Any]] | None,
+) -> list[str]:
+    """Compare the metadata of a file with the detector, and normalize an image by them.
 
     Args:
         detector: The quantized detector.
-        part: A part of it.
-        content: The file of this part.
-        inputs: Input of the part.
-        runtime: The engine.
+        exported: The report of the export.
+        content: A file of it.
+        classes: As of :func:`verify`.
+        pipeline: As of :func:`verify`.
 
     Returns:
-        One entry for each call of a layer, in the order of PyTorch's calls.
+        One sentence for each failure.
     """
-    graph = Graph(onnx.load_from_string(content))
-    grids = {grid.layer: grid for grid in weight_grids(detector).values()}
-    weights: dict[tuple[str, int], NodeProto] = {}
-    for node in graph.nodes:
-        if node.op_type == 'DequantizeLinear' and node.name.endswith('/dequantize') and '/weight/' in node.name:
-            layer, _, call = node.name.removesuffix('/dequantize').rpartition('/weight/')
-            weights[layer, int(call)] = node
-    checks: list[LayerCheck] = []
-
-    def check(name: str, layer: Any, call: int, x: Tensor, output: Tensor, normalized: Tensor | None) -> None:
-        node = weights.get((name, call))
-        if node is None:
-            # Calls whose result nothing reads are no part of the file.
-            return
-        operator = graph.consumers(node.output[0])[0]
-        equal = integers_equal(graph, node, operator, grids[name].integers)
-        reason = None if equal else 'integers differ from those of training.'
-        alone = _cut_out(graph, operator, layer, x)
-        expected = output if normalized is None or alone.keeps_batch_norm else normalized
-        fed = layer.input_quantizer(x) if runtime == 'openvino' else x
-        given = Session(alone.model.SerializeToString(), runtime, threads=1)(fed.cpu().numpy())[0]
-        difference = relative_difference(expected.cpu().numpy(), given)
-        if reason is None and difference > TOLERANCE:
-            reason = f'alone, it differs from PyTorch by {difference:.1e} of its largest output.'
-        checks.append(LayerCheck(part.name, name, call, equal, difference, reason))
-
-    with _watching(detector, check):
-        part.module(inputs)
-    return checks
+    model = onnx.load_from_string(content)
+    given = {entry.key: entry.value for entry in model.metadata_props}
+    nms = json.loads(given.get('nms', 'null'))
+    settings = nms_of(detector.bbox_head) if nms else None
+    expected = metadata_of(
+        detector, exported.target, exported.size, exported.outputs, classes, pipeline, exported.int4, settings
+    )
+    failures = [
+        f'metadata {key}: it is {_shortened(given.get(key))}, but must be {_shortened(value)}.'
+        for key, value in expected.items()
+        if given.get(key) != value
+    ]
+    shape = [dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim]
+    if model.graph.input[0].name == 'images' and tuple(shape[2:]) != exported.size:
+        failures.append(f'input images: it is {shape[2]}x{shape[3]} pixels, not {exported.size[0]}x{exported.size[1]}.')
+    if not failures:
+        failures += _normalization_fault(detector, given)
+    return failures
 
 
-def relative_difference(expected: np.ndarray, given: np.ndarray) -> float:
-    """Return the largest difference relative to the largest expected value; infinite for unlike shapes and NaN."""
-    if expected.shape != given.shape or not np.isfinite(given).all():
-        return float('inf')
-    largest = float(np.abs(expected).max(initial=0.0))
-    difference = float(np.abs(expected - given).max(initial=0.0))
-    return difference / largest if largest else difference
+def _normalization_fault(detector: Any, metadata: Mapping[str, str]) -> list[str]:
+    """Normalize one image by the metadata and by the detector's own data preprocessor."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
+    sample = DetDataSample(metainfo=dict(img_shape=(8, 8), ori_shape=(8, 8), scale_factor=(1.0, 1.0)))
+    batch = dict(inputs=[torch.from_numpy(image)], data_samples=[sample])
+    expected = detector.data_preprocessor(batch, False)['inputs'][0, :, :8, :8].cpu().numpy()
+    mean, std = (np.asarray(json.loads(metadata[key]), np.float32)[:, None, None] for key in ('mean', 'std'))
+    given = ((image[::-1] if json.loads(metadata['bgr_to_rgb']) else image).astype(np.float32) - mean) / std
+    if np.allclose(expected, given, rtol=1e-5, atol=1e-5):
+        return []
+    return ['metadata mean, std, bgr_to_rgb: they do not normalize an image as the data preprocessor does.']
 
 
-def integers_equal(graph: Graph, node: NodeProto, operator: NodeProto, trained: np.ndarray) -> bool:
-    """Compare the integers of a DequantizeLinear with those of training.
+def _shortened(value: str | None) -> str:
+    return 'missing' if value is None else shorten(value, 80)
+
+
+def check_detections(session: Session, inputs: Tensor) -> list[str]:
+    """Compare the NMS of a file with torchvision's, on the boxes and scores of the file.
 
     Args:
-        graph: Graph that holds the node.
-        node: The DequantizeLinear of a weight.
-        operator: The operator that reads it.
-        trained: Integers of training, (C_out, ...).
+        session: The file.
+        inputs: Input of the file.
 
     Returns:
-        Whether each output channel equals that of training, or its negative where a BatchNorm was folded.
+        One sentence if they differ.
     """
-    stored = graph.constants[node.input[0]].astype(np.int32)
-    transposed = operator.op_type in ('ConvTranspose', 'MatMul')
-    axis = attribute(node, 'axis') if graph.constants[node.input[1]].ndim else None
-    stored = np.moveaxis(stored, (1 if transposed else 0) if axis is None else axis, 0)
-    if stored.shape != trained.shape:
-        return False
-    stored, expected = stored.reshape(len(stored), -1), trained.astype(np.int32).reshape(len(trained), -1)
-    return bool(((stored == expected).all(1) | (stored == -expected).all(1)).all())
+    nms = json.loads(session.metadata.get('nms', 'null'))
+    if not nms:
+        return []
+    settings = NmsSettings(**{key: nms[key] for key in NmsSettings.__dataclass_fields__})
+    outputs = dict(zip(session.outputs, session(inputs.cpu().numpy()), strict=True))
+    boxes, scores, detections = (outputs[name] for name in ('boxes', 'scores', DETECTIONS))
+    expected = suppress(torch.from_numpy(boxes)[0], torch.from_numpy(scores)[0], settings).numpy()
+    # Equal scores have no order.
+    if expected.shape == detections.shape and np.allclose(_sorted(expected), _sorted(detections), rtol=1e-5, atol=1e-4):
+        return []
+    return [f'output detections: {len(detections)} detections, not the {len(expected)} of NMS in torchvision.']
 
 
-@dataclass
-class _Alone:
-    model: onnx.ModelProto
-    keeps_batch_norm: bool
-
-
-def _cut_out(graph: Graph, operator: NodeProto, layer: Any, x: Tensor) -> _Alone:
-    """Make a model of one layer, from the input of its quantizer to the output of its operator."""
-    readers = graph.consumers(operator.output[0])
-    keeps = any(reader.op_type == 'BatchNormalization' for reader in readers)
-    output = operator.output[0]
-    nodes: list[NodeProto] = []
-    if operator.op_type == 'MatMul' and getattr(layer, 'bias', None) is not None:
-        add = next(reader for reader in readers if reader.op_type == 'Add')
-        nodes.append(add)
-        output = add.output[0]
-    entry: str | None = None
-    pending, seen = [operator], set()
-    while pending:
-        node = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        nodes.append(node)
-        if node.op_type == 'QuantizeLinear':
-            clip = graph.producer(node.input[0])
-            # A Clip that is part of the quantizer, not one of the network's.
-            if clip is not None and clip.op_type == 'Clip' and clip.name.endswith('/clip'):
-                nodes.append(clip)
-                entry = clip.input[0]
-            else:
-                entry = node.input[0]
-            continue
-        pending += [source for name in sources(node) if (source := graph.producer(name)) is not None]
-    if entry is None:
-        raise ValueError(f'{operator.name} has no quantizer at its input')
-    order = {id(node): index for index, node in enumerate(graph.nodes)}
-    nodes.sort(key=lambda node: order[id(node)])
-    full = graph.to_model()
-    constants = {name for node in nodes for name in sources(node)} & set(graph.constants)
-    proto = helper.make_graph(
-        nodes,
-        'layer',
-        [helper.make_tensor_value_info(entry, TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
-        [tensor for tensor in full.graph.initializer if tensor.name in constants],
-    )
-    model = helper.make_model(proto, opset_imports=list(full.opset_import))
-    model.ir_version = full.ir_version
-    return _Alone(model, keeps)
-
-
-@contextmanager
-def _watching(detector: nn.Module, check: Callable[..., None]) -> Iterator[None]:
-    """Call ``check`` for each call of a quantized layer, with the output of a BatchNorm that reads its output."""
-    pending: list[tuple[str, Any, int, Tensor, Tensor, Tensor]] = []
-    inputs: dict[str, Tensor] = {}
-    calls: dict[str, int] = {}
-
-    def flush(normalized: Tensor | None = None) -> None:
-        if pending:
-            name, layer, call, x, copied, _ = pending.pop()
-            check(name, layer, call, x, copied, normalized)
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            flush()
-            inputs[name] = args[0].detach().clone()
-
-        return hook
-
-    def finish(name: str) -> Any:
-        def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
-            call = calls[name] = calls.get(name, -1) + 1
-            # A copy: activation functions may work in place.
-            pending.append((name, layer, call, inputs.pop(name), output.detach().clone(), output))
-
-        return hook
-
-    def normalize(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if pending and args[0] is pending[-1][-1]:
-            flush(output.detach().clone())
-
-    with ExitStack() as stack:
-        for name, module in detector.named_modules():
-            if isinstance(module, QuantizedLayer):
-                stack.callback(module.input_quantizer.register_forward_pre_hook(remember(name)).remove)
-                stack.callback(module.register_forward_hook(finish(name)).remove)
-            elif isinstance(module, _BatchNorm):
-                stack.callback(module.register_forward_hook(normalize).remove)
-        yield
-        flush()
+def _sorted(detections: np.ndarray) -> np.ndarray:
+    return detections[np.lexsort(detections.T)]
 
 
 def check_outputs(detector: nn.Module, part: Part, session: Session, inputs: Tensor) -> list[OutputCheck]:
@@ -426,14 +331,6 @@ def _disturbing(detector: nn.Module, generator: torch.Generator) -> Iterator[Non
         yield
 
 
-def mean_difference(expected: Tensor, given: Tensor) -> float:
-    """Return the mean difference relative to the mean of the expected values."""
-    expected, given = expected.double().cpu(), given.double().cpu()
-    scale = float(expected.abs().mean())
-    difference = float((expected - given).abs().mean())
-    return difference / scale if scale else difference
-
-
 def float_layers(session: Session, content: bytes) -> list[str]:
     """List quantized convolutions and matrix products that OpenVINO does not run in 8 bits.
 
@@ -460,9 +357,16 @@ def float_layers(session: Session, content: bytes) -> list[str]:
     ]
 
 
-@torch.no_grad()
 def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]], score_thr: float = 0.3) -> float:
-    """Return the part of detections that two detectors share.
+    """Return the agreement of :func:`compare_detections`."""
+    return compare_detections(detector, deployed, samples, score_thr)[0]
+
+
+@torch.no_grad()
+def compare_detections(
+    detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]], score_thr: float = 0.3
+) -> tuple[float, int]:
+    """Find the detections that two detectors share.
 
     Args:
         detector: The detector in PyTorch.
@@ -472,7 +376,7 @@ def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]]
 
     Returns:
         2 * pairs / (detections of one + detections of the other), where a pair has one label and an IoU of at least
-        0.75; 1 if there are no detections.
+        0.75; 1 if there are no detections. And the number of detections of both.
     """
     pairs = total = 0
     for sample in samples:
@@ -486,7 +390,7 @@ def agreement(detector: Any, deployed: Any, samples: Sequence[Mapping[str, Any]]
             overlap = box_iou(found[0].bboxes, found[1].bboxes)
             same = found[0].labels[:, None] == found[1].labels
             pairs += _count_pairs(torch.where(same, overlap, torch.zeros_like(overlap)))
-    return 2 * pairs / total if total else 1.0
+    return (2 * pairs / total if total else 1.0), total
 
 
 def _count_pairs(overlap: Tensor) -> int:

@@ -2,6 +2,7 @@
 """Runner, hooks and optimizer constructor of zero-shot quantization on MMEngine."""
 
 from mmzsq.engine.distributed import AveragingDataParallel
+from mmzsq.engine.exported_detector import check_classes, evaluation_config, exported_detector
 from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook
 from mmzsq.engine.optim_wrapper_constructor import GroupedOptimWrapperConstructor
 from mmzsq.engine.runner import ZeroShotRunner
@@ -13,4 +14,7 @@ __all__ = [
     'GroupedOptimWrapperConstructor',
     'QuantizerInitHook',
     'ZeroShotRunner',
+    'check_classes',
+    'evaluation_config',
+    'exported_detector',
 ]

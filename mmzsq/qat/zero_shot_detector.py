@@ -246,6 +246,9 @@ class ZeroShotDetector(BaseModel):
     def _unfreeze_quantized_layers(self) -> None:
         for _, layer in quantized_layers(self.student):
             layer.requires_grad_(True)
+        for name, quantizer in quantizers(self.student):
+            if name.endswith('output_quantizer'):
+                quantizer.requires_grad_(True)
 
     def _collect_taps(self) -> set[str]:
         taps: set[str] = set()

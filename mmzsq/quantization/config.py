@@ -175,6 +175,13 @@ class QuantizationConfig(TypedSection):
     attention: OperandBits | None = None
     """Bits of the operands of attention's two matrix products. The softmax output is unsigned, queries, keys and values
     have the scheme of ``activation``. None: the products stay float."""
+    outputs: NumBits | None = None
+    """Bits of trained grids on values between layers: the output of each layer after its BatchNorm, the output of its
+    activation function, and sums. ONNX Runtime needs 8; see :mod:`mmzsq.quantization.outputs`. None: no grid."""
+    target: Literal['openvino', 'onnxruntime', 'tensorrt'] | None = None
+    """Runtime to train for. ``'onnxruntime'``: ``outputs`` is 8 if it is None. ``'tensorrt'``: inputs of 8 bits are
+    symmetric whatever ``activation.scheme`` says, and shortcuts are quantized before they are added. None and
+    ``'openvino'``: no other grids than those of inputs and weights."""
     skip: Patterns = ()
     """Layers that stay float."""
     overrides: dict[str, LayerBits | None] = {}
@@ -208,6 +215,20 @@ class QuantizationConfig(TypedSection):
             )
         return self
 
+    @model_validator(mode='after')
+    def _check_outputs(self) -> Self:
+        if self.target == 'tensorrt' and self.outputs is not None:
+            raise failure(
+                "{where}.outputs is for ONNX Runtime, but {where}.target is 'tensorrt', which needs no grids on the "
+                'outputs of layers: set one of them to None.'
+            )
+        if self.adds_grids and self.allocate is not None:
+            raise failure(
+                '{where}.allocate gives layers bits of their own, but {where}.outputs and {where}.target share grids '
+                'among layers: set {where}.overrides instead, or leave {where}.allocate at None.'
+            )
+        return self
+
     def integers(self) -> dict[str, Any]:
         """Return all settings that decide what each integer means, by name.
 
@@ -219,8 +240,24 @@ class QuantizationConfig(TypedSection):
             for key in type(getattr(self, name)).model_fields
             if key != 'init'
         }
-        left_out = ('weight', 'activation', 'grad_scale', 'allocate')
-        return {**{key: getattr(self, key) for key in type(self).model_fields if key not in left_out}, **parts}
+        left_out = ('weight', 'activation', 'grad_scale', 'allocate', 'outputs', 'target')
+        kept = {key: getattr(self, key) for key in type(self).model_fields if key not in left_out}
+        return {**kept, 'outputs': self.output_bits, 'symmetric': self.target == 'tensorrt', **parts}
+
+    @property
+    def output_bits(self) -> int | None:
+        """Bits of the grids on outputs of layers, activation functions and sums; None if there are none."""
+        return 8 if self.outputs is None and self.target == 'onnxruntime' else self.outputs
+
+    @property
+    def adds_grids(self) -> bool:
+        """Whether values between layers get grids."""
+        return self.output_bits is not None or self.target == 'tensorrt'
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of the grids on values between layers."""
+        return 8 if self.output_bits is None else self.output_bits
 
     @property
     def quantizer_class(self) -> QuantizerClass:
@@ -260,11 +297,13 @@ class QuantizationConfig(TypedSection):
 
         Args:
             bits: 2 to 8.
-            scheme: If another than that of ``activation``.
+            scheme: If another than that of ``activation``. For TensorRT, 8 bits are always signed: its type is int8
+                with zero point 0.
         """
+        scheme = scheme or self.activation.scheme
         return self.quantizer_class(
             bits=bits,
-            scheme=scheme or self.activation.scheme,
+            scheme='signed' if self.target == 'tensorrt' and bits == 8 else scheme,
             init=self.activation.init,
             step=self.step,
             grad_scale=self.grad_scale,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from mmzsq.quantization.modules import (
     make_quantized,
     quantizable_bases,
     quantized_class,
+    quantized_layers,
     weight_of,
 )
 from mmzsq.quantization.multihead_attention import decompose_attention
+from mmzsq.quantization.outputs import Grids, add_grids, choose_grids, watching
 from mmzsq.quantization.report import FLOAT_BITS, LayerReport, QuantizationReport
 from mmzsq.quantization.trace import Trace, trace
 
@@ -92,6 +95,8 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         raise UserError('The model has quantized layers already; `prepare` takes a float model.')
     patterns = enclosing_patterns(model, config.patterns)
     _check_patterns(model, config.patterns, {name: patterns[name] for name in layers})
+    if run is None and config.adds_grids:
+        raise UserError(f'{WHERE}.outputs and {WHERE}.target need a run of the model: pass `run` to `prepare`.')
     if run is None and config.needs_roles:
         raise UserError(
             'First and last layers are found by running the model: pass `run` to `prepare`, or set '
@@ -104,7 +109,9 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
     }
     attention = [] if config.attention is None else _swap_attention(model, config, patterns)
     products = {n: m for n, m in model.named_modules() if isinstance(m, QuantMatmul)}
-    result = Trace() if run is None else trace(model, {**traceable, **products}, run)
+    called = {**traceable, **products}
+    with watching(model, called) if config.adds_grids else nullcontext() as flow:
+        result = Trace() if run is None else trace(model, called, run)
 
     settings = _Settings(config, patterns, result, run is not None)
     rows = [_quantize_layer(name, layer, settings) for name, layer in layers.items()]
@@ -113,8 +120,12 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         raise UserError(f'No layer of the model was quantized: {"; ".join(reasons) or "it has no weights"}.')
     for found in attention:
         rows += _quantize_attention(found, settings)
+    grids = Grids()
+    if flow is not None:
+        grids = choose_grids(flow, dict(quantized_layers(model)), result.last, config)
+        add_grids(model, grids, config)
     rows += _other_parameters(model, layers.values())
-    return QuantizationReport(model, rows)
+    return QuantizationReport(model, rows, grids.layer_of, grids.float_values)
 
 
 def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -59,11 +60,21 @@ class QuantizationReport:
     Args:
         model: The prepared model. Its steps are read when needed.
         layers: Layers in the order of ``named_modules``, then attention, then other parameters.
+        outputs: Name of the module that quantizes the output of a layer, by the name of the layer.
+        float_values: Modules that made or read a value that should be quantized, but is returned by no module.
     """
 
-    def __init__(self, model: nn.Module, layers: list[LayerReport]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[LayerReport],
+        outputs: Mapping[str, str] | None = None,
+        float_values: Sequence[str] = (),
+    ) -> None:
         self.model: Any = model
         self.layers = layers
+        self.outputs = dict(outputs or {})
+        self.float_values = list(float_values)
 
     @property
     def size_before(self) -> float:
@@ -105,7 +116,8 @@ class QuantizationReport:
             ``model`` with sizes and BOPs, and ``layers``, a list of dicts: the attributes of
             :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
             ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
-            (lists, ``None`` before calibration or where the scheme has none).
+            (lists, ``None`` before calibration or where the scheme has none); ``output`` likewise where the output of
+            the layer is quantized.
         """
         modules = dict(self.model.named_modules())
         layers = []
@@ -113,24 +125,35 @@ class QuantizationReport:
             row = asdict(layer)
             if layer.quantized:
                 row['weight'], row['input'] = map(_describe, _quantizers_of(modules[layer.name]))
+            if layer.name in self.outputs:
+                row['output'] = _describe(cast(LSQ, modules[self.outputs[layer.name]].output_quantizer))
             layers.append(row)
-        model = {
+        model: dict[str, Any] = {
             'size_before_mb': self.size_before,
             'size_after_mb': self.size_after,
             'bops_before': self.bops_before,
             'bops_after': self.bops_after,
         }
+        if self.float_values:
+            model['float_values'] = self.float_values
         return {'model': model, 'layers': layers}
 
     def to_table(self) -> str:
         """Return the report as text: a header, one line per layer, and one or two lines about the model."""
         header = ('layer', 'type', 'weights', 'w', 'a', 'weight step', 'input step', 'zero', 'note')
-        rows = [header, *map(_row, self.to_dict()['layers'])]
+        layers = self.to_dict()['layers']
+        rows: list[tuple[str, ...]] = [header, *map(_row, layers)]
+        if self.outputs:
+            steps = [_format_range(row['output']['steps']) if 'output' in row else '-' for row in layers]
+            cells = ('output step', *steps)
+            rows = [(*row[:-1], cell, row[-1]) for row, cell in zip(rows, cells, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append(f'model size: {self.size_before:.2f} MB -> {self.size_after:.2f} MB')
         if self.bops_before is not None and self.bops_after is not None:
             lines.append(f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G')
+        if self.float_values:
+            lines.append(f'float values near these modules: {", ".join(self.float_values)}')
         return '\n'.join(lines)
 
 

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of calibration sets with their labels."""
+"""Images of calibration sets with their labels, and images with detections."""
 
+from mmzsq.visualization.detections import draw_detections, join_side_by_side
 from mmzsq.visualization.gallery import draw_labels, save_gallery, save_set_gallery, save_side_by_side
 
-__all__ = ['draw_labels', 'save_gallery', 'save_set_gallery', 'save_side_by_side']
+__all__ = [
+    'draw_detections',
+    'draw_labels',
+    'join_side_by_side',
+    'save_gallery',
+    'save_set_gallery',
+    'save_side_by_side',
+]

@@ -29,7 +29,7 @@ TITLE_HEIGHT = 28
 MASK_OPACITY = 0.15
 
 
-def _color(label: int) -> tuple[int, int, int]:
+def label_color(label: int) -> tuple[int, int, int]:
     """Return a bright RGB color for a category; neighboring categories differ in hue."""
     hue = int(label * 180 * 0.618034) % 180
     red, green, blue = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
@@ -56,10 +56,10 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     if 'masks' in labels:
         # Masks first, so that they cover no box and no name.
         for mask, label in zip(labels.masks.numpy(), labels.labels.tolist(), strict=True):
-            _draw_mask(canvas, mask, _color(label))
+            draw_mask(canvas, mask, label_color(label))
     for bbox, label in zip(labels.bboxes.tolist(), labels.labels.tolist(), strict=True):
         x1, y1, x2, y2 = (round(value * scale) for value in bbox)
-        color = _color(label)
+        color = label_color(label)
         cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), color, 1)
         origin = (x1 + 2, min(y1 + 11, size[1] - 2))
         for line, width_ in (((0, 0, 0), 3), (color, 1)):
@@ -67,7 +67,7 @@ def draw_labels(image: np.ndarray, labels: InstanceData, classes: Sequence[str],
     return canvas
 
 
-def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
+def draw_mask(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int]) -> None:
     """Tint and outline a mask, bool of any resolution, on ``canvas``, uint8 (H, W, 3), in place."""
     size = (canvas.shape[1], canvas.shape[0])
     mask = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
@@ -119,10 +119,15 @@ def save_side_by_side(
     for name, root in roots.items():
         images, labels, classes = load_labeled_images(root, indices)
         row = _sheet([draw_labels(*pair, classes) for pair in zip(images, labels, strict=True)], len(indices))
-        title = np.full((TITLE_HEIGHT, row.shape[1], 3), 255, np.uint8)
-        cv2.putText(title, name, (2, TITLE_HEIGHT - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-        rows += [title, row]
+        rows += [title(name, row.shape[1]), row]
     _save(path, np.concatenate(rows))
+
+
+def title(text: str, width: int) -> np.ndarray:
+    """Return a white strip with text, uint8 (TITLE_HEIGHT, width, 3)."""
+    strip = np.full((TITLE_HEIGHT, width, 3), 255, np.uint8)
+    cv2.putText(strip, text, (2, TITLE_HEIGHT - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip
 
 
 def load_labeled_images(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 for package in ('onnx', 'onnxruntime', 'openvino'):
     pytest.importorskip(package, exc_type=ImportError)
 
+from quantized_detectors import shipped_detector  # noqa: E402
 from quantized_networks import lowered, outputs  # noqa: E402
 
 
@@ -32,3 +34,15 @@ def assert_same() -> Callable[..., Any]:
         return built
 
     return check
+
+
+@pytest.fixture(scope='session')
+def demo(repo: Path) -> tuple[Any, Any, torch.Tensor]:
+    """The shipped detector with 4 bits and input factors, its config, and a batch."""
+    return shipped_detector(repo, 4, equalize=True)
+
+
+@pytest.fixture(scope='session')
+def demo_8_bits(repo: Path) -> tuple[Any, Any, torch.Tensor]:
+    """The shipped detector with 8 bits."""
+    return shipped_detector(repo, 8)

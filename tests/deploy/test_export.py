@@ -8,73 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config
-from onnx import numpy_helper
-from torch import nn
+from quantized_detectors import random_detector, run_both_stages
 
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.deploy import DeployReport, OnnxDetector, Session, detector_of, export, verify
 from mmzsq.deploy.heads import parts_of
 from mmzsq.deploy.verify import agreement
 from mmzsq.errors import UserError
-from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers
+from mmzsq.quantization import quantized_layers
 
 RUNTIMES = ('onnxruntime', 'openvino')
-
-
-def _random_batch_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            with torch.no_grad():
-                module.weight.normal_(1.0, 0.5)
-                module.running_mean.normal_(0.0, 0.1)
-                module.running_var.uniform_(0.5, 2.0)
-
-
-def _quantize(detector: Any, run: Callable[[], Any], bits: int, **config: Any) -> Any:
-    cfg = QuantizationConfig.from_dict(dict(w_bits=bits, a_bits=bits, first_bits='same', last_bits='same', **config))
-    prepare(detector.eval(), cfg)
-    with torch.no_grad():
-        if cfg.equalize:
-            equalize(detector, run)
-        with calibrating(detector):
-            run()
-    return detector
-
-
-def _scenes() -> torch.Tensor:
-    """Two drawn scenes (2, 3, 128, 128), normalized."""
-    scenes = [torch.from_numpy(np.ascontiguousarray(draw_scene(0, index, 128).image)) for index in range(2)]
-    return torch.stack(scenes).permute(0, 3, 1, 2)[:, [2, 1, 0]].float() / 255
-
-
-def _demo(repo: Path, bits: int, **config: Any) -> tuple[Any, Any, torch.Tensor]:
-    from mmdet.utils import register_all_modules
-    from safetensors.torch import load_file
-
-    register_all_modules()
-    cfg = Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py')
-    detector = MODELS.build(cfg.model)
-    detector.load_state_dict(load_file(repo / 'mmzsq/assets/yolov5-p_shapes.safetensors'))
-    images = _scenes()
-    return _quantize(detector, lambda: detector(images), bits, **config), cfg, images
-
-
-@pytest.fixture(scope='module')
-def demo(repo: Path) -> tuple[Any, Any, torch.Tensor]:
-    """The shipped detector with 4 bits and input factors, its config, and a batch."""
-    return _demo(repo, 4, equalize=True)
-
-
-@pytest.fixture(scope='module')
-def demo_8_bits(repo: Path) -> tuple[Any, Any, torch.Tensor]:
-    """The shipped detector with 8 bits."""
-    return _demo(repo, 8)
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
@@ -111,29 +58,6 @@ def test_verification_passes_for_what_was_exported(demo_8_bits: Any, tmp_path: P
     assert not checks.float_layers
     checks.save(tmp_path / 'deploy.json')
     assert json.loads((tmp_path / 'deploy.json').read_bytes())['passed'] is True
-
-
-@pytest.mark.parametrize('spoiled', ['weight_integers', 'weight_step', 'input_step', 'bias'])
-def test_verification_names_the_layer_that_was_tampered_with(demo: Any, tmp_path: Path, spoiled: str) -> None:
-    detector, _, images = demo
-    report = export(detector, tmp_path / 'demo.onnx', size=(128, 128))
-    model = onnx.load(tmp_path / 'demo.onnx')
-    layer = 'backbone.stage2.0.conv'
-    names = {
-        'weight_integers': f'{layer}.weight_integers',
-        'weight_step': f'{layer}.weight_step',
-        'input_step': f'{layer}.input/0/step',
-        'bias': f'{layer}.bias',
-    }
-    tensor = next(t for t in model.graph.initializer if t.name == names[spoiled])
-    values = np.array(numpy_helper.to_array(tensor))
-    first = (0,) * values.ndim
-    values[first] = values[first] + 1 if values.dtype.kind in 'iu' else values[first] * 1.001
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    onnx.save(model, tmp_path / 'demo.onnx')
-    checks = verify(detector, report, images, 'onnxruntime', threads=1)
-    assert not checks.passed
-    assert checks.failures[0].startswith(f'{layer} (call 0): ')
 
 
 @pytest.mark.parametrize('raw', [True, False])
@@ -201,34 +125,10 @@ def test_a_predictor_refuses_files_of_others(demo: Any, tmp_path: Path, tiny_cfg
         detector_of(tmp_path / 'foreign.onnx', cfg.model)
 
 
-def _tiny(cfg: Any, size: int, run: Callable[[Any, torch.Tensor], Any]) -> Any:
-    detector: Any = MODELS.build(cfg).eval()
-    _random_batch_norms(detector)
-    images = torch.randn(1, 3, size, size)
-    return _quantize(detector, lambda: run(detector, images), 8)
-
-
-def _run_both_stages(detector: Any, images: torch.Tensor) -> None:
-    features = detector.extract_feat(images)
-    detector.rpn_head(features)
-    for part in parts_of_heads(detector):
-        part(features)
-
-
-def parts_of_heads(detector: Any) -> list[Callable[[Any], Any]]:
-    rois = torch.tensor([[0.0, 0.0, 0.0, 50.0, 50.0], [0.0, 10.0, 5.0, 64.0, 30.0]])
-    roi_head = detector.roi_head
-    stages = [()] if not hasattr(roi_head, 'num_stages') else [(stage,) for stage in range(roi_head.num_stages)]
-    calls: list[Callable[[Any], Any]] = [lambda x, s=s: roi_head._bbox_forward(*s, x, rois) for s in stages]
-    if roi_head.with_mask:
-        calls.append(lambda x: roi_head._mask_forward(x, rois))
-    return calls
-
-
 @pytest.mark.parametrize('name', ['mask-rcnn_r18', 'cascade-rcnn_r18', 'mask-rcnn_swin'])
 def test_two_stage_detectors_are_verified_in_parts(name: str, tiny_cfg: Callable[[str], Any], tmp_path: Path) -> None:
     cfg = tiny_cfg(name)
-    detector = _tiny(cfg, 64, _run_both_stages)
+    detector = random_detector(cfg, 64, run_both_stages)
     report = export(detector, tmp_path / 'model.onnx', size=(64, 64))
     assert (
         set(report.files)
@@ -247,7 +147,7 @@ def test_a_two_stage_detector_predicts_boxes_and_masks(tiny_cfg: Callable[[str],
     from mmdet.structures import DetDataSample
 
     cfg = tiny_cfg('mask-rcnn_r18')
-    detector = _tiny(cfg, 64, _run_both_stages)
+    detector = random_detector(cfg, 64, run_both_stages)
     export(detector, tmp_path / 'model.onnx', size=(64, 64))
     sample = DetDataSample(metainfo=dict(img_shape=(50, 64), ori_shape=(100, 128), scale_factor=(0.5, 0.5), img_id=0))
     image = torch.randint(0, 255, (3, 50, 64), dtype=torch.uint8)
@@ -263,7 +163,7 @@ def test_a_two_stage_detector_predicts_boxes_and_masks(tiny_cfg: Callable[[str],
 
 
 def test_a_head_on_several_levels_is_verified(tiny_cfg: Callable[[str], Any], tmp_path: Path) -> None:
-    detector = _tiny(tiny_cfg('retinanet_r18'), 64, lambda model, x: model.bbox_head(model.extract_feat(x)))
+    detector = random_detector(tiny_cfg('retinanet_r18'), 64, lambda model, x: model.bbox_head(model.extract_feat(x)))
     report: DeployReport = export(detector, tmp_path / 'model.onnx', size=(64, 64))
     assert max(layer.call for layer in report.layers) == 4
     for runtime in RUNTIMES:
@@ -275,7 +175,7 @@ def test_decoded_boxes_are_those_of_mmdetection(tiny_cfg: Callable[[str], Any], 
     """Every location, against the head's own ``predict_by_feat`` without threshold and NMS."""
     from mmengine.config import ConfigDict
 
-    detector = _tiny(tiny_cfg('retinanet_r18'), 64, lambda model, x: model.bbox_head(model.extract_feat(x)))
+    detector = random_detector(tiny_cfg('retinanet_r18'), 64, lambda model, x: model.bbox_head(model.extract_feat(x)))
     images = torch.randn(1, 3, 64, 64)
     part = parts_of(detector, (64, 64), raw=False)[0]
     with torch.no_grad():

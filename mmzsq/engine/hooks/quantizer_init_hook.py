@@ -7,20 +7,15 @@ import io
 import itertools
 import json
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from torch import nn
 
 from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
-from mmzsq.errors import UserError
-from mmzsq.qat.zero_shot_detector import trained_quantization
-from mmzsq.quantization import quantizers
-from mmzsq.quantization.config import QuantizationConfig
+from mmzsq.qat.student_checkpoint import check_initialized, check_input_scales, check_settings, uninitialized
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
@@ -28,10 +23,6 @@ PTQ_FILE = 'ptq.pth'
 
 REPORT_FILE = 'quantization_report.json'
 """File in the work_dir that lists every layer: bits, scheme and initial steps, or why it stays float."""
-
-
-SHOWN_LENGTH = 100
-"""Length to which a message shortens a setting. The bits of all layers would fill a page."""
 
 
 @HOOKS.register_module()
@@ -58,7 +49,7 @@ class QuantizerInitHook(Hook):
             UserError: If a file cannot be written.
         """
         detector = runner.detector
-        if not _uninitialized(detector.student):
+        if not uninitialized(detector.student):
             return
         detector.initialize_quantizers(itertools.islice(runner.train_dataloader, self.num_batches))
         runner.logger.info(f'quantizers initialized on {self.num_batches} batches\n{detector.report.to_table()}')
@@ -99,26 +90,11 @@ class QuantizerInitHook(Hook):
         Raises:
             UserError: If settings of integers differ, or the layers with input scales.
         """
-        trained = trained_quantization(checkpoint)
-        if trained is not None:
-            self._check_settings(runner, checkpoint, trained)
-        _check_input_scales(runner.detector, checkpoint.get('state_dict', {}))
-
-    def _check_settings(self, runner: Runner, checkpoint: dict, trained: QuantizationConfig) -> None:
         # In training, the optimizer exists, and the runner has already loaded the bits of the checkpoint.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             runner.detector.load_bits_from(checkpoint)
-        before, now = trained.integers(), runner.detector.quantization_config.integers()
-        differing = [
-            f'{key} {shorten(repr(before[key]), SHOWN_LENGTH)}, not {shorten(repr(now[key]), SHOWN_LENGTH)}'
-            for key in before
-            if before[key] != now[key]
-        ]
-        if differing:
-            raise UserError(
-                f'the checkpoint was trained with other settings of zsq.quantizer: {"; ".join(differing)}. Give the '
-                'config that it was trained with'
-            )
+        check_settings(runner.detector, checkpoint)
+        check_input_scales(runner.detector, checkpoint.get('state_dict', {}))
 
     def before_test(self, runner: Runner) -> None:
         """Reject a float checkpoint.
@@ -129,35 +105,8 @@ class QuantizerInitHook(Hook):
         Raises:
             UserError: If quantizers are not initialized.
         """
-        names = _uninitialized(runner.detector.student)
-        if names:
-            raise UserError(
-                f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
-                "float checkpoint. Test it with the detector's own config, or use the checkpoint that training wrote"
-            )
+        check_initialized(runner.detector.student)
 
     def before_val(self, runner: Runner) -> None:
         """Reject a float checkpoint, see :meth:`before_test`."""
         self.before_test(runner)
-
-
-def _check_input_scales(detector: nn.Module, state: dict) -> None:
-    """Reject a checkpoint with input scales (``zsq.quantizer.equalize``) in other layers than the model has.
-
-    The weights of the checkpoint compensate for its input scales.
-    """
-    if not any('_quantizer.' in name for name in state):
-        return
-    loaded, own = (
-        {name for name in names if name.endswith('.input_scale')} for names in (state, detector.state_dict())
-    )
-    if loaded != own:
-        raise UserError(
-            'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '
-            f'{min(loaded ^ own).removesuffix(".input_scale")} in only one of the two, and its weights compensate for '
-            'them. Give the config that it was trained with, or train again'
-        )
-
-
-def _uninitialized(student: nn.Module) -> list[str]:
-    return [name for name, quantizer in quantizers(student) if not quantizer.ready]

@@ -1,0 +1,583 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of single layers of an exported file, and of what lies between them.
+
+A file is cut at the outputs of its quantized layers. Each piece runs alone, fed the values that PyTorch computed, so
+that no difference of one layer reaches the next:
+
+* The piece from the input of a layer's quantizer to the output of its operator. Its integers, steps, zero point and
+  bias must equal those of training, with the BatchNorm folded in.
+* The piece from the outputs of other layers to this input: activation functions, sums, poolings, concatenations.
+
+Together, the pieces cover every node that an output of the file depends on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmzsq.deploy.dialects import container
+from mmzsq.deploy.graph import Graph, attribute, sources
+from mmzsq.deploy.heads import Part
+from mmzsq.deploy.markers import ActivationGrid, activation_grids, weight_grids
+from mmzsq.deploy.place import DATA_INPUTS
+from mmzsq.deploy.runtime import Session
+from mmzsq.quantization import QuantizedLayer
+
+TOLERANCE = 1e-5
+"""Largest difference of a piece's output, relative to its largest value."""
+QUANTIZED_TOLERANCE = 1e-4
+"""Largest mean difference, relative to the mean, of a piece that holds quantizers, such as those of attention."""
+EXACT = 1e-6
+"""Largest difference of a step or a bias, relative to the largest: both are computed in float64 and stored in float32.
+"""
+TIE = 1e-3
+"""Distance from half way between two levels, in levels, within which engines may round in either direction."""
+QUANTIZER_NAME = re.compile(r'(?P<name>.+)/(?P<call>\d+)/quantize(_\d+)?')
+
+
+@dataclass
+class LayerCheck:
+    """One call of a layer.
+
+    Attributes:
+        file: Name of the part.
+        layer: Name of the layer.
+        call: Number of the call.
+        integers_equal: Whether all integers equal those of training.
+        difference: Largest difference of the output of the layer alone, relative to its largest value; None if it was
+            not computed.
+        input_difference: The same for the values that reach the layer from the layers before it.
+        reason: Why the layer fails, None if it passes.
+    """
+
+    file: str
+    layer: str
+    call: int
+    integers_equal: bool
+    difference: float | None
+    input_difference: float | None
+    reason: str | None
+
+
+class PieceError(Exception):
+    """A file that cannot be cut as training prescribes; the message says why."""
+
+
+@dataclass
+class _Call:
+    """One call of a quantized layer in PyTorch.
+
+    Attributes:
+        name: Name of the layer.
+        layer: The layer.
+        number: Number of the call.
+        x: Input of its input quantizer.
+        output: Its output.
+        bn: The BatchNorm that reads its output, or None.
+        normalized: Output of this BatchNorm.
+    """
+
+    name: str
+    layer: Any
+    number: int
+    x: Tensor
+    output: Tensor
+    bn: Any = None
+    normalized: Tensor | None = None
+
+
+@torch.no_grad()
+def check_layers(
+    detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
+) -> tuple[list[LayerCheck], list[str]]:
+    """Check every quantized layer of one file, and what lies between the layers.
+
+    Args:
+        detector: The quantized detector, in eval mode.
+        part: A part of it.
+        content: The file of this part.
+        inputs: Input of the part.
+        runtime: The engine.
+        target: Target that the file was written for.
+
+    Returns:
+        One entry for each call of a layer, in the order of PyTorch's calls, and one sentence for each failure that
+        belongs to no layer.
+    """
+    pieces = _Pieces(detector, part, content, inputs, runtime, target)
+    failures = pieces.check_quantizers()
+    with _watching(detector, pieces.check):
+        expected = part.module(inputs)
+    failures += pieces.check_outputs(expected)
+    return pieces.checks, failures
+
+
+class _Pieces:
+    """A file that is cut at the outputs of its quantized layers, while PyTorch runs."""
+
+    def __init__(
+        self, detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
+    ) -> None:
+        self.part, self.runtime, self.target = part, runtime, target
+        self.graph = Graph(onnx.load_from_string(content))
+        self.full = self.graph.to_model()
+        self.tensors = {tensor.name: tensor for tensor in self.full.graph.initializer}
+        self.order = {id(node): index for index, node in enumerate(self.graph.nodes)}
+        self.integers = {grid.layer: grid for grid in weight_grids(detector).values()}
+        self.grids = activation_grids(detector)
+        self.values: dict[str, Tensor] = {self.graph.inputs[0]: inputs}
+        self.checks: list[LayerCheck] = []
+        self.weights: dict[tuple[str, int], NodeProto] = {}
+        for node in self.graph.nodes:
+            if node.op_type == 'DequantizeLinear' and node.name.endswith('/dequantize') and '/weight/' in node.name:
+                layer, _, call = node.name.removesuffix('/dequantize').rpartition('/weight/')
+                self.weights[layer, int(call)] = node
+
+    def check_quantizers(self) -> list[str]:
+        """Compare every quantizer of the file with the quantizer of the detector that it names."""
+        failures = []
+        for node in self.graph.nodes:
+            if node.op_type != 'QuantizeLinear':
+                continue
+            name = _quantizer_name(node)
+            reason: str | None = 'training has no such quantizer.'
+            if name in self.grids:
+                reason = _grid_fault(self.graph, node, self.grids[name]) or self._zero_point_fault(name, node)
+            if reason:
+                failures.append(f'{name or node.name}: {reason}')
+        return failures
+
+    def _zero_point_fault(self, name: str, node: NodeProto) -> str | None:
+        given = self.graph.constants[node.input[2]]
+        expected = container(name, self.grids[name], self.target)
+        if (given.dtype, int(given)) == (expected.dtype, expected.zero_point):
+            return None
+        return f'the zero point is {int(given)} ({given.dtype}), but must be {expected.zero_point} ({expected.dtype}).'
+
+    def check(self, call: _Call) -> None:
+        """Check one call of a layer; its output then feeds the pieces behind it."""
+        weight = self.weights.get((call.name, call.number))
+        if weight is None:
+            # Calls whose result nothing reads are no part of the file.
+            return
+        check = LayerCheck(self.part.name, call.name, call.number, False, None, None, None)
+        self.checks.append(check)
+        operator = self.graph.consumers(weight.output[0])[0]
+        keeps = any(reader.op_type == 'BatchNormalization' for reader in self.graph.consumers(operator.output[0]))
+        output = self._output_of(operator, call.layer)
+        expected = call.output if keeps or call.normalized is None else call.normalized
+        self.values[output] = expected
+        try:
+            check.reason = self._check(check, call, weight, operator, output, None if keeps else call.bn, expected)
+        except PieceError as error:
+            check.reason = str(error)
+
+    def _check(
+        self,
+        check: LayerCheck,
+        call: _Call,
+        weight: NodeProto,
+        operator: NodeProto,
+        output: str,
+        bn: Any,
+        expected: Tensor,
+    ) -> str | None:
+        gain, shift = _affine(bn)
+        trained = self.integers[call.name]
+        sign = np.where(gain < 0, -1, 1)
+        check.integers_equal = integers_equal(self.graph, weight, operator, trained.integers, sign)
+        if not check.integers_equal:
+            return 'integers differ from those of training.'
+        if not _close(trained.step.astype(np.float64) * np.abs(gain), self.graph.constants[weight.input[1]]):
+            return 'the step of the weight differs from that of training.'
+        bias = call.layer.bias
+        bias = np.zeros(()) if bias is None else bias.detach().cpu().double().numpy()
+        if not _close(bias * gain + shift, self._bias_of(operator, call.layer)):
+            return 'the bias differs from that of training.'
+        quantizer, entry = self._quantizer_of(operator)
+        grid = self.grids[f'{call.name}.input_quantizer']
+        fault = _grid_fault(self.graph, quantizer, grid)
+        if fault:
+            return f'at its input, {fault}'
+        dequantized = next(iter(self.graph.consumers(quantizer.output[0]))).output[0]
+        rounded = call.layer.input_quantizer(call.x)
+        # Without a Clip of its own, a quantizer of few bits gets values that lie on its grid already.
+        settled = entry == quantizer.input[0] and grid.qmax - grid.qmin < 255
+        given = self._run(
+            self._nodes_between([dequantized], {entry}), {entry: rounded if settled else call.x}, dequantized
+        )
+        fault = _rounding_fault(call.x, rounded, torch.from_numpy(given).to(rounded), grid)
+        if fault:
+            return fault
+        # On the grid, so that no value lies half way between two levels.
+        given = self._run(self._nodes_between([output], {entry}), {entry: rounded}, output)
+        check.difference = relative_difference(expected.cpu().numpy(), given)
+        if check.difference > TOLERANCE:
+            return f'alone, it differs from PyTorch by {check.difference:.1e} of its largest output.'
+        check.input_difference, fault = self._check_between(entry, call.x, grid)
+        return f'the values that reach it {fault}' if fault else None
+
+    def check_outputs(self, expected: Sequence[Tensor]) -> list[str]:
+        """Check the piece between the last layers and the outputs."""
+        failures = []
+        for name, value in zip(self.part.output_names, expected, strict=True):
+            try:
+                fault = self._check_between(name, value, None)[1]
+            except PieceError as error:
+                fault = str(error)
+            if fault:
+                failures.append(f'output {name} of {self.part.name}: the values behind the last layers {fault}')
+        return failures
+
+    def _check_between(self, value: str, expected: Tensor, grid: ActivationGrid | None) -> tuple[float, str | None]:
+        """Compute a value of the file from outputs of layers, and compare it with PyTorch's.
+
+        Quantizers with the grid ``grid`` that reach the value through operators that keep values are left out: they
+        were repeated there, and rounding twice to one grid changes nothing.
+        """
+        nodes, found, quantized = self._between(value, grid)
+        given = self._run(nodes, {name: self.values[name] for name in found}, value)
+        if quantized:
+            difference = mean_difference(expected, torch.from_numpy(given))
+            fault = f'differ from PyTorch by {difference:.1e} of their mean.'
+            return difference, fault if difference > QUANTIZED_TOLERANCE else None
+        difference = relative_difference(expected.cpu().numpy(), given)
+        fault = f'differ from PyTorch by {difference:.1e} of the largest.'
+        return difference, fault if difference > TOLERANCE else None
+
+    def _between(self, value: str, grid: ActivationGrid | None) -> tuple[list[NodeProto], list[str], bool]:
+        """Collect the nodes between a value and outputs of layers.
+
+        Returns:
+            Nodes in topological order, names of the values that feed them, and whether a quantizer is among them.
+        """
+        of_weights = {id(node) for node in self.weights.values()}
+        nodes: dict[int, NodeProto] = {}
+        feeding: list[str] = []
+        quantized = False
+        pending = [(value, grid is not None)]
+        while pending:
+            name, kept = pending.pop()
+            producer = self.graph.producer(name)
+            if name in self.values:
+                feeding.append(name)
+            elif producer is not None and id(producer) not in nodes:
+                if id(producer) in of_weights:
+                    raise PieceError(f'depend on {producer.name.rpartition("/weight/")[0]}, which PyTorch runs later.')
+                quantized = quantized or self._check_quantizer_between(producer)
+                kept = kept and not producer.domain and producer.op_type in DATA_INPUTS
+                copied = NodeProto()
+                copied.CopyFrom(producer)
+                for index, source in enumerate(producer.input):
+                    if kept and grid is not None:
+                        copied.input[index] = self._without_quantizer(source, grid)
+                nodes[id(producer)] = copied
+                pending += [(source, kept) for source in sources(copied) if source not in self.graph.constants]
+        order = sorted(nodes, key=lambda key: self.order[key])
+        return [nodes[key] for key in order], list(dict.fromkeys(feeding)), quantized
+
+    def _check_quantizer_between(self, node: NodeProto) -> bool:
+        """Whether a node is a quantizer of neither a weight nor a layer's input; the latter must not be there."""
+        if node.op_type != 'QuantizeLinear':
+            return False
+        name = _quantizer_name(node)
+        if name.endswith('.input_quantizer'):
+            raise PieceError(f'pass {name}, which belongs directly in front of its layer.')
+        return True
+
+    def _without_quantizer(self, value: str, grid: ActivationGrid) -> str:
+        """Name of a value before [Clip,] QuantizeLinear and DequantizeLinear, if their grid is ``grid``."""
+        dequantize = self.graph.producer(value)
+        quantize = None if dequantize is None else self.graph.producer(dequantize.input[0])
+        if dequantize is None or quantize is None or dequantize.op_type != 'DequantizeLinear':
+            return value
+        return value if _grid_fault(self.graph, quantize, grid) else _entry_of(self.graph, quantize)
+
+    def _output_of(self, operator: NodeProto, layer: Any) -> str:
+        if operator.op_type == 'MatMul' and getattr(layer, 'bias', None) is not None:
+            add = next((r for r in self.graph.consumers(operator.output[0]) if r.op_type == 'Add'), None)
+            return operator.output[0] if add is None else add.output[0]
+        return operator.output[0]
+
+    def _bias_of(self, operator: NodeProto, layer: Any) -> np.ndarray:
+        if operator.op_type == 'MatMul':
+            add = self.graph.producer(self._output_of(operator, layer))
+            names = [name for name in add.input if name in self.graph.constants] if add is not None else []
+        else:
+            names = [name for name in operator.input[2:3] if name]
+        return self.graph.constants.get(names[0], np.full((), np.nan)) if names else np.zeros(())
+
+    def _quantizer_of(self, operator: NodeProto) -> tuple[NodeProto, str]:
+        """Find the QuantizeLinear in front of an operator, and the value that enters it."""
+        pending = list(sources(operator))
+        while pending:
+            producer = self.graph.producer(pending.pop(0))
+            if producer is None:
+                continue
+            if producer.op_type == 'QuantizeLinear':
+                return producer, _entry_of(self.graph, producer)
+            if producer.op_type in ('DequantizeLinear', 'Pad', *DATA_INPUTS):
+                pending += sources(producer)
+        raise PieceError('it has no quantizer at its input.')
+
+    def _nodes_between(self, outputs: Sequence[str], inputs: set[str]) -> list[NodeProto]:
+        nodes: dict[int, NodeProto] = {}
+        pending = list(outputs)
+        while pending:
+            name = pending.pop()
+            producer = self.graph.producer(name)
+            if name in inputs or producer is None or id(producer) in nodes:
+                continue
+            nodes[id(producer)] = producer
+            pending += sources(producer)
+        return [nodes[key] for key in sorted(nodes, key=lambda key: self.order[key])]
+
+    def _run(self, nodes: Sequence[NodeProto], feeds: Mapping[str, Tensor], output: str) -> np.ndarray:
+        """Run nodes alone on one thread."""
+        read = {name for node in nodes for name in sources(node)}
+        feeds = {name: value for name, value in feeds.items() if name in read or name == output}
+        if not nodes:
+            if output not in feeds:
+                raise PieceError('are constant.')
+            return feeds[output].cpu().numpy()
+        outside = read - set(feeds) - set(self.tensors) - {name for node in nodes for name in node.output}
+        if outside:
+            raise PieceError(f'depend on {min(outside)}, which is no output of a layer.')
+        proto = helper.make_graph(
+            nodes,
+            'piece',
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape))
+                for name, value in feeds.items()
+            ],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [tensor for name, tensor in self.tensors.items() if name in read],
+        )
+        model = helper.make_model(proto, opset_imports=list(self.full.opset_import))
+        model.ir_version = self.full.ir_version
+        session = Session(model.SerializeToString(), self.runtime, threads=1)
+        return session(*(value.contiguous().cpu().numpy() for value in feeds.values()))[0]
+
+
+def relative_difference(expected: np.ndarray, given: np.ndarray) -> float:
+    """Return the largest difference relative to the largest expected value; infinite for unlike shapes and NaN."""
+    if expected.shape != given.shape or not np.isfinite(given).all():
+        return float('inf')
+    largest = float(np.abs(expected).max(initial=0.0))
+    difference = float(np.abs(expected - given).max(initial=0.0))
+    return difference / largest if largest else difference
+
+
+def mean_difference(expected: Tensor, given: Tensor) -> float:
+    """Return the mean difference relative to the mean of the expected values; infinite for unlike shapes and NaN."""
+    expected, given = expected.double().cpu(), given.double().cpu()
+    if expected.shape != given.shape or not bool(given.isfinite().all()):
+        return float('inf')
+    scale = float(expected.abs().mean())
+    difference = float((expected - given).abs().mean())
+    return difference / scale if scale else difference
+
+
+def integers_equal(
+    graph: Graph, node: NodeProto, operator: NodeProto, trained: np.ndarray, sign: np.ndarray | int = 1
+) -> bool:
+    """Compare the integers of a DequantizeLinear with those of training.
+
+    Args:
+        graph: Graph that holds the node.
+        node: The DequantizeLinear of a weight.
+        operator: The operator that reads it.
+        trained: Integers of training, (C_out, ...).
+        sign: Sign of each output channel, that of the gamma of a folded BatchNorm; scalar or (C_out,).
+
+    Returns:
+        Whether all integers are equal.
+    """
+    stored = graph.constants[node.input[0]].astype(np.int32)
+    transposed = operator.op_type in ('ConvTranspose', 'MatMul')
+    axis = attribute(node, 'axis') if graph.constants[node.input[1]].ndim else None
+    stored = np.moveaxis(stored, (1 if transposed else 0) if axis is None else axis, 0)
+    if stored.shape != trained.shape:
+        return False
+    signs = np.broadcast_to(sign, len(trained))[:, None]
+    return bool((stored.reshape(len(stored), -1) == trained.astype(np.int32).reshape(len(trained), -1) * signs).all())
+
+
+def _affine(bn: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and shift of a BatchNorm in eval mode, in float64; of none, 1 and 0."""
+    if bn is None:
+        return np.ones(()), np.zeros(())
+    mean, variance = (value.detach().cpu().double().numpy() for value in (bn.running_mean, bn.running_var))
+    gain = 1 / np.sqrt(variance + bn.eps)
+    shift = np.zeros_like(gain)
+    if bn.affine:
+        gain = gain * bn.weight.detach().cpu().double().numpy()
+        shift = bn.bias.detach().cpu().double().numpy()
+    return gain, shift - mean * gain
+
+
+def _close(expected: np.ndarray, given: np.ndarray) -> bool:
+    """Whether values are equal up to the rounding of float32; one value may stand for all."""
+    expected, given = np.asarray(expected, np.float64).reshape(-1), np.asarray(given, np.float64).reshape(-1)
+    if expected.size != given.size and 1 not in (expected.size, given.size):
+        return False
+    return bool((np.abs(expected - given) <= EXACT * np.abs(expected).max(initial=0.0)).all())
+
+
+def _quantizer_name(node: NodeProto) -> str:
+    """Name of the detector's quantizer that a QuantizeLinear stands for; empty if it names none."""
+    match = QUANTIZER_NAME.fullmatch(node.name)
+    return f'{match["name"]}_quantizer' if match else ''
+
+
+def _entry_of(graph: Graph, quantize: NodeProto) -> str:
+    """Name of the value before a quantizer and its Clip."""
+    clip = graph.producer(quantize.input[0])
+    # A Clip that is part of the quantizer, not one of the network's.
+    return clip.input[0] if clip is not None and _is_clip_of_quantizer(clip) else quantize.input[0]
+
+
+def _is_clip_of_quantizer(node: NodeProto) -> bool:
+    return node.op_type == 'Clip' and node.name.rstrip('_0123456789').endswith('/clip')
+
+
+def _grid_fault(graph: Graph, quantize: NodeProto, grid: ActivationGrid) -> str | None:
+    """Say how a quantizer of a file differs from the grid of training."""
+    parameters = [graph.constants[name] for name in quantize.input[1:3] if name in graph.constants]
+    if [value.size for value in parameters] != [1, 1]:
+        return 'the quantizer has no constant step and zero point.'
+    step, zero_point = (value.reshape(()) for value in parameters)
+    if step != np.float32(grid.step):
+        return f'the step is {float(step):.9g}, but {np.float32(grid.step):.9g} in training.'
+    for reader in graph.consumers(quantize.output[0]):
+        if reader.op_type == 'DequantizeLinear' and any(
+            not np.array_equal(graph.constants.get(name, np.zeros(0)), value)
+            for name, value in zip(reader.input[1:3], parameters, strict=False)
+        ):
+            return 'DequantizeLinear has another step or zero point than QuantizeLinear.'
+    info = np.iinfo(zero_point.dtype)
+    low, high = info.min - int(zero_point), info.max - int(zero_point)
+    clip = graph.producer(quantize.input[0])
+    if clip is not None and _is_clip_of_quantizer(clip):
+        ends = [graph.constants.get(name, np.full((), np.nan)) for name in clip.input[1:3]]
+        levels = [float(end) / grid.step for end in ends]
+        if not np.allclose(levels, np.round(levels), atol=TIE):
+            return 'Clip does not end on levels of the grid.'
+        low, high = max(low, round(levels[0])), min(high, round(levels[1]))
+    else:
+        settled = _settled_range(graph, quantize, grid)
+        low, high = (low, high) if settled is None else settled
+    expected = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+    if (low, high) != expected:
+        return (
+            f'levels {low} to {high} around zero, but {expected[0]} to {expected[1]} in training: the zero point or '
+            'Clip differs.'
+        )
+    return None
+
+
+def _settled_range(graph: Graph, quantize: NodeProto, grid: ActivationGrid) -> tuple[int, int] | None:
+    """Range of levels of a quantizer without Clip whose values all come from quantizers; None if others reach it."""
+    info = np.iinfo(graph.constants[quantize.input[2]].dtype)
+    pending, seen, found = [quantize.input[0]], set(), False
+    while pending:
+        name = pending.pop()
+        producer = graph.producer(name)
+        if name in seen:
+            continue
+        seen.add(name)
+        if producer is None:
+            return None
+        if producer.op_type == 'DequantizeLinear':
+            above = graph.producer(producer.input[0])
+            if above is None or not _same_parameters(graph, above, quantize) or _grid_fault(graph, above, grid):
+                return None
+            found = True
+        elif producer.op_type in DATA_INPUTS and not producer.domain:
+            pending += list(producer.input)[: DATA_INPUTS[producer.op_type]]
+        else:
+            return None
+    if not found:
+        return None
+    zero_point = int(graph.constants[quantize.input[2]])
+    low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+    # The type must hold them, and nothing else arrives.
+    return (low, high) if info.min <= low + zero_point and high + zero_point <= info.max else None
+
+
+def _same_parameters(graph: Graph, first: NodeProto, second: NodeProto) -> bool:
+    return all(
+        np.array_equal(graph.constants[one], graph.constants[other])
+        for one, other in zip(first.input[1:3], second.input[1:3], strict=True)
+    )
+
+
+def _rounding_fault(x: Tensor, expected: Tensor, given: Tensor, grid: ActivationGrid) -> str | None:
+    """Compare rounded inputs. Values half way between two levels may be rounded in either direction."""
+    if given.shape != expected.shape or not bool(given.isfinite().all()):
+        return 'its rounded input has another shape or is not finite.'
+    levels = ((given - expected) / grid.step).abs()
+    position = x.double() / grid.step
+    tie = ((position - position.floor()) - 0.5).abs() < TIE
+    wrong = (levels > TIE) & ~(tie & (levels < 1 + TIE))
+    if bool(wrong.any()):
+        return (
+            f'{int(wrong.sum())} of {wrong.numel()} inputs are rounded to another level than in PyTorch, by up to '
+            f'{float(levels[wrong].max()):.3g} levels.'
+        )
+    return None
+
+
+@contextmanager
+def _watching(detector: nn.Module, check: Callable[[_Call], None]) -> Iterator[None]:
+    """Call ``check`` for each call of a quantized layer, with the output of a BatchNorm that reads its output."""
+    pending: list[tuple[_Call, Tensor]] = []
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def flush() -> None:
+        if pending:
+            check(pending.pop()[0])
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            flush()
+            inputs[name] = args[0].detach().clone()
+
+        return hook
+
+    def finish(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+            number = calls[name] = calls.get(name, -1) + 1
+            # A copy: activation functions may work in place.
+            call = _Call(name, layer, number, inputs.pop(name), output.detach().clone())
+            pending.append((call, output))
+
+        return hook
+
+    def normalize(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if pending and args[0] is pending[-1][1]:
+            call = pending[-1][0]
+            call.bn, call.normalized = module, output.detach().clone()
+            flush()
+
+    with ExitStack() as stack:
+        for name, module in detector.named_modules():
+            if isinstance(module, QuantizedLayer):
+                stack.callback(module.input_quantizer.register_forward_pre_hook(remember(name)).remove)
+                stack.callback(module.register_forward_hook(finish(name)).remove)
+            elif isinstance(module, _BatchNorm):
+                stack.callback(module.register_forward_hook(normalize).remove)
+        yield
+        flush()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that a checkpoint holds a student of the given settings, and loading of the student alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from textwrap import shorten
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
+
+from mmzsq.errors import UserError
+from mmzsq.qat.zero_shot_detector import ZeroShotDetector, trained_quantization
+from mmzsq.quantization import quantizers
+
+SHOWN_LENGTH = 100
+"""Length to which a message shortens a setting. The bits of all layers would fill a page."""
+
+
+def load_student(detector: ZeroShotDetector, checkpoint: str) -> dict[str, Any]:
+    """Load a quantized checkpoint into the student. The teacher is not needed.
+
+    Args:
+        detector: Built from the config that the checkpoint was trained with.
+        checkpoint: A file (.pth or .safetensors), a URL or ``mmzsq://NAME``.
+
+    Returns:
+        The ``meta`` of the checkpoint; empty if it has none.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, is a float checkpoint, was trained with other settings, or belongs
+            to another detector.
+    """
+    try:
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    except UserError:
+        raise
+    except (OSError, URLError, RuntimeError) as error:
+        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
+    if not isinstance(loaded, Mapping):
+        raise UserError(f'{checkpoint} holds a {type(loaded).__name__}, not a checkpoint')
+    detector.load_bits_from(loaded)
+    check_settings(detector, loaded)
+    state = loaded.get('state_dict', loaded)
+    state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    check_input_scales(detector, state)
+    own = detector.state_dict()
+    if not any('_quantizer.' in name for name in state):
+        raise UserError(_is_float([name for name in own if '_quantizer.' in name]))
+    faults = {
+        'are missing': [n for n in own if n not in state and not n.endswith('num_batches_tracked')],
+        'are unknown': [n for n in state if n not in own],
+        'have another shape': [
+            f'{n}: {tuple(state[n].shape)} in the checkpoint, {tuple(own[n].shape)} in the model'
+            for n in own
+            if n in state and state[n].shape != own[n].shape
+        ],
+    }
+    found = [f'{len(names)} tensors {fault} ({"; ".join(names[:3])})' for fault, names in faults.items() if names]
+    if found:
+        raise UserError(
+            f'{checkpoint} is not a checkpoint of this config: {" and ".join(found)}. Give the config that it was '
+            'trained with'
+        )
+    detector.load_state_dict(state, strict=False)
+    check_initialized(detector.student)
+    return dict(loaded.get('meta') or {})
+
+
+def check_settings(detector: ZeroShotDetector, checkpoint: Mapping[str, Any]) -> None:
+    """Reject a checkpoint with other quantization settings, which would load without an error.
+
+    Args:
+        detector: The model; its bits are those of the checkpoint already if they are allocated.
+        checkpoint: Content of the file. One without settings passes.
+
+    Raises:
+        UserError: If settings of integers differ.
+    """
+    trained = trained_quantization(checkpoint)
+    if trained is None:
+        return
+    before, now = trained.integers(), detector.quantization_config.integers()
+    differing = [
+        f'{key} {shorten(repr(before[key]), SHOWN_LENGTH)}, not {shorten(repr(now[key]), SHOWN_LENGTH)}'
+        for key in before
+        if before[key] != now[key]
+    ]
+    if differing:
+        raise UserError(
+            f'the checkpoint was trained with other settings of zsq.quantizer: {"; ".join(differing)}. Give the '
+            'config that it was trained with'
+        )
+
+
+def check_input_scales(detector: nn.Module, state: Mapping[str, Any]) -> None:
+    """Reject a checkpoint with input scales (``zsq.quantizer.equalize``) in other layers than the model has.
+
+    The weights of the checkpoint compensate for its input scales.
+
+    Args:
+        detector: The model.
+        state: State dict of the checkpoint. A float one passes.
+
+    Raises:
+        UserError: Names a layer with an input scale in only one of the two.
+    """
+    if not any('_quantizer.' in name for name in state):
+        return
+    loaded, own = (
+        {name for name in names if name.endswith('.input_scale')} for names in (state, detector.state_dict())
+    )
+    if loaded != own:
+        raise UserError(
+            'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '
+            f'{min(loaded ^ own).removesuffix(".input_scale")} in only one of the two, and its weights compensate for '
+            'them. Give the config that it was trained with, or train again'
+        )
+
+
+def check_initialized(student: nn.Module) -> None:
+    """Reject a student whose quantizers have no steps.
+
+    Raises:
+        UserError: If quantizers are not initialized.
+    """
+    names = uninitialized(student)
+    if names:
+        raise UserError(_is_float(names))
+
+
+def uninitialized(student: nn.Module) -> list[str]:
+    """Return the names of the quantizers without steps."""
+    return [name for name, quantizer in quantizers(student) if not quantizer.ready]
+
+
+def _is_float(names: list[str]) -> str:
+    return (
+        f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
+        "float checkpoint. Test it with the detector's own config, or use the checkpoint that training wrote"
+    )
