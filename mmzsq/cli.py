@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mmzsq.errors import UserError
 from mmzsq.registry import resolve_class
 
+ZERO_SHOT_RUNNER = 'mmzsq.ZeroShotRunner'
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Make a parser with the options of all tools.
@@ -152,7 +154,9 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that ``runner_type`` names, or MMEngine's own.
+    """Build the runner that ``runner_type`` names.
+
+    By default, a config with a ``zsq`` section gets the zero-shot runner, and any other config MMEngine's.
 
     Raises:
         UserError: If the config names a class that is not registered.
@@ -160,6 +164,8 @@ def build_runner(cfg: Config) -> Runner:
     setup_cache_size_limit_of_dynamo()
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_processes_on_cpu(cfg)
+    if 'zsq' in cfg:
+        cfg.setdefault('runner_type', ZERO_SHOT_RUNNER)
     try:
         return RUNNERS.build(cfg)
     except KeyError as error:
