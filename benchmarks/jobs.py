@@ -51,7 +51,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the result exists and is complete."""
+        """Return whether the result exists and is complete."""
         if self.result.suffix == '.pth':
             # MMEngine writes last_checkpoint after the checkpoint itself.
             return last_checkpoint(self.work_dir) == self.result

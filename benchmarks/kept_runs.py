@@ -237,7 +237,7 @@ def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, An
 
 
 def _alike(recorded: Any, current: Any) -> bool:
-    """Whether both are lists of sections of the same types, so that settings can be addressed by index."""
+    """Return whether both are lists of sections of the same types, so that settings can be addressed by index."""
     return (
         isinstance(recorded, list)
         and isinstance(current, list)

@@ -367,7 +367,7 @@ def _of_other_settings(runs: Runs, table: Table) -> Iterator[str]:
 
 
 def _otherwise(results: Iterable[Result]) -> bool:
-    """Whether a run has a setting with another value now, beyond lacking newer settings."""
+    """Return whether a setting of a run has changed since; settings that were added later do not count."""
     return any(value != ABSENT for result in results for value in result.changed.values())
 
 

@@ -25,9 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mmzsq.errors import UserError
 from mmzsq.registry import resolve_class
 
+ZERO_SHOT_RUNNER = 'mmzsq.ZeroShotRunner'
+
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the options that all tools have.
+    """Make a parser with the options of all tools.
 
     Args:
         description: One sentence about the tool.
@@ -83,7 +85,7 @@ def add_runtime_options(options: argparse.ArgumentParser) -> None:
 
 
 class _Settings(DictAction):
-    """``DictAction`` of MMEngine, with a message instead of a traceback for what is not ``KEY=VALUE``."""
+    """``DictAction`` of MMEngine, with a message instead of a traceback for arguments other than ``KEY=VALUE``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         for value in values:
@@ -97,10 +99,10 @@ class _Settings(DictAction):
 
 
 def name_teacher(cfg: Config) -> None:
-    """Set ``zsq.teacher`` to ``load_from``, before ``load_from`` names a checkpoint to resume or to test.
+    """Set ``zsq.teacher`` to ``load_from``, before ``load_from`` is set to a checkpoint to resume or to test.
 
     Args:
-        cfg: A config, changed in place; one without a ``zsq`` section, or with a teacher, stays as it is.
+        cfg: Config, changed in place. It is unchanged without a ``zsq`` section or if ``zsq.teacher`` is set.
     """
     if isinstance(cfg.get('zsq'), Mapping) and not cfg.zsq.get('composed') and cfg.zsq.get('teacher') is None:
         cfg.zsq.teacher = cfg.get('load_from')
@@ -152,7 +154,9 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that ``runner_type`` names, or MMEngine's own.
+    """Build the runner that ``runner_type`` names.
+
+    By default, a config with a ``zsq`` section gets the zero-shot runner, and any other config MMEngine's.
 
     Raises:
         UserError: If the config names a class that is not registered.
@@ -160,6 +164,8 @@ def build_runner(cfg: Config) -> Runner:
     setup_cache_size_limit_of_dynamo()
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_processes_on_cpu(cfg)
+    if 'zsq' in cfg:
+        cfg.setdefault('runner_type', ZERO_SHOT_RUNNER)
     try:
         return RUNNERS.build(cfg)
     except KeyError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replace a method of an object for a while, and restore what was there before.
+"""Replace attributes of an object, usually methods, inside a ``with`` block.
 
-Blocks may be nested on one object: each restores what it found. A method that the object itself does not hold, but its
-class, is found on the class again afterwards.
+Blocks on one object may be nested: each restores the state before it. If an attribute was defined on the class only, it
+is removed from the object at the end of the block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
     Args:
         owner: Any object with a ``__dict__``: a module, a class instance, a Python module.
-        name: Name of the attribute, usually of a method; it may be one of the class.
+        name: Name of the attribute, which the object or its class defines.
         replacement: The value inside the block. To call the original method, read it before the block begins.
 
     Example:

@@ -78,8 +78,8 @@ def build_part(registry: Registry, cfg: Any, where: str, base: type = object) ->
     arguments = dict(cfg)
     name = arguments.pop('type', None)
     part = resolve_class(registry, name) if name else None
-    if not inspect.isclass(part) or not issubclass(part, base):
-        known = [f'{SCOPE}.{key}' for key, entry in sorted(registry.module_dict.items()) if issubclass(entry, base)]
+    if not _is_subclass(part, base):
+        known = [f'{SCOPE}.{key}' for key, entry in sorted(registry.module_dict.items()) if _is_subclass(entry, base)]
         kind = registry.name if base is object else base.__name__
         raise UserError(f'{where}.type is {name!r}, which is not a registered {kind}. Registered: {", ".join(known)}.')
     parameters = inspect.signature(part).parameters
@@ -93,6 +93,11 @@ def build_part(registry: Registry, cfg: Any, where: str, base: type = object) ->
     except UserError as error:
         # Parts name their class and the argument, and parts within parts their section.
         raise (error if str(error).startswith(where) else UserError(f'{where}: {error}')) from error.__cause__
+
+
+def _is_subclass(part: Any, base: type) -> bool:
+    # Registries also hold functions.
+    return inspect.isclass(part) and issubclass(part, base)
 
 
 def _is_variadic(parameter: inspect.Parameter) -> bool:

@@ -243,6 +243,21 @@ def test_a_mistake_is_one_message_and_code_2(
     assert 'Traceback' not in error
 
 
+@pytest.mark.parametrize(
+    ('config', 'runner'), [('zero_shot.py', 'mmzsq.ZeroShotRunner'), ('detector.py', None), ('named.py', 'Recording')]
+)
+def test_a_zsq_section_selects_the_zero_shot_runner(
+    config: str, runner: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Otherwise MMEngine's runner would train the float detector without a word.
+    (folder / 'named.py').write_text("_base_ = 'zero_shot.py'\nrunner_type = 'Recording'\n")
+    (folder / 'detector.py').write_text(DETECTOR.replace("runner_type = 'Recording'\n", ''))
+    monkeypatch.setattr(RUNNERS, 'build', lambda cfg: cfg.get('runner_type'))
+    cfg = Config.fromfile(folder / config)
+    cfg.launcher = 'none'
+    assert cli.build_runner(cfg) == runner
+
+
 def test_a_defect_keeps_its_traceback(call: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recording, 'train', lambda self: 1 // 0, raising=False)
     with pytest.raises(ZeroDivisionError):

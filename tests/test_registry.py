@@ -43,6 +43,12 @@ class Picture:
         self.shape = build_part(SHAPES, shape, 'picture.shape')
 
 
+@SHAPES.register_module()
+def polygon() -> Shape:
+    """Registries also hold functions."""
+    return Shape()
+
+
 @pytest.mark.parametrize(
     ('cfg', 'message'),
     [
@@ -52,6 +58,7 @@ class Picture:
         (dict(type=''), "part.type is '', which is not a registered shape."),
         (dict(type='Square'), "part.type is 'Square', which is not a registered shape."),
         (dict(type=5), 'part.type is 5, which is not a registered shape.'),
+        (dict(type='polygon'), "part.type is 'polygon', which is not a registered shape."),
         (dict(type=len), 'part.type is <built-in function len>, which is not a registered shape.'),
         (dict(type='Circle'), 'part lacks radius, which Circle requires.'),
         (dict(type='Circle', radius=1, colour='blue'), "unknown key 'colour' in part. Did you mean 'color'?"),

@@ -63,7 +63,7 @@ def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqS
 
     Args:
         zsq: The section as a config gives it.
-        model: Config of the detector, which a preset may depend on. None: any.
+        model: Config of the detector, since presets may depend on it. None: any detector.
 
     Returns:
         The typed section, and its plain form with every key.
@@ -154,7 +154,7 @@ def compose(cfg: Config) -> Config:
     _check_other_sections(cfg)
     section, plain = read_section(zsq, cfg.model)
     check_parts(plain)
-    # With `resume`, `load_from` is a checkpoint to go on from.
+    # With `resume`, `load_from` is the checkpoint to continue from.
     plain['teacher'] = section.teacher or (None if cfg.get('resume') else cfg.get('load_from'))
     if section.calibration_set.dir is None:
         plain['calibration_set']['dir'] = str(Path(cfg.get('work_dir') or 'work_dirs') / 'calibration_set')
@@ -232,8 +232,8 @@ def _check_unchanged(section: Mapping[str, Any]) -> None:
     composed = composed if isinstance(composed, Mapping) else {}
     if composed.get('digest') != _digest(section):
         raise UserError(
-            'this config is composed already, and its zsq section is no longer the one that model, loader and hooks '
-            'were made from: it would have no effect. Give --cfg-options zsq.* (and --amp) with the config that was '
+            'this config is already composed, and changes of its zsq section would have no effect: model, loader and '
+            'hooks were made from the old section. Give --cfg-options zsq.* (and --amp) with the config that was '
             f'composed{": " + composed["config"] if composed.get("config") else ""}'
         )
 
@@ -269,7 +269,7 @@ def drop_training_hooks(hooks: Sequence[Mapping[str, Any]] | None) -> list[Any]:
 
 
 def has_masks(model: Any) -> bool:
-    """Whether any part of a detector's config has a mask head or, as RTMDet-Ins in its box head, a mask loss."""
+    """Return whether any part of a detector's config has a mask head or, as RTMDet-Ins in its box head, a mask loss."""
     if isinstance(model, Mapping):
         return any(key in ('mask_head', 'loss_mask') and value is not None for key, value in model.items()) or any(
             has_masks(value) for value in model.values()
@@ -278,7 +278,7 @@ def has_masks(model: Any) -> bool:
 
 
 def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
-    """Whether a detector, by its config, has two stages and BatchNorm layers in its backbone."""
+    """Return whether a detector, by its config, has two stages and BatchNorm layers in its backbone."""
     backbone = model.get('backbone')
     if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
         return False
@@ -366,7 +366,7 @@ def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, An
     pipeline = ((cfg.get('test_dataloader') or {}).get('dataset') or {}).get('pipeline')
     if not pipeline:
         raise UserError(
-            'zsq.calibration_set.real reads images as the detector is tested, and this config has no '
+            'zsq.calibration_set.real uses the test pipeline of the detector, but this config has no '
             'test_dataloader.dataset.pipeline'
         )
     load, *others = [dict(step) for step in pipeline if 'LoadAnnotations' not in step['type']]

@@ -223,7 +223,7 @@ class Budget:
 
     @classmethod
     def from_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:
-        """Create the budget that ``config.allocate`` asks for: no more than ``w_bits`` and ``a_bits`` everywhere cost.
+        """Create the budget of ``config.allocate``: the cost of ``w_bits`` and ``a_bits`` in every layer.
 
         Args:
             report: Report of a model prepared with ``config``.
@@ -260,8 +260,8 @@ class Budget:
         """Check that the candidates are valid and that the fewest bits keep the budget.
 
         Raises:
-            UserError: If a candidate is no number from 2 to 8, or the budget is too small; the message names the least
-                possible one.
+            UserError: If a candidate is not an integer from 2 to 8, or the budget is too small. The message then names
+                the smallest possible budget.
         """
         for bits in self.candidates:
             check_bits('a candidate', bits)

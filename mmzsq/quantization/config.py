@@ -267,7 +267,7 @@ class QuantizationConfig(TypedSection):
 
     @property
     def needs_roles(self) -> bool:
-        """Whether first or last layers are treated unlike the others."""
+        """Whether first or last layers are treated differently from the others."""
         return not self.first_bits == self.last_bits == SAME
 
     @property

@@ -234,7 +234,7 @@ def _other_parameters(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    """Whether a module itself holds a weight of two or more dimensions."""
+    """Return whether a module itself holds a weight of two or more dimensions."""
     weight = getattr(module, 'weight', None)
     return isinstance(weight, Tensor) and weight.dim() >= 2
 

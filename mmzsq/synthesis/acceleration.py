@@ -72,7 +72,7 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 def _is_same_size_max_pool(layer: nn.MaxPool2d) -> bool:
-    """Whether ``layer`` takes the maximum over an odd square around each pixel, and returns no indices."""
+    """Return whether ``layer`` takes the maximum over an odd square around each pixel, and returns no indices."""
     side = layer.kernel_size
     return (
         type(layer) in MAX_POOLS
@@ -172,7 +172,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _can_use_kernel(x: Tensor, num_values: int) -> bool:
-    """Whether a Triton kernel can process ``x`` (N, C, H, W); it indexes ``num_values`` values by 32-bit integers."""
+    """Return whether a Triton kernel can process ``x`` (N, C, H, W) and index ``num_values`` values by int32."""
     if not (x.is_cuda and HAS_TRITON and x.dim() == 4):
         return False
     from mmzsq.synthesis.kernels import MAX_VALUES

@@ -70,7 +70,7 @@ NO_ITERATIONS = 'iterations is 0, but must be an integer of at least 1.'
 
 
 def iterations_allowed(name: str, stage: StageConfig) -> bool:
-    """Whether a stage may have its number of iterations. Only some may have 0, to keep images or correct labels."""
+    """Return whether a stage may have its number of iterations; only some stages may have 0, to change labels only."""
     return stage.iterations > 0 or name == 'synthesize' or (name, stage.start) == ('relabel', 'previous')
 
 
