@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
@@ -95,7 +95,7 @@ def build_part(registry: Registry, cfg: Any, where: str, base: type = object) ->
         raise (error if str(error).startswith(where) else UserError(f'{where}: {error}')) from error.__cause__
 
 
-def _is_subclass(part: Any, base: type) -> bool:
+def _is_subclass(part: Any, base: type) -> TypeGuard[type]:
     # Registries also hold functions.
     return inspect.isclass(part) and issubclass(part, base)
 
