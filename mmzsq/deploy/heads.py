@@ -70,9 +70,12 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
     if isinstance(detector, TwoStageDetector):
         return _two_stage_parts(detector, images)
     if not isinstance(detector, SingleStageDetector) or getattr(detector, 'mask_head', None) is not None:
-        raise UserError(
-            f'{type(detector).__name__} is neither a dense nor a two-stage detector, the kinds that can be exported.'
+        kind = type(detector).__name__
+        name = next(
+            (name for name in ('encoder', 'decoder', 'mask_head', 'panoptic_head') if _has(detector, name)), None
         )
+        part = '' if name is None else f'{name} ({type(getattr(detector, name)).__name__}) cannot be exported: '
+        raise UserError(f'{part}{kind} is neither a dense nor a two-stage detector, the kinds that can be exported.')
     decode = None if raw else decoder_of(detector.bbox_head)
     maps = _run(lambda: detector.bbox_head(detector.extract_feat(images)), detector, size)
     flat: list[Tensor] = []
@@ -84,6 +87,10 @@ def parts_of(detector: Any, size: tuple[int, int], raw: bool) -> list[Part]:
     module = _Decoded(detector, decode)
     names = ['boxes', 'scores', 'factors'][: len(_run(lambda: module(images), detector, size))]
     return [Part(DETECTOR, module, images, 'images', names, list(range(len(names))), locations)]
+
+
+def _has(detector: Any, name: str) -> bool:
+    return getattr(detector, name, None) is not None
 
 
 def box_heads(roi_head: Any) -> list[Any]:

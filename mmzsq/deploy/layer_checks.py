@@ -371,19 +371,36 @@ class _Pieces:
 
 
 def relative_difference(expected: np.ndarray, given: np.ndarray) -> float:
-    """Return the largest difference relative to the largest expected value; infinite for unlike shapes and NaN."""
-    if expected.shape != given.shape or not np.isfinite(given).all():
+    """Return the largest difference relative to the largest expected value.
+
+    It is infinite for unlike shapes, and where only one of both is infinite or NaN. Boxes of untrained detectors may
+    be infinite in both.
+    """
+    if expected.shape != given.shape:
         return float('inf')
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], given[~finite], equal_nan=True) or not np.isfinite(given[finite]).all():
+        return float('inf')
+    expected, given = expected[finite], given[finite]
     largest = float(np.abs(expected).max(initial=0.0))
     difference = float(np.abs(expected - given).max(initial=0.0))
     return difference / largest if largest else difference
 
 
 def mean_difference(expected: Tensor, given: Tensor) -> float:
-    """Return the mean difference relative to the mean of the expected values; infinite for unlike shapes and NaN."""
+    """Return the mean difference relative to the mean of the expected values, infinite as the largest difference is.
+
+    Values that are infinite or NaN in both are left out.
+    """
     expected, given = expected.double().cpu(), given.double().cpu()
-    if expected.shape != given.shape or not bool(given.isfinite().all()):
+    if expected.shape != given.shape:
         return float('inf')
+    finite = expected.isfinite()
+    if not torch.equal(finite, given.isfinite()):
+        return float('inf')
+    expected, given = expected[finite], given[finite]
+    if not expected.numel():
+        return 0.0
     scale = float(expected.abs().mean())
     difference = float((expected - given).abs().mean())
     return difference / scale if scale else difference
