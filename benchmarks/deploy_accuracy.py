@@ -52,8 +52,9 @@ from numpy.lib.format import open_memmap
 from mmzsq.datasets.set_formats import Preprocessing
 from mmzsq.deploy import detector_of, export
 from mmzsq.deploy.heads import unflatten
+from mmzsq.deploy.predictor import run_images
 from mmzsq.errors import UserError
-from mmzsq.image_detector import pipelines_of, run_images
+from mmzsq.image_detector import pipelines_of
 
 BITS = ('w8a8', 'w6a6', 'w4a8', 'w4a4')
 ENGINES = ('torch', 'openvino', 'onnxruntime')
