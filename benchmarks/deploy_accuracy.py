@@ -57,6 +57,8 @@ from mmzsq.errors import UserError
 from mmzsq.image_detector import pipelines_of
 
 BITS = ('w8a8', 'w6a6', 'w4a8', 'w4a4')
+TARGETS = {'w8a8-outputs': 'onnxruntime', 'w8a8-tensorrt': 'tensorrt'}
+"""Students trained for a target, ``zsq.quantizer.target``."""
 ENGINES = ('torch', 'openvino', 'onnxruntime')
 SIZE = (640, 640)
 SOURCES = ('noise', 'real32', 'real300', 'synthetic')
@@ -89,7 +91,9 @@ class Evaluation:
 
 
 EVALUATIONS = (
-    *(Evaluation('accuracy', what, engine) for what in ('float', *BITS) for engine in ENGINES),
+    *(Evaluation('accuracy', what, engine) for what in ('float', *BITS, 'w8a8-outputs') for engine in ENGINES),
+    # TensorRT is not run here.
+    Evaluation('accuracy', 'w8a8-tensorrt', 'torch'),
     *(Evaluation('calibration', tool, engine, source) for source in SOURCES for tool, engine in TOOLS.items()),
 )
 
@@ -142,7 +146,9 @@ class Bench:
     def _student(self, bits: str) -> Any:
         if self.students is None:
             raise UserError('give the trained students with --students')
-        return build_student(load_config(CONFIG.format(bits)), self.students / f'yolov5n_{bits}.pth')
+        options = {'zsq.quantizer.target': TARGETS[bits]} if bits in TARGETS else {}
+        config = load_config(CONFIG.format(bits.partition('-')[0]), options)
+        return build_student(config, self.students / f'yolov5n_{bits}.pth')
 
     def _teacher(self) -> Path:
         if not self.teacher.is_file():
