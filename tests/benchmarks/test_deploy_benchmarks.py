@@ -283,7 +283,7 @@ def test_nncf_quantizes_a_float_file(tmp_path: Path, repo: Path, tiny: Any) -> N
     if not python.exists():
         pytest.skip(f'NNCF is not installed in {deploy_models.NNCF_PYTHON}')
     cfg = deploy_models.load_config(tiny.config)
-    detector = deploy_models.build_float(cfg)
+    detector = deploy_models.build_float(cfg, repo / 'mmzsq/assets/yolov5-p_shapes.safetensors')
     student = deploy_models.build_student(cfg, None, detector)
     export(student, tmp_path / 'like.onnx', size=(64, 64), raw=True)
     files = deploy_models.write_float_files(detector, tmp_path / 'like.onnx', tmp_path / 'float', (64, 64))
