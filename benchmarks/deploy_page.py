@@ -92,10 +92,15 @@ def render_accuracy(results: Results) -> str:
     if not kept:
         return _nothing('deploy_accuracy.py')
     rows = []
-    for what in ('float', *BITS):
+    titles = {bits: bits.upper() for bits in BITS}
+    titles |= {
+        'w8a8-outputs': "W8A8, `quantizer.target='onnxruntime'`",
+        'w8a8-tensorrt': "W8A8, `quantizer.target='tensorrt'`",
+    }
+    for what, title in dict(float='full precision', **titles).items():
         aps = [results.ap(f'accuracy_{what}_{engine}') for engine in ENGINE_TITLES]
         if any(ap is not None for ap in aps):
-            rows.append(['full precision' if what == 'float' else what.upper(), *map(_percent, aps)])
+            rows.append([title, *map(_percent, aps)])
     images = next(iter(kept.values()))['evaluation_images']
     note = (
         f'AP in percent of YOLOv5-n on {images} images of val2017. Students are trained on 512 synthetic images with '
