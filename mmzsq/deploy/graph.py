@@ -31,9 +31,12 @@ class Graph:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = onnx.ModelProto()
-        self._model.CopyFrom(model)
-        graph = self._model.graph
+        graph = model.graph
+        # Weights live in `constants` alone: a large detector would need gigabytes for copies of them.
+        self._model = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+        self._model.graph.name = graph.name
+        self._model.graph.input.extend(graph.input)
+        self._model.graph.output.extend(graph.output)
         self.constants: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in self.constants]
         self.outputs = [value.name for value in graph.output]
@@ -42,10 +45,12 @@ class Graph:
             if node.op_type == 'Constant' and not node.domain:
                 self.constants[node.output[0]] = _constant_value(node)
             else:
+                copied = NodeProto()
+                copied.CopyFrom(node)
                 # Tracebacks of the dynamo exporter.
-                del node.metadata_props[:]
-                node.doc_string = ''
-                self.nodes.append(node)
+                del copied.metadata_props[:]
+                copied.doc_string = ''
+                self.nodes.append(copied)
         self._names = {name for node in self.nodes for name in (*node.input, *node.output, node.name)}
         self._names.update(self.constants)
         self._producers: dict[str, NodeProto] | None = None
@@ -284,7 +289,6 @@ class Graph:
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         graph = model.graph
-        del graph.node[:], graph.initializer[:], graph.value_info[:], model.metadata_props[:], model.functions[:]
         for value in list(graph.input):
             if value.name not in self.inputs:
                 graph.input.remove(value)
@@ -294,7 +298,7 @@ class Graph:
         for opset in list(model.opset_import):
             if opset.domain not in domains:
                 model.opset_import.remove(opset)
-        model.producer_name, model.doc_string = 'mmzsq', ''
+        model.producer_name = 'mmzsq'
         helper.set_model_props(model, dict(metadata or {}))
         if domains == {''}:
             onnx.checker.check_model(model)

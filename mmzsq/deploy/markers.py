@@ -268,7 +268,9 @@ def _trace_torchscript(
         )
     except torch.onnx.errors.UnsupportedOperatorError as error:
         raise UserError(f'{type(module).__name__} cannot be exported: {str(error).splitlines()[0]}') from error
-    return onnx.load_from_string(file.getvalue())
+    content: bytes = file.getvalue()
+    file.close()
+    return onnx.load_from_string(content)
 
 
 def _trace_dynamo(
@@ -300,7 +302,7 @@ class _Marker(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, call: int) -> Tensor:
-        return x.clone()
+        return x.view_as(x)
 
     @staticmethod
     def symbolic(g: Any, x: Any, name: str, call: int) -> Any:
