@@ -96,7 +96,7 @@ def test_a_checkpoint_becomes_a_file_beside_it(call: Tool, students: Path, tmp_p
     assert json.loads(metadata['classes']) == CLASSES
     # From the test pipeline.
     assert json.loads(metadata['size']) == [256, 256]
-    assert json.loads(metadata['resize']) == dict(mode='keep_ratio', scale=[256, 256], pad_value=0)
+    assert json.loads(metadata['resize']) == dict(mode='keep_ratio', scale=[256, 256], pad_value=None)
     assert json.loads(metadata['pipeline'])[1] == dict(type='Resize', scale=[256, 256], keep_ratio=True)
     assert json.loads(metadata['bits'])['backbone.stage2.0.conv'] == [4, 4]
 

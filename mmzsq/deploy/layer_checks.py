@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.deploy.dialects import container
+from mmzsq.deploy.fold import LEAST_STEP
 from mmzsq.deploy.graph import Graph, attribute, sources
 from mmzsq.deploy.heads import Part
 from mmzsq.deploy.markers import ActivationGrid, activation_grids, weight_grids
@@ -201,7 +202,9 @@ class _Pieces:
         check.integers_equal = integers_equal(self.graph, weight, operator, trained.integers, sign)
         if not check.integers_equal:
             return 'integers differ from those of training.'
-        if not _close(trained.step.astype(np.float64) * np.abs(gain), self.graph.constants[weight.input[1]]):
+        # A gamma of 0 leaves no step; the file holds the least one, with integers that then count for nothing.
+        step = np.maximum(trained.step.astype(np.float64) * np.abs(gain), LEAST_STEP)
+        if not _close(step, self.graph.constants[weight.input[1]]):
             return 'the step of the weight differs from that of training.'
         bias = call.layer.bias
         bias = np.zeros(()) if bias is None else bias.detach().cpu().double().numpy()

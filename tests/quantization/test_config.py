@@ -91,7 +91,7 @@ def test_scope_comes_before_all_else() -> None:
         (dict(overrides={'a': 1}), r"overrides\['a'\] is 1"),
         (dict(overrides={'a': dict(w_bits=4)}), 'lacks a_bits'),
         (dict(overrides={'a': dict(bits=4)}), "unknown key 'bits'"),
-        (dict(scope=3), 'scope is 3, but must be a module pattern or a list'),
+        (dict(scope=3), 'scope is 3, but must be a module pattern, a list'),
         (dict(attention=16), 'attention is 16'),
         (dict(attention=dict(operand_bits=8)), 'attention lacks probability_bits'),
         (dict(attention=dict(operands=8)), "unknown key 'operands' in zsq.quantizer.attention"),

@@ -285,7 +285,7 @@ def test_shards_are_written_to_disk_and_progress_is_reported(task: DetectionTask
             dict(synthesize=dict(image_size=-64, iterations=1)),
             'zsq.synthesis.synthesize.image_size is .*, but must be one side of a square',
         ),
-        (dict(priors=[dict(type='mmzsq.BNPrior')]), 'zsq.synthesis.priors.type'),
+        (dict(priors=[dict(type='mmzsq.BNPrior')]), r'zsq.synthesis.priors\[0\].type'),
         (dict(priors=[dict(type='mmzsq.BNStatisticsPrior', wait=1)]), "'weight'"),
     ],
 )
