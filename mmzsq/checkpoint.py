@@ -19,6 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -87,6 +88,27 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         raise UserError(_damaged(path, error)) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(_damaged(path, error)) from error
+
+
+def read_checkpoint(checkpoint: str) -> Any:
+    """Read a checkpoint to the CPU by the loader for its kind of path.
+
+    Args:
+        checkpoint: A file, a URL or ``mmzsq://NAME``.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    except (OSError, URLError, RuntimeError) as error:
+        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
+
+
+def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a loaded checkpoint by name, without the prefix of a wrapper for distributed training."""
+    state = loaded.get('state_dict', loaded)
+    return {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:

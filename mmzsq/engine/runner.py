@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from mmcv.transforms import Compose
@@ -19,6 +18,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
+from mmzsq.checkpoint import read_checkpoint
 from mmzsq.config import compose
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.report import report_results
@@ -181,8 +181,4 @@ def resolve_resume(cfg: Config) -> tuple[str | None, str | None]:
 
 def _written_by_run(checkpoint: str) -> dict[str, Any]:
     """Return the notes that a run of this project leaves in its checkpoints; empty for any other checkpoint."""
-    try:
-        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    except (OSError, URLError, RuntimeError) as error:
-        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
-    return loaded.get('meta', {}).get('mmzsq', {})
+    return read_checkpoint(checkpoint).get('meta', {}).get('mmzsq', {})

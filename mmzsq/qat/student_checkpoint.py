@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
-from urllib.error import URLError
 
-import torch
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from mmzsq.checkpoint import read_checkpoint, state_dict_of
 from mmzsq.errors import UserError
 from mmzsq.qat.zero_shot_detector import ZeroShotDetector, trained_quantization
 from mmzsq.quantization import quantizers
@@ -34,18 +32,12 @@ def load_student(detector: ZeroShotDetector, checkpoint: str) -> dict[str, Any]:
         UserError: If the checkpoint cannot be read, is a float checkpoint, was trained with other settings, or belongs
             to another detector.
     """
-    try:
-        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    except UserError:
-        raise
-    except (OSError, URLError, RuntimeError) as error:
-        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
+    loaded = read_checkpoint(checkpoint)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{checkpoint} holds a {type(loaded).__name__}, not a checkpoint')
     detector.load_bits_from(loaded)
     check_settings(detector, loaded)
-    state = loaded.get('state_dict', loaded)
-    state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = state_dict_of(loaded)
     check_input_scales(detector, state)
     own = detector.state_dict()
     if not any('_quantizer.' in name for name in state):

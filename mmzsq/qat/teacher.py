@@ -7,10 +7,10 @@ import hashlib
 from typing import Any
 from urllib.error import URLError
 
-import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from mmzsq.checkpoint import state_dict_of
 from mmzsq.errors import UserError
 
 
@@ -39,8 +39,7 @@ def load_teacher(detector: nn.Module, checkpoint: str | None) -> dict[str, Any]:
             f'the teacher checkpoint {checkpoint} cannot be read ({error}). Give the file of a trained detector with '
             '--cfg-options zsq.teacher=PATH_OR_URL'
         ) from error
-    state = loaded.get('state_dict', loaded)
-    state = {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = state_dict_of(loaded)
     own = detector.state_dict()
     mismatched = [
         f'{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} in the model'
