@@ -37,7 +37,7 @@ from mmzsq.quantization import calibrating
 from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import LabelSampler, MultiBoxSampler, RelabelCounts, fit_masks
-from mmzsq.synthesis.synthesizer import EAGER_STEPS
+from mmzsq.synthesis.optimization_step import EAGER_STEPS
 from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import data_samples, needs_masks, num_classes, pixel_range
 

@@ -90,10 +90,17 @@ class SynthesisConfig(TypedSection):
     """Image and feature priors: for each its ``type`` and arguments."""
     require_feature_prior: bool
     """Stop if no feature prior applies to the detector."""
+    balance: bool
+    """Scale the detection loss and the image priors by their gradients at the images. Their weights are then the norms
+    of their gradients, divided by that of the feature priors' gradient, whatever the losses add up to."""
     detection_weight: NonNegativeFloat
     """Weight of the detection loss."""
     detection_reduction: Literal['sum', 'mean']
-    """Whether the detection loss, a mean over the images, is multiplied by their number (``'sum'``)."""
+    """Whether the detection loss, a mean over the images, is multiplied by their number (``'sum'``). Without effect if
+    ``balance`` is True."""
+    detection_interval: Positive | None
+    """Steps between two evaluations of the detection loss; its gradient is kept in between. None: 1 if the loss of a
+    batch is computed at once, 8 if MMDetection computes it image by image."""
     lr: PositiveFloat
     """Learning rate of Adam. It decays to 0 along a cosine."""
     warmup: NonNegative

@@ -38,10 +38,13 @@ class Prior:
     Attributes:
         is_feature_prior: Whether the penalty depends on features of the detector rather than on the images alone.
         requirement: Layers that a detector needs for this prior, as quoted in error messages.
+        weight: Factor of the penalty. For an image prior with ``zsq.synthesis.balance``, the norm of its gradient,
+            divided by that of the feature priors' gradient.
     """
 
     is_feature_prior: ClassVar[bool] = False
     requirement: ClassVar[str] = ''
+    weight: float = 1.0
 
     def applies_to(self, detector: nn.Module) -> bool:
         """Return whether the prior can be used with ``detector``."""

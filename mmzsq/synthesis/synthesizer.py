@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -27,10 +26,11 @@ from mmzsq.fused_kernels import fused_kernels_enabled
 from mmzsq.synthesis.acceleration import Acceleration
 from mmzsq.synthesis.cutout import Cutout
 from mmzsq.synthesis.label_samplers import LabelPrior, LabelSampler, RelabelCounts
+from mmzsq.synthesis.optimization_step import OptimizationStep
 from mmzsq.synthesis.priors import Prior
 
-EAGER_STEPS = 3
-"""Eager steps before a capture. They allocate state that a captured step must not allocate."""
+DETECTION_INTERVAL = 8
+"""Default of ``detection_interval`` for a detector whose loss is computed image by image."""
 
 
 class SynthesisTask(Protocol):
@@ -40,6 +40,7 @@ class SynthesisTask(Protocol):
     num_classes: int
     needs_masks: bool
     channel_order: str
+    is_batched: bool
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +54,9 @@ class SynthesisTask(Protocol):
 
     def loss(self, images: Tensor, samples: Any) -> Tensor:
         """Return the detector's training loss for images in [0, 1], a scalar."""
+
+    def run_network(self, images: Tensor) -> None:
+        """Run the layers that feature priors observe, without the loss."""
 
     def predict(self, images: Tensor) -> list[InstanceData]:
         """Return the detector's predictions for images in [0, 1]."""
@@ -94,6 +98,7 @@ class SynthesisResult:
         seconds: Wall time.
         captured: Whether the last step ran as a CUDA graph.
         counts: Number of boxes ``added`` and ``removed`` by relabeling.
+        factors: Last factor of each balanced term; empty without balance.
     """
 
     images: Tensor
@@ -102,6 +107,7 @@ class SynthesisResult:
     seconds: float
     captured: bool
     counts: dict[str, int] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @contextmanager
@@ -139,6 +145,12 @@ class Synthesizer:
         keep_interval: Number of steps between two comparisons for ``keep='best'``.
         precision: ``'fp32'`` or ``'bf16'`` (autocast; CUDA only, the CPU always computes in fp32).
         capture: Whether to capture the step into a CUDA graph if possible.
+        balance: Whether to scale terms by their gradients (:mod:`mmzsq.synthesis.gradient_balance`). The gradients of
+            the detection loss and of each image prior then have ``detection_weight`` and the prior's ``weight`` times
+            the norm of the feature priors' gradient. Without a feature prior, the detection loss is the reference.
+        detection_interval: Steps between two evaluations of the detection loss. Its gradient is kept in between, and
+            each step computes the priors. 1 computes all terms in each step; None is 1 if the task computes the loss
+            of a batch at once, else :data:`DETECTION_INTERVAL`.
 
     Attributes:
         eager_reason: Why steps are not captured; None if nothing has prevented it.
@@ -163,6 +175,8 @@ class Synthesizer:
         keep_interval: int = 50,
         precision: str = 'bf16',
         capture: bool = True,
+        balance: bool = False,
+        detection_interval: int | None = 1,
     ) -> None:
         for key, value, allowed in (
             ('detection_reduction', detection_reduction, ('sum', 'mean')),
@@ -186,6 +200,10 @@ class Synthesizer:
         self.keep_interval = keep_interval
         self.precision = precision
         self.capture = capture
+        self.balance = balance
+        if detection_interval is None:
+            detection_interval = 1 if task.is_batched else DETECTION_INTERVAL
+        self.detection_interval = detection_interval
         self.eager_reason: str | None = None
         self.acceleration: Acceleration | None = None
 
@@ -254,7 +272,7 @@ class Synthesizer:
         if images.is_cuda:
             # Convolutions and reductions on a GPU are faster in this layout.
             images = images.contiguous(memory_format=torch.channels_last)
-        step = _Step(self, images, labels)
+        step = OptimizationStep(self, images, labels)
         counts = asdict(RelabelCounts())
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
@@ -284,7 +302,8 @@ class Synthesizer:
         result = step.images.detach() if best_images is None else best_images
         losses = self._finite_losses(step, iterations)
         seconds = time.perf_counter() - start
-        return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts)
+        factors = {} if step.balance is None else step.balance.values()
+        return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts, factors)
 
     def _run_without_steps(
         self, images: Tensor, labels: list[InstanceData], sampler: LabelSampler | None
@@ -327,7 +346,7 @@ class Synthesizer:
             return self.task.predict(images.detach().clamp(0, 1))
 
     @staticmethod
-    def _finite_losses(step: _Step, iteration: int) -> dict[str, float]:
+    def _finite_losses(step: OptimizationStep, iteration: int) -> dict[str, float]:
         losses = dict(zip(step.losses, torch.stack(list(step.losses.values())).tolist(), strict=True))
         bad = [f'{name} = {value}' for name, value in losses.items() if not math.isfinite(value)]
         if bad:
@@ -336,138 +355,3 @@ class Synthesizer:
                 "zsq.synthesis.precision='fp32', or check that load_from is the checkpoint of this config"
             )
         return losses
-
-
-class _Step:
-    """One optimization step of a batch, run eagerly or replayed from a CUDA graph."""
-
-    def __init__(self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData]) -> None:
-        self.synthesizer = synthesizer
-        self.task = synthesizer.task
-        self.images = images.requires_grad_()
-        self.size = (images.shape[2], images.shape[3])
-        self.losses: dict[str, Tensor] = {}
-        self.samples: Any = None
-        on_cuda = images.is_cuda
-        self.lr = torch.zeros((), device=images.device)
-        self.optimizer = torch.optim.Adam(
-            [self.images],
-            lr=self.lr if on_cuda else 0.0,
-            betas=synthesizer.betas,
-            capturable=on_cuda,
-            fused=on_cuda,
-        )
-        self.may_capture = on_cuda and synthesizer.capture and synthesizer.eager_reason is None
-        # All eager steps share one stream, because memory freed on a stream is reused on that stream only.
-        self.side_stream = torch.cuda.Stream() if self.may_capture else None
-        self.set_labels(labels)
-
-    @property
-    def captured(self) -> bool:
-        """Whether steps are currently replayed from a CUDA graph."""
-        return self.graph is not None
-
-    def set_labels(self, labels: list[InstanceData]) -> None:
-        """Replace the labels; images and optimizer state are kept, and so is a captured graph if the labels fit."""
-        if self.samples is not None and self.task.update_samples(self.samples, labels, self.size):
-            return
-        self.samples = self.task.data_samples(labels, self.size)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager_steps = 0
-
-    def __call__(self, lr: float) -> None:
-        """Take one step at learning rate ``lr``."""
-        if not self.images.is_cuda:
-            self.optimizer.param_groups[0]['lr'] = lr
-            self._compute()
-            return
-        self.lr.fill_(lr)
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.may_capture and self.eager_steps >= EAGER_STEPS:
-            self._step_and_capture()
-        else:
-            self._eager()
-
-    def _eager(self) -> None:
-        stream = torch.cuda.current_stream() if self.side_stream is None else self.side_stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.eager_steps += 1
-
-    def _step_and_capture(self) -> None:
-        """Run one step with synchronization forbidden, then capture it; record the reason if that fails."""
-        mode = torch.cuda.get_sync_debug_mode()
-        random = _random_states(self.images.device)
-        torch.cuda.set_sync_debug_mode('error')
-        try:
-            self._eager()
-        except RuntimeError as error:
-            self.may_capture = False
-            self.synthesizer.eager_reason = str(error).splitlines()[0]
-            warnings.warn(
-                f'synthesis runs eagerly: the detection loss synchronizes with the device '
-                f'({self.synthesizer.eager_reason})',
-                stacklevel=2,
-            )
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        if not self.may_capture:
-            # Repeat the step with the same random numbers; the priors drop the features of the failed attempt.
-            _set_random_states(random)
-            for prior in self.synthesizer.priors:
-                prior.reset()
-            self._eager()
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        # A graph uses a memory pool of its own, so release the cached memory of the eager steps.
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._compute()
-        self.graph = graph
-
-    def _compute(self) -> None:
-        options = self.synthesizer
-        self.optimizer.zero_grad(set_to_none=True)
-        inputs = options.cutout(self.images) if options.cutout is not None else self.images
-        with self._accelerated():
-            detection = self.task.loss(inputs, self.samples)
-        scale = len(self.images) if options.detection_reduction == 'sum' else 1
-        losses = {'detection': options.detection_weight * scale * detection.float()}
-        for prior in options.priors:
-            name = type(prior).__name__
-            count = sum(known.partition('_')[0] == name for known in losses)
-            losses[f'{name}_{count + 1}' if count else name] = prior(self.images)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
-        self.optimizer.step()
-        if options.clamp:
-            with torch.no_grad():
-                self.images.clamp_(0, 1)
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
-
-    @contextmanager
-    def _accelerated(self) -> Iterator[None]:
-        acceleration = self.synthesizer.acceleration
-        with nullcontext() if acceleration is None else acceleration():
-            if self.images.is_cuda and self.synthesizer.precision == 'bf16':
-                # The cache of cast weights would be filled inside a captured step and freed outside of it.
-                with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
-                    yield
-            else:
-                yield
-
-
-def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the random state of the CPU, and that of ``device`` if it is a GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-
-
-def _set_random_states(states: tuple[Tensor, Tensor | None]) -> None:
-    cpu_state, device_state = states
-    torch.set_rng_state(cpu_state)
-    if device_state is not None:
-        torch.cuda.set_rng_state(device_state)

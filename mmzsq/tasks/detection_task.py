@@ -16,12 +16,17 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
 from mmzsq.masks import mask_boxes
 from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
+
+
+DENSE_HEADS = ('bbox_head', 'rpn_head', 'mask_head')
+"""Attributes of MMDetection's detectors that hold heads which read the neck's feature maps."""
 
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
@@ -183,7 +188,11 @@ class DetectionTask:
         needs_masks: Whether labels need instance masks and predictions contain them.
         channel_order: ``'rgb'`` or ``'bgr'``.
         note: Message for the log about the choice of this task, or None.
+        is_batched: Whether :meth:`loss` computes all images of a batch at once. MMDetection computes most losses image
+            by image, which takes far longer than the network on a GPU.
     """
+
+    is_batched = False
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
@@ -260,6 +269,21 @@ class DetectionTask:
                 return sum_losses(self.detector.loss(self.normalize(images), copies))
         except ImportError as error:
             raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error
+
+    def run_network(self, images: Tensor) -> None:
+        """Run the layers that feature priors observe, without a loss: backbone, neck, and dense heads with BatchNorm.
+
+        Heads of regions and transformers are left out: they read proposals or queries, and hardly any has BatchNorm.
+
+        Args:
+            images: Shape (N, 3, H, W), in [0, 1].
+        """
+        with frozen_train_mode(self.detector):
+            features = self.detector.extract_feat(self.normalize(images))
+            for name in DENSE_HEADS:
+                head = getattr(self.detector, name, None)
+                if isinstance(head, nn.Module) and any(isinstance(layer, _BatchNorm) for layer in head.modules()):
+                    head(features)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:

@@ -55,6 +55,8 @@ class TargetCapacity:
 class PaddedTargetsTask(DetectionTask):
     """Task of a detector whose ``bbox_head`` has ``loss_by_targets(maps, PaddedTargets)``."""
 
+    is_batched = True
+
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> PaddedTargets:  # type: ignore[override]
         """Pad labels to a common length, on the detector's device.
 

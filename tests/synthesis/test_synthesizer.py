@@ -12,7 +12,7 @@ from torch import nn
 
 from mmzsq.errors import UserError
 from mmzsq.synthesis import AdaptiveLabelSampler, BNStatisticsPrior, Synthesizer, TotalVariationPrior
-from mmzsq.synthesis.synthesizer import _Step
+from mmzsq.synthesis.optimization_step import OptimizationStep
 
 SIZE = (16, 16)
 
@@ -280,18 +280,18 @@ def test_a_step_that_synchronizes_is_repeated_eagerly(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: mode)
     monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', set_mode)
-    step = _Step(Synthesizer(BrightBoxes(), []), torch.rand(2, 3, *SIZE), LABELS)
+    step = OptimizationStep(Synthesizer(BrightBoxes(), []), torch.rand(2, 3, *SIZE), LABELS)
     step.may_capture = True
     taken = []
 
-    def eager() -> None:
+    def eager(measures: bool) -> None:
         if mode == 'error':
             raise RuntimeError('called a synchronizing CUDA operation')
         taken.append(mode)
 
     monkeypatch.setattr(step, '_eager', eager)
     with pytest.warns(UserWarning, match='synthesis runs eagerly'):
-        step._step_and_capture()
+        step._step_and_capture(False)
     assert taken == ['default'] and not step.may_capture
     assert step.synthesizer.eager_reason == 'called a synchronizing CUDA operation'
 
@@ -315,7 +315,7 @@ def test_a_failed_capture_gives_the_images_of_an_eager_run(monkeypatch: pytest.M
         prior = BNStatisticsPrior(weight=1.0)
         prior.attach(task.detector)
         torch.manual_seed(0)
-        step = _Step(Synthesizer(task, [prior], cutout=dict(probability=1.0)), torch.rand(2, 3, *SIZE), LABELS)
+        step = OptimizationStep(Synthesizer(task, [prior], cutout=dict(probability=1.0)), torch.rand(2, 3, *SIZE), LABELS)
         step.optimizer.param_groups[0]['lr'] = 0.1
         for _ in range(2):
             step._compute()
@@ -323,14 +323,14 @@ def test_a_failed_capture_gives_the_images_of_an_eager_run(monkeypatch: pytest.M
             step.may_capture = True
             eager, tries = step._compute, []
 
-            def first_fails() -> None:
+            def first_fails(measures: bool) -> None:
                 tries.append(True)
                 task.fails = len(tries) == 1
-                eager()
+                eager(measures)
 
             monkeypatch.setattr(step, '_eager', first_fails)
             with pytest.warns(UserWarning, match='synthesis runs eagerly'):
-                step._step_and_capture()
+                step._step_and_capture(False)
             assert len(tries) == 2
         else:
             step._compute()

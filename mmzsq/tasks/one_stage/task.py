@@ -46,6 +46,8 @@ class OneStageTask(DetectionTask):
             frozen.
     """
 
+    is_batched = True
+
     def __init__(self, detector: nn.Module) -> None:
         super().__init__(detector)
         self._batched_loss = BATCHED_LOSSES[type(self.detector.bbox_head)]

@@ -90,6 +90,8 @@ class TwoStageTask(DetectionTask):
         jitter: Maximum move of a side of a copy, as a fraction of its box's width or height.
     """
 
+    is_batched = True
+
     def __init__(
         self,
         detector: nn.Module,

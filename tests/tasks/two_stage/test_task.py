@@ -19,7 +19,7 @@ from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner, replace_max_iou_assigners
 from mmzsq.synthesis import BNStatisticsPrior, PatchSimilarityPrior, Synthesizer, TotalVariationPrior, select_priors
 from mmzsq.synthesis.acceleration import Acceleration
-from mmzsq.synthesis.synthesizer import _Step
+from mmzsq.synthesis.optimization_step import OptimizationStep
 from mmzsq.tasks import DetectionTask, TwoStageTask, build_detection_task
 from mmzsq.tasks.two_stage import unsupported_reason
 
@@ -78,7 +78,7 @@ def make_step(task: TwoStageTask, samples: Any, images: torch.Tensor, monkeypatc
     synthesizer.acceleration = Acceleration(task.detector, torch.bfloat16 if images.is_cuda else torch.float32)
     for prior in priors:
         prior.attach(task.detector)
-    return _Step(synthesizer, images, [])
+    return OptimizationStep(synthesizer, images, [])
 
 
 @pytest.mark.parametrize('backbone', ['resnet', 'swin'])
