@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdet.registry import DATASETS
-from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import OPTIMIZERS
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
@@ -53,17 +51,16 @@ def merge(base: Any, override: Any) -> Any:
     return merged
 
 
-def complete_section(zsq: Any, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def complete_section(zsq: Any) -> dict[str, Any]:
     """Return the plain form of :func:`read_section`."""
-    return read_section(zsq, model)[1]
+    return read_section(zsq)[1]
 
 
-def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqSection, dict[str, Any]]:
+def read_section(zsq: Any) -> tuple[ZsqSection, dict[str, Any]]:
     """Fill a ``zsq`` section with its preset and check it.
 
     Args:
         zsq: The section as a config gives it.
-        model: Config of the detector, since presets may depend on it. None: any detector.
 
     Returns:
         The typed section, and its plain form with every key.
@@ -95,7 +92,7 @@ def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqS
         if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
             raise UserError(f'zsq.presets.{preset}.{key} is {value!r}, but must be a dict.')
     user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
-    defaults = preset_section(source, merge(changes, user), two_stages_on_batch_norm(model or {}))
+    defaults = preset_section(source, merge(changes, user))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))
     return ZsqSection.parse(plain, 'zsq'), plain
 
@@ -152,7 +149,7 @@ def compose(cfg: Config) -> Config:
         _check_unchanged(zsq)
         return cfg
     _check_other_sections(cfg)
-    section, plain = read_section(zsq, cfg.model)
+    section, plain = read_section(zsq)
     check_parts(plain)
     # With `resume`, `load_from` is the checkpoint to continue from.
     plain['teacher'] = section.teacher or (None if cfg.get('resume') else cfg.get('load_from'))
@@ -275,29 +272,6 @@ def has_masks(model: Any) -> bool:
             has_masks(value) for value in model.values()
         )
     return isinstance(model, (list, tuple)) and any(has_masks(part) for part in model)
-
-
-def two_stages_on_batch_norm(model: Mapping[str, Any]) -> bool:
-    """Return whether a detector, by its config, has two stages and BatchNorm layers in its backbone."""
-    backbone = model.get('backbone')
-    if any(model.get(head) is None for head in ('rpn_head', 'roi_head')) or not isinstance(backbone, Mapping):
-        return False
-    norm = backbone['norm_cfg'] if 'norm_cfg' in backbone else _default_norm(backbone.get('type'))
-    layer = resolve_class(MMDET_MODELS, norm.get('type')) if isinstance(norm, Mapping) else None
-    # The same test as in BNStatisticsPrior.
-    return inspect.isclass(layer) and issubclass(layer, _BatchNorm)
-
-
-def _default_norm(backbone_type: Any) -> Any:
-    """Return the default ``norm_cfg`` of a backbone class; None if it has none or the class is unknown."""
-    for base in getattr(resolve_class(MMDET_MODELS, backbone_type), '__mro__', ()):
-        parameters = inspect.signature(base.__init__).parameters
-        if 'norm_cfg' in parameters:
-            return parameters['norm_cfg'].default
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            # It passes no arguments on to its base.
-            return None
-    return None
 
 
 def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]) -> dict[str, Any]:

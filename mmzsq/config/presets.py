@@ -228,23 +228,18 @@ PRESETS: dict[str, ZsqSection] = {
 }
 
 
-def preset_section(name: str, user: Mapping[str, Any], two_stages_on_batch_norm: bool = False) -> dict[str, Any]:
+def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of a preset.
 
-    Those of ``default`` depend on the bits, on whether the student learns from labels, and on the detector.
+    Those of ``default`` depend on the bits, and on whether the student learns from labels.
 
     Args:
         name: A key of :data:`PRESETS`.
         user: The user's ``zsq`` section.
-        two_stages_on_batch_norm: Whether the detector has two stages and BatchNorm in its backbone.
     """
     section = copy.deepcopy(_SECTIONS[name])
     if name != 'default':
         return section
-    if two_stages_on_batch_norm:
-        # The loss of two stages stays large. Summed over the images it keeps the BatchNorm prior, one number for a
-        # batch, from converging, and the images turn to haze in the labels' tint.
-        section['synthesis'] |= dict(detection_weight=0.5, detection_reduction='mean')
     # Values of a wrong type are refused later, when the section is parsed.
     quantizer, distillation = (
         value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')

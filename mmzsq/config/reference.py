@@ -38,8 +38,6 @@ Columns `default` and `paper` show the values of these presets. Some values of `
 
 * At W8A8, `train.optimizer.lr` is 2e-05 and `train.step_lr` is 0.0002.
 * With `distillation.detection_weight` above 0, `train.augmentation` is None.
-* For detectors of two stages with BatchNorm in the backbone, `synthesis.detection_weight` is 0.5 and
-  `synthesis.detection_reduction` is `'mean'`.
 """
 
 PARTS = (

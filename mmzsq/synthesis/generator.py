@@ -240,6 +240,7 @@ class CalibrationSetGenerator:
             'seconds': round(seconds, 3),
             'ms_per_image_iteration': round(1000 * seconds / steps, 4) if steps else 0.0,
             'losses': {name: round(value, 5) for name, value in results[-1].losses.items()},
+            'factors': {name: float(f'{value:.4g}') for name, value in results[-1].factors.items()},
             'cuda_graph': all(result.captured for result in results),
             'added': sum(result.counts.get('added', 0) for result in results),
             'removed': sum(result.counts.get('removed', 0) for result in results),

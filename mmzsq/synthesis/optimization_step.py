@@ -194,8 +194,7 @@ class OptimizationStep:
                 self._set_gradient(losses, None, measures)
             else:
                 scaled = [
-                    loss * self.balance.factor(name) if name in self.balance else loss
-                    for name, loss in losses.items()
+                    loss * self.balance.factor(name) if name in self.balance else loss for name, loss in losses.items()
                 ]
                 torch.stack(scaled).sum().backward()
         self.optimizer.step()

@@ -253,6 +253,15 @@ class Synthesizer:
             for prior in self.priors:
                 prior.detach()
 
+    def describe_detection(self) -> str:
+        """Return the weight and interval of the detection loss in words."""
+        weight = f'{self.detection_weight:g} x'
+        if self.balance:
+            text = f'{weight} the gradient of the feature priors'
+        else:
+            text = f'{weight} the {self.detection_reduction} over the images of a batch'
+        return text if self.detection_interval == 1 else f'{text}, renewed every {self.detection_interval} steps'
+
     @property
     def dtype(self) -> torch.dtype:
         """Data type of convolutions and linear layers on a GPU."""

@@ -24,7 +24,6 @@ from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
 
-
 DENSE_HEADS = ('bbox_head', 'rpn_head', 'mask_head')
 """Attributes of MMDetection's detectors that hold heads which read the neck's feature maps."""
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mmdet.models import ResNet, SwinTransformer
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from torch import nn
 
 from mmzsq.config.compose import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
@@ -552,59 +550,6 @@ def test_students_of_8_bits_have_lower_rates(bits: tuple[int, int], lr: float, s
 
 
 # Defaults that depend on the detector.
-
-
-@pytest.mark.parametrize(
-    ('config', 'expected'),
-    [
-        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', (0.5, 'mean')),
-        ('cascade_rcnn/cascade-rcnn_r50-caffe_fpn_1x_coco', (0.5, 'mean')),
-        ('resnest/mask-rcnn_s50_fpn_syncbn-backbone+head_ms-1x_coco', (0.5, 'mean')),
-        ('hrnet/faster-rcnn_hrnetv2p-w18-1x_coco', (0.5, 'mean')),
-        ('gn/mask-rcnn_r50_fpn_gn-all_2x_coco', (1.0, 'sum')),
-        ('swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco', (1.0, 'sum')),
-        ('retinanet/retinanet_r50_fpn_1x_coco', (1.0, 'sum')),
-        ('rpn/rpn_r50_fpn_1x_coco', (1.0, 'sum')),
-    ],
-)
-def test_detection_losses_of_two_stages_on_batch_norm_are_averaged(
-    tmp_path: Path, config: str, expected: tuple[float, str]
-) -> None:
-    leaf = tmp_path / 'leaf.py'
-    leaf.write_text(f"_base_ = ['mmdet::{config}.py', 'mmzsq::_base_/zsq_w4a8.py']\nload_from = 'own.pth'\n")
-    cfg = Config.fromfile(leaf)
-
-    def weight_and_reduction(**zsq: Any) -> tuple[float, str]:
-        synthesis = composed(cfg, **zsq).zsq.synthesis
-        return synthesis.detection_weight, synthesis.detection_reduction
-
-    assert weight_and_reduction() == expected
-    # Settings of the user and of one preset win, and the paper's preset does not change.
-    assert weight_and_reduction(synthesis=dict(detection_weight=3.0)) == (3.0, expected[1])
-    assert weight_and_reduction(presets=dict(default=dict(synthesis=dict(detection_reduction='sum'))))[1] == 'sum'
-    assert weight_and_reduction(preset='paper') == (0.5, 'sum')
-
-
-def test_unset_norms_default_to_those_of_the_backbone_class() -> None:
-    def section(**backbone: Any) -> dict[str, Any]:
-        return complete_section({}, dict(rpn_head=dict(), roi_head=dict(), backbone=backbone))
-
-    assert section(type=ResNet)['synthesis']['detection_reduction'] == 'mean'
-    # It passes its arguments on.
-    assert section(type='ResNeXt')['synthesis']['detection_reduction'] == 'mean'
-    # A Python-style config names the class itself.
-    assert section(type=ResNet, norm_cfg=dict(type=nn.BatchNorm2d))['synthesis']['detection_reduction'] == 'mean'
-    assert section(type=ResNet, norm_cfg=dict(type='GN'))['synthesis']['detection_reduction'] == 'sum'
-    assert section(type='CSPDarknet', norm_cfg=None)['synthesis']['detection_reduction'] == 'sum'
-
-    class OwnNorm(ResNet):
-        def __init__(self, depth: int) -> None:
-            super().__init__(depth, norm_cfg=dict(type='GN', num_groups=2))
-
-    assert section(type=OwnNorm)['synthesis']['detection_reduction'] == 'sum'
-    assert section(type=SwinTransformer)['synthesis']['detection_reduction'] == 'sum'
-    # Unknown types are refused when they are built.
-    assert section(type='NoSuchBackbone')['synthesis']['detection_reduction'] == 'sum'
 
 
 # Defaults that depend on whether a loss reads labels.

@@ -315,7 +315,9 @@ def test_a_failed_capture_gives_the_images_of_an_eager_run(monkeypatch: pytest.M
         prior = BNStatisticsPrior(weight=1.0)
         prior.attach(task.detector)
         torch.manual_seed(0)
-        step = OptimizationStep(Synthesizer(task, [prior], cutout=dict(probability=1.0)), torch.rand(2, 3, *SIZE), LABELS)
+        step = OptimizationStep(
+            Synthesizer(task, [prior], cutout=dict(probability=1.0)), torch.rand(2, 3, *SIZE), LABELS
+        )
         step.optimizer.param_groups[0]['lr'] = 0.1
         for _ in range(2):
             step._compute()

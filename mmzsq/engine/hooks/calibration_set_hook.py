@@ -112,8 +112,8 @@ class CalibrationSetHook(Hook):
         synthesizer = generator.synthesizer
         left_out = ', '.join(type(prior).__name__ for prior in generator.priors_left_out)
         runner.logger.info(
-            f'detection loss: {synthesizer.detection_weight:g} x the {synthesizer.detection_reduction} over the images '
-            f'of a batch; priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
+            f'detection loss: {synthesizer.describe_detection()}; '
+            f'priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
             f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
         )
         with SynthesisProgress(runner, generator, calibration_set, own_shards, self.root / 'previews') as progress:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched losses of heads with static label assignment: RetinaNet, ATSS, GFL and FCOS.
+"""Batched losses of heads with static label assignment: RetinaNet, ATSS, GFL, FCOS and YOLOv3.
 
 The assignment depends only on the labels and the locations. MMDetection's own assigners compute the targets, image by
 image, once per set of labels. In each step, the loss runs over all locations. It equals the head's ``loss_by_feat``,
@@ -132,6 +132,54 @@ def point_targets(
         centerness=centerness,
         divisor=positive.sum().clamp(min=1).float(),
     )
+
+
+class GridTargets(NamedTuple):
+    """Targets of YOLOv3 for N images.
+
+    Attributes:
+        maps: For each level, offsets, objectness and classes of its A anchors, (N, A, 5 + C).
+        compared: For each level, 1 for anchors that count in the objectness term, else 0, (N, A).
+    """
+
+    maps: tuple[Tensor, ...]
+    compared: tuple[Tensor, ...]
+
+
+def grid_targets(
+    head: Any, labels: Sequence[InstanceData], map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]
+) -> GridTargets:
+    """Assign labels to the grid cells of ``head``, a ``YOLOV3Head``; see :func:`anchor_targets`."""
+    device = labels[0].bboxes.device
+    anchors = head.prior_generator.grid_priors(map_sizes, device=device)
+    flags = [head.responsible_flags(map_sizes, image.bboxes, device) for image in labels]
+    maps, negative = head.get_targets([anchors] * len(labels), flags, labels)
+    compared = [(level.float() + target[..., 4]).clamp(max=1) for level, target in zip(negative, maps, strict=True)]
+    return GridTargets(tuple(maps), tuple(compared))
+
+
+def yolov3_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: GridTargets) -> Tensor:
+    """Loss of a ``YOLOV3Head``.
+
+    Args:
+        head: The head with its training configuration.
+        maps: One item, the maps of every level, as returned by ``head``.
+        targets: Return value of :func:`grid_targets`.
+
+    Returns:
+        A scalar.
+    """
+    terms = []
+    for level, wanted, compared in zip(maps[0], targets.maps, targets.compared, strict=True):
+        found = flatten_maps([level], head.num_attrib)
+        positive = wanted[..., 4]
+        terms += [
+            head.loss_cls(found[..., 5:], wanted[..., 5:], weight=positive[..., None]).mean(),
+            head.loss_conf(found[..., 4], wanted[..., 4], weight=compared).mean(),
+            head.loss_xy(found[..., :2], wanted[..., :2], weight=positive[..., None]).mean(),
+            head.loss_wh(found[..., 2:4], wanted[..., 2:4], weight=positive[..., None]).mean(),
+        ]
+    return torch.stack(terms).sum()
 
 
 def retina_loss(head: Any, maps: Sequence[Sequence[Tensor]], targets: CodedTargets) -> Tensor:

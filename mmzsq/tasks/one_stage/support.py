@@ -7,17 +7,29 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead, RTMDetHead, RTMDetSepBNHead, YOLOXHead
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
 from mmdet.models.detectors import SingleStageDetector
-from mmdet.models.losses import CrossEntropyLoss, DistributionFocalLoss, FocalLoss, QualityFocalLoss
+from mmdet.models.losses import CrossEntropyLoss, DistributionFocalLoss, FocalLoss, MSELoss, QualityFocalLoss
 from mmdet.models.task_modules import (
     BboxOverlaps2D,
     DeltaXYWHBBoxCoder,
     DistancePointBBoxCoder,
     DynamicSoftLabelAssigner,
+    GridAssigner,
     MlvlPointGenerator,
     PseudoSampler,
     SimOTAAssigner,
+    YOLOAnchorGenerator,
+    YOLOBBoxCoder,
 )
 from torch import Tensor, nn
 
@@ -30,8 +42,10 @@ from mmzsq.tasks.one_stage.static_assignment import (
     coded_anchor_targets,
     fcos_loss,
     gfl_loss,
+    grid_targets,
     point_targets,
     retina_loss,
+    yolov3_loss,
 )
 from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
@@ -154,6 +168,18 @@ FCOS = BatchedLoss(
     settings={**SIGMOID, **MEAN, **CENTERNESS},
 )
 
+YOLOV3 = BatchedLoss(
+    grid_targets,
+    yolov3_loss,
+    components={
+        'prior_generator': (YOLOAnchorGenerator,),
+        'bbox_coder': (YOLOBBoxCoder,),
+        'assigner': (GridAssigner,),
+        'sampler': (PseudoSampler,),
+        **{f'loss_{term}': (CrossEntropyLoss, MSELoss) for term in ('cls', 'conf', 'xy', 'wh')},
+    },
+)
+
 BATCHED_LOSSES: dict[type, BatchedLoss] = {
     ATSSHead: ATSS,
     FCOSHead: FCOS,
@@ -161,9 +187,33 @@ BATCHED_LOSSES: dict[type, BatchedLoss] = {
     RetinaHead: RETINA,
     RTMDetHead: RTMDET,
     RTMDetSepBNHead: RTMDET,
+    YOLOV3Head: YOLOV3,
     YOLOXHead: YOLOX,
 }
-"""Batched losses by exact class of the head, because subclasses may compute something else."""
+"""Batched losses by class of the head."""
+
+FREE_METHODS = frozenset(
+    (
+        *('_init_layers', '_init_predictor', '_init_cls_convs', '_init_reg_convs', 'init_weights', '_version'),
+        *('forward', 'forward_single', 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'),
+        *('aug_test', '_abc_impl'),
+    )
+)
+"""Names that a subclass may override, since the loss reads the maps only. Special methods and new names are free too."""
+
+
+def batched_loss_of(head_class: type) -> BatchedLoss | None:
+    """Return the batched loss of a class of heads; None if it has none.
+
+    A subclass has the loss of its base if it changes only layers and predictions. It may compute another loss if it
+    overrides any other method.
+    """
+    for position, base in enumerate(head_class.__mro__):
+        if base in BATCHED_LOSSES:
+            changed = {name for cls in head_class.__mro__[:position] for name in vars(cls)}
+            overridden = {name for name in changed - FREE_METHODS if hasattr(base, name) and not name.startswith('__')}
+            return None if overridden else BATCHED_LOSSES[base]
+    return None
 
 
 def unsupported_reason(detector: nn.Module) -> str | None:
@@ -176,7 +226,7 @@ def _reasons(detector: Any) -> Iterator[str]:
     if head is None:
         yield 'it has no bbox_head'
         return
-    batched_loss = BATCHED_LOSSES.get(type(head))
+    batched_loss = batched_loss_of(type(head))
     if batched_loss is None:
         yield f'{type(head).__name__} is not supported'
         return

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.tasks.detection_task import DetectionTask
-from mmzsq.tasks.one_stage.support import BATCHED_LOSSES
+from mmzsq.tasks.one_stage.support import BatchedLoss, batched_loss_of
 
 
 @dataclass
@@ -50,7 +50,9 @@ class OneStageTask(DetectionTask):
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__(detector)
-        self._batched_loss = BATCHED_LOSSES[type(self.detector.bbox_head)]
+        batched_loss = batched_loss_of(type(self.detector.bbox_head))
+        assert batched_loss is not None
+        self._batched_loss: BatchedLoss = batched_loss
 
     def data_samples(self, labels: Sequence[InstanceData], image_size: tuple[int, int]) -> Any:
         """Move labels to the detector's device, in the form that :meth:`loss` takes.

@@ -31,6 +31,7 @@ RESNET = {
     'model.bbox_head': dict(num_classes=CLASSES, in_channels=16, feat_channels=16, stacked_convs=1),
 }
 GROUPED = RESNET | {'model.bbox_head': RESNET['model.bbox_head'] | dict(norm_cfg=GROUPS)}
+MOBILENET = {'model.backbone.init_cfg': None, 'model.bbox_head.num_classes': CLASSES}
 DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     'yolox': ('yolox/yolox_s_8xb8-300e_coco.py', DARKNET),
     'rtmdet': ('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', DARKNET),
@@ -39,9 +40,21 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     'gfl': ('gfl/gfl_r50_fpn_1x_coco.py', GROUPED),
     'fcos': ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', GROUPED),
     'fcos_normalized': ('fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py', GROUPED),
+    'yolov3': ('yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py', MOBILENET),
 }
 """MMDetection's config and the overrides that make it small, by name."""
-PREDICTORS = ('conv_cls', 'conv_reg', 'conv_obj', 'rtm_cls', 'rtm_reg', 'retina_', 'atss_', 'gfl_', 'conv_centerness')
+PREDICTORS = (
+    'conv_cls',
+    'conv_reg',
+    'conv_obj',
+    'rtm_cls',
+    'rtm_reg',
+    'retina_',
+    'atss_',
+    'gfl_',
+    'conv_centerness',
+    'pred',
+)
 """Substrings in the names of a head's last layers."""
 
 

@@ -178,14 +178,25 @@ def test_an_unsupported_detector_uses_its_own_loss_and_says_why(
     assert reason in str(task.note)
 
 
-def test_a_subclass_of_a_head_or_component_is_unsupported(build: Build) -> None:
-    for path in ('bbox_head', 'bbox_head.assigner'):
+def test_a_subclass_that_may_compute_another_loss_is_unsupported(build: Build) -> None:
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ('bbox_head', {'get_targets': lambda self, *args: None}),
+        ('bbox_head.assigner', {}),
+    ]
+    for path, members in changes:
         detector = build('yolox')
-        part = detector.get_submodule(path) if path == 'bbox_head' else detector.bbox_head.assigner
-        part.__class__ = type('Other', (type(part),), {})
+        part = detector.bbox_head if path == 'bbox_head' else detector.bbox_head.assigner
+        part.__class__ = type('Other', (type(part),), members)
         task = build_detection_task(detector)
         assert type(task) is DetectionTask
         assert 'Other' in str(task.note)
+
+
+def test_a_subclass_with_other_layers_and_predictions_has_the_loss_of_its_base(build: Build) -> None:
+    detector = build('yolov3')
+    members = {'_init_layers': None, 'predict_by_feat': None, 'own_helper': lambda self: None}
+    detector.bbox_head.__class__ = type('Other', (type(detector.bbox_head),), members)
+    fast_task(detector)
 
 
 def test_a_detector_that_overrides_its_loss_keeps_it(build: Build) -> None:
