@@ -199,7 +199,7 @@ FREE_METHODS = frozenset(
         *('aug_test', '_abc_impl'),
     )
 )
-"""Names that a subclass may override, since the loss reads the maps only. Special methods and new names are free too."""
+"""Names that a subclass may override, since the loss reads the maps only. It may have special methods and new names."""
 
 
 def batched_loss_of(head_class: type) -> BatchedLoss | None:

@@ -13,14 +13,16 @@ from mmzsq.tasks.detection_task import sum_losses
 from mmzsq.tasks.one_stage.support import BATCHED_LOSSES
 
 SIZE = (96, 128)
-STRIDES = {'yolox': (8, 16, 32), 'rtmdet': (8, 16, 32)}
+STRIDES = {'yolox': (8, 16, 32), 'rtmdet': (8, 16, 32), 'yolov3': (32, 16, 8)}
+CHANNELS = {'yolov3': 96}
 
 
 def features(name: str, images: int) -> list[Tensor]:
     """Return random inputs of the head ``name`` for images of SIZE."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(-(-SIZE[0] // stride), -(-SIZE[1] // stride)) for stride in STRIDES.get(name, (8, 16, 32, 64, 128))]
-    return [torch.randn(images, 16, *size, generator=generator).requires_grad_() for size in sizes]
+    channels = CHANNELS.get(name, 16)
+    return [torch.randn(images, channels, *size, generator=generator).requires_grad_() for size in sizes]
 
 
 def both_losses(name: str, head: Any, labels: list[InstanceData], feats: list[Tensor]) -> tuple[Tensor, Tensor]:
