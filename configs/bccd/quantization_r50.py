@@ -3,11 +3,6 @@
 _base_ = './quantization.py'
 blood_cells = dict(
     synthesis=dict(
-        priors=[
-            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
-            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.01),
-        ],
         # Black rectangles dominate the BatchNorm statistics of a bright, even smear, and cells lose contrast.
         cutout=None,
         synthesize=dict(iterations=300),

@@ -12,12 +12,6 @@ zsq = dict(
         relabel=dict(image_size=128, iterations=120, batch_size=64),
         refine=None,
         synthesize=dict(image_size=256, iterations=150, batch_size=32, start='previous', lr=0.05),
-        # Drawn scenes are smooth. The total variation weight for photographs leaves noise.
-        priors=[
-            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.02),
-        ],
-        detection_weight=1.0,
         lr=0.1,
     ),
     quantizer=dict(equalize=True),

@@ -279,10 +279,16 @@ class DetectionTask:
         """
         with frozen_train_mode(self.detector):
             features = self.detector.extract_feat(self.normalize(images))
-            for name in DENSE_HEADS:
-                head = getattr(self.detector, name, None)
-                if isinstance(head, nn.Module) and any(isinstance(layer, _BatchNorm) for layer in head.modules()):
-                    head(features)
+            for name in self._observed_heads():
+                getattr(self.detector, name)(features)
+
+    def _observed_heads(self) -> list[str]:
+        return [
+            name
+            for name in DENSE_HEADS
+            if isinstance(head := getattr(self.detector, name, None), nn.Module)
+            and any(isinstance(layer, _BatchNorm) for layer in head.modules())
+        ]
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:

@@ -5,7 +5,7 @@ zsq = dict(
     synthesis=dict(
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
-            dict(type='mmzsq.TotalVariationPrior', weight=0.002),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.1),
         ]
     )
 )
