@@ -8,6 +8,8 @@ makes these outputs from the maps of each kind of head.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,13 +27,13 @@ class MaskGroup(NamedTuple):
 
     Attributes:
         start: Index of the first location.
-        count: Number of locations.
+        length: Number of locations.
         logits: Returns the logits (N, K, h, w) of the masks of K locations of each image, from indices (N, K) that
             count from ``start``.
     """
 
     start: int
-    count: int
+    length: int
     logits: Callable[[Tensor], Tensor]
 
 
@@ -73,7 +75,7 @@ class Constants:
         if key not in self._values:
             with torch.no_grad():
                 self._values[key] = make()
-        return self._values[key]  # type: ignore[no-any-return]
+        return self._values[key]
 
 
 def rows(levels: Sequence[Tensor], channels: int) -> Tensor:
@@ -207,10 +209,8 @@ def direct_masks(levels: Sequence[Tensor]) -> tuple[MaskGroup, ...]:
     Args:
         levels: Mask logits of each level, (N, P of the level, h, w).
     """
-    groups: list[MaskGroup] = []
-    start = 0
-    for level in levels:
-        values = level.float()
-        groups.append(MaskGroup(start, level.shape[1], lambda indices, values=values: take(values, indices)))
-        start += level.shape[1]
-    return tuple(groups)
+    starts = accumulate((level.shape[1] for level in levels[:-1]), initial=0)
+    return tuple(
+        MaskGroup(start, level.shape[1], partial(take, level.float()))
+        for start, level in zip(starts, levels, strict=True)
+    )

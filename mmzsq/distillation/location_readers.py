@@ -18,7 +18,6 @@ from mmdet.models.dense_heads import (
     AutoAssignHead,
     CenterNetHead,
     CornerHead,
-    FCOSHead,
     FoveaHead,
     GFLHead,
     PAAHead,
@@ -132,9 +131,7 @@ def _box_reader(head: Any, mask_head: Any) -> LocationReader | None:
     taps = (BOX_HEAD,)
     if isinstance(head, YOLOV3Head):
         if decodes_like(head, YOLOV3Head):
-            return LocationReader(
-                taps, _read_yolov3, objectness=True, compared='objectness, classes and decoded boxes'
-            )
+            return LocationReader(taps, _read_yolov3, objectness=True, compared='objectness, classes and decoded boxes')
         return LocationReader(
             taps, _read_yolov3, objectness=True, compared='objectness and classes', lost=_unknown_decoding(head)
         )
@@ -178,11 +175,12 @@ def _box_reader(head: Any, mask_head: Any) -> LocationReader | None:
         return LocationReader(
             (BOX_HEAD, PROTOTYPES), _read_yolact, softmax, compared='classes, decoded boxes and masks'
         )
-    if isinstance(head, (GFLHead, FoveaHead)) or _decodes_by_coder(head):
-        return LocationReader(taps, _read_contract, softmax, compared='classes, decoded boxes and a factor if any')
-    return LocationReader(
-        taps, _read_contract, softmax, compared='classes and a factor if any', lost=_unknown_decoding(head)
-    )
+    factor = _factor_name(head)
+    classes = f'classes, {factor}' if factor else 'classes'
+    if _is_decoded(head):
+        comma = ',' if factor else ''
+        return LocationReader(taps, _read_contract, softmax, compared=f'{classes}{comma} and decoded boxes')
+    return LocationReader(taps, _read_contract, softmax, compared=classes, lost=_unknown_decoding(head))
 
 
 def decodes_like(head: Any, base: type) -> bool:
@@ -197,6 +195,21 @@ def _unknown_decoding(head: Any) -> str:
     return f'boxes, undecoded, since {type(head).__name__} decodes them in an unknown way'
 
 
+def _factor_name(head: Any) -> str:
+    """Name the factor of a head's scores, for the log: what it has a loss for, such as the centerness."""
+    if isinstance(head, RTMDetHead):
+        # It inherits ATSS's loss, but has no such map.
+        return ''
+    return next((name for name in ('centerness', 'iou') if hasattr(head, f'loss_{name}')), '')
+
+
+def _is_decoded(head: Any) -> bool:
+    """Return whether :func:`_decode_contract` decodes the boxes of ``head``."""
+    if any(isinstance(head, base) and decodes_like(head, base) for base in (GFLHead, FoveaHead)):
+        return True
+    return _decodes_by_coder(head)
+
+
 def _decodes_by_coder(head: Any) -> bool:
     if not isinstance(head, (AnchorHead, AnchorFreeHead, RTMDetHead)):
         return False
@@ -204,7 +217,7 @@ def _decodes_by_coder(head: Any) -> bool:
         return False
     if not any(type(head).predict_by_feat is base.predict_by_feat for base in GENERIC_DECODING):
         return False
-    coder = getattr(head, 'bbox_coder', None)
+    coder: Any = getattr(head, 'bbox_coder', None)
     if type(coder) is TBLRBBoxCoder:
         return isinstance(coder.normalizer, float)
     return type(coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
@@ -280,7 +293,7 @@ def _decode_contract(
     Returns:
         Boxes, empty if the decoding is unknown, and the logits of distributions of distances, if any.
     """
-    if not (isinstance(head, (GFLHead, FoveaHead)) or _decodes_by_coder(head)):
+    if not _is_decoded(head):
         return (), None
     priors = _priors(head.prior_generator, bbox_preds, constants)
     joined = torch.cat(priors)
@@ -545,4 +558,3 @@ def _read_solov2(head: Any, outputs: Outputs, constants: Constants) -> LocationO
 def head_of(detector: nn.Module, reader: LocationReader) -> Any:
     """Return the head that ``reader`` reads."""
     return getattr(detector, reader.taps[0])
-

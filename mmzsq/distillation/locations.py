@@ -20,7 +20,7 @@ from mmzsq.boxes import complete_iou
 from mmzsq.distillation.base import DistillationLoss, Outputs, WeightedTermsLoss
 from mmzsq.distillation.dense import DensePredictions, dense_terms
 from mmzsq.distillation.divergence import binary_kl, kl_divergence, relative_errors, soft_object_count
-from mmzsq.distillation.location_outputs import Constants, LocationOutputs, MaskGroup, MapsError, joint_logits
+from mmzsq.distillation.location_outputs import Constants, LocationOutputs, MapsError, MaskGroup, joint_logits
 from mmzsq.distillation.location_readers import LocationReader, head_of, location_reader
 from mmzsq.distillation.prediction_kl import KL_WEIGHT, PredictionKLLoss
 from mmzsq.errors import UserError
@@ -84,7 +84,8 @@ def factor_term(student: LocationOutputs, teacher: LocationOutputs, softmax: boo
 def box_term(student: LocationOutputs, teacher: LocationOutputs, weight: Tensor, total: Tensor) -> Tensor:
     """Divergence of boxes, weighted by the teacher's confidence; a scalar.
 
-    Decoded boxes are compared by 1 - CIoU, averaged over the refinements of a head. Distributions of distances add
+    Decoded boxes are compared by 1 - CIoU, averaged over the refinements of a head. A box of zero area has a CIoU of 0
+    with itself, which replaces the 1. Distributions of distances add
     their KL divergence, averaged over the four sides. Undecoded values add :func:`spread_error`.
 
     Args:
@@ -95,8 +96,8 @@ def box_term(student: LocationOutputs, teacher: LocationOutputs, weight: Tensor,
     """
     terms = []
     if teacher.bboxes:
-        ious = [complete_iou(s, t) for s, t in zip(student.bboxes, teacher.bboxes, strict=True)]
-        terms.append(torch.stack([(weight * (1 - iou)).sum() for iou in ious]).mean() / total)
+        losses = [complete_iou(t, t) - complete_iou(s, t) for s, t in zip(student.bboxes, teacher.bboxes, strict=True)]
+        terms.append(torch.stack([(weight * loss).sum() for loss in losses]).mean() / total)
     if student.sides is not None and teacher.sides is not None:
         terms.append((weight * kl_divergence(student.sides, teacher.sides, tau=1.0).mean(-1)).sum() / total)
     if teacher.regressions:
@@ -144,8 +145,8 @@ def mask_term(student: MaskGroup, teacher: MaskGroup, weight: Tensor) -> tuple[T
         The binary KL, averaged over pixels and summed over masks in proportion to the confidence, and the sum of these
         confidences; scalars.
     """
-    weight = weight[:, teacher.start : teacher.start + teacher.count]
-    chosen = weight.topk(min(MAX_MASKS, teacher.count), dim=1)
+    weight = weight[:, teacher.start : teacher.start + teacher.length]
+    chosen = weight.topk(min(MAX_MASKS, teacher.length), dim=1)
     divergence = binary_kl(student.logits(chosen.indices), teacher.logits(chosen.indices)).flatten(2).mean(2)
     return (chosen.values * divergence).sum(), chosen.values.sum()
 
@@ -190,7 +191,8 @@ def location_terms(
     masks: list[Tensor] = []
     if teacher.masks:
         pairs = [mask_term(s, t, weight) for s, t in zip(student.masks, teacher.masks, strict=True)]
-        masks.append(torch.stack([term for term, _ in pairs]).sum() / soft_object_count(sum(w for _, w in pairs)))
+        divergence, scores = (torch.stack(values) for values in zip(*pairs, strict=True))
+        masks.append(divergence.sum() / soft_object_count(scores))
     masks += [
         spread_error(s, t, weight, total) for s, t in zip(student.coefficients, teacher.coefficients, strict=True)
     ]
@@ -207,7 +209,7 @@ class LocationPredictionLoss(WeightedTermsLoss):
     """Divergences of classes, score factors, boxes and masks of one of MMDetection's dense heads, by location.
 
     See :func:`location_terms`. If the maps of a head do not have the layout of its class, the loss compares them by
-    :class:`~mmzsq.distillation.prediction_kl.PredictionKLLoss` instead, with a tenth of the weight, and the log says so.
+    :class:`~mmzsq.distillation.prediction_kl.PredictionKLLoss` with a tenth of the weight, and the log says so.
 
     Args:
         loss_weight: Factor of the whole loss.

@@ -16,6 +16,7 @@ from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported
 from mmzsq.distillation.two_stage import TwoStagePredictionLoss, two_stage_unsupported_reason
 from mmzsq.registry import MODELS
 
+
 @MODELS.register_module()
 class PredictionLoss(DistillationLoss):
     """Placeholder for the prediction loss of a detector; :meth:`resolve` returns the actual loss.

@@ -74,9 +74,7 @@ def class_divergence(student: Tensor, teacher: Tensor, softmax: bool, total: Ten
     return divergence.sum() / total
 
 
-def query_terms(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], softmax: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def query_terms(student: Sequence[Tensor], teacher: Sequence[Tensor], softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences of one decoder layer.
 
     Args:
