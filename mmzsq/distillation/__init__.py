@@ -6,8 +6,11 @@ from mmzsq.distillation.base import DistillationLoss, Outputs
 from mmzsq.distillation.dense import DensePredictionLoss, DensePredictions
 from mmzsq.distillation.divergence import kl_divergence
 from mmzsq.distillation.features import FeatureMSELoss, feature_modules, transformer_blocks
+from mmzsq.distillation.location_outputs import LocationOutputs
+from mmzsq.distillation.locations import LocationPredictionLoss
 from mmzsq.distillation.prediction_kl import PredictionKLLoss
 from mmzsq.distillation.predictions import PredictionLoss
+from mmzsq.distillation.queries import QueryPredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
@@ -25,9 +28,12 @@ __all__ = [
     'DensePredictions',
     'DistillationLoss',
     'FeatureMSELoss',
+    'LocationOutputs',
+    'LocationPredictionLoss',
     'Outputs',
     'PredictionKLLoss',
     'PredictionLoss',
+    'QueryPredictionLoss',
     'Recorder',
     'RegionPredictionLoss',
     'TwoStagePredictionLoss',

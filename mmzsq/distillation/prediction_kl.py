@@ -23,6 +23,9 @@ from mmzsq.registry import MODELS
 PREDICTION_HEADS = ('rpn_head', 'bbox_head')
 """Attributes of MMDetection's detectors whose outputs are raw prediction maps."""
 
+KL_WEIGHT = 0.1
+"""The paper's weight of :class:`PredictionKLLoss` beside the other losses."""
+
 IMAGE_MASK_HEAD = 'mask_head'
 """Attribute of a detector's own mask head, which sees the features of the image, unlike the mask head of a RoI head.
 

@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, DIIHead
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from torch import Tensor, nn
 
+from mmzsq.boxes import complete_iou
 from mmzsq.distillation.base import Outputs, WeightedTermsLoss
 from mmzsq.distillation.dense import dense_terms
-from mmzsq.distillation.divergence import relative_errors
-from mmzsq.distillation.two_stage import RPN_HEAD, box_head_terms, rpn_predictions, scores_anchors_by_sigmoid
+from mmzsq.distillation.divergence import relative_errors, soft_object_count
+from mmzsq.distillation.queries import class_divergence, query_scores
+from mmzsq.distillation.two_stage import (
+    RPN_HEAD,
+    box_head_terms,
+    decode_on_unit_box,
+    rpn_predictions,
+    scores_anchors_by_sigmoid,
+)
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
@@ -98,12 +106,46 @@ def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
     return head.with_cls and len(outputs) == 1 + head.with_reg and all(output.dim() == 2 for output in outputs)
 
 
+def is_query_output(head: nn.Module, outputs: list[Tensor]) -> bool:
+    """Return whether ``outputs`` begin with the classes and box deltas of queries, as those of Sparse R-CNN do.
+
+    Args:
+        head: The module that returned ``outputs``.
+        outputs: Its recorded outputs.
+    """
+    return isinstance(head, DIIHead) and all(output.dim() == 3 for output in outputs[:2])
+
+
+def query_head_terms(student: list[Tensor], teacher: list[Tensor], head: Any) -> tuple[Tensor, Tensor]:
+    """Divergences of categories and of boxes over the queries of one stage.
+
+    Categories are compared in every query, boxes (1 - CIoU) in proportion to the score. Both are divided by the soft
+    number of queries with an object.
+
+    Args:
+        student: Class logits (N, Q, C) and box deltas (N, Q, 4) relative to the same regions.
+        teacher: The same of the teacher, without gradient.
+        head: The head, with its coder.
+
+    Returns:
+        The divergences of categories and of boxes, scalars.
+    """
+    (classes_S, deltas_S), (classes_T, deltas_T) = ([o.float() for o in outputs[:2]] for outputs in (student, teacher))
+    softmax = not head.loss_cls.use_sigmoid
+    scores = query_scores(classes_T, softmax)
+    total = soft_object_count(scores)
+    bboxes_S, bboxes_T = (decode_on_unit_box(head.bbox_coder, deltas) for deltas in (deltas_S, deltas_T))
+    boxes = (scores * (1 - complete_iou(bboxes_S, bboxes_T))).sum() / total
+    return class_divergence(classes_S, classes_T, softmax, total), boxes
+
+
 @MODELS.register_module()
 class RegionPredictionLoss(WeightedTermsLoss):
     """Divergence of every head of a two-stage detector on the teacher's regions.
 
     * The proposal network, if it is MMDetection's ``RPNHead``: as in ``TwoStagePredictionLoss``.
-    * Box heads: classes and boxes as in ``TwoStagePredictionLoss``, averaged over the stages of a cascade.
+    * Box heads: classes and boxes as in ``TwoStagePredictionLoss``, averaged over the stages of a cascade. Those of
+      Sparse R-CNN and QueryInst are compared query by query (:func:`query_head_terms`).
     * All other outputs, including those of other proposal networks: the squared error relative to the teacher's mean
       square (:func:`~mmzsq.distillation.divergence.relative_errors`), averaged over the outputs.
 
@@ -164,6 +206,11 @@ class RegionPredictionLoss(WeightedTermsLoss):
                 class_term, box_term = box_head_terms(outputs_S, outputs_T, head.bbox_coder)
                 classes.append(class_term)
                 boxes.append(box_term)
+            elif is_query_output(head, outputs_T):
+                class_term, box_term = query_head_terms(outputs_S, outputs_T, head)
+                classes.append(class_term)
+                boxes.append(box_term)
+                others.extend(zip(outputs_S[2:], outputs_T[2:], strict=True))
             else:
                 others.extend(zip(outputs_S, outputs_T, strict=True))
         terms = {

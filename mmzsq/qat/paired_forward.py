@@ -8,12 +8,13 @@ the teacher selected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from mmdet.models.detectors import DetectionTransformer
+from mmdet.models.detectors import DetectionTransformer, ddq_detr
+from mmdet.models.layers.transformer import ddq_detr_layers
 from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -45,6 +46,9 @@ MAX_REGIONS_WITH_MASKS = 64
 
 TRANSFORMER_HEAD = 'bbox_head'
 """The head of a transformer. It returns the predictions of all decoder layers as one tensor."""
+
+NMS_CALLERS = (ddq_detr, ddq_detr_layers)
+"""Modules of MMDetection that select queries of a transformer by ``batched_nms``: those of DDQ."""
 
 MODE_KEPT = (_BatchNorm,)
 """Modules of the student that keep their mode while the rest is in eval mode: BatchNorm may train."""
@@ -117,9 +121,9 @@ class TransformerPairedForward(PairedForward):
     """Runs detectors derived from MMDetection's ``DetectionTransformer`` in eval mode.
 
     In training, some of them add random denoising queries that depend on the labels, so the outputs of teacher and
-    student would belong to different queries. If queries are the top-scoring proposals, the student takes the proposals
-    at the teacher's indices. The student's own losses need a separate forward pass. The predictions of each decoder
-    layer become a separate map (N, queries, ...).
+    student would belong to different queries. If queries are the top-scoring proposals, with or without suppression of
+    overlapping ones, the student takes the proposals at the teacher's indices. The student's own losses need a separate
+    forward pass. The predictions of each decoder layer become a separate map (N, queries, ...).
     """
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> PairedOutputs:
@@ -129,9 +133,15 @@ class TransformerPairedForward(PairedForward):
             eval_mode(self.teacher),
             self.recorder_T.recording() as outputs_T,
             TopkReplay() as topk,
+            recording_nms() as kept,
         ):
             self.teacher(inputs, data_samples, mode='tensor')
-        with eval_mode(self.student, MODE_KEPT), self.recorder_S.recording() as outputs_S, TopkReplay(topk.indices):
+        with (
+            eval_mode(self.student, MODE_KEPT),
+            self.recorder_S.recording() as outputs_S,
+            TopkReplay(topk.indices),
+            replaying_nms(kept),
+        ):
             self.student(inputs, data_samples, mode='tensor')
         for outputs in (outputs_S, outputs_T):
             if TRANSFORMER_HEAD in outputs:
@@ -171,6 +181,39 @@ class TopkReplay(TorchFunctionMode):
         values, dim = args[0], kwargs.get('dim', args[2] if len(args) > 2 else -1)
         self.indices.append(indices)
         return torch.return_types.topk((values.gather(dim, indices), indices))
+
+
+@contextmanager
+def recording_nms() -> Iterator[list[Any]]:
+    """Record the results of ``batched_nms`` in :data:`NMS_CALLERS` inside the block.
+
+    Yields:
+        The results, in the order of the calls.
+    """
+    results: list[Any] = []
+    with ExitStack() as stack:
+        for module in NMS_CALLERS:
+            suppress = module.batched_nms
+
+            def record(*args: Any, suppress: Any = suppress, **kwargs: Any) -> Any:
+                results.append(suppress(*args, **kwargs))
+                return results[-1]
+
+            stack.enter_context(patched(module, 'batched_nms', record))
+        yield results
+
+
+@contextmanager
+def replaying_nms(results: Sequence[Any]) -> Iterator[None]:
+    """Return the results of :func:`recording_nms` from ``batched_nms`` in :data:`NMS_CALLERS` inside the block.
+
+    Only the indices of the kept boxes are valid, because the boxes and scores are those of the recorded run.
+    """
+    calls = iter(results)
+    with ExitStack() as stack:
+        for module in NMS_CALLERS:
+            stack.enter_context(patched(module, 'batched_nms', lambda *args, **kwargs: next(calls)))
+        yield
 
 
 class ProposalPairedForward(PairedForward):

@@ -17,7 +17,14 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.distillation import FeatureMSELoss, PredictionKLLoss, feature_modules
-from mmzsq.qat.paired_forward import TopkReplay, TransformerPairedForward, build_paired_forward
+from mmzsq.qat.paired_forward import (
+    NMS_CALLERS,
+    TopkReplay,
+    TransformerPairedForward,
+    build_paired_forward,
+    recording_nms,
+    replaying_nms,
+)
 from mmzsq.tasks.detection_task import data_samples, sum_losses
 
 SIZE = (64, 64)
@@ -131,6 +138,21 @@ def test_topk_indices_are_recorded_and_replayed() -> None:
     assert torch.equal(again_rows.indices, by_rows.indices)
     assert torch.equal(again_rows.values, second.gather(1, by_rows.indices))
     assert torch.equal(again_columns[0], second.gather(0, by_columns[1]))
+
+
+def test_the_student_of_ddq_keeps_the_queries_that_the_teacher_keeps() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.9], [5.0, 5.0, 9.0, 9.0]])
+    settings = dict(type='nms', iou_threshold=0.5)
+    originals = [caller.batched_nms for caller in NMS_CALLERS]
+    with recording_nms() as kept:
+        for caller in NMS_CALLERS:
+            caller.batched_nms(boxes, torch.tensor([0.9, 0.5, 0.7]), torch.ones(3), settings)
+    assert [indices.tolist() for _, indices in kept] == [[0, 2]] * 2
+    with replaying_nms(kept):
+        for caller in NMS_CALLERS:
+            _, indices = caller.batched_nms(boxes, torch.tensor([0.1, 0.5, 0.7]), torch.ones(3), settings)
+            assert indices.tolist() == [0, 2]
+    assert [caller.batched_nms for caller in NMS_CALLERS] == originals
 
 
 def test_parts_of_a_transformer_are_features(pair: tuple[Any, Any]) -> None:
