@@ -1,4 +1,4 @@
-"""As ``quantization.py``, for a two-stage detector with BatchNorm."""
+"""As ``quantization.py``, for detectors with BatchNorm."""
 
 _base_ = './quantization.py'
 blood_cells = dict(
