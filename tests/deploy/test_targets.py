@@ -131,6 +131,37 @@ def test_relu_networks_run_in_integers(assert_same: Any, tmp_path: Path) -> None
     assert not {'Relu', 'Add', 'Concat', 'MaxPool'} & set(fused)
 
 
+class Mlp(nn.Module):
+    """Linear layers on regions, as in a box head, or on tokens, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('outputs', ['same', 8])
+@pytest.mark.parametrize(('shape', 'product'), [((5, 48), 'QGemm'), ((2, 5, 48), 'MatMulIntegerToFloat')])
+def test_linear_layers_run_in_integers_in_onnxruntime(
+    assert_same: Any, tmp_path: Path, shape: tuple[int, ...], product: str, outputs: Any, per_channel: bool
+) -> None:
+    """Also those without a grid behind them, and with a bias that is not rounded."""
+    x = torch.randn(*shape)
+    config: dict[str, Any] = dict(w_bits=8, a_bits=8, weight=dict(per_channel=per_channel))
+    model = _calibrated(Mlp(), x, **config, **(dict(outputs=outputs) if outputs == 8 else {}))
+    built = assert_same(model, x, 'onnxruntime')
+    fused = _fused(built.model, tmp_path)
+    assert fused[product] == 2 and not {'Gemm', 'FusedGemm', 'MatMul', 'FusedMatMul'} & set(fused)
+    assert built.slow == []
+    graph = Graph(built.model)
+    added = [name for node in graph.nodes if node.op_type == 'Add' for name in node.input if name in graph.constants]
+    for name, layer in zip(added, (model.first, model.last), strict=True):
+        assert np.array_equal(graph.constants[name].reshape(-1), layer.bias.detach().numpy())
+
+
 def test_other_values_than_those_of_the_simulation_are_noticed(assert_same: Any) -> None:
     """The comparison above fails for another step of one output."""
     x = torch.randn(1, 3, 18, 18)
