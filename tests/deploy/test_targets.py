@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmzsq.datasets.shapes_drawing import draw_scene
-from mmzsq.deploy import export, verify
+from mmzsq.deploy import Session, export, verify
 from mmzsq.deploy.dialects import check_tensorrt, container, float_in_tensorrt
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.markers import ActivationGrid
@@ -91,6 +92,11 @@ def test_the_file_computes_what_was_simulated(for_onnxruntime: Any, tmp_path: Pa
     assert checks.passed, checks.failures
     assert all(check.integers_equal and check.difference < 1e-5 for check in checks.layers)
     assert {layer.batch_norm for layer in report.layers} == {'folded', None}
+    bits = json.loads(Session(tmp_path / 'demo.onnx', 'onnxruntime').metadata['output_bits'])
+    products = [name for name, module in detector.named_modules() if type(module).__name__ == 'QuantSiLU']
+    # Each product, and the sigmoid inside of it; and layers and sums.
+    assert {f'{name}.sigmoid' for name in products} < set(bits) and set(products) & set(bits)
+    assert set(bits.values()) == {8}
 
 
 def test_a_file_without_grids_on_outputs_comes_with_a_warning(repo: Path, tmp_path: Path) -> None:
