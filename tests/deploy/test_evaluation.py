@@ -211,9 +211,7 @@ def test_accuracy_is_that_of_the_first_images(mask_rcnn: Config, count: int, ima
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
-def test_two_stages_find_the_same_on_an_image_that_is_padded(
-    mask_rcnn: Config, tmp_path: Path, runtime: str
-) -> None:
+def test_two_stages_find_the_same_on_an_image_that_is_padded(mask_rcnn: Config, tmp_path: Path, runtime: str) -> None:
     """An image of 96x64 pixels is scaled to 72x48 by keep_ratio; the file takes 96x96, and PyTorch pads to that."""
     mask_rcnn.test_dataloader.dataset.pipeline[1] = dict(type='Resize', scale=(72, 64), keep_ratio=True)
     mask_rcnn.model.data_preprocessor.pad_size_divisor = 96
