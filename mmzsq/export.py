@@ -3,20 +3,23 @@
 
 ``python -m mmzsq.export CONFIG CHECKPOINT --target openvino`` needs neither the teacher nor a GPU. With ``--verify N``,
 the files are compared with PyTorch in every installed runtime that suits the target, and ``deploy.json`` beside them
-holds the numbers. A file that fails ends the command with exit code 1.
+holds the numbers of each model in the folder. A file that fails ends the command with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
 
 from mmzsq import cli
-from mmzsq.atomic_files import to_json, write_atomically
+from mmzsq.atomic_files import sha256, to_json, write_atomically
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.errors import UserError
@@ -41,7 +44,11 @@ from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
 
 DEPLOY_FILE = 'deploy.json'
-"""File beside the exported one with the numbers of its verification."""
+"""File beside the exported ones with the numbers of their verification."""
+M_MMAP_THRESHOLD = -3
+"""Parameter of glibc's ``mallopt``, from malloc.h."""
+LARGE_BLOCK = 2**20
+"""Bytes of a block that is returned when it is freed."""
 
 
 @dataclass
@@ -67,6 +74,7 @@ class Student:
 def main() -> None:
     """Parse the command line, export, and verify."""
     args = _parse_args()
+    _return_memory()
     # Its import fails with a message if onnx is not installed.
     from mmzsq import deploy
     from mmzsq.deploy.dialects import check_target
@@ -106,6 +114,9 @@ def main() -> None:
     )
     if args.verify:
         _verify(student, report, runtimes, args)
+    elif path.with_name(DEPLOY_FILE).is_file():
+        # Its numbers may be those of the file that was replaced.
+        record(path, None)
 
 
 def _parse_args() -> argparse.Namespace:
@@ -144,6 +155,17 @@ def _parse_args() -> argparse.Namespace:
     if args.ap and not args.verify:
         raise UserError('--ap belongs to --verify: give both, such as --verify 8 --ap 200.')
     return args
+
+
+def _return_memory() -> None:
+    """Let the C library return large blocks to the system when they are freed, if it is glibc.
+
+    It keeps blocks of up to 32 MB otherwise, once one of that size was freed. Activations of large images then fill
+    the memory with gaps: Mask R-CNN Swin-S at 1344x1344 pixels takes twice as much.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def output_path(out: str | None, checkpoint: str, work_dir: str | None) -> Path | None:
@@ -282,7 +304,6 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
     main = next(iter(exported.files.values()))
     first = _padded(student, samples[0], exported.size)
     results: dict[str, Any] = dict(
-        file=Path(main).name,
         checkpoint=args.checkpoint,
         mmzsq_version=__version__,
         versions={name: _version(name) for name in ('torch', 'onnx', *runtimes)},
@@ -309,14 +330,65 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
     if args.ap:
         results['ap'] = _accuracies(student, main, runtimes, args.ap)
     results['passed'] = not failures
-    path = Path(main).with_name(DEPLOY_FILE)
-    write_atomically(path, to_json(results, indent=2))
-    _log(f'numbers in {path}')
+    _log(f'numbers in {record(Path(main), results)}')
     if failures:
         shown = '\n'.join(f'  {failure}' for failure in failures[:20])
         sys.stderr.write(f'error: verification of {main} failed:\n{shown}\n')
         sys.exit(1)
     _log('verified')
+
+
+def record(main: Path, results: Mapping[str, Any] | None) -> Path:
+    """Merge the numbers of one model into ``deploy.json`` beside its files.
+
+    The content is ``passed``, whether all models passed, and ``models``: the numbers of each by the name of its main
+    file. Entries whose main file was deleted, or replaced by another, are dropped.
+
+    Args:
+        main: Path of the main file.
+        results: Its numbers with ``passed``. If None, only outdated entries are dropped.
+
+    Returns:
+        Path of ``deploy.json``.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    path = main.with_name(DEPLOY_FILE)
+    with _locked(main.parent):
+        try:
+            kept = json.loads(path.read_bytes())['models']
+            models = {name: entry for name, entry in kept.items() if entry['sha256'] == _sha256(path.with_name(name))}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # Missing, or not written by this version.
+            models = {}
+        if results is not None:
+            models[main.name] = dict(sha256=_sha256(main), **results)
+        passed = all(entry['passed'] for entry in models.values())
+        write_atomically(path, to_json(dict(passed=passed, models=models), indent=2))
+    return path
+
+
+def _sha256(path: Path) -> str | None:
+    return sha256(path.read_bytes()) if path.is_file() else None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other exports from merging into the same folder, where the system can lock one."""
+    if os.name != 'posix':
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems cannot lock.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _padded(student: Student, sample: Mapping[str, Any], size: tuple[int, int]) -> torch.Tensor:
@@ -378,7 +450,9 @@ def accuracy(detector: Any, cfg: Config, count: int) -> dict[str, Any]:
         UserError: If the data cannot be read.
     """
     try:
-        dataset = DATASETS.build(dict(copy.deepcopy(cfg.test_dataloader.dataset), indices=count))
+        dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
+        # A subset by MMEngine's ``indices`` must be smaller than the data set.
+        count = min(count, len(dataset))
         settings = copy.deepcopy(cfg.test_evaluator)
         metrics = [METRICS.build(metric) for metric in (settings if isinstance(settings, list) else [settings])]
     except Exception as error:
@@ -389,12 +463,12 @@ def accuracy(detector: Any, cfg: Config, count: int) -> dict[str, Any]:
     for metric in metrics:
         # Those of the whole annotation file otherwise.
         if hasattr(metric, 'img_ids'):
-            metric.img_ids = [dataset.get_data_info(index)['img_id'] for index in range(len(dataset))]
-    for index in range(len(dataset)):
+            metric.img_ids = [dataset.get_data_info(index)['img_id'] for index in range(count)]
+    for index in range(count):
         item = dataset[index]
         batch = dict(inputs=[item['inputs']], data_samples=[item['data_samples']])
         evaluator.process(data_samples=detector.test_step(batch), data_batch=batch)
-    return dict(images=len(dataset), metrics={k: float(v) for k, v in evaluator.evaluate(len(dataset)).items()})
+    return dict(images=count, metrics={k: float(v) for k, v in evaluator.evaluate(count).items()})
 
 
 def _version(package: str) -> str:

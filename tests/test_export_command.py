@@ -121,7 +121,8 @@ def test_verification_writes_its_numbers_and_passes(call: Tool, students: Path, 
     options = ('--out', 'demo.onnx', '--verify', 2, '--nms')
     assert call(students / 'w4.py', students / 'w4.pth', *options) == 0
     numbers = json.loads((tmp_path / 'deploy.json').read_text())
-    assert numbers['passed'] is True and numbers['file'] == 'demo.onnx'
+    assert numbers['passed'] is True and list(numbers['models']) == ['demo.onnx']
+    numbers = numbers['models']['demo.onnx']
     assert set(numbers['runtimes']) == {'openvino', 'onnxruntime'}
     assert 'random noise' in numbers['images']['source'] and numbers['images']['count'] == 2
     for report in numbers['runtimes'].values():
@@ -147,7 +148,38 @@ def test_a_file_that_fails_ends_with_code_1_and_names_the_layer(
     assert call(students / 'w4.py', students / 'w4.pth', '--out', 'demo.onnx', '--size', 256, 256, '--verify', 1) == 1
     assert 'backbone.stage2.0.conv (call 0): integers differ from those of training' in capsys.readouterr().err
     numbers = json.loads((tmp_path / 'deploy.json').read_text())
-    assert numbers['passed'] is False
+    assert numbers['passed'] is False and numbers['models']['demo.onnx']['passed'] is False
+
+
+def test_each_model_of_a_folder_keeps_its_numbers(tmp_path: Path) -> None:
+    first, second = tmp_path / 'w8.onnx', tmp_path / 'w4.onnx'
+    for file in (first, second):
+        file.write_text(file.name)
+    (tmp_path / 'deploy.json').write_text('{"passed": true, "runtimes": {}}')
+    command.record(first, dict(passed=True, ap=dict(images=3)))
+    command.record(second, dict(passed=False))
+
+    def content() -> Any:
+        return json.loads((tmp_path / 'deploy.json').read_text())
+
+    assert content()['models']['w8.onnx']['ap'] == dict(images=3)
+    assert set(content()['models']) == {'w8.onnx', 'w4.onnx'} and content()['passed'] is False
+    # Numbers do not outlive the file that they belong to.
+    second.write_text('another')
+    command.record(first, None)
+    assert set(content()['models']) == {'w8.onnx'} and content()['passed'] is True
+    first.unlink()
+    command.record(second, dict(passed=True))
+    assert set(content()['models']) == {'w4.onnx'}
+
+
+def test_an_export_without_verification_drops_the_numbers_of_the_file_before(
+    call: Tool, students: Path, tmp_path: Path
+) -> None:
+    (tmp_path / 'demo.onnx').write_text('before')
+    command.record(tmp_path / 'demo.onnx', dict(passed=True))
+    assert call(students / 'w4.py', students / 'w4.pth', '--out', 'demo.onnx', '--size', 64, 64) == 0
+    assert json.loads((tmp_path / 'deploy.json').read_text())['models'] == {}
 
 
 MISTAKES = {

@@ -13,6 +13,7 @@ from mmzsq.deploy.dialects import (
     check_tensorrt,
     float_in_onnxruntime,
     float_in_tensorrt,
+    keep_linear_in_integers,
     slice_scalar_gathers,
 )
 from mmzsq.deploy.fold import fold_batch_norms
@@ -74,6 +75,8 @@ def build(
     share(graph, marked.activations)
     int4_layers = attach_weights(graph, uses, int4)
     lower_activations(graph, marked.activations, target)
+    if target == 'onnxruntime':
+        keep_linear_in_integers(graph)
     if target == 'openvino':
         slice_scalar_gathers(graph)
     if target == 'tensorrt':

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.deploy.markers import ActivationGrid
@@ -137,8 +137,51 @@ def check_tensorrt(graph: Graph) -> list[str]:
     return problems
 
 
+def keep_linear_in_integers(graph: Graph) -> None:
+    """Write linear layers in the form that ONNX Runtime computes in integers, whether a quantizer follows or not.
+
+    ONNX Runtime 1.32 merges Gemm and MatMul with the DequantizeLinear of their inputs (QGemm, MatMulIntegerToFloat) if
+    the one of the weight has a zero point, although this input is optional, and if the operator has no float bias. The
+    bias is therefore added in float behind it, and is not rounded. Behind a MatMul, it has three dimensions: ONNX
+    Runtime would merge one of fewer dimensions into a Gemm with a float bias.
+
+    Args:
+        graph: A lowered graph for ONNX Runtime.
+    """
+    for node in list(graph.nodes):
+        if node.op_type not in ('Gemm', 'MatMul') or not _has_weight(graph, node):
+            continue
+        for value in list(node.input[:2]):
+            source = graph.producer(value)
+            if source is not None and source.op_type == 'DequantizeLinear' and len(source.input) == 2:
+                integers, step = (graph.constants[name] for name in source.input)
+                zero_point = np.zeros(step.shape, integers.dtype)
+                source.input.append(graph.constant(zero_point, f'{source.name}/zero_point'))
+                graph.changed()
+        if node.op_type == 'Gemm' and len(node.input) > 2 and attribute(node, 'beta', 1.0) == 1.0:
+            _detach_bias(graph, node)
+        elif node.op_type == 'MatMul':
+            # The exporters write a linear layer as MatMul if its input has three dimensions or more, else as Gemm.
+            add = graph.only_consumer(node.output[0])
+            for index, name in enumerate(add.input if add is not None and add.op_type == 'Add' else ()):
+                bias = graph.constants.get(name)
+                if add is not None and bias is not None and bias.ndim == 1:
+                    graph.set_input(add, index, graph.constant(bias.reshape(1, 1, -1), name))
+
+
+def _detach_bias(graph: Graph, gemm: NodeProto) -> None:
+    """Replace the bias of a Gemm by an Add behind it."""
+    bias, output = gemm.input[2], gemm.output[0]
+    product = graph.fresh(f'{output}/product')
+    del gemm.input[2:]
+    gemm.output[0] = product
+    graph.changed()
+    graph.insert(helper.make_node('Add', [product, bias], [output], name=graph.fresh(f'{gemm.name}/bias')))
+    graph.sort()
+
+
 def float_in_onnxruntime(graph: Graph) -> list[str]:
-    """List layers that ONNX Runtime computes in float, since no quantizer stands directly behind them.
+    """List convolutions that ONNX Runtime computes in float, since no quantizer stands directly behind them.
 
     Args:
         graph: A lowered graph.
@@ -149,11 +192,9 @@ def float_in_onnxruntime(graph: Graph) -> list[str]:
     """
     found = []
     for node in graph.nodes:
-        if node.op_type not in ('Conv', 'Gemm', 'MatMul') or not _has_weight(graph, node):
+        if node.op_type != 'Conv' or not _has_weight(graph, node):
             continue
         readers = graph.consumers(node.output[0])
-        while len(readers) == 1 and readers[0].op_type in ('Add', 'Relu') and node.op_type != 'Conv':
-            readers = graph.consumers(readers[0].output[0])
         if len(readers) == 1 and readers[0].op_type == 'Relu':
             readers = graph.consumers(readers[0].output[0])
         if [reader.op_type for reader in readers] != ['QuantizeLinear']:

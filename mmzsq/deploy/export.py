@@ -386,6 +386,7 @@ def metadata_of(
         pipeline=[_plain(transform) for transform in pipeline or ()],
         selection=selection_of(detector.bbox_head) if outputs == 'decoded' else None,
         bits=bits_of(detector),
+        output_bits=output_bits_of(detector),
         int4='weights of at most 4 bits are stored as INT4, which engines compute in 8 bits or in float'
         if int4
         else False,
@@ -438,6 +439,17 @@ def bits_of(detector: nn.Module) -> dict[str, list[int]]:
     return {
         name: [layer.weight_quantizer.bits, layer.input_quantizer.bits] for name, layer in quantized_layers(detector)
     }
+
+
+def output_bits_of(detector: nn.Module) -> dict[str, int]:
+    """Return bits of the output of each module that has a trained grid behind it (``zsq.quantizer.outputs``)."""
+    found = {}
+    for name, module in detector.named_modules():
+        for key in ('output_quantizer', 'sigmoid_quantizer'):
+            quantizer = getattr(module, key, None)
+            if isinstance(quantizer, LSQ) and quantizer.enabled:
+                found[name if key == 'output_quantizer' else f'{name}.sigmoid'] = quantizer.bits
+    return found
 
 
 def _buffers(detector: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from torch import Tensor, nn
 
+from mmzsq.deploy.markers import marking
 from mmzsq.errors import UserError
 from mmzsq.patching import patched
 
@@ -312,7 +313,10 @@ def _two_stage_parts(detector: Any, images: Tensor) -> list[Part]:
         )
     size = (images.shape[2], images.shape[3])
     features = _Features(detector)
-    structure = _run(lambda: _structure_of_features(detector, images), detector, size)
+    nested = _without_values(detector, images)
+    if nested is None:
+        nested = _run(lambda: _nested_features(detector, images), detector, size)
+    structure = flatten(nested, [])
     names = [*_names('feature', structure[0]), *_names('rpn', structure[1])]
     parts = [Part(FEATURES, features, images, 'images', names, structure, [])]
     for kind, heads, extractors in (
@@ -325,15 +329,45 @@ def _two_stage_parts(detector: Any, images: Tensor) -> list[Part]:
             regions = images.new_zeros(2, extractor.out_channels, *resolution)
             flat: list[Tensor] = []
             with torch.no_grad():
-                nested = flatten(head(regions), flat)
+                nesting = flatten(head(regions), flat)
             outputs = [f'{name}_output{number}' for number in range(len(flat))]
-            parts.append(Part(name, _Head(head), regions, 'regions', outputs, nested, []))
+            parts.append(Part(name, _Head(head), regions, 'regions', outputs, nesting, []))
     return parts
 
 
-def _structure_of_features(detector: Any, images: Tensor) -> Any:
+class _NestedFeatures(nn.Module):
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Any:
+        return _nested_features(self.detector, images)
+
+
+def _nested_features(detector: Any, images: Tensor) -> Any:
     features = detector.extract_feat(images)
-    return flatten((features, detector.rpn_head(features)), [])
+    return features, detector.rpn_head(features)
+
+
+def _without_values(detector: Any, images: Tensor) -> Any | None:
+    """Features and maps of the RPN with shapes but without values, which takes neither time nor memory.
+
+    Returns:
+        Tensors on the device ``'meta'``. None if the detector needs values, or does not take the images.
+    """
+    module = _NestedFeatures(detector)
+    state = {name: value.to('meta') for name, value in (*module.named_parameters(), *module.named_buffers())}
+    training = [child for child in detector.modules() if child.training]
+    detector.eval()
+    try:
+        with torch.no_grad(), marking(detector):
+            return torch.func.functional_call(module, state, (images.to('meta'),))
+    except Exception:
+        # Whatever code of a detector raises on this device; a run with values then says what is wrong.
+        return None
+    finally:
+        for child in training:
+            child.training = True
 
 
 def _names(prefix: str, structure: Any) -> list[str]:

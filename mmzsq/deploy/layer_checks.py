@@ -177,8 +177,8 @@ class _Pieces:
         check = LayerCheck(self.part.name, call.name, call.number, False, None, None, None)
         self.checks.append(check)
         operator = self.graph.consumers(weight.output[0])[0]
-        keeps = any(reader.op_type == 'BatchNormalization' for reader in self.graph.consumers(operator.output[0]))
         output = self._output_of(operator, call.layer)
+        keeps = any(reader.op_type == 'BatchNormalization' for reader in self.graph.consumers(output))
         expected = call.output if keeps or call.normalized is None else call.normalized
         self.values[output] = expected
         try:
@@ -312,13 +312,18 @@ class _Pieces:
         return value if _grid_fault(self.graph, quantize, grid) else _entry_of(self.graph, quantize)
 
     def _output_of(self, operator: NodeProto, layer: Any) -> str:
-        if operator.op_type == 'MatMul' and getattr(layer, 'bias', None) is not None:
+        if self._adds_bias(operator) and getattr(layer, 'bias', None) is not None:
             add = next((r for r in self.graph.consumers(operator.output[0]) if r.op_type == 'Add'), None)
             return operator.output[0] if add is None else add.output[0]
         return operator.output[0]
 
+    @staticmethod
+    def _adds_bias(operator: NodeProto) -> bool:
+        """Whether an Add behind the operator holds its bias, if there is one."""
+        return operator.op_type == 'MatMul' or (operator.op_type == 'Gemm' and len(operator.input) == 2)
+
     def _bias_of(self, operator: NodeProto, layer: Any) -> np.ndarray:
-        if operator.op_type == 'MatMul':
+        if self._adds_bias(operator):
             add = self.graph.producer(self._output_of(operator, layer))
             names = [name for name in add.input if name in self.graph.constants] if add is not None else []
         else:

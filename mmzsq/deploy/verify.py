@@ -116,7 +116,7 @@ class VerifyReport:
         return dict(asdict(self), passed=self.passed)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, such as ``deploy.json`` beside the model."""
+        """Write the report as JSON."""
         write_atomically(Path(path), to_json(self.to_dict(), indent=2))
 
 

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS, MODELS
+from mmengine.structures import InstanceData
 
 from mmzsq import cli
+from mmzsq import export as export_tool
 from mmzsq import test as test_tool
 from mmzsq.config import compose
-from mmzsq.deploy import export, export_float
+from mmzsq.deploy import OnnxDetector, export, export_float
 
 RUNTIMES = ('onnxruntime', 'openvino')
 CLASSES_OF_DATA = 'test_dataloader.dataset.metainfo.classes'
@@ -53,7 +56,7 @@ def mask_rcnn(tiny_cfg: Callable[[str], Any], repo: Path, tmp_path: Path) -> Con
     for index in range(4):
         image = cv2.resize(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), (96, 64))
         cv2.imwrite(str(tmp_path / f'images/{index}.png'), image)
-        boxes.append(dict(id=index, image_id=index, category_id=1, bbox=[8, 8, 30, 20], area=600, iscrowd=0))
+        boxes.append(dict(id=index + 1, image_id=index, category_id=1, bbox=[8, 8, 30, 20], area=600, iscrowd=0))
     coco = dict(
         images=[dict(id=index, file_name=f'{index}.png', width=96, height=64) for index in range(4)],
         annotations=boxes,
@@ -168,6 +171,71 @@ def test_a_composed_config_evaluates_the_file_too(exported: Path, evaluate: Any)
     compose(cfg).dump('composed.py')
     found = evaluate('composed.py', 'student.onnx', '--runtime', 'onnxruntime')
     assert found['sum/bboxes'] == expected['sum/bboxes']
+
+
+def test_the_export_reports_metrics_of_checkpoint_and_files(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first images of the test data."""
+    # At 4 bits, ONNX Runtime's rounded biases change most detections of random weights.
+    monkeypatch.setattr(sys.modules['mmzsq.deploy.verify'], 'MAX_DISAGREEMENT', 1.0)
+    options = ('--out', 'student.onnx', '--size', '64', '64', '--verify', '1', '--ap', '3')
+    monkeypatch.setattr(sys, 'argv', ['export', 'config.py', 'student.pth', *options])
+    cli.run(export_tool.main)
+    found = json.loads(Path('deploy.json').read_text())['models']['student.onnx']['ap']
+    assert set(found) == {'checkpoint', *RUNTIMES}
+    assert {report['images'] for report in found.values()} == {3}
+    expected = found['checkpoint']['metrics']['sum/scores']
+    assert expected > 1
+    for runtime in RUNTIMES:
+        assert found[runtime]['metrics']['sum/scores'] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(('count', 'images', 'precision'), [(2, 2, 1.0), (4, 4, 0.5), (9, 4, 0.5)])
+def test_accuracy_is_that_of_the_first_images(mask_rcnn: Config, count: int, images: int, precision: float) -> None:
+    """A detector that is right on the first two images, and finds nothing on the others."""
+    mask_rcnn.test_evaluator = ConfigDict(
+        type='CocoMetric', ann_file=str(Path(mask_rcnn.test_dataloader.dataset.data_root) / 'coco.json'), metric='bbox'
+    )
+
+    class Right:
+        @staticmethod
+        def test_step(batch: Any) -> list[Any]:
+            (sample,) = batch['data_samples']
+            boxes = torch.tensor([[8.0, 8.0, 38.0, 28.0]])[: int(sample.img_id < 2)]
+            one = torch.ones(len(boxes))
+            sample.pred_instances = InstanceData(bboxes=boxes, scores=one, labels=one.long())
+            return [sample.to_dict()]
+
+    found = export_tool.accuracy(Right(), mask_rcnn, count)
+    assert found['images'] == images
+    assert found['metrics']['coco/bbox_mAP'] == pytest.approx(precision, abs=0.01)
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_two_stages_find_the_same_on_an_image_that_is_padded(mask_rcnn: Config, tmp_path: Path, runtime: str) -> None:
+    """An image of 96x64 pixels is scaled to 72x48 by keep_ratio; the file takes 96x96, and PyTorch pads to that."""
+    mask_rcnn.test_dataloader.dataset.pipeline[1] = dict(type='Resize', scale=(72, 64), keep_ratio=True)
+    mask_rcnn.model.data_preprocessor.pad_size_divisor = 96
+    register_all_modules()
+    torch.manual_seed(1)
+    detector: Any = MODELS.build(mask_rcnn.model).eval()
+    for name in ('fc_cls', 'fc_reg'):
+        torch.nn.init.normal_(getattr(detector.roi_head.bbox_head, name).weight, std=0.3)
+    assert export_tool.image_size(export_tool.Student(detector, CLASSES, mask_rcnn)) == (96, 96)
+    export_float(detector, tmp_path / 'float.onnx', size=(96, 96), classes=CLASSES)
+    mask_rcnn.model.data_preprocessor.pad_size_divisor = 32
+    deployed = OnnxDetector(tmp_path / 'float.onnx', mask_rcnn, runtime, threads=1)
+    image = cv2.imread(str(tmp_path / 'images/0.png'))
+    sample = deployed._prepare(image)
+    assert tuple(sample['inputs'].shape[1:]) == (48, 72)
+    found = deployed([image])[0].pred_instances
+    with torch.no_grad():
+        batch = dict(inputs=[sample['inputs']], data_samples=[sample['data_samples'].clone()])
+        expected = detector.test_step(batch)[0].pred_instances
+    assert len(found) == len(expected) > 10
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-3, atol=0.05)
+    # In pixels of the image, 64 high and 96 wide.
+    assert found.masks.shape[1:] == (64, 96) and float(found.bboxes[:, 3].max()) <= 64
 
 
 @pytest.mark.parametrize(

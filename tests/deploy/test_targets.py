@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmzsq.datasets.shapes_drawing import draw_scene
-from mmzsq.deploy import export, verify
+from mmzsq.deploy import Session, export, verify
 from mmzsq.deploy.dialects import check_tensorrt, container, float_in_tensorrt
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.markers import ActivationGrid
@@ -91,6 +92,11 @@ def test_the_file_computes_what_was_simulated(for_onnxruntime: Any, tmp_path: Pa
     assert checks.passed, checks.failures
     assert all(check.integers_equal and check.difference < 1e-5 for check in checks.layers)
     assert {layer.batch_norm for layer in report.layers} == {'folded', None}
+    bits = json.loads(Session(tmp_path / 'demo.onnx', 'onnxruntime').metadata['output_bits'])
+    products = [name for name, module in detector.named_modules() if type(module).__name__ == 'QuantSiLU']
+    # Each product, and the sigmoid inside of it; and layers and sums.
+    assert {f'{name}.sigmoid' for name in products} < set(bits) and set(products) & set(bits)
+    assert set(bits.values()) == {8}
 
 
 def test_a_file_without_grids_on_outputs_comes_with_a_warning(repo: Path, tmp_path: Path) -> None:
@@ -129,6 +135,37 @@ def test_relu_networks_run_in_integers(assert_same: Any, tmp_path: Path) -> None
     fused = _fused(built.model, tmp_path)
     assert (fused['QLinearConv'], fused['QLinearAdd'], fused['Conv']) == (4, 2, 1)
     assert not {'Relu', 'Add', 'Concat', 'MaxPool'} & set(fused)
+
+
+class Mlp(nn.Module):
+    """Linear layers on regions, as in a box head, or on tokens, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('outputs', ['same', 8])
+@pytest.mark.parametrize(('shape', 'product'), [((5, 48), 'QGemm'), ((2, 5, 48), 'MatMulIntegerToFloat')])
+def test_linear_layers_run_in_integers_in_onnxruntime(
+    assert_same: Any, tmp_path: Path, shape: tuple[int, ...], product: str, outputs: Any, per_channel: bool
+) -> None:
+    """Also those without a grid behind them, and with a bias that is not rounded."""
+    x = torch.randn(*shape)
+    config: dict[str, Any] = dict(w_bits=8, a_bits=8, weight=dict(per_channel=per_channel))
+    model = _calibrated(Mlp(), x, **config, **(dict(outputs=outputs) if outputs == 8 else {}))
+    built = assert_same(model, x, 'onnxruntime')
+    fused = _fused(built.model, tmp_path)
+    assert fused[product] == 2 and not {'Gemm', 'FusedGemm', 'MatMul', 'FusedMatMul'} & set(fused)
+    assert built.slow == []
+    graph = Graph(built.model)
+    added = [name for node in graph.nodes if node.op_type == 'Add' for name in node.input if name in graph.constants]
+    for name, layer in zip(added, (model.first, model.last), strict=True):
+        assert np.array_equal(graph.constants[name].reshape(-1), layer.bias.detach().numpy())
 
 
 def test_other_values_than_those_of_the_simulation_are_noticed(assert_same: Any) -> None:
