@@ -54,6 +54,8 @@ REFINEMENTS = 33
 """Candidate changes of a factor in one round, from 1/2 to 2, including 1."""
 ROUNDS = 3
 """Rounds of refinement of a depthwise convolution."""
+CLIPPING = (1.0, 0.2, 33)
+"""Steps that are tried for an input with learned factors, as fractions of the step that clips nothing."""
 MAX_SCALE = 16.0
 """Factors lie between 1 / MAX_SCALE and MAX_SCALE: a channel without values in the sample may have some later."""
 
@@ -192,7 +194,7 @@ def _refined(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
     best, least = scale, _error(layer, rows, scale)
     for _ in range(ROUNDS):
         inputs = rows / scale
-        grid = _input_grid(layer.input_quantizer, inputs)
+        grid = _input_grid(layer, inputs)
         errors = torch.stack(
             [(_on_grid(layer.input_quantizer, inputs / m, grid) * m - inputs).square().sum(0) for m in multipliers]
         )
@@ -265,22 +267,38 @@ def _energy(layer: QuantizedLayer, weight: Tensor) -> Tensor:
 def _error(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
     """Estimate the squared error of the output, as if the errors of all inputs and weights were independent."""
     inputs, weight = rows / scale, scaled_weight(layer, scale, layer.applied_weight())
-    of_inputs = (_rounded_inputs(layer.input_quantizer, inputs) - inputs).square().mean(0)
+    rounded = _on_grid(layer.input_quantizer, inputs, _input_grid(layer, inputs))
+    of_inputs = (rounded - inputs).square().mean(0)
     of_weights = _energy(layer, _rounded_weight(layer, weight) - weight)
     return (of_inputs * _energy(layer, weight)).sum() + (inputs.square().mean(0) * of_weights).sum()
 
 
-def _rounded_inputs(quantizer: LSQ, inputs: Tensor) -> Tensor:
-    """Round inputs (R, C) to the grid that calibration would choose for them."""
-    return _on_grid(quantizer, inputs, _input_grid(quantizer, inputs))
-
-
-def _input_grid(quantizer: LSQ, inputs: Tensor) -> Grid:
-    """Return the grid that calibration would choose for inputs (R, C)."""
-    values = inputs.flatten()
-    sample = values[:: max(values.numel() // VALUES, 1)]
+def _input_grid(layer: QuantizedLayer, inputs: Tensor) -> Grid:
+    """Return the grid that calibration would choose for inputs (R, C), or for learned factors one close to it."""
+    quantizer, values = layer.input_quantizer, inputs.flatten()
+    sample = torch.cat((values[:: max(values.numel() // VALUES, 1)], torch.stack(values.aminmax())))
+    if learned_log_scale(layer) is not None:
+        return _clipped_grid(quantizer, sample)
     # The rule for weights applies: it takes one step for a tensor that is known in full.
-    return quantizer.initial_weight_grid(torch.cat((sample, torch.stack(values.aminmax()))))
+    return quantizer.initial_weight_grid(sample)
+
+
+def _clipped_grid(quantizer: LSQ, values: Tensor) -> Grid:
+    """Find the best of the grids that clip the same part of both ends.
+
+    A search of all zero points takes most of a second for 8 bits, and would run for each candidate of each layer.
+    """
+    low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
+    if quantizer.scheme == 'offset':
+        widest = (high - low) / quantizer.qmax
+        zero_point = (-low / widest.clamp(min=1e-8)).round()
+    else:
+        widest = torch.maximum(high / quantizer.qmax, low / min(quantizer.qmin, -1))
+        zero_point = torch.zeros_like(low)
+    steps = (widest * torch.linspace(*CLIPPING, device=values.device)).clamp(min=1e-8)[:, None]
+    rounded = fake_quantize(values[None], steps, quantizer.qmin, quantizer.qmax, zero_point.view(1, 1).expand_as(steps))
+    best = (rounded - values).square().sum(1).argmin()
+    return Grid(steps[best], zero_point.view(1))
 
 
 def _on_grid(quantizer: LSQ, inputs: Tensor, grid: Grid) -> Tensor:
