@@ -104,9 +104,7 @@ def check_input_scales(detector: nn.Module, state: Mapping[str, Any]) -> None:
     """
     if not any('_quantizer.' in name for name in state):
         return
-    loaded, own = (
-        {name for name in names if name.endswith(INPUT_SCALES)} for names in (state, detector.state_dict())
-    )
+    loaded, own = ({name for name in names if name.endswith(INPUT_SCALES)} for names in (state, detector.state_dict()))
     if loaded != own:
         raise UserError(
             'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '

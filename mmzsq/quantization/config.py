@@ -234,7 +234,8 @@ class QuantizationConfig(TypedSection):
     def integers(self) -> dict[str, Any]:
         """Return all settings that decide what each integer means, by name.
 
-        Left out: how steps are initialized and learned.
+        Left out: how steps are initialized and learned, and ``equalize``, since the names in a checkpoint tell which
+        layers have factors.
         """
         parts = {
             f'{name}.{key}': getattr(getattr(self, name), key)
@@ -242,7 +243,7 @@ class QuantizationConfig(TypedSection):
             for key in type(getattr(self, name)).model_fields
             if key != 'init'
         }
-        left_out = ('weight', 'activation', 'grad_scale', 'allocate', 'outputs', 'target')
+        left_out = ('weight', 'activation', 'grad_scale', 'equalize', 'allocate', 'outputs', 'target')
         kept = {key: getattr(self, key) for key in type(self).model_fields if key not in left_out}
         target = self.target if self.target == 'tensorrt' else None
         return {**kept, 'outputs': self.output_bits, 'target': target, **parts}

@@ -9,6 +9,14 @@ multiplies integers. The division is merged into the requantization of the prece
 The factors are e_c = s_c^a / w_c^b, where s_c is the magnitude of channel c and w_c that of its weights. The exponents
 a and b are chosen from a small set, which includes a = b = 0, to minimize the estimated error of the layer's output
 (Lin et al., "AWQ", 2023, https://arxiv.org/abs/2306.00978, use a similar search for weights).
+
+Factors are fixed from then on, or learned: their logarithms are then parameters, which train with the steps. The weight
+is stored as in the float layer, and each forward multiplies it. Without rounding, a factor changes nothing, so its
+gradient is that of rounding and clipping in the input and in the weights.
+
+A depthwise convolution reads each input channel in one output channel, whose weights have a step of their own. Factors
+then cost the weights nothing, and amount to one step per channel of the input, which integers compute exactly: the
+accumulator of each output channel has a scale of its own anyway.
 """
 
 from __future__ import annotations

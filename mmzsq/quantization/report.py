@@ -117,8 +117,8 @@ class QuantizationReport:
             :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
             ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
             (lists, ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
-            ``factors_learned`` if the layer divides its input channels by factors; ``output`` likewise where the output of
-            the layer is quantized.
+            ``factors_learned`` if the layer divides its input channels by factors; ``output`` as ``weight`` where the
+            output of the layer is quantized.
         """
         modules = dict(self.model.named_modules())
         layers = []

@@ -79,5 +79,3 @@ def test_the_dynamo_exporter_holds_the_factors_too(assert_same: Check) -> None:
 def test_an_open_batch(assert_same: Check, bits: int) -> None:
     x = torch.randn(2, 4, 8, 8)
     assert_same(_trained(x, w_bits=bits, a_bits=bits), x, dynamic_batch=True, output_names=['y'])
-
-

@@ -221,7 +221,10 @@ def test_factors_learn_at_the_rate_of_steps_without_decay() -> None:
     train = PRESETS['default'].train
     keys = _optim_wrapper(train, train.optimizer.model_dump())['paramwise_cfg']['custom_keys']
     found = {
-        name: settings for name, _ in model.named_parameters() for key, settings in keys.items() if key in f'student.{name}'
+        name: settings
+        for name, _ in model.named_parameters()
+        for key, settings in keys.items()
+        if key in f'student.{name}'
     }
     assert found['0.log_input_scale'] == found['0.input_quantizer.log_step'] == dict(lr_mult=20.0, decay_mult=0.0)
     assert '0.weight' not in found
