@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,10 @@ MAX_SCALE = 16.0
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether a layer is a convolution in which each input channel belongs to a group of its own."""
-    return type(layer) in (QuantConv1d, QuantConv2d) and layer.groups == layer.in_channels > 1  # type: ignore[operator]
+    if type(layer) not in (QuantConv1d, QuantConv2d):
+        return False
+    convolution = cast('nn.Conv1d | nn.Conv2d', layer)
+    return convolution.groups == convolution.in_channels > 1
 
 
 def add_input_scale(layer: QuantizedLayer, learned: bool = False) -> None:
