@@ -17,7 +17,7 @@ from tests.quantized_networks import quantized
 Check = Callable[..., Any]
 
 
-def _trained(x: torch.Tensor, **config: Any) -> nn.Module:
+def _trained(x: torch.Tensor, **config: Any) -> Any:
     """An inverted residual block whose factors, steps and weights were trained for a few iterations."""
     model = nn.Sequential(
         nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.1),
@@ -28,7 +28,7 @@ def _trained(x: torch.Tensor, **config: Any) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
-            module.running_var.uniform_(0.1, 3.0)  # type: ignore[union-attr, operator]
+            module.running_var.uniform_(0.1, 3.0)  # type: ignore[union-attr]
     quantized(model, x, **config)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(3):

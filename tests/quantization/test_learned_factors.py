@@ -63,7 +63,7 @@ def test_in_float_nothing_changes_and_the_weight_stays(name: str) -> None:
     torch.testing.assert_close(model(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-def _rounded(x: Tensor, step: Tensor, zero_point: Tensor | float, low: int, high: int) -> Tensor:
+def _rounded(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """Rounding to a grid by plain autograd: straight through inside the range."""
     levels = (x / step).clamp(low - zero_point, high - zero_point)
     return (levels + (levels.round() - levels).detach()) * step
@@ -90,7 +90,7 @@ def test_output_and_gradients_are_those_of_a_plain_computation(name: str) -> Non
     source, filters = quantized.input_quantizer, quantized.weight_quantizer
     rounded = _rounded(divided, source.step.detach(), source.zero_point, 0, 15)
     shape_of_steps = (-1, *(1,) * (weight.dim() - 1))
-    rounded_weight = _rounded(multiplied, filters.step.detach().view(shape_of_steps), 0.0, -8, 7)
+    rounded_weight = _rounded(multiplied, filters.step.detach().view(shape_of_steps), torch.zeros(1), -8, 7)
     if name == 'linear':
         expected = F.linear(rounded, rounded_weight, layer.bias)
     else:
@@ -154,7 +154,7 @@ def _only(layer: nn.Conv2d, channel: int) -> nn.Conv2d:
 
 def test_training_finds_better_factors_than_ones() -> None:
     layer, x = nn.Conv2d(8, 8, 3, groups=8), inputs((4, 8, 9, 7))
-    model = nn.Sequential(copy.deepcopy(layer))
+    model: Any = nn.Sequential(copy.deepcopy(layer))
     prepare(model, QuantizationConfig(w_bits=8, a_bits=4, first_bits='same', last_bits='same'))
     with torch.no_grad(), calibrating(model):
         model(x)
