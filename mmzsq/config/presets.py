@@ -117,6 +117,7 @@ _PAPER: dict[str, Any] = dict(
         step='linear',
         first_bits=None,
         last_bits=None,
+        equalize=False,
     ),
     calibration_set=_CALIBRATION_SET,
     label_sampler=_ADAPTIVE,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.errors import UserError
 from mmzsq.patching import patched, patched_forwards
-from mmzsq.quantization import LSQ, quantized_layers, quantizers
+from mmzsq.quantization import LSQ, constant_input_scales, quantized_layers, quantizers
 from mmzsq.typed_section import nearest
 
 DOMAIN = 'mmzsq'
@@ -173,7 +173,8 @@ def marking(module: nn.Module) -> Iterator[None]:
 
         return forward
 
-    with patched_forwards({q: marker(name) for name, q in quantizers(module) if q.enabled}):
+    forwards = {q: marker(name) for name, q in quantizers(module) if q.enabled}
+    with constant_input_scales(module), patched_forwards(forwards):
         yield
 
 

@@ -14,6 +14,8 @@ from mmzsq.errors import UserError
 from mmzsq.qat.zero_shot_detector import ZeroShotDetector, trained_quantization
 from mmzsq.quantization import quantizers
 
+INPUT_SCALES = ('.input_scale', '.log_input_scale')
+"""Ends of the names of fixed and learned input factors."""
 SHOWN_LENGTH = 100
 """Length to which a message shortens a setting. The bits of all layers would fill a page."""
 
@@ -102,13 +104,11 @@ def check_input_scales(detector: nn.Module, state: Mapping[str, Any]) -> None:
     """
     if not any('_quantizer.' in name for name in state):
         return
-    loaded, own = (
-        {name for name in names if name.endswith('.input_scale')} for names in (state, detector.state_dict())
-    )
+    loaded, own = ({name for name in names if name.endswith(INPUT_SCALES)} for names in (state, detector.state_dict()))
     if loaded != own:
         raise UserError(
             'the checkpoint has input scales in other layers than the model (zsq.quantizer.equalize), such as '
-            f'{min(loaded ^ own).removesuffix(".input_scale")} in only one of the two, and its weights compensate for '
+            f'{min(loaded ^ own).rpartition(".")[0]} in only one of the two, and its weights compensate for '
             'them. Give the config that it was trained with, or train again'
         )
 

@@ -31,7 +31,7 @@ from mmzsq.quantization.convolutions import (
     QuantModulatedDeformConv2d,
     QuantModulatedDeformConv2dPack,
 )
-from mmzsq.quantization.equalize import equalize
+from mmzsq.quantization.equalize import constant_input_scales, equalize
 from mmzsq.quantization.fake_quantize import fake_quantize, quantize
 from mmzsq.quantization.modules import (
     QuantConv1d,
@@ -67,6 +67,7 @@ __all__ = [
     'QuantizedAttention',
     'QuantizedLayer',
     'calibrating',
+    'constant_input_scales',
     'equalize',
     'fake_quantize',
     'prepare',

@@ -166,10 +166,12 @@ class QuantizationConfig(TypedSection):
     """Bits of the layers that read the model's input. ``'same'``: as any other layer. None: they stay float."""
     last_bits: NumBits | Literal['same'] | None = 8
     """Bits of the layers that compute the model's output. ``'same'``: as any other layer. None: they stay float."""
-    equalize: bool = False
+    equalize: bool | Literal['depthwise', 'learned'] = 'depthwise'
     """Divide each input channel of a layer by a factor and multiply its weights by it. Channels of different
-    ranges then share a step better. Applies to layers with an input or a weight below 8 bits; see
-    :mod:`mmzsq.quantization.equalize`."""
+    ranges then share a step better; see :mod:`mmzsq.quantization.equalize`. ``'depthwise'``: depthwise convolutions of
+    any bits, with factors that training learns, unless ``outputs`` or ``target`` puts grids on values between layers.
+    ``'learned'``: such factors in all layers. True: factors that stay as initialized, in layers with an input or a
+    weight below 8 bits."""
     scope: Scope | None = None
     """Modules to quantize, such as ``'backbone'``. All others stay float. None: the whole model."""
     attention: OperandBits | None = None
@@ -232,7 +234,8 @@ class QuantizationConfig(TypedSection):
     def integers(self) -> dict[str, Any]:
         """Return all settings that decide what each integer means, by name.
 
-        Left out: how steps are initialized and learned.
+        Left out: how steps are initialized and learned, and ``equalize``, since the names in a checkpoint tell which
+        layers have factors.
         """
         parts = {
             f'{name}.{key}': getattr(getattr(self, name), key)
@@ -240,7 +243,7 @@ class QuantizationConfig(TypedSection):
             for key in type(getattr(self, name)).model_fields
             if key != 'init'
         }
-        left_out = ('weight', 'activation', 'grad_scale', 'allocate', 'outputs', 'target')
+        left_out = ('weight', 'activation', 'grad_scale', 'equalize', 'allocate', 'outputs', 'target')
         kept = {key: getattr(self, key) for key in type(self).model_fields if key not in left_out}
         target = self.target if self.target == 'tensorrt' else None
         return {**kept, 'outputs': self.output_bits, 'target': target, **parts}
@@ -309,6 +312,22 @@ class QuantizationConfig(TypedSection):
             step=self.step,
             grad_scale=self.grad_scale,
         )
+
+    def input_factors(self, bits: Bits, depthwise: bool) -> Literal['fixed', 'learned'] | None:
+        """Decide whether a layer divides its input channels by factors.
+
+        Args:
+            bits: Bits of the layer.
+            depthwise: Whether it is a depthwise convolution.
+
+        Returns:
+            The kind of factors, or None for none.
+        """
+        if self.equalize is True:
+            return 'fixed' if min(bits) < 8 else None
+        # With a grid before the division, values would be rounded twice.
+        every = self.equalize == 'learned'
+        return 'learned' if every or (self.equalize and depthwise and not self.adds_grids) else None
 
     def bits_of(self, patterns: Collection[str], roles: Sequence[str]) -> tuple[Bits | None, str]:
         """Decide the bits of one layer.

@@ -9,6 +9,14 @@ multiplies integers. The division is merged into the requantization of the prece
 The factors are e_c = s_c^a / w_c^b, where s_c is the magnitude of channel c and w_c that of its weights. The exponents
 a and b are chosen from a small set, which includes a = b = 0, to minimize the estimated error of the layer's output
 (Lin et al., "AWQ", 2023, https://arxiv.org/abs/2306.00978, use a similar search for weights).
+
+Factors are fixed from then on, or learned: their logarithms are then parameters, which train with the steps. The weight
+is stored as in the float layer, and each forward multiplies it. Without rounding, a factor changes nothing, so its
+gradient is that of rounding and clipping in the input and in the weights.
+
+A depthwise convolution reads each input channel in one output channel, whose weights have a step of their own. Factors
+then cost the weights nothing, and amount to one step per channel of the input, which integers compute exactly: the
+accumulator of each output channel has a scale of its own anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,9 +39,12 @@ from mmzsq.quantization.modules import (
     QuantizedLayer,
     QuantLinear,
     input_scale,
+    learned_log_scale,
     quantized_layers,
+    scaled_weight,
 )
 from mmzsq.quantization.quantizers import LSQ
+from mmzsq.quantization.step_search import Grid
 
 EQUALIZABLE = (QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear)
 """Exact classes of the layers to equalize. Other classes compute more than a product of input and weight."""
@@ -47,38 +58,75 @@ POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidate exponents a of the magnitude of a channel."""
 WEIGHT_POWERS = (0.0, 0.5)
 """Candidate exponents b of the magnitude of its weights."""
+REFINEMENTS = 33
+"""Candidate changes of a factor in one round, from 1/2 to 2, including 1."""
+ROUNDS = 3
+"""Rounds of refinement of a depthwise convolution."""
+CLIPPING = (1.0, 0.2, 33)
+"""Steps that are tried for an input with learned factors, as fractions of the step that clips nothing."""
 MAX_SCALE = 16.0
 """Factors lie between 1 / MAX_SCALE and MAX_SCALE: a channel without values in the sample may have some later."""
 
 
-def add_input_scale(layer: QuantizedLayer) -> None:
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution in which each input channel belongs to a group of its own."""
+    if type(layer) not in (QuantConv1d, QuantConv2d):
+        return False
+    convolution = cast('nn.Conv1d | nn.Conv2d', layer)
+    return convolution.groups == convolution.in_channels > 1
+
+
+def add_input_scale(layer: QuantizedLayer, learned: bool = False) -> None:
     """Let a layer divide its input by one factor per channel. The factors are 1 until :func:`equalize` sets them.
 
     Args:
         layer: A quantized layer. Layers of other classes than :data:`EQUALIZABLE` are left unchanged.
+        learned: Whether training learns the factors. The stored weight is then that of the float layer, and each
+            forward multiplies it by the factors.
     """
     if type(layer) not in EQUALIZABLE:
         return
     channels = layer.in_features if isinstance(layer, QuantLinear) else layer.in_channels
-    layer.register_buffer('input_scale', torch.ones(channels, device=layer.weight.device))  # type: ignore[arg-type]
+    device = layer.weight.device
+    if learned:
+        layer.register_parameter('log_input_scale', nn.Parameter(torch.zeros(channels, device=device)))  # type: ignore[arg-type]
+    else:
+        layer.register_buffer('input_scale', torch.ones(channels, device=device))  # type: ignore[arg-type]
     layer.register_forward_pre_hook(_divide)
 
 
 @torch.no_grad()
 def remove_input_scale(layer: QuantizedLayer) -> None:
-    """Remove the input factors of a layer, and divide its weights by them.
+    """Remove the input factors of a layer, and divide its weights by fixed ones.
 
     Args:
         layer: A quantized layer. A layer without factors is left unchanged.
     """
-    scale = input_scale(layer)
-    if scale is None:
-        return
-    layer.weight.copy_(scaled_weight(layer, 1 / scale))
-    del layer.input_scale
+    if learned_log_scale(layer) is not None:
+        del layer.log_input_scale
+    elif input_scale(layer) is not None:
+        layer.weight.copy_(scaled_weight(layer, 1 / _scale_of(layer)))
+        del layer.input_scale
     for key, hook in list(layer._forward_pre_hooks.items()):
         if hook is _divide:
             del layer._forward_pre_hooks[key]
+
+
+@contextmanager
+def constant_input_scales(model: nn.Module) -> Iterator[None]:
+    """Inside the block, learned factors are constants, so that a traced graph holds their values.
+
+    Args:
+        model: A prepared model.
+    """
+    layers = [layer for _, layer in quantized_layers(model) if learned_log_scale(layer) is not None]
+    for layer in layers:
+        layer.register_buffer('input_scale', _scale_of(layer).detach(), persistent=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.input_scale
 
 
 @torch.no_grad()
@@ -113,8 +161,12 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(scale, src=0)
         # Samples are already divided by the present factors, which differ from 1 if this is not the first call.
-        _scale_of(layer).mul_(scale)
-        layer.weight.copy_(scaled_weight(layer, scale))
+        log_scale = learned_log_scale(layer)
+        if log_scale is not None:
+            log_scale.add_(scale.log())
+        else:
+            _scale_of(layer).mul_(scale)
+            layer.weight.copy_(scaled_weight(layer, scale))
 
 
 @torch.no_grad()
@@ -129,7 +181,7 @@ def best_scale(layer: QuantizedLayer, rows: Tensor) -> Tensor:
         Positive factors, (C,), with geometric mean 1 before they are clamped to :data:`MAX_SCALE`.
     """
     rows = rows.float()
-    weight = _energy(layer, layer.weight).sqrt()
+    weight = _energy(layer, layer.applied_weight()).sqrt()
     candidates = [torch.ones_like(weight)]
     for size in (rows.abs().amax(0), rows.square().mean(0).sqrt()):
         for power, weight_power in itertools.product(POWERS, WEIGHT_POWERS):
@@ -137,23 +189,31 @@ def best_scale(layer: QuantizedLayer, rows: Tensor) -> Tensor:
                 candidates.append(_normalized(size**power / weight.clamp(min=1e-8) ** weight_power))
     errors = torch.stack([_error(layer, rows, candidate) for candidate in candidates])
     # Of equal errors argmin takes the first: factors of 1.
-    return candidates[int(errors.argmin())]
+    best = candidates[int(errors.argmin())]
+    if learned_log_scale(layer) is not None and is_depthwise(layer):
+        return _refined(layer, rows, best)
+    return best
 
 
-def scaled_weight(layer: QuantizedLayer, scale: Tensor) -> Tensor:
-    """Return the weight of a layer with the weights of each input channel multiplied by a factor.
+def _refined(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
+    """Improve the factors of a depthwise convolution, whose weights lose nothing by them.
 
-    Args:
-        layer: A layer of one of the classes :data:`EQUALIZABLE`.
-        scale: Factor of each input channel, (C,).
+    Each channel is then free to choose the part of the grid that it uses. Given the grid, the best choices of the
+    channels do not depend on each other; given these, the grid is searched again.
     """
-    weight = layer.weight
-    if isinstance(layer, QuantLinear):
-        return weight * scale
-    if isinstance(layer, QuantConvTranspose2d):
-        return weight * scale.view(-1, 1, 1, 1)
-    groups: int = layer.groups  # type: ignore[assignment]
-    return (weight.unflatten(0, (groups, -1)).flatten(3) * scale.view(groups, 1, -1, 1)).view_as(weight)
+    multipliers = torch.logspace(-1, 1, REFINEMENTS, base=2.0, device=rows.device)
+    best, least = scale, _error(layer, rows, scale)
+    for _ in range(ROUNDS):
+        inputs = rows / scale
+        grid = _input_grid(layer, inputs)
+        errors = torch.stack(
+            [(_on_grid(layer.input_quantizer, inputs / m, grid) * m - inputs).square().sum(0) for m in multipliers]
+        )
+        scale = _normalized(scale * multipliers[errors.argmin(0)])
+        error = _error(layer, rows, scale)
+        if error < least:
+            best, least = scale, error
+    return best
 
 
 def _divide(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -161,6 +221,9 @@ def _divide(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     features: Tensor = inputs[0]
     if not isinstance(layer, QuantLinear):
         scale = scale.view(-1, *(1,) * (features.dim() - 2))
+    if learned_log_scale(layer) is not None:
+        # The weights are multiplied by factors in fp32; those of the input must not be rounded to 16 bits.
+        return ((features / scale).to(features.dtype), *inputs[1:])
     return (features / scale.to(features.dtype), *inputs[1:])
 
 
@@ -214,18 +277,43 @@ def _energy(layer: QuantizedLayer, weight: Tensor) -> Tensor:
 
 def _error(layer: QuantizedLayer, rows: Tensor, scale: Tensor) -> Tensor:
     """Estimate the squared error of the output, as if the errors of all inputs and weights were independent."""
-    inputs, weight = rows / scale, scaled_weight(layer, scale)
-    of_inputs = (_rounded_inputs(layer.input_quantizer, inputs) - inputs).square().mean(0)
+    inputs, weight = rows / scale, scaled_weight(layer, scale, layer.applied_weight())
+    rounded = _on_grid(layer.input_quantizer, inputs, _input_grid(layer, inputs))
+    of_inputs = (rounded - inputs).square().mean(0)
     of_weights = _energy(layer, _rounded_weight(layer, weight) - weight)
     return (of_inputs * _energy(layer, weight)).sum() + (inputs.square().mean(0) * of_weights).sum()
 
 
-def _rounded_inputs(quantizer: LSQ, inputs: Tensor) -> Tensor:
-    """Round inputs (R, C) to the grid that calibration would choose for them."""
-    values = inputs.flatten()
-    sample = values[:: max(values.numel() // VALUES, 1)]
+def _input_grid(layer: QuantizedLayer, inputs: Tensor) -> Grid:
+    """Return the grid that calibration would choose for inputs (R, C), or for learned factors one close to it."""
+    quantizer, values = layer.input_quantizer, inputs.flatten()
+    sample = torch.cat((values[:: max(values.numel() // VALUES, 1)], torch.stack(values.aminmax())))
+    if learned_log_scale(layer) is not None:
+        return _clipped_grid(quantizer, sample)
     # The rule for weights applies: it takes one step for a tensor that is known in full.
-    grid = quantizer.initial_weight_grid(torch.cat((sample, torch.stack(values.aminmax()))))
+    return quantizer.initial_weight_grid(sample)
+
+
+def _clipped_grid(quantizer: LSQ, values: Tensor) -> Grid:
+    """Find the best of the grids that clip the same part of both ends.
+
+    A search of all zero points takes most of a second for 8 bits, and would run for each candidate of each layer.
+    """
+    low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
+    if quantizer.scheme == 'offset':
+        widest = (high - low) / quantizer.qmax
+        zero_point = (-low / widest.clamp(min=1e-8)).round()
+    else:
+        widest = torch.maximum(high / quantizer.qmax, low / min(quantizer.qmin, -1))
+        zero_point = torch.zeros_like(low)
+    steps = (widest * torch.linspace(*CLIPPING, device=values.device)).clamp(min=1e-8)[:, None]
+    rounded = fake_quantize(values[None], steps, quantizer.qmin, quantizer.qmax, zero_point.view(1, 1).expand_as(steps))
+    best = (rounded - values).square().sum(1).argmin()
+    return Grid(steps[best], zero_point.view(1))
+
+
+def _on_grid(quantizer: LSQ, inputs: Tensor, grid: Grid) -> Tensor:
+    values = inputs.flatten()
     return fake_quantize(values, grid.step, quantizer.qmin, quantizer.qmax, grid.zero_point).view_as(inputs)
 
 

@@ -35,7 +35,12 @@ class QuantizedLayer(nn.Module):
 
     def filters(self) -> Tensor:
         """Return the weight as the layer applies it, with the output channels first, (C_out, ...)."""
-        return self.weight
+        return self.applied_weight()
+
+    def applied_weight(self) -> Tensor:
+        """Return the weight, multiplied by the learned factors of the input channels if the layer has any."""
+        log_scale = learned_log_scale(self)
+        return self.weight if log_scale is None else scaled_weight(self, log_scale.exp())
 
     def add_quantizers(self, weight_quantizer: LSQ, input_quantizer: LSQ) -> None:
         """Set the quantizers of the layer.
@@ -71,7 +76,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
-        weight = self.weight_quantizer(self.weight)
+        weight = self.weight_quantizer(self.filters())
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 
 
@@ -81,7 +86,7 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C_in, L) into (N, C_out, L')."""
-        weight = self.weight_quantizer(self.weight)
+        weight = self.weight_quantizer(self.filters())
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 
 
@@ -91,7 +96,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     def filters(self) -> Tensor:
         """Return the weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
-        return self._swap_channels(self.weight)
+        return self._swap_channels(self.applied_weight())
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W'); ``output_size`` selects one of several possible sizes."""
@@ -126,7 +131,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.filters()), self.bias)
 
 
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
@@ -170,9 +175,39 @@ def make_quantized(layer: nn.Module, cls: type[QuantizedLayer]) -> QuantizedLaye
 def input_scale(layer: nn.Module) -> Tensor | None:
     """Return the factors that a layer divides its input channels by, (C,), or ``None`` if it has none.
 
-    See :mod:`mmzsq.quantization.equalize`.
+    They are differentiable if they are learned. See :mod:`mmzsq.quantization.equalize`.
     """
-    return getattr(layer, 'input_scale', None)
+    log_scale = learned_log_scale(layer)
+    fixed: Tensor | None = getattr(layer, 'input_scale', None)
+    return log_scale.exp() if fixed is None and log_scale is not None else fixed
+
+
+def learned_log_scale(layer: nn.Module) -> Tensor | None:
+    """Return the parameter that holds the logarithms of learned input factors, (C,), or ``None``."""
+    return getattr(layer, 'log_input_scale', None)
+
+
+def stored_input_scale(layer: nn.Module) -> Tensor | None:
+    """Return the tensor that a checkpoint holds for the input factors of a layer, or ``None``."""
+    log_scale = learned_log_scale(layer)
+    return input_scale(layer) if log_scale is None else log_scale
+
+
+def scaled_weight(layer: QuantizedLayer, scale: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the weight of a layer with the weights of each input channel multiplied by a factor.
+
+    Args:
+        layer: A convolution, transposed convolution or linear layer.
+        scale: Factor of each input channel, (C,).
+        weight: Weight to take in place of the layer's own, in its shape.
+    """
+    weight = layer.weight if weight is None else weight
+    if isinstance(layer, QuantLinear):
+        return weight * scale
+    if isinstance(layer, QuantConvTranspose2d):
+        return weight * scale.view(-1, 1, 1, 1)
+    groups: int = layer.groups  # type: ignore[assignment]
+    return (weight.unflatten(0, (groups, -1)).flatten(3) * scale.view(groups, 1, -1, 1)).view_as(weight)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -19,7 +19,7 @@ from mmzsq.quantization.attention import (
     quantized_attention_class,
 )
 from mmzsq.quantization.config import WHERE, AttentionBits, Bits, QuantizationConfig
-from mmzsq.quantization.equalize import add_input_scale, remove_input_scale
+from mmzsq.quantization.equalize import add_input_scale, is_depthwise, remove_input_scale
 from mmzsq.quantization.modules import (
     QuantizedLayer,
     make_quantized,
@@ -140,8 +140,9 @@ def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> N
     layer.add_quantizers(
         config.weight_quantizer(bits.w_bits, len(layer.filters())), config.input_quantizer(bits.a_bits)
     )
-    if config.equalize and min(bits) < 8:
-        add_input_scale(layer)
+    factors = config.input_factors(bits, is_depthwise(layer))
+    if factors:
+        add_input_scale(layer, learned=factors == 'learned')
 
 
 def _quantize_layer(name: str, layer: nn.Module, settings: _Settings) -> LayerReport:

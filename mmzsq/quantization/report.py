@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mmzsq.quantization.attention import QuantMatmul
-from mmzsq.quantization.modules import QuantizedLayer, input_scale
+from mmzsq.quantization.modules import QuantizedLayer, input_scale, learned_log_scale, stored_input_scale
 from mmzsq.quantization.quantizers import LSQ
 
 FLOAT_BITS = 32
@@ -89,7 +89,7 @@ class QuantizationReport:
             if isinstance(module, QuantizedLayer):
                 weight = module.weight
                 bits -= weight.numel() * (8 * weight.element_size() - module.weight_quantizer.bits)
-                scale = input_scale(module)
+                scale = stored_input_scale(module)
                 bits += 0 if scale is None else FLOAT_BITS * scale.numel()
             elif isinstance(module, LSQ):
                 bits += _grid_bits(module)
@@ -116,8 +116,9 @@ class QuantizationReport:
             ``model`` with sizes and BOPs, and ``layers``, a list of dicts: the attributes of
             :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
             ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
-            (lists, ``None`` before calibration or where the scheme has none); ``output`` likewise where the output of
-            the layer is quantized.
+            (lists, ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
+            ``factors_learned`` if the layer divides its input channels by factors; ``output`` as ``weight`` where the
+            output of the layer is quantized.
         """
         modules = dict(self.model.named_modules())
         layers = []
@@ -125,6 +126,7 @@ class QuantizationReport:
             row = asdict(layer)
             if layer.quantized:
                 row['weight'], row['input'] = map(_describe, _quantizers_of(modules[layer.name]))
+                row['input'].update(_describe_factors(modules[layer.name]))
             if layer.name in self.outputs:
                 row['output'] = _describe(cast(LSQ, modules[self.outputs[layer.name]].output_quantizer))
             layers.append(row)
@@ -166,7 +168,9 @@ def _quantizers_of(module: nn.Module) -> tuple[LSQ, LSQ]:
 
 
 def _row(layer: dict[str, Any]) -> tuple[str, ...]:
-    note = ', '.join(filter(None, (layer['role'], layer['reason'])))
+    factors = layer.get('input', {}).get('factors')
+    shown = f'input factors {_format_range(factors)}' if factors else ''
+    note = ', '.join(filter(None, (layer['role'], layer['reason'], shown)))
     name = (layer['name'], layer['type'], str(layer['weights']))
     if 'weight' not in layer:
         return (*name, 'fp', 'fp', '-', '-', '-', note)
@@ -202,6 +206,14 @@ def _describe(quantizer: LSQ) -> dict[str, Any]:
     }
 
 
+def _describe_factors(layer: nn.Module) -> dict[str, Any]:
+    """Return the input factors of a layer and whether they are learned; nothing if it has none."""
+    scale = input_scale(layer)
+    if scale is None:
+        return {}
+    return {'factors': scale.tolist(), 'factors_learned': learned_log_scale(layer) is not None}
+
+
 def _float_bits(model: nn.Module) -> int:
     """Bits of all parameters and floating point buffers of the float model, without quantizers and input scales."""
     tensors: set[Tensor | None] = set()
@@ -209,7 +221,7 @@ def _float_bits(model: nn.Module) -> int:
         if not isinstance(module, LSQ):
             tensors.update(module.parameters(recurse=False), module.buffers(recurse=False))
             # The float layer has no input scale.
-            tensors -= {input_scale(module)}
+            tensors -= {stored_input_scale(module)}
     return sum(t.numel() * t.element_size() * 8 for t in tensors if t is not None and t.is_floating_point())
 
 

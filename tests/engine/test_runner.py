@@ -164,15 +164,18 @@ def test_a_checkpoint_of_other_bits_is_refused(
 
 
 @pytest.mark.parametrize('in_meta', [True, False], ids=['', 'without settings'])
-def test_a_checkpoint_with_other_equalized_layers_is_refused(make_runner: Any, tmp_path: Path, in_meta: bool) -> None:
+@pytest.mark.parametrize(('equalize', 'factors'), [(True, 'input_scale'), ('learned', 'log_input_scale')])
+def test_a_checkpoint_with_other_equalized_layers_is_refused(
+    make_runner: Any, tmp_path: Path, equalize: bool | str, factors: str, in_meta: bool
+) -> None:
     """Its weights contain factors that the model would drop, or lack those of the model."""
-    runner = make_runner('out', **{'zsq.quantizer.equalize': True})
+    runner = make_runner('out', **{'zsq.quantizer.equalize': equalize})
     quantizer = json.loads(json.dumps(runner.detector.quantizer_cfg))
     meta = dict(mmzsq=dict(quantizer=quantizer)) if in_meta else {}
 
     def load(change: Callable[[dict[str, Any], str], object]) -> None:
         state = runner.detector.state_dict()
-        change(state, 'neck.top_down_fine.final_conv.conv.input_scale')
+        change(state, f'neck.top_down_fine.final_conv.conv.{factors}')
         torch.save(dict(meta=meta, state_dict=state), tmp_path / 'trained.pth')
         runner.load_checkpoint(str(tmp_path / 'trained.pth'))
 
