@@ -22,6 +22,7 @@ from mmzsq.masks import mask_boxes
 from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
+from mmzsq.tasks.mixed_precision import LossPrecision
 
 
 def sum_losses(losses: Mapping[str, Any]) -> Tensor:
@@ -183,10 +184,12 @@ class DetectionTask:
         needs_masks: Whether labels need instance masks and predictions contain them.
         channel_order: ``'rgb'`` or ``'bgr'``.
         note: Message for the log about the choice of this task, or None.
+        loss_precision: Computes the loss under autocast; it tells whether autocast had to be turned off.
     """
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
+        self.loss_precision = LossPrecision(self.detector)
         self.note: str | None = None
         self.num_classes = num_classes(detector)
         self.needs_masks = needs_masks(detector)
@@ -243,6 +246,8 @@ class DetectionTask:
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
         """Compute the detector's own training loss.
 
+        Under autocast, the network runs in 16 bits and the loss in fp32; see :mod:`mmzsq.tasks.mixed_precision`.
+
         Args:
             images: Shape (N, 3, H, W), in [0, 1].
             samples: Return value of :meth:`data_samples`.
@@ -253,11 +258,15 @@ class DetectionTask:
         Raises:
             UserError: If the loss needs a package that is not installed.
         """
-        copies = [_shallow_copy(sample) for sample in samples]
-        add_ignored_semantic_labels(self.detector, copies)
+
+        def evaluate() -> Tensor:
+            copies = [_shallow_copy(sample) for sample in samples]
+            add_ignored_semantic_labels(self.detector, copies)
+            return sum_losses(self.detector.loss(self.normalize(images), copies))
+
         try:
             with frozen_train_mode(self.detector), single_process():
-                return sum_losses(self.detector.loss(self.normalize(images), copies))
+                return self.loss_precision(evaluate, images)
         except ImportError as error:
             raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error
 
