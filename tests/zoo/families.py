@@ -146,3 +146,11 @@ BACKBONES = (
     ),
 )
 FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MULTI_STAGE, *BACKBONES)
+FULL_SIZE = (
+    Family('VFNet R50', 'vfnet/vfnet_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('TOOD R50', 'tood/tood_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('Cascade Mask R-CNN R50', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('DINO R50', 'dino/dino-4scale_r50_8xb2-12e_coco.py', size=640, shrink=1),
+    Family('YOLOX-s', 'yolox/yolox_s_8xb8-300e_coco.py', size=640, shrink=1),
+)
+"""Detectors that are also checked as they are, on a GPU."""
