@@ -190,6 +190,7 @@ class DetectionTask:
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
         self.loss_precision = LossPrecision(self.detector)
+        self._needs_standard_layout = False
         self.note: str | None = None
         self.num_classes = num_classes(detector)
         self.needs_masks = needs_masks(detector)
@@ -284,7 +285,7 @@ class DetectionTask:
         """
         size = (images.shape[2], images.shape[3])
         samples = blank_samples(len(images), size, self.device)
-        results = self.detector.predict(self.normalize(images), samples, rescale=False)
+        results = self._predict(self.normalize(images), samples)
         predictions = []
         for result in results:
             found = result.pred_instances
@@ -296,6 +297,18 @@ class DetectionTask:
                     kept.bboxes = mask_boxes(kept.masks)
             predictions.append(kept.to('cpu'))
         return predictions
+
+    def _predict(self, inputs: Tensor, samples: Sequence[DetDataSample]) -> list[DetDataSample]:
+        """Run the detector's ``predict``, with inputs in the standard layout if its code takes no other one."""
+        if not self._needs_standard_layout:
+            try:
+                return list(self.detector.predict(inputs, samples, rescale=False))
+            except RuntimeError as error:
+                if inputs.is_contiguous() or 'view size is not compatible' not in str(error):
+                    raise
+                # CenterNet calls `view` on its maps, which the layout channels_last does not allow.
+                self._needs_standard_layout = True
+        return list(self.detector.predict(inputs.contiguous(), samples, rescale=False))
 
 
 def _shallow_copy(sample: DetDataSample) -> DetDataSample:

@@ -64,7 +64,13 @@ DENSE = (
     Family('AutoAssign', 'autoassign/autoassign_r50-caffe_fpn_1x_coco.py'),
     Family('DDOD', 'ddod/ddod_r50_fpn_1x_coco.py'),
     Family('SABL', 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'),
-    Family('NAS-FCOS', 'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py', size=128),
+    Family(
+        'NAS-FCOS',
+        'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
+        size=128,
+        changes={'model.backbone.norm_cfg.eps': 1e-5},
+        needs='model.backbone.norm_cfg.eps above 0: some versions of PyTorch refuse 0',
+    ),
 )
 MASKS = (
     Family('SOLO', 'solo/solo_r50_fpn_1x_coco.py'),
