@@ -215,7 +215,7 @@ def _has_weights(module: nn.Module) -> bool:
 def _non_finite(loss: Tensor, images: Tensor) -> str | None:
     """Describe the fault of a loss or its gradient; None if both are finite."""
     if not bool(torch.isfinite(loss)):
-        return f'the loss is {float(loss)}'
+        return f'the loss is {float(loss.detach())}'
     if loss.requires_grad and images.requires_grad:
         (grad,) = torch.autograd.grad(loss, images, retain_graph=True, allow_unused=True)
         if grad is not None and not bool(torch.isfinite(grad).all()):

@@ -103,7 +103,8 @@ def test_outputs_of_the_loss_s_own_layers_are_rounded_to_16_bits_once() -> None:
     with autocast(), autocast_network_only(detector):
         refined = detector.bbox_head.refine(rows)
         product = refined @ rows.T
-    assert torch.equal(refined, F.linear(rows.bfloat16(), *(p.bfloat16() for p in detector.bbox_head.refine.parameters())).float())
+    weight, bias = detector.bbox_head.refine.weight.bfloat16(), detector.bbox_head.refine.bias.bfloat16()
+    assert torch.equal(refined, F.linear(rows.bfloat16(), weight, bias).float())
     assert torch.equal(product, refined @ rows.T)
 
 
@@ -155,26 +156,33 @@ def test_real_heads_get_fp32_targets_and_a_gradient(tiny_cfg: Callable[[str], An
     assert torch.autograd.grad(loss, images)[0].abs().sum() > 0
 
 
-class Fragile(nn.Module):
+class FragileNetwork(nn.Module):
     """A network with a fault in 16 bits."""
 
-    def __init__(self, fault: str, in_fp32_too: bool = False) -> None:
+    def __init__(self, fault: str, in_fp32_too: bool) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.fault, self.in_fp32_too = fault, in_fp32_too
         self.dtypes: list[torch.dtype] = []
 
-    def loss(self, images: Tensor) -> Tensor:
-        return self(images).mean() + 0 * torch.rand(())
-
     def forward(self, images: Tensor) -> Tensor:
-        out = self.layer(images)
+        out: Tensor = self.layer(images)
         self.dtypes.append(out.dtype)
         if out.dtype == BF16 or self.in_fp32_too:
             if self.fault == 'error':
                 raise ValueError('matrix contains invalid numeric entries')
             out = out / 0 if self.fault == 'value' else out + (out - out).sqrt()
         return out + torch.rand(())
+
+
+class Fragile(nn.Module):
+    def __init__(self, fault: str, in_fp32_too: bool = False) -> None:
+        super().__init__()
+        self.network = FragileNetwork(fault, in_fp32_too)
+        self.dtypes = self.network.dtypes
+
+    def loss(self, images: Tensor) -> Tensor:
+        return self.network(images).mean() + 0 * torch.rand(())
 
 
 @pytest.mark.parametrize(
@@ -218,18 +226,21 @@ def test_errors_that_fp32_has_too_are_raised_and_change_nothing() -> None:
 def test_the_fallback_leaves_layers_with_16_bit_weights_out() -> None:
     """Synthesis on a GPU replaces forwards by some that hold weights in bf16."""
     detector, images = Fragile('error'), torch.rand(3, 4)
-    weight, bias = detector.layer.weight.bfloat16(), detector.layer.bias.bfloat16()
-    accelerated = lambda x: F.linear(x.bfloat16(), weight, bias)  # noqa: E731
-    detector.layer.forward = accelerated  # type: ignore[method-assign]
+    weight, bias = detector.network.layer.weight.bfloat16(), detector.network.layer.bias.bfloat16()
+
+    def accelerated(x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), weight, bias)
+
+    detector.network.layer.forward = accelerated  # type: ignore[method-assign]
     precision = LossPrecision(detector)
     with autocast(), pytest.warns(UserWarning, match='computed in fp32'):
         precision(lambda: detector.loss(images), images)
     assert detector.dtypes == [BF16, FP32]
-    assert detector.layer.forward is accelerated
+    assert detector.network.layer.forward is accelerated
 
 
 def test_without_autocast_the_loss_is_computed_as_it_is() -> None:
     detector, images = Fragile('error'), torch.rand(3, 4)
-    detector.layer.bfloat16()
+    detector.network.layer.bfloat16()
     with pytest.raises(ValueError, match='invalid numeric'):
         LossPrecision(detector)(lambda: detector.loss(images.bfloat16()), images)
