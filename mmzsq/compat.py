@@ -118,6 +118,7 @@ def patch_mmdet() -> None:
     """Apply the patches of MMDetection's models and of the MMCV operators that they call."""
     patch_ssd_head()
     patch_point_assigner()
+    patch_reppoints_head()
     patch_deformable_attention()
 
 
@@ -150,6 +151,30 @@ def patch_point_assigner() -> None:
             return original(self, pred_instances, *args, **kwargs)
 
     PointAssigner.assign = assign
+
+
+def patch_reppoints_head() -> None:
+    """Give the boxes of MMDetection's ``RepPointsHead`` a finite gradient where all of their points coincide.
+
+    The size of a box is the standard deviation of its points. If all have the same x or y, which is common after
+    rounding to 16 bits, the deviation is 0 and PyTorch's gradient of it is not a number. Here, such points are spread
+    by up to 1/1000 first. Others are not changed.
+    """
+    from mmdet.models.dense_heads import RepPointsHead
+
+    original = RepPointsHead.points2bbox
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def points2bbox(self: Any, pts: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        points = pts.view(pts.shape[0], -1, 2, *pts.shape[2:])
+        coincide = points.amax(1, keepdim=True) == points.amin(1, keepdim=True)
+        spread = torch.linspace(-1e-3, 1e-3, points.shape[1], device=pts.device, dtype=pts.dtype)
+        scale = points.detach().abs().clamp(min=1)
+        apart = points + scale * spread.view(1, -1, 1, *[1] * (points.dim() - 3))
+        return original(self, torch.where(coincide, apart, points).view_as(pts), *args, **kwargs)
+
+    RepPointsHead.points2bbox = points2bbox
 
 
 def patch_deformable_attention() -> None:

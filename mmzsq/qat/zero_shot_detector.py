@@ -342,8 +342,8 @@ class ZeroShotDetector(BaseModel):
         if not self.distillation_losses:
             # No loss reads the teacher's outputs.
             with frozen_train_mode(self.student):
-                detection = detection_losses(self.student, inputs, data_samples)
-            return dict(loss_detection=self.detection_weight * sum_losses(detection))
+                own = detection_losses(self.student, inputs, data_samples)
+            return dict(loss_detection=self.detection_weight * sum_losses(own))
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, self._black, self._white)
         outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))

@@ -227,7 +227,7 @@ class _FirstChannels(torch.autograd.Function):
         ctx.padded = features.shape[1]
         kept = features[:, :channels]
         alone = kept.new_empty(0)
-        return alone.set_(kept.untyped_storage(), kept.storage_offset(), kept.shape, kept.stride())  # type: ignore[call-overload]
+        return alone.set_(kept.untyped_storage(), kept.storage_offset(), kept.shape, kept.stride())
 
     @staticmethod
     @once_differentiable

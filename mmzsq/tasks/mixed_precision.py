@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def autocast_network_only(detector: nn.Module) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    region = _AutocastRegion(partial(torch.autocast, device_type, dtype, cache_enabled=torch.is_autocast_cache_enabled()))
+    region = _AutocastRegion(
+        partial(torch.autocast, device_type, dtype, cache_enabled=torch.is_autocast_cache_enabled())
+    )
     forwards = {module: region.wrap(module.forward) for module in detector.modules() if _has_weights(module)}
     forwards.pop(detector, None)
     extract_feat = getattr(detector, 'extract_feat', None)
@@ -85,8 +88,8 @@ def fp32_only(detector: nn.Module) -> Iterator[None]:
         detector: Any detector. Replaced forwards of convolutions and linear layers, which may hold 16-bit weights, are
             put aside.
     """
-    forwards = {
-        module: partial(type(module).forward, module)
+    forwards: dict[Any, Callable[..., Any]] = {
+        module: MethodType(type(module).forward, module)
         for module in detector.modules()
         if isinstance(module, (nn.Conv2d, nn.Linear)) and 'forward' in vars(module)
     }

@@ -2,15 +2,15 @@
 """Detectors of MMDetection's zoo pass all stages with only their configs. ``make test-zoo`` checks all of them.
 
 ``pytest tests/zoo -m cuda`` checks all of them on a GPU, in bf16. To share a GPU, start several processes, each with
-``ZOO_PART=1/4``, ``2/4``, ... in its environment. ``ZOO_RESULTS`` names a file to which each process appends one line of
-JSON per detector. ``benchmarks/zoo_table.py`` reads it.
+``ZOO_PART=1/4``, ``2/4``, ... in its environment. ``ZOO_RESULTS`` names a file to which each process appends one line
+of JSON per detector. ``benchmarks/zoo_table.py`` reads it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_a_detector_of_the_zoo_works(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def strict_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def strict_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make autocast on the CPU refuse the function that autocast on CUDA refuses."""
     original = F.binary_cross_entropy
 
@@ -64,7 +64,6 @@ def strict_autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return original(*args, **kwargs)
 
     monkeypatch.setattr(F, 'binary_cross_entropy', refuse)
-    yield
 
 
 @pytest.mark.usefixtures('strict_autocast')
