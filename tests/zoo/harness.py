@@ -4,8 +4,8 @@
 :func:`check` takes the config of any detector combined with a zsq base and runs all stages: compose, quantize,
 synthesize, relabel, one training step, evaluation and a checkpoint. If a stage fails, it is reported with the reason
 and the following stages are skipped. :func:`zoo_config` makes such a config from one of MMDetection's, small enough for
-one CPU core. On request, losses run under autocast in bf16, which is the default on a GPU. Most errors of data types are
-the same on the CPU.
+one CPU core. On request, losses run under autocast in bf16, which is the default on a GPU. Most errors of data types
+are the same on the CPU.
 """
 
 from __future__ import annotations
