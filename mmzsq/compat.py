@@ -8,7 +8,8 @@ The package uses MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 as released, 
 * :func:`allow_mmengine_checkpoints` and :mod:`mmzsq.checkpoint` make checkpoints load with ``weights_only=True``.
 * :func:`resolve_package_bases` finds the base configs of installed packages, including ``mmzsq::...``.
 
-:func:`patch_ssd_head` needs MMDetection's models and therefore runs when :mod:`mmzsq.models` is imported.
+:func:`patch_mmdet` needs MMDetection's models and MMCV's operators, and therefore runs when :mod:`mmzsq.models` is
+imported.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from mmengine.logging import HistoryBuffer
 
 from mmzsq.checkpoint import SAFE_LOADING, register_checkpoint_loaders
 from mmzsq.errors import UserError
+from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 from mmzsq.mmcv_ops.torchvision_ops import EXTENSION, TorchvisionOps
 
 HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def install() -> None:
-    """Apply all patches of this module except :func:`patch_ssd_head`.
+    """Apply all patches of this module except those of :func:`patch_mmdet`.
 
     Raises:
         UserError: If MMCV is not installed.
@@ -112,6 +114,14 @@ def resolve_package_bases() -> None:
     Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
+def patch_mmdet() -> None:
+    """Apply the patches of MMDetection's models and of the MMCV operators that they call."""
+    patch_ssd_head()
+    patch_point_assigner()
+    patch_reppoints_head()
+    patch_deformable_attention()
+
+
 def patch_ssd_head() -> None:
     """Add the attribute ``loss_cls`` to MMDetection's ``SSDHead``, which MMDetection 3.3.0 reads during prediction.
 
@@ -122,6 +132,81 @@ def patch_ssd_head() -> None:
 
     if not hasattr(SSDHead, 'loss_cls'):
         SSDHead.loss_cls = None
+
+
+def patch_point_assigner() -> None:
+    """Make MMDetection's ``PointAssigner``, which RepPoints uses, work on a GPU.
+
+    MMDetection 3.3.0 creates the indices of the points on the CPU and then indexes them by a mask on the GPU, which
+    PyTorch refuses. Here, tensors without a device are created on the device of the points.
+    """
+    from mmdet.models.task_modules import PointAssigner
+
+    original = PointAssigner.assign
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def assign(self: Any, pred_instances: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.device(pred_instances.priors.device):
+            return original(self, pred_instances, *args, **kwargs)
+
+    PointAssigner.assign = assign
+
+
+def patch_reppoints_head() -> None:
+    """Give the boxes of MMDetection's ``RepPointsHead`` a finite gradient where all of their points coincide.
+
+    The size of a box is the standard deviation of its points. If all have the same x or y, which is common after
+    rounding to 16 bits, the deviation is 0 and PyTorch's gradient of it is not a number. Here, such points are spread
+    by up to 1/1000 first. Others are not changed.
+    """
+    from mmdet.models.dense_heads import RepPointsHead
+
+    original = RepPointsHead.points2bbox
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def points2bbox(self: Any, pts: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        points = pts.view(pts.shape[0], -1, 2, *pts.shape[2:])
+        coincide = points.amax(1, keepdim=True) == points.amin(1, keepdim=True)
+        spread = torch.linspace(-1e-3, 1e-3, points.shape[1], device=pts.device, dtype=pts.dtype)
+        scale = points.detach().abs().clamp(min=1)
+        apart = points + scale * spread.view(1, -1, 1, *[1] * (points.dim() - 3))
+        return original(self, torch.where(coincide, apart, points).view_as(pts), *args, **kwargs)
+
+    RepPointsHead.points2bbox = points2bbox
+
+
+def patch_deformable_attention() -> None:
+    """Compute MMCV's multi-scale deformable attention in fp32, also under autocast.
+
+    MMCV converts the sampling locations to the data type of the features. In bf16, locations in the right half of an
+    image 1280 pixels wide are 5 pixels apart, and the gradients of the locations are as coarse. Moreover, neither
+    MMCV's compiled operator nor the implementation for the CPU accepts bf16.
+    """
+    from mmcv.ops import multi_scale_deform_attn as module
+
+    function = module.MultiScaleDeformableAttnFunction
+    original, on_cpu = function.forward, module.multi_scale_deformable_attn_pytorch
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def forward(ctx: Any, value: torch.Tensor, *args: Any) -> torch.Tensor:
+        # MMCV converts the other tensors to the data type of the value.
+        return original(ctx, at_least_fp32(value), *args)
+
+    def attend(
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        value = at_least_fp32(value)
+        with torch.autocast(value.device.type, enabled=False):
+            return on_cpu(value, value_spatial_shapes, sampling_locations.to(value), attention_weights.to(value))
+
+    function.forward = staticmethod(forward)
+    module.multi_scale_deformable_attn_pytorch = attend
 
 
 def package_configs(package: str) -> Path | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import mmcv.ops
@@ -14,7 +15,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmzsq.models  # noqa: F401  which applies the patches of MMDetection
 from mmzsq import compat
 from mmzsq.errors import UserError
 from mmzsq.mmcv_ops import torchvision_ops
@@ -243,3 +246,68 @@ def test_ssd_predicts(zero_weights: None) -> None:
     cfg.model.test_cfg.score_thr = 0.0
     (found,) = DetectionTask(MODELS.build(cfg.model)).predict(torch.rand(1, 3, 320, 320))
     assert len(found) > 0 and torch.isfinite(found.scores).all()
+
+
+def test_point_assigner_creates_its_tensors_on_the_device_of_the_points() -> None:
+    """With points on a device of their own, tensors on the CPU cannot be indexed by those of the points."""
+    from mmdet.models.task_modules import PointAssigner
+    from mmengine.structures import InstanceData
+
+    devices = []
+
+    class Ranges(TorchDispatchMode):
+        """Record the devices of ranges."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if 'arange' in str(func):
+                devices.append(made.device.type)
+            return made
+
+    points = InstanceData(priors=torch.zeros(4, 3, device='meta'))
+    labels = InstanceData(bboxes=torch.zeros(1, 4, device='meta'), labels=torch.zeros(1, device='meta').long())
+    # Meta tensors have no values, so the assignment itself fails.
+    with Ranges(), pytest.raises((RuntimeError, NotImplementedError)):
+        PointAssigner().assign(points, labels)
+    assert devices == ['meta']
+    points = InstanceData(priors=torch.tensor([[4.0, 4.0, 8.0], [60.0, 60.0, 8.0]]))
+    labels = InstanceData(bboxes=torch.tensor([[0.0, 0.0, 32.0, 32.0]]), labels=torch.tensor([3]))
+    assert PointAssigner(pos_num=1).assign(points, labels).gt_inds.tolist() == [1, 0]
+
+
+def test_boxes_of_coinciding_points_have_a_finite_gradient_and_others_are_unchanged() -> None:
+    from mmdet.models.dense_heads import RepPointsHead
+
+    head = RepPointsHead(2, 8, num_points=9, transform_method='moment', init_cfg=None)
+    pts = torch.randn(5, 18) * 20
+    means, deviations = pts.view(5, 9, 2).mean(1), pts.view(5, 9, 2).std(1)
+    expected = torch.cat((means - deviations, means + deviations), 1)[:, [1, 0, 3, 2]]
+    torch.testing.assert_close(head.points2bbox(pts), expected)
+    pts[0] = 3.0
+    pts.requires_grad_()
+    boxes = head.points2bbox(pts)
+    torch.testing.assert_close(boxes[0], torch.full((4,), 3.0), rtol=0, atol=0.01)
+    (grad,) = torch.autograd.grad(boxes.square().sum(), pts)
+    assert torch.isfinite(grad).all() and grad.any(1).all()
+
+
+@pytest.mark.parametrize('on_cpu', [True, False])
+def test_deformable_attention_samples_in_fp32(on_cpu: bool) -> None:
+    """In bf16, this location would be rounded to the middle between two other pixels."""
+    from mmcv.ops import multi_scale_deform_attn as module
+
+    value = (torch.arange(512.0) % 8).bfloat16().view(1, 512, 1, 1)
+    shapes, location = torch.tensor([[1, 512]]), torch.tensor([(300.75 + 0.5) / 512, 0.5])
+    location = location.view(1, 1, 1, 1, 1, 2).requires_grad_()
+    weight = torch.ones(1, 1, 1, 1, 1, dtype=torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        if on_cpu:
+            found = module.multi_scale_deformable_attn_pytorch(value, shapes, location, weight)
+        else:
+            start = torch.zeros(1, dtype=torch.long)
+            found = module.MultiScaleDeformableAttnFunction.apply(value, shapes, start, location, weight, 64)
+    low, high = value[0, 300].float(), value[0, 301].float()
+    torch.testing.assert_close(found.view(1, 1), 0.25 * low + 0.75 * high)
+    (grad,) = torch.autograd.grad(found.sum(), location)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad.flatten()[0], 512 * (high - low).squeeze())

@@ -24,6 +24,7 @@ from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
 from mmzsq.registry import LABEL_SAMPLERS, MODELS, PRIORS, build_part, resolve_class
+from mmzsq.tasks.supported_models import check_supported
 from mmzsq.typed_section import describe, nearest, section_classes
 
 MODEL_TYPE = 'mmzsq.ZeroShotDetector'
@@ -149,6 +150,7 @@ def compose(cfg: Config) -> Config:
         _check_unchanged(zsq)
         return cfg
     _check_other_sections(cfg)
+    check_supported(cfg.model)
     section, plain = read_section(zsq)
     check_parts(plain)
     # With `resume`, `load_from` is the checkpoint to continue from.

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 
+MAX_OFFSET = 2.0**20
+"""Limit of the offsets in pixels, far beyond the size of any feature map."""
+
 
 def deform_conv_forward(
     input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry: int
@@ -213,6 +216,8 @@ def _deform_operands(
 ) -> list[Tensor]:
     """Convert all five operands to one dtype; missing ones are replaced as in torchvision's Python wrapper."""
     input = at_least_fp32(input)
+    # torchvision converts positions to 32-bit integers, which overflow. Positions this far away read 0 in any case.
+    offset = offset.to(input.dtype).clamp(-MAX_OFFSET, MAX_OFFSET)
     absent_mask = input.new_zeros(len(input), 1)
     absent_bias = input.new_zeros(len(weight))
     others = (

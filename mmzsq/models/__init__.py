@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors, and components of detectors, that MMDetection does not provide."""
 
-from mmzsq.compat import patch_ssd_head
+from mmzsq.compat import patch_mmdet
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
 from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.models.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
 
-patch_ssd_head()
+patch_mmdet()
 
 __all__ = [
     'YOLO11',

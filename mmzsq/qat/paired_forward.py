@@ -34,6 +34,7 @@ from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode
 from mmzsq.patching import patched
 from mmzsq.qat.region_replay import recording_regions, replaying_regions
+from mmzsq.tasks.training_losses import detection_losses
 
 MAX_BOX_ROIS = 256
 """RoIs per image on which the box heads are compared: the teacher's best proposals after NMS."""
@@ -107,7 +108,7 @@ class PairedForward:
         losses = None
         if with_losses:
             with frozen_train_mode(self.student), self.recorder_S.recording() as outputs_S:
-                losses = self.student.loss(inputs, data_samples)
+                losses = detection_losses(self.student, inputs, data_samples)
             if _shapes(outputs_S) == _shapes(outputs_T):
                 return PairedOutputs(outputs_S, outputs_T, losses)
         # Also needed if the loss calls a head more or less often than mode 'tensor' does, as for mask heads that see
@@ -149,7 +150,7 @@ class TransformerPairedForward(PairedForward):
         losses = None
         if with_losses:
             with frozen_train_mode(self.student):
-                losses = self.student.loss(inputs, data_samples)
+                losses = detection_losses(self.student, inputs, data_samples)
         return PairedOutputs(outputs_S, outputs_T, losses)
 
 
@@ -274,7 +275,7 @@ class TwoStagePairedForward(ProposalPairedForward):
                 _returning(self.student, 'extract_feat', features),
                 _returning(self.student.rpn_head, 'forward', maps),
             ):
-                losses = self.student.loss(inputs, data_samples)
+                losses = detection_losses(self.student, inputs, data_samples)
         return PairedOutputs(outputs_S, outputs_T, losses)
 
     def _propose(
@@ -326,7 +327,7 @@ class RegionPairedForward(ProposalPairedForward):
         losses = None
         if with_losses:
             with frozen_train_mode(self.student), _returning(self.student, 'extract_feat', features):
-                losses = self.student.loss(inputs, data_samples)
+                losses = detection_losses(self.student, inputs, data_samples)
         return PairedOutputs(outputs_S, outputs_T, losses)
 
     def _propose(self, features: Any, data_samples: Sequence[Any]) -> list[Any]:

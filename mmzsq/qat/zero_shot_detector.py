@@ -31,6 +31,7 @@ from mmzsq.quantization.config import Bits
 from mmzsq.registry import MODELS, build_part
 from mmzsq.tasks.detection_task import add_ignored_semantic_labels, pixel_range, sum_losses
 from mmzsq.tasks.padded_task import TargetCapacity, takes_padded_targets
+from mmzsq.tasks.training_losses import detection_losses
 
 STUDENT_PREFIX = 'student.'
 
@@ -341,7 +342,8 @@ class ZeroShotDetector(BaseModel):
         if not self.distillation_losses:
             # No loss reads the teacher's outputs.
             with frozen_train_mode(self.student):
-                return dict(loss_detection=self.detection_weight * sum_losses(self.student.loss(inputs, data_samples)))
+                own = detection_losses(self.student, inputs, data_samples)
+            return dict(loss_detection=self.detection_weight * sum_losses(own))
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, self._black, self._white)
         outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))

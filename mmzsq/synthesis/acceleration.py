@@ -217,14 +217,17 @@ def _convolution(
 class _FirstChannels(torch.autograd.Function):
     """Slice of the first channels whose backward keeps the channels_last layout, unlike that of indexing.
 
-    Inputs: features (N, C, H, W), channels_last; number of channels to keep.
+    Inputs: features (N, C, H, W), channels_last, which nothing else reads; number of channels to keep. The result
+    shares their memory, but autograd does not know it as a view, so that an activation may change it in place.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, channels: int) -> Tensor:
         """See the class."""
         ctx.padded = features.shape[1]
-        return features[:, :channels]
+        kept = features[:, :channels]
+        alone = kept.new_empty(0)
+        return alone.set_(kept.untyped_storage(), kept.storage_offset(), kept.shape, kept.stride())
 
     @staticmethod
     @once_differentiable

@@ -260,7 +260,9 @@ def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     if features.is_cuda:
         mean, inverse_deviation = torch.batch_norm_stats(features, 0.0)
-        return mean, inverse_deviation.square().reciprocal()
+        # Of equal values, for example of two single pixels in bf16, the operator returns 0, not infinity.
+        variance = inverse_deviation.square().reciprocal()
+        return mean, torch.where(inverse_deviation > 0, variance, 0.0)
     # Takes a third of the time of var_mean, which reduces several dimensions at once.
     mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
     return mean, variance

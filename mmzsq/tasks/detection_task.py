@@ -23,6 +23,7 @@ from mmzsq.masks import mask_boxes
 from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
+from mmzsq.tasks.mixed_precision import LossPrecision
 
 DENSE_HEADS = ('bbox_head', 'rpn_head', 'mask_head')
 """Attributes of MMDetection's detectors that hold heads which read the neck's feature maps."""
@@ -189,12 +190,15 @@ class DetectionTask:
         note: Message for the log about the choice of this task, or None.
         is_batched: Whether :meth:`loss` computes all images of a batch at once. MMDetection computes most losses image
             by image, which takes far longer than the network on a GPU.
+        loss_precision: Computes the loss under autocast; it tells whether autocast had to be turned off.
     """
 
     is_batched = False
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
+        self.loss_precision = LossPrecision(self.detector)
+        self._needs_standard_layout = False
         self.note: str | None = None
         self.num_classes = num_classes(detector)
         self.needs_masks = needs_masks(detector)
@@ -251,6 +255,8 @@ class DetectionTask:
     def loss(self, images: Tensor, samples: Sequence[DetDataSample]) -> Tensor:
         """Compute the detector's own training loss.
 
+        Under autocast, the network runs in 16 bits and the loss in fp32; see :mod:`mmzsq.tasks.mixed_precision`.
+
         Args:
             images: Shape (N, 3, H, W), in [0, 1].
             samples: Return value of :meth:`data_samples`.
@@ -261,11 +267,15 @@ class DetectionTask:
         Raises:
             UserError: If the loss needs a package that is not installed.
         """
-        copies = [_shallow_copy(sample) for sample in samples]
-        add_ignored_semantic_labels(self.detector, copies)
+
+        def evaluate() -> Tensor:
+            copies = [_shallow_copy(sample) for sample in samples]
+            add_ignored_semantic_labels(self.detector, copies)
+            return sum_losses(self.detector.loss(self.normalize(images), copies))
+
         try:
             with frozen_train_mode(self.detector), single_process():
-                return sum_losses(self.detector.loss(self.normalize(images), copies))
+                return self.loss_precision(evaluate, images)
         except ImportError as error:
             raise UserError(f'the loss of {type(self.detector).__name__} needs another package: {error}') from error
 
@@ -304,7 +314,7 @@ class DetectionTask:
         """
         size = (images.shape[2], images.shape[3])
         samples = blank_samples(len(images), size, self.device)
-        results = self.detector.predict(self.normalize(images), samples, rescale=False)
+        results = self._predict(self.normalize(images), samples)
         predictions = []
         for result in results:
             found = result.pred_instances
@@ -316,6 +326,18 @@ class DetectionTask:
                     kept.bboxes = mask_boxes(kept.masks)
             predictions.append(kept.to('cpu'))
         return predictions
+
+    def _predict(self, inputs: Tensor, samples: Sequence[DetDataSample]) -> list[DetDataSample]:
+        """Run the detector's ``predict``, with inputs in the standard layout if its code takes no other one."""
+        if not self._needs_standard_layout:
+            try:
+                return list(self.detector.predict(inputs, samples, rescale=False))
+            except RuntimeError as error:
+                if inputs.is_contiguous() or 'view size is not compatible' not in str(error):
+                    raise
+                # CenterNet calls `view` on its maps, which the layout channels_last does not allow.
+                self._needs_standard_layout = True
+        return list(self.detector.predict(inputs.contiguous(), samples, rescale=False))
 
 
 def _shallow_copy(sample: DetDataSample) -> DetDataSample:

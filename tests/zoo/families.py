@@ -64,7 +64,13 @@ DENSE = (
     Family('AutoAssign', 'autoassign/autoassign_r50-caffe_fpn_1x_coco.py'),
     Family('DDOD', 'ddod/ddod_r50_fpn_1x_coco.py'),
     Family('SABL', 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'),
-    Family('NAS-FCOS', 'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py', size=128),
+    Family(
+        'NAS-FCOS',
+        'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
+        size=128,
+        changes={'model.backbone.norm_cfg.eps': 1e-5},
+        needs='model.backbone.norm_cfg.eps above 0: some versions of PyTorch refuse 0',
+    ),
 )
 MASKS = (
     Family('SOLO', 'solo/solo_r50_fpn_1x_coco.py'),
@@ -146,3 +152,11 @@ BACKBONES = (
     ),
 )
 FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MULTI_STAGE, *BACKBONES)
+FULL_SIZE = (
+    Family('VFNet R50', 'vfnet/vfnet_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('TOOD R50', 'tood/tood_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('Cascade Mask R-CNN R50', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', size=640, shrink=1),
+    Family('DINO R50', 'dino/dino-4scale_r50_8xb2-12e_coco.py', size=640, shrink=1),
+    Family('YOLOX-s', 'yolox/yolox_s_8xb8-300e_coco.py', size=640, shrink=1),
+)
+"""Detectors that are also checked as they are, on a GPU."""

@@ -4,7 +4,8 @@
 :func:`check` takes the config of any detector combined with a zsq base and runs all stages: compose, quantize,
 synthesize, relabel, one training step, evaluation and a checkpoint. If a stage fails, it is reported with the reason
 and the following stages are skipped. :func:`zoo_config` makes such a config from one of MMDetection's, small enough for
-one CPU core.
+one CPU core. On request, losses run under autocast in bf16, which is the default on a GPU. Most errors of data types
+are the same on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from mmzsq.quantization import calibrating, quantized_layers
 from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
 from mmzsq.synthesis.label_samplers import fit_masks
-from mmzsq.synthesis.synthesizer import seeded
+from mmzsq.synthesis.synthesizer import EAGER_STEPS, seeded
 from mmzsq.tasks import build_detection_task
 from mmzsq.tasks.detection_task import blank_samples, pixel_range, sum_losses, whole_image_samples
 
@@ -59,6 +61,7 @@ class Result:
         quantized: Number of quantized layers.
         floats: Class and reason of each layer that stays in floating point, by name.
         silent: Names of quantized layers that get no gradient because their inputs are all zeros.
+        fp32_reason: Why the loss was computed in fp32 under autocast; None if it was not.
     """
 
     failed: str | None = None
@@ -68,6 +71,7 @@ class Result:
     quantized: int = 0
     floats: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    fp32_reason: str | None = None
 
     @property
     def works(self) -> bool:
@@ -75,15 +79,17 @@ class Result:
         return self.failed is None
 
 
-def check(cfg: Config, work_dir: Path | str) -> Result:
+def check(cfg: Config, work_dir: Path | str, device: str = 'cpu', autocast: bool = False) -> Result:
     """Run all stages on a detector.
 
     Args:
         cfg: Config of the detector with a zsq section, preferably with tiny settings as in :func:`zoo_config`.
         work_dir: An empty folder for the teacher, the calibration set and the checkpoint.
+        device: ``'cpu'`` or ``'cuda'``.
+        autocast: Whether losses of synthesis and training run under autocast in bf16.
     """
     result = Result()
-    run = _Run(cfg, Path(work_dir), result)
+    run = _Run(cfg, Path(work_dir), result, torch.device(device), autocast)
     start = time.perf_counter()
     torch.manual_seed(0)
     for stage in (run.compose, run.quantize, run.synthesize, run.relabel, run.train, run.evaluate, run.save_and_load):
@@ -120,7 +126,11 @@ def zoo_config(path: str, size: int = 64, shrink: int = 4, changes: Mapping[str,
 
 
 def tiny_run(size: int) -> dict[str, Any]:
-    """Return overrides for two images of ``size`` pixels in three iterations, without the search for initial steps."""
+    """Return overrides for two images of ``size`` pixels in few iterations, without the search for initial steps.
+
+    There are enough iterations for an attempt to capture them in a CUDA graph, where there is a GPU.
+    """
+    iterations = EAGER_STEPS + 2 if torch.cuda.is_available() else 3
     return {
         'zsq.quantizer.weight': dict(init='lsq'),
         'zsq.quantizer.activation': dict(init='lsq'),
@@ -129,9 +139,8 @@ def tiny_run(size: int) -> dict[str, Any]:
         'zsq.label_sampler': dict(warmup=1, interval=1, score_thr=1e-6, area=(0.0, 1.0), add_iou=0.9),
         'zsq.synthesis.relabel': dict(image_size=size, iterations=2, batch_size=2),
         'zsq.synthesis.refine': None,
-        'zsq.synthesis.synthesize': dict(image_size=size, iterations=3, batch_size=2, lr=0.002),
+        'zsq.synthesis.synthesize': dict(image_size=size, iterations=iterations, batch_size=2, lr=0.002),
         'zsq.synthesis.cutout': None,
-        'zsq.synthesis.precision': 'fp32',
         # The detection loss includes the masks of the labels, if there are any.
         'zsq.distillation.detection_weight': 1.0,
         'zsq.train': dict(batch_size=2, num_workers=0),
@@ -167,8 +176,11 @@ def _small(value: Any, shrink: int, key: str = '') -> Any:
 class _Run:
     """The stages in order. Each raises an error if it fails."""
 
-    def __init__(self, cfg: Config, work_dir: Path, result: Result) -> None:
+    def __init__(self, cfg: Config, work_dir: Path, result: Result, device: torch.device, autocast: bool) -> None:
         self.cfg = copy.deepcopy(cfg)
+        self.device = device
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast, cache_enabled=False)
+        self.cfg.zsq.synthesis.precision = 'bf16' if autocast else 'fp32'
         self.work_dir = work_dir
         self.result = result
         self.cfg.work_dir = str(work_dir)
@@ -181,10 +193,11 @@ class _Run:
 
     def quantize(self) -> None:
         teacher = MMDET_MODELS.build(copy.deepcopy(self.cfg.model.detector))
-        as_if_trained(teacher, self.cfg.zsq.synthesis.synthesize.image_size)
+        as_if_trained(teacher, self.cfg.zsq.synthesis.synthesize.image_size, self.device)
         torch.save({'state_dict': teacher.state_dict()}, self.cfg.load_from)
         self.model: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
         self.model.init_weights()
+        self.model.to(self.device)
         listed = [layer.name for layer in self.model.report.layers if layer.quantized or layer.reason]
         # The report lists the parts of a packed parameter under the module that owns it.
         listed += [name.rpartition('.')[0] for name in listed if name.endswith('_projection')]
@@ -197,6 +210,9 @@ class _Run:
     def synthesize(self) -> None:
         zsq = self.cfg.zsq.to_dict()
         task = build_detection_task(self.model.load_teacher())
+        if self.device.type == 'cpu':
+            # On a GPU, the synthesizer turns autocast on.
+            task.loss = self.autocast()(task.loss)  # type: ignore[method-assign]
         batch_size, seed = zsq['calibration_set']['batch_size'], zsq['calibration_set']['seed']
         self.generator = CalibrationSetGenerator(task, zsq['synthesis'], zsq['label_sampler'], batch_size, seed)
         classes = self.classes or [f'class_{index}' for index in range(task.num_classes)]
@@ -215,7 +231,7 @@ class _Run:
         stage = self.generator.stages[-1]
         labels = self.generator.sampler.sample(2, stage.image_size, task.num_classes, torch.Generator().manual_seed(1))
         self.labels = fit_masks(labels, stage.image_size, task.needs_masks)
-        start = torch.rand(2, 3, *stage.image_size)
+        start = torch.rand(2, 3, *stage.image_size).to(self.device)
         before, grad = self.objective(start, self.labels)
         expect(bool(torch.isfinite(grad).all()), 'the gradient of the image is not finite')
         expect(all(image.abs().sum() > 0 for image in grad), 'an image has no gradient')
@@ -223,10 +239,11 @@ class _Run:
         made = synthesizer.run(self.labels, stage.image_size, stage.iterations, seed=0, start=start, lr=stage.lr)
         after, _ = self.objective(made.images, self.labels)
         expect(after < before, f'the loss does not fall: {before:.5g} before, {after:.5g} after')
+        self.result.fp32_reason = task.loss_precision.fp32_reason
 
     def relabel(self) -> None:
         stage = self.generator.stages[-1]
-        images = torch.rand(2, 3, *stage.image_size)
+        images = torch.rand(2, 3, *stage.image_size).to(self.device)
         found = self.generator.synthesizer.predict(images)
         expect(any(len(instances) for instances in found), 'the teacher predicts nothing')
         labels, counts = self.generator.sampler.relabel(self.labels, found, stage.image_size)
@@ -244,15 +261,19 @@ class _Run:
         self.model.train()
         # The distillation losses alone must reach every layer.
         self.model.detection_weight = 0.0
-        with seeing_zeros(self.model.student) as self.result.silent:
+        with seeing_zeros(self.model.student) as self.result.silent, self.autocast():
             losses = self.model(inputs, samples, mode='loss')
         for name, value in losses.items():
             expect(bool(torch.isfinite(value).all()), f'{name} is {value}')
         sum_losses(losses).backward()
         expect_gradients(self.model, self.result.silent)
         self.model.detection_weight = 1.0
-        own = self.model(inputs, samples, mode='loss')['loss_detection']
+        with self.autocast():
+            own = self.model(inputs, samples, mode='loss')['loss_detection']
         expect(bool(torch.isfinite(own)), f'its own loss is {own}')
+        # The values of these gradients are not checked: on untrained outputs, they can be infinite in any precision.
+        learned = [parameter for parameter in self.model.student.parameters() if parameter.requires_grad]
+        torch.autograd.grad(own, learned, allow_unused=True)
         with torch.no_grad():
             for parameter in self.model.student.parameters():
                 if parameter.grad is not None:
@@ -273,9 +294,10 @@ class _Run:
     def save_and_load(self) -> None:
         path = self.work_dir / 'student.pth'
         torch.save({'state_dict': self.model.state_dict()}, path)
-        loaded: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model))
+        loaded: ZeroShotDetector = MODELS.build(copy.deepcopy(self.cfg.model)).to(self.device)
         # Not strict, as in a run: some detectors register a module under a second name during training.
-        result = loaded.load_state_dict(torch.load(path, weights_only=True)['state_dict'], strict=False)
+        state = torch.load(path, map_location=self.device, weights_only=True)['state_dict']
+        result = loaded.load_state_dict(state, strict=False)
         expect(not result.missing_keys, f'the checkpoint lacks {enumerate_names(result.missing_keys)}')
         with torch.no_grad():
             expected, found = (
@@ -296,7 +318,9 @@ class _Run:
         try:
             with seeded(0, task.device):
                 scale = len(images) if synthesizer.detection_reduction == 'sum' else 1
-                total = synthesizer.detection_weight * scale * task.loss(images, samples)
+                with self.autocast():
+                    loss = task.loss(images, samples)
+                total = synthesizer.detection_weight * scale * loss
             for prior in synthesizer.priors:
                 total = total + prior(images)
             total.backward()
@@ -307,21 +331,21 @@ class _Run:
         return float(total), images.grad
 
 
-def as_if_trained(detector: nn.Module, size: int) -> None:
-    """Make an untrained detector similar to a trained one: nonzero weights and real activation statistics."""
+def as_if_trained(detector: nn.Module, size: int, device: torch.device) -> None:
+    """Move an untrained detector to a device and make it similar to a trained one: nonzero weights, real statistics."""
     detector.init_weights()
-    detector.eval()
+    detector.eval().to(device)
     handles = []
     for module in detector.modules():
         if isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(remember_statistics))
-    images = noise_of_all_scales(size)
-    samples = whole_image_samples(len(images), (size, size), torch.device('cpu'))
+    images = noise_of_all_scales(size).to(device)
+    samples = whole_image_samples(len(images), (size, size), device)
     with torch.no_grad():
         for parameter in detector.parameters():
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
             parameter.add_(torch.randn_like(parameter) * max(0.1 * spread, 0.01))
-        black, white = pixel_range(detector.data_preprocessor)
+        black, white = (level.to(device) for level in pixel_range(detector.data_preprocessor))
         detector(black + images * (white - black), samples, mode='tensor')
     for handle in handles:
         handle.remove()
