@@ -396,6 +396,8 @@ def _optim_wrapper(train: TrainConfig, optimizer: Mapping[str, Any]) -> dict[str
 
 
 def _param_scheduler(train: TrainConfig) -> list[dict[str, Any]]:
+    if not train.max_epochs:
+        return []
     common = dict(begin=0, end=train.max_epochs, by_epoch=True, convert_to_iter_based=True)
     if train.schedule == 'cosine':
         return [dict(type='CosineAnnealingLR', T_max=train.max_epochs, eta_min_ratio=train.final_lr_ratio, **common)]
@@ -417,13 +419,16 @@ def _custom_hooks(
         synthesis=plain['synthesis'],
         label_sampler=plain['label_sampler'],
         classes=classes,
+        source=section.calibration_set.source,
+        # Only the detection loss reads labels.
+        label_pictures=bool(section.distillation.detection_weight),
     )
     own: list[dict[str, Any]] = [
         *([generate] if section.calibration_set.real is None else []),
         dict(type='mmzsq.QuantizerInitHook', num_batches=section.train.init_batches),
         dict(type='mmzsq.FiniteLossHook'),
     ]
-    if section.train.ema is not None:
+    if section.train.ema is not None and section.train.max_epochs:
         # As in YOLOv5, the average follows closely at first and reaches its momentum after about 2000 steps.
         batches = section.train.accumulate
         own.append(
