@@ -21,7 +21,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import OPTIMIZERS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmzsq.config.presets import PRESETS, preset_section
+from mmzsq.config.presets import INSTANT, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
@@ -94,6 +94,10 @@ def read_section(zsq: Any, model: Mapping[str, Any] | None = None) -> tuple[ZsqS
         # Otherwise the value would replace a whole section, and the message would not name zsq.presets.
         if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
             raise UserError(f'zsq.presets.{preset}.{key} is {value!r}, but must be a dict.')
+    adapted = of_presets.get('default')
+    if source == 'instant' and isinstance(adapted, Mapping):
+        # Such as the image size of the detector.
+        changes = merge(merge(adapted, INSTANT), changes)
     user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
     defaults = preset_section(source, merge(changes, user), two_stages_on_batch_norm(model or {}))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))

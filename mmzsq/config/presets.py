@@ -104,12 +104,18 @@ _DEFAULT: dict[str, Any] = dict(
     ),
 )
 
+INSTANT: dict[str, Any] = dict(
+    calibration_set=dict(source='procedural', num_images=64),
+    # All images, once.
+    train=dict(max_epochs=0, batch_size=8, init_batches=8, augmentation=None),
+)
+"""Differences of the preset ``instant`` from ``default``."""
+
 _INSTANT: dict[str, Any] = dict(
     _DEFAULT,
     preset='instant',
-    calibration_set=dict(_CALIBRATION_SET, source='procedural', num_images=64),
-    # All images, once.
-    train=dict(_DEFAULT['train'], max_epochs=0, batch_size=16, init_batches=4, augmentation=None),
+    calibration_set=dict(_DEFAULT['calibration_set'], **INSTANT['calibration_set']),
+    train=dict(_DEFAULT['train'], **INSTANT['train']),
 )
 
 _PAPER: dict[str, Any] = dict(

@@ -18,7 +18,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage, to_images
-from mmzsq.synthesis.procedural import draw_pictures, picture_seed
+from mmzsq.synthesis.procedural import PICTURES_VERSION, draw_pictures, picture_seed
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisTask
 
 PICTURES_IN_SHARD = 32
@@ -88,6 +88,13 @@ class ProceduralGenerator:
         self.seed = seed
         self.label = label
         self.processes = processes
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All values that determine the pictures."""
+        return dict(
+            source='procedural', pictures=PICTURES_VERSION, seed=self.seed, image_size=list(self.image_size)
+        )
 
     def draw(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield pictures (H, W, 3), uint8, RGB.

@@ -35,7 +35,6 @@ from mmzsq.synthesis import (
     Stage,
     no_labels,
 )
-from mmzsq.synthesis.procedural import PICTURES_VERSION
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.detection_task import num_classes
 from mmzsq.version import __version__
@@ -53,8 +52,10 @@ DEFAULT_SCORE_THR = 0.3
 class _Source:
     name: str
     generator: CalibrationSetGenerator | ProceduralGenerator | MixedGenerator
-    synthesized: CalibrationSetGenerator | None
     task: DetectionTask | None
+    """The detector; None if the images do not depend on it."""
+    synthesized: CalibrationSetGenerator | None
+    pictures: ProceduralGenerator | None
 
 
 @HOOKS.register_module()
@@ -173,15 +174,15 @@ class CalibrationSetHook(Hook):
                     f'the calibration set consists of procedural pictures, not of synthesized images, since {error}'
                 )
         if synthesized is not None and name != 'mixed':
-            return _Source('synthesized', synthesized, synthesized, task)
+            return _Source('synthesized', synthesized, task, synthesized, None)
         label: Callable[[np.ndarray], list[InstanceData]] = no_labels
         if task is not None and self.label_pictures:
-            label = PictureLabels(task, self.label_sampler.get('score_thr', DEFAULT_SCORE_THR))
+            label = PictureLabels(task, self._score_thr)
         size = Stage.from_config('synthesize', self.synthesis['synthesize'], self.batch_size).image_size
         pictures = ProceduralGenerator(size, self.seed, label)
         if synthesized is None:
-            return _Source('procedural', pictures, None, task)
-        return _Source('mixed', MixedGenerator(synthesized, pictures), synthesized, task)
+            return _Source('procedural', pictures, task if self.label_pictures else None, None, pictures)
+        return _Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures)
 
     def _synthesize(
         self,
@@ -215,21 +216,17 @@ class CalibrationSetHook(Hook):
 
     def _fingerprint(self, detector: Any, source: _Source) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
-        pictures: dict[str, Any] = {}
-        if source.name != 'synthesized':
-            pictures = dict(source=source.name, pictures=PICTURES_VERSION)
-            if self.label_pictures:
-                pictures['labels'] = self.label_sampler.get('score_thr', DEFAULT_SCORE_THR)
-            if source.name == 'procedural':
-                assert isinstance(source.generator, ProceduralGenerator)
-                pictures.update(seed=self.seed, image_size=source.generator.image_size)
-                if not self.label_pictures:
-                    return pictures
+        pictures = {} if source.pictures is None else dict(source.pictures.fingerprint, source=source.name)
+        if source.pictures is not None and self.label_pictures:
+            pictures['score_thr'] = self._score_thr
+        if source.task is None:
+            # The pictures do not depend on the detector.
+            return pictures
         config = json.dumps(detector.detector_cfg, sort_keys=True, default=str)
         pictures.update(
-            teacher=digest(detector.load_teacher()), detector_config=hashlib.sha256(config.encode()).hexdigest()
+            teacher=digest(source.task.detector), detector_config=hashlib.sha256(config.encode()).hexdigest()
         )
-        if source.name == 'procedural':
+        if source.synthesized is None:
             return pictures
         return dict(
             pictures,
@@ -238,6 +235,10 @@ class CalibrationSetHook(Hook):
             label_sampler=self.label_sampler,
             batch_size=self.batch_size,
         )
+
+    @property
+    def _score_thr(self) -> float:
+        return float(self.label_sampler.get('score_thr', DEFAULT_SCORE_THR))
 
     def _class_names(self, detector: Any) -> list[str]:
         count = num_classes(detector.load_teacher())

@@ -53,7 +53,7 @@ def draw_pictures(
         for seed in seeds:
             yield procedural_image(height, width, seed)
         return
-    yield from DataLoader(
+    loader = DataLoader(
         _Pictures(seeds, height, width),
         batch_size=None,
         num_workers=min(processes, len(seeds)),
@@ -62,6 +62,14 @@ def draw_pictures(
         # It would otherwise draw from the global generator, and change the random numbers of the caller.
         generator=torch.Generator().manual_seed(0),
     )
+    # A forked process would wait forever for OpenCV's threads, which it does not inherit. This ends them.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        pictures = iter(loader)
+    finally:
+        cv2.setNumThreads(threads)
+    yield from pictures
 
 
 class _Pictures(Dataset[np.ndarray]):
