@@ -92,9 +92,7 @@ class ProceduralGenerator:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """All values that determine the pictures."""
-        return dict(
-            source='procedural', pictures=PICTURES_VERSION, seed=self.seed, image_size=list(self.image_size)
-        )
+        return dict(source='procedural', pictures=PICTURES_VERSION, seed=self.seed, image_size=list(self.image_size))
 
     def draw(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield pictures (H, W, 3), uint8, RGB.

@@ -252,7 +252,8 @@ def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: d
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (
             dict(preset='papper'),
-            "zsq.preset is 'papper', but must be one of 'default', 'instant', 'paper', 'paper_transformer'. Did you mean 'paper'",
+            "zsq.preset is 'papper', but must be one of 'default', 'instant', 'paper', 'paper_transformer'. "
+            "Did you mean 'paper'",
         ),
         (dict(presets=dict(defalt={})), "'default'"),
         (dict(presets=dict(default='papper')), "zsq.presets.default is 'papper', but must be one of 'default', .*"),
@@ -528,7 +529,11 @@ def test_instant_takes_what_a_leaf_changes_in_default_except_images_and_schedule
     section = complete_section(dict(preset='instant', presets=dict(default=changes)))
     assert section['synthesis']['synthesize']['image_size'] == 608
     assert section['calibration_set']['source'] == 'procedural'
-    assert section['calibration_set']['num_images'] == 64 == section['train']['batch_size'] * section['train']['init_batches']
+    assert (
+        section['calibration_set']['num_images']
+        == 64
+        == section['train']['batch_size'] * section['train']['init_batches']
+    )
     assert (section['train']['max_epochs'], section['train']['channels_last']) == (0, True)
     changed = dict(default=changes, instant=dict(calibration_set=dict(num_images=16)))
     section = complete_section(dict(preset='instant', presets=changed, train=dict(max_epochs=2)))

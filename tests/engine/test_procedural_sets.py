@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs on procedural pictures: sources of the calibration set, the preset ``instant``, and pictures without a config."""
+"""Runs on procedural pictures: sources of the set, the preset ``instant``, and pictures without a config."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmzsq import cli
 from mmzsq import generate as generate_tool
 from mmzsq import test as test_tool
+from mmzsq.config.presets import PRESETS
 from mmzsq.engine import ZeroShotRunner
 from mmzsq.engine.hooks import calibration_set_hook
 from mmzsq.errors import UserError
@@ -88,7 +89,7 @@ def test_mixed_sets_are_half_synthesized_and_half_procedural(make_runner: Any) -
     assert (mixed[4] != picture(4)).any()
     made = CalibrationSet.load('mixed/calibration_set')
     assert made.fingerprint['source'] == 'mixed' and 'synthesis' in made.fingerprint
-    boxes = {image_id: 0 for image_id in range(5)}
+    boxes = dict.fromkeys(range(5), 0)
     for annotation in json.loads((made.root / 'annotations/instances.json').read_text())['annotations']:
         boxes[annotation['image_id']] += 1
     assert boxes[1] == boxes[3] == 0
@@ -140,10 +141,14 @@ def test_a_detector_without_a_feature_prior_uses_pictures_and_says_so(groupnorm:
         np.testing.assert_array_equal(image, picture(index))
     log = log_of('out')
     assert 'WARNING' in log and 'the calibration set consists of procedural pictures' in log
-    assert 'RetinaNet has neither' in log
-    for number, refused in enumerate(({'zsq.preset': 'paper'}, {SOURCE: 'synthesized'}, {SOURCE: 'mixed'})):
+    assert 'RetinaNet has no BatchNorm layers' in log
+    for source in ('synthesized', 'mixed'):
         with pytest.raises(UserError, match='no feature prior'):
-            groupnorm(f'refused{number}', **refused).generate()
+            groupnorm(source, **{SOURCE: source}).generate()
+    # The paper's presets keep the error.
+    sources = {name: preset.calibration_set.source for name, preset in PRESETS.items()}
+    paper = dict.fromkeys(('paper', 'paper_transformer'), 'synthesized')
+    assert sources == dict(paper, default='auto', instant='procedural')
 
 
 def test_synthesis_can_start_from_pictures(make_runner: Any) -> None:

@@ -91,7 +91,9 @@ def test_textures_are_standardized_and_noise_wraps_around() -> None:
 def test_sizes_follow_a_truncated_power_law() -> None:
     sizes = _power_law(np.random.default_rng(0), 20000, 4, 300, 1.3)
     assert sizes.min() >= 4 and sizes.max() <= 300
-    result = stats.kstest(sizes, lambda size: stats.pareto.cdf(size, 1.3, scale=4) / stats.pareto.cdf(300, 1.3, scale=4))
+    result = stats.kstest(
+        sizes, lambda size: stats.pareto.cdf(size, 1.3, scale=4) / stats.pareto.cdf(300, 1.3, scale=4)
+    )
     assert result.pvalue > 0.01
 
 

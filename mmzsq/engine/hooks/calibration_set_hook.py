@@ -204,9 +204,7 @@ class CalibrationSetHook(Hook):
         )
         share = 0.5 if source.name == 'mixed' else 1.0
         previews = self.root / 'previews'
-        with SynthesisProgress(
-            runner, source.synthesized, calibration_set, shards, previews, share=share
-        ) as progress:
+        with SynthesisProgress(runner, source.synthesized, calibration_set, shards, previews, share=share) as progress:
             generator.generate(calibration_set, shards, progress.update)
         if synthesizer.eager_reason is not None:
             runner.logger.warning(

@@ -27,6 +27,7 @@ TEXTURES = 6
 MAX_SHAPES = 2500
 """Number of shapes of a layer beyond which none is added."""
 
+
 def procedural_image(height: int, width: int, seed_sequence: SeedSequence) -> np.ndarray:
     """Draw a picture.
 
@@ -66,7 +67,11 @@ class _Palette:
     def __init__(self, rng: Generator) -> None:
         count = rng.integers(3, 8)
         # Natural colors vary mostly between blue and orange, and least between green and magenta.
-        self.hues = rng.normal(0, 1, (count, 1)) * (0.7, 0.1, -0.7) + rng.normal(0, 0.45, (count, 1)) * (-0.4, 0.8, -0.4)
+        self.hues = rng.normal(0, 1, (count, 1)) * (0.7, 0.1, -0.7) + rng.normal(0, 0.45, (count, 1)) * (
+            -0.4,
+            0.8,
+            -0.4,
+        )
         # Some scenes are colorless, as in fog or at night.
         self.vividness = rng.choice([3.0, 18.0, 30.0, 50.0], p=[0.08, 0.37, 0.35, 0.2])
 
