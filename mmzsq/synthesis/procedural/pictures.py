@@ -268,7 +268,8 @@ def _photograph(rng: Generator, picture: np.ndarray) -> np.ndarray:
     """Light the scene and take a photograph: uneven light, tint, exposure, blur and noise; uint8."""
     height, width = picture.shape[:2]
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
-    across, down, corner = rng.normal(0, 0.18, 2).tolist() + [abs(rng.normal(0, 0.12))]
+    across, down = rng.normal(0, 0.18, 2).astype(np.float32)
+    corner = np.float32(abs(rng.normal(0, 0.12)))
     light = np.clip(1 + across * x + down * y - corner * (x * x + y * y), 0.2, 2)
     picture *= light[..., None]
     # Pixels of cameras and of compressed files are never sharper than this.
