@@ -9,7 +9,7 @@ that of ``python -m mmzsq.test``.
 ``--students`` holds ``yolov5n_BITS.pth``, checkpoints of ``python -m mmzsq.train configs/zsq/yolov5-n_BITS.py``.
 They are evaluated in PyTorch, OpenVINO and ONNX Runtime. ``--images`` is a synthetic set that
 ``python -m mmzsq.generate CONFIG --format npy`` wrote. NNCF and ``onnxruntime.quantization`` calibrate on it, on noise,
-and on the first 32 and 300 images of train2017. Their graphs end at the raw maps of the head, because 8-bit
+on procedural pictures, and on the first 32 and 300 images of train2017. Their graphs end at the raw maps of the head, because 8-bit
 grids would destroy decoded boxes.
 """
 
@@ -55,14 +55,16 @@ from mmzsq.deploy.heads import unflatten
 from mmzsq.deploy.predictor import run_images
 from mmzsq.errors import UserError
 from mmzsq.image_detector import pipelines_of
+from mmzsq.synthesis.procedural import draw_pictures, picture_seed
 
 BITS = ('w8a8', 'w6a6', 'w4a8', 'w4a4')
 TARGETS = {'w8a8-outputs': 'onnxruntime', 'w8a8-tensorrt': 'tensorrt'}
 """Students trained for a target, ``zsq.quantizer.target``."""
 ENGINES = ('torch', 'openvino', 'onnxruntime')
 SIZE = (640, 640)
-SOURCES = ('noise', 'real32', 'real300', 'synthetic')
+SOURCES = ('noise', 'procedural', 'real32', 'real300', 'synthetic')
 NOISE_IMAGES = 32
+PROCEDURAL_IMAGES = 64
 TOOLS = {'nncf': 'openvino', 'onnxruntime_static': 'onnxruntime'}
 """Tools, and the engine that each one's file is evaluated in."""
 CONFIG = 'configs/zsq/yolov5-n_{}.py'
@@ -211,6 +213,9 @@ class Bench:
         if source == 'noise':
             noise = noise_images(NOISE_IMAGES, SIZE).transpose(0, 2, 3, 1)
             return NOISE_IMAGES, (preprocessing(image) for image in noise)
+        if source == 'procedural':
+            seeds = [picture_seed(0, index) for index in range(PROCEDURAL_IMAGES)]
+            return PROCEDURAL_IMAGES, (preprocessing(picture) for picture in draw_pictures(seeds, *SIZE))
         if source == 'synthetic':
             if self.images is None or not (self.images / 'images.npy').is_file():
                 raise UserError('give a set written by `python -m mmzsq.generate CONFIG --format npy` with --images')

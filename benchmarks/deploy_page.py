@@ -34,7 +34,13 @@ from mmzsq.errors import UserError
 PAGE = 'docs/deploy.md'
 ENGINE_TITLES = dict(torch='PyTorch', **RUNTIME_TITLES)
 TOOL_TITLES = dict(nncf='NNCF, MIXED, fast bias correction', onnxruntime_static='quantize_static, MinMax, per channel')
-SOURCE_TITLES = dict(noise='noise', synthetic='synthetic images', real32='real images', real300='real images')
+SOURCE_TITLES = dict(
+    noise='noise',
+    procedural='procedural pictures',
+    synthetic='synthetic images',
+    real32='real images',
+    real300='real images',
+)
 SAME_AP = 0.003
 """Greatest difference between a file and its checkpoint on 200 images: below it lies the noise of an engine."""
 

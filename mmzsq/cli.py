@@ -28,14 +28,15 @@ from mmzsq.registry import resolve_class
 ZERO_SHOT_RUNNER = 'mmzsq.ZeroShotRunner'
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, needs_config: bool = True) -> argparse.ArgumentParser:
     """Make a parser with the options of all tools.
 
     Args:
         description: One sentence about the tool.
+        needs_config: Whether the config must be given.
     """
     options = argparse.ArgumentParser(description=description)
-    options.add_argument('config', help='path of the config')
+    options.add_argument('config', nargs=None if needs_config else '?', help='path of the config')
     options.add_argument(
         '--work-dir',
         help='folder for logs, checkpoints and results (default: work_dir of the config, else '

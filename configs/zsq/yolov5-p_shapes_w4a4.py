@@ -16,6 +16,6 @@ zsq = dict(
     ),
     quantizer=dict(equalize=True),
     # Few steps need a larger rate.
-    train=dict(max_epochs=60, optimizer=dict(lr=2e-4)),
+    presets=dict(default=dict(train=dict(max_epochs=60, optimizer=dict(lr=2e-4)))),
 )
 default_hooks = dict(checkpoint=dict(interval=20))

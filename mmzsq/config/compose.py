@@ -19,7 +19,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import OPTIMIZERS
 
-from mmzsq.config.presets import PRESETS, preset_section
+from mmzsq.config.presets import INSTANT, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
@@ -92,6 +92,10 @@ def read_section(zsq: Any) -> tuple[ZsqSection, dict[str, Any]]:
         # Otherwise the value would replace a whole section, and the message would not name zsq.presets.
         if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
             raise UserError(f'zsq.presets.{preset}.{key} is {value!r}, but must be a dict.')
+    adapted = of_presets.get('default')
+    if source == 'instant' and isinstance(adapted, Mapping):
+        # Such as the image size of the detector.
+        changes = merge(merge(adapted, INSTANT), changes)
     user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
     defaults = preset_section(source, merge(changes, user))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))
@@ -373,6 +377,8 @@ def _optim_wrapper(train: TrainConfig, optimizer: Mapping[str, Any]) -> dict[str
 
 
 def _param_scheduler(train: TrainConfig) -> list[dict[str, Any]]:
+    if not train.max_epochs:
+        return []
     common = dict(begin=0, end=train.max_epochs, by_epoch=True, convert_to_iter_based=True)
     if train.schedule == 'cosine':
         return [dict(type='CosineAnnealingLR', T_max=train.max_epochs, eta_min_ratio=train.final_lr_ratio, **common)]
@@ -394,13 +400,16 @@ def _custom_hooks(
         synthesis=plain['synthesis'],
         label_sampler=plain['label_sampler'],
         classes=classes,
+        source=section.calibration_set.source,
+        # Only the detection loss reads labels.
+        label_pictures=bool(section.distillation.detection_weight),
     )
     own: list[dict[str, Any]] = [
         *([generate] if section.calibration_set.real is None else []),
         dict(type='mmzsq.QuantizerInitHook', num_batches=section.train.init_batches),
         dict(type='mmzsq.FiniteLossHook'),
     ]
-    if section.train.ema is not None:
+    if section.train.ema is not None and section.train.max_epochs:
         # As in YOLOv5, the average follows closely at first and reaches its momentum after about 2000 steps.
         batches = section.train.accumulate
         own.append(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets: complete defaults of the ``zsq`` section.
 
-``default`` is the best label-free recipe measured in this project, for any detector. ``paper`` repeats the paper's
+``default`` is the best label-free recipe measured in this project, for any detector. ``instant`` is post-training
+quantization on procedural pictures, within minutes and without a GPU. ``paper`` repeats the paper's
 YOLOv5 settings, and follows the authors' code where the two differ. ``paper_transformer`` repeats the paper's Mask
 R-CNN with Swin. Leaves of other architectures override single numbers.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from mmzsq.config.sections import ZsqSection
 
-_CALIBRATION_SET = dict(dir=None, num_images=2000, batch_size=32, seed=0, real=None)
+_CALIBRATION_SET = dict(dir=None, source='synthesized', num_images=2000, batch_size=32, seed=0, real=None)
 
 _ADAPTIVE = dict(
     type='mmzsq.AdaptiveLabelSampler',
@@ -41,7 +42,7 @@ _DEFAULT: dict[str, Any] = dict(
         first_bits=8,
         last_bits=8,
     ),
-    calibration_set=_CALIBRATION_SET,
+    calibration_set=dict(_CALIBRATION_SET, source='auto'),
     label_sampler=dict(
         _ADAPTIVE,
         # Scenes of several objects: the paper's single box leaves most of the image empty.
@@ -104,6 +105,20 @@ _DEFAULT: dict[str, Any] = dict(
         image_size=None,
         channels_last=False,
     ),
+)
+
+INSTANT: dict[str, Any] = dict(
+    calibration_set=dict(source='procedural', num_images=64),
+    # All images, once.
+    train=dict(max_epochs=0, batch_size=8, init_batches=8, augmentation=None),
+)
+"""Differences of the preset ``instant`` from ``default``."""
+
+_INSTANT: dict[str, Any] = dict(
+    _DEFAULT,
+    preset='instant',
+    calibration_set=dict(_DEFAULT['calibration_set'], **INSTANT['calibration_set']),
+    train=dict(_DEFAULT['train'], **INSTANT['train']),
 )
 
 _PAPER: dict[str, Any] = dict(
@@ -222,7 +237,7 @@ _PAPER_TRANSFORMER: dict[str, Any] = dict(
     ),
 )
 
-_SECTIONS = {section['preset']: section for section in (_DEFAULT, _PAPER, _PAPER_TRANSFORMER)}
+_SECTIONS = {section['preset']: section for section in (_DEFAULT, _INSTANT, _PAPER, _PAPER_TRANSFORMER)}
 
 PRESETS: dict[str, ZsqSection] = {
     name: ZsqSection.parse(section, f'preset {name}') for name, section in _SECTIONS.items()

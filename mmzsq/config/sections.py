@@ -48,6 +48,9 @@ class CalibrationSetConfig(TypedSection):
 
     dir: str | None
     """Folder of the set. None: ``calibration_set`` in the work_dir."""
+    source: Literal['auto', 'synthesized', 'procedural', 'mixed']
+    """Images: synthesized from the detector, procedural pictures, or half of each. ``'auto'``: synthesized, or
+    procedural if no feature prior of ``zsq.synthesis`` applies to the detector."""
     num_images: Positive
     """Number of images."""
     batch_size: Positive
@@ -82,8 +85,8 @@ class OptimizerConfig(TypedSection):
 class TrainConfig(TypedSection):
     """Quantization-aware training of the student."""
 
-    max_epochs: Positive
-    """Passes over the calibration set."""
+    max_epochs: NonNegative
+    """Passes over the calibration set. 0: post-training quantization, which only initializes the steps."""
     batch_size: Positive
     """Images in a batch of one process."""
     accumulate: Positive
@@ -121,7 +124,7 @@ class TrainConfig(TypedSection):
 class ZsqSection(TypedSection):
     """The section ``zsq`` of a config."""
 
-    preset: Literal['default', 'paper', 'paper_transformer']
+    preset: Literal['default', 'instant', 'paper', 'paper_transformer']
     """Defaults of all keys that the config does not set."""
     teacher: str | None = None
     """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""

@@ -104,6 +104,8 @@ def write_format(calibration_set: CalibrationSet, name: str, out: Path, preproce
         part = Path(mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
         try:
             layout = FORMATS[name](calibration_set, part, preprocessing)
+            if not calibration_set.statistics()['boxes']:
+                layout += '\n\nThe images have no labels: use them for calibration, not for training or evaluation.'
             _write_json(part / 'preprocessing.json', dict(asdict(preprocessing), layout=name))
             (part / 'README.md').write_text(
                 f'# Synthetic calibration images for {TITLES[name]}\n\n{layout}\n\n{preprocessing.describe()}\n\n'

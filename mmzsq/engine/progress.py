@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmengine.dist import get_rank
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,36 @@ from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, Step
 from mmzsq.visualization import save_gallery
 
 PREVIEW_IMAGES = 8
+
+
+class PictureProgress:
+    """Logs how many procedural pictures are drawn.
+
+    Args:
+        logger: Receives the lines.
+        total: Number of pictures that this process draws.
+        log_seconds: Minimum time between two lines, in seconds.
+    """
+
+    def __init__(self, logger: MMLogger, total: int, log_seconds: float = 15.0) -> None:
+        self.logger = logger
+        self.total = total
+        self.log_seconds = log_seconds
+        self.done = 0
+        self.start = self.logged = time.perf_counter()
+
+    def update(self, pictures: int) -> None:
+        """Count pictures, and log if it is time to.
+
+        Args:
+            pictures: Number of pictures drawn since the last call.
+        """
+        self.done += pictures
+        now = time.perf_counter()
+        if now - self.logged >= self.log_seconds or self.done == self.total:
+            self.logged = now
+            rate = self.done / (now - self.start)
+            self.logger.info(f'procedural pictures: {self.done}/{self.total}, {rate:.3g} pictures/s')
 
 
 class SynthesisProgress:
@@ -31,6 +62,7 @@ class SynthesisProgress:
         shards: Indices of the shards that this process generates.
         folder: Folder of the previews, one PNG per shard and stage, updated while the stage runs.
         log_seconds: Minimum time between two log lines, and between two previews of a stage, in seconds.
+        share: Share of the images that is synthesized.
     """
 
     def __init__(
@@ -41,12 +73,13 @@ class SynthesisProgress:
         shards: Sequence[int],
         folder: Path,
         log_seconds: float = 15.0,
+        share: float = 1.0,
     ) -> None:
         self.logger = runner.logger
         self.calibration_set = calibration_set
         self.folder = folder
         self.log_seconds = log_seconds
-        self.images = sum(calibration_set.shard_length(shard) for shard in shards)
+        self.images = share * sum(calibration_set.shard_length(shard) for shard in shards)
         self.total = self.images * sum(stage.work for stage in generator.stages)
         self.done = 0.0
         self._last = (-1, '', 0)

@@ -125,7 +125,8 @@ def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
         stage['seconds'] = round(stage['seconds'], 3)
         if stage['image_iterations']:
             stage['ms_per_image_iteration'] = round(1000 * stage['seconds'] / stage['image_iterations'], 4)
-    return dict(statistics=calibration_set.statistics(), stages=stages)
+    source = calibration_set.fingerprint.get('source', 'synthesized')
+    return dict(source=source, statistics=calibration_set.statistics(), stages=stages)
 
 
 def _evaluate_if_possible(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:
@@ -151,9 +152,14 @@ def _evaluate_all(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, 
     with detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
     seconds['evaluate_float'] = time.perf_counter() - start
+    start = time.perf_counter()
+    if not runner.max_iters:
+        # Without training, the student is the PTQ baseline.
+        metrics['ptq'] = evaluate(runner)
+        seconds['evaluate_ptq'] = time.perf_counter() - start
+        return metrics, {name: round(value, 3) for name, value in seconds.items()}
     ptq = Path(runner.work_dir) / PTQ_FILE
     if ptq.is_file():
-        start = time.perf_counter()
         with _loaded_weights(detector, ptq):
             metrics['ptq'] = evaluate(runner)
         seconds['evaluate_ptq'] = time.perf_counter() - start
@@ -234,6 +240,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     sizes = results['model_mb']
     trained_on_real = results['calibration_set']['statistics'].get('real', False)
     for row, title in (ROW_TITLES_REAL_IMAGES if trained_on_real else ROW_TITLES).items():
+        if row == 'zero_shot' and not results['train']['iterations']:
+            continue
         # COCO's evaluator omits metrics if nothing was detected. The accuracy is 0 then.
         values = [f'{metrics[row].get(name, 0.0):.3f}' if row in metrics else '-' for name in names]
         table.add_row(title, *values, f'{sizes["float" if row == "float" else "quantized"]:.2f}')

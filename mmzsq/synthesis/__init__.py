@@ -15,14 +15,19 @@ from mmzsq.synthesis.label_samplers import (
     rescale_labels,
 )
 from mmzsq.synthesis.patch_similarity import PatchSimilarityPrior
-from mmzsq.synthesis.priors import BNStatisticsPrior, Prior, TotalVariationPrior, select_priors
+from mmzsq.synthesis.picture_sets import MixedGenerator, PictureLabels, ProceduralGenerator, no_labels
+from mmzsq.synthesis.priors import BNStatisticsPrior, NoFeaturePriorError, Prior, TotalVariationPrior, select_priors
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
 
 __all__ = [
     'BNStatisticsPrior',
     'CalibrationSetGenerator',
     'Stage',
+    'MixedGenerator',
+    'NoFeaturePriorError',
     'PatchSimilarityPrior',
+    'PictureLabels',
+    'ProceduralGenerator',
     'Prior',
     'StepProgress',
     'SynthesisResult',
@@ -38,6 +43,7 @@ __all__ = [
     'RelabelCounts',
     'SingleBoxSampler',
     'TileSampler',
+    'no_labels',
     'rescale_labels',
     'select_priors',
 ]

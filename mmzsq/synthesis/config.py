@@ -62,8 +62,8 @@ class StageConfig(TypedSection):
     """Images optimized together. None: ``zsq.calibration_set.batch_size``."""
     lr: PositiveFloat | None = None
     """Learning rate of this stage. None: ``zsq.synthesis.lr``."""
-    start: Literal['noise', 'previous'] = 'noise'
-    """Initial images: noise, or the resized images of the previous stage."""
+    start: Literal['noise', 'previous', 'procedural'] = 'noise'
+    """Initial images: noise, the resized images of the previous stage, or procedural pictures."""
 
 
 NO_ITERATIONS = 'iterations is 0, but must be an integer of at least 1.'

@@ -23,6 +23,7 @@ from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.config import NO_ITERATIONS, StageConfig, iterations_allowed
 from mmzsq.synthesis.label_samplers import fit_masks, rescale_labels
 from mmzsq.synthesis.priors import select_priors
+from mmzsq.synthesis.procedural import draw_pictures
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
 
 SIZE_MULTIPLE = 32
@@ -40,7 +41,8 @@ class Stage:
         iterations: Number of steps; 0 leaves the initial images unchanged.
         batch_size: Number of images optimized together.
         lr: Learning rate; None: that of ``zsq.synthesis``.
-        start: Initial images: ``'noise'``, or ``'previous'`` for the resized images of the previous stage, if any.
+        start: Initial images: ``'noise'``, ``'previous'`` for the resized images of the previous stage, if any, or
+            ``'procedural'`` for pictures of :mod:`mmzsq.synthesis.procedural`.
     """
 
     name: str
@@ -94,6 +96,20 @@ def shard_seed(seed: int, shard: int, stage: int, batch: int) -> int:
     return int(np.random.SeedSequence([seed, shard, stage, batch]).generate_state(1, np.uint32)[0])
 
 
+def to_images(pictures: np.ndarray, task: SynthesisTask) -> Tensor:
+    """Convert pictures to images for a detector.
+
+    Args:
+        pictures: (n, H, W, 3), uint8, RGB.
+        task: The detector.
+
+    Returns:
+        (n, 3, H, W), float32, in [0, 1], in the detector's channel order and on its device.
+    """
+    images = torch.from_numpy(pictures).to(task.device).permute(0, 3, 1, 2).float() / 255
+    return (images if task.channel_order == 'rgb' else images.flip(1)).contiguous()
+
+
 def _as_list(cfg: dict[str, Any] | Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [] if cfg is None else list(cfg) if isinstance(cfg, Sequence) else [cfg]
 
@@ -137,8 +153,8 @@ class CalibrationSetGenerator:
         if self.sampler.uses_detector_prior:
             self.sampler.set_label_prior(task.label_prior(), last.image_size)
         self.relabels_while_synthesizing = self.sampler.adaptive and self.stages[0].name != 'relabel'
-        # Skip stages without an effect: no labels are corrected, and a later stage starts from noise again.
-        while not self.sampler.adaptive and any(stage.start == 'noise' for stage in self.stages[1:]):
+        # Skip stages without an effect: no labels are corrected, and a later stage starts without these images.
+        while not self.sampler.adaptive and any(stage.start != 'previous' for stage in self.stages[1:]):
             self.stages = self.stages[1:]
         if self.stages[0].iterations == 0 and len(self.stages) > 1:
             raise UserError(
@@ -203,7 +219,7 @@ class CalibrationSetGenerator:
             size = stage.image_size
             results = []
             start = time.perf_counter()
-            previous = images if stage.start == 'previous' else None
+            initial = self._initial_images(stage, shard, index + 1, count, images)
             for batch, first in enumerate(range(0, count, stage.batch_size)):
                 chosen = slice(first, first + stage.batch_size)
                 results.append(
@@ -212,7 +228,7 @@ class CalibrationSetGenerator:
                         size,
                         stage.iterations,
                         shard_seed(self.seed, shard, index + 1, batch),
-                        start=None if previous is None else previous[chosen],
+                        start=None if initial is None else initial[chosen],
                         lr=stage.lr,
                         sampler=self.sampler if stage.name == 'relabel' or self.relabels_while_synthesizing else None,
                         on_progress=None if on_progress is None else lambda progress: on_progress(stage, progress),  # noqa: B023
@@ -225,6 +241,16 @@ class CalibrationSetGenerator:
             )
         assert images is not None
         return self._to_rgb(images), labels, info
+
+    def _initial_images(
+        self, stage: Stage, shard: int, index: int, count: int, previous: Tensor | None
+    ) -> Tensor | None:
+        """Return images that a stage starts from, in [0, 1]; None: noise."""
+        if stage.start == 'procedural':
+            seed = shard_seed(self.seed, shard, index, 0)
+            seeds = [np.random.SeedSequence([seed, place]) for place in range(count)]
+            return to_images(np.stack([*draw_pictures(seeds, *stage.image_size)]), self.task)
+        return previous if stage.start == 'previous' else None
 
     def _to_rgb(self, images: Tensor) -> np.ndarray:
         images = images if self.task.channel_order == 'rgb' else images.flip(1)

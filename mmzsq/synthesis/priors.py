@@ -32,6 +32,10 @@ Some checkpoints have running variances of 1e-27.
 """
 
 
+class NoFeaturePriorError(UserError):
+    """No feature prior applies to the detector, but one is required."""
+
+
 class Prior:
     """A penalty on synthetic images; observes a detector between :meth:`attach` and :meth:`detach`.
 
@@ -84,12 +88,12 @@ def select_priors(priors: Sequence[Prior], detector: nn.Module, require_features
         The priors that apply, in the given order.
 
     Raises:
-        UserError: If a feature prior is required and none applies.
+        NoFeaturePriorError: If a feature prior is required and none applies.
     """
     selected = [prior for prior in priors if prior.applies_to(detector)]
     requirements = [prior.requirement for prior in priors if prior.is_feature_prior]
     if require_features and requirements and not any(prior.is_feature_prior for prior in selected):
-        raise UserError(
+        raise NoFeaturePriorError(
             f'no feature prior of zsq.synthesis.priors applies: {type(detector).__name__} has '
             f'{"neither " if len(requirements) > 1 else "no "}{" nor ".join(requirements)}. Set '
             'zsq.synthesis.require_feature_prior=False to continue with the detection loss and the image prior alone'

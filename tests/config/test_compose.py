@@ -250,7 +250,8 @@ def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: d
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (
             dict(preset='papper'),
-            "zsq.preset is 'papper', but must be one of 'default', 'paper', 'paper_transformer'. Did you mean 'paper'",
+            "zsq.preset is 'papper', but must be one of 'default', 'instant', 'paper', 'paper_transformer'. "
+            "Did you mean 'paper'",
         ),
         (dict(presets=dict(defalt={})), "'default'"),
         (dict(presets=dict(default='papper')), "zsq.presets.default is 'papper', but must be one of 'default', .*"),
@@ -259,7 +260,7 @@ def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: d
             dict(train=dict(schedule='cosin')),
             "zsq.train.schedule is 'cosin', but must be 'cosine', 'linear' or 'constant'. Did you mean 'cosine'",
         ),
-        (dict(train=dict(max_epochs=0)), 'zsq.train.max_epochs is 0, but must be an integer of at least 1'),
+        (dict(train=dict(max_epochs=-1)), 'zsq.train.max_epochs is -1, but must be an integer of at least 0'),
         (dict(train=dict(batch_size=2.5)), 'zsq.train.batch_size is 2.5, but must be an integer of at least 1'),
         (dict(train=dict(accumulate=0)), 'zsq.train.accumulate is 0, but must be an integer of at least 1'),
         (
@@ -515,6 +516,26 @@ def test_changes_of_one_preset_do_not_affect_another() -> None:
     paper = complete_section(dict(zsq, preset='paper'))
     assert paper == complete_section(dict(preset='paper', train=dict(max_epochs=5)))
     assert 'presets' not in paper
+
+
+def test_instant_takes_what_a_leaf_changes_in_default_except_images_and_schedule() -> None:
+    changes = dict(
+        calibration_set=dict(num_images=9),
+        synthesis=dict(synthesize=dict(image_size=608)),
+        train=dict(max_epochs=60, channels_last=True),
+    )
+    section = complete_section(dict(preset='instant', presets=dict(default=changes)))
+    assert section['synthesis']['synthesize']['image_size'] == 608
+    assert section['calibration_set']['source'] == 'procedural'
+    assert (
+        section['calibration_set']['num_images']
+        == 64
+        == section['train']['batch_size'] * section['train']['init_batches']
+    )
+    assert (section['train']['max_epochs'], section['train']['channels_last']) == (0, True)
+    changed = dict(default=changes, instant=dict(calibration_set=dict(num_images=16)))
+    section = complete_section(dict(preset='instant', presets=changed, train=dict(max_epochs=2)))
+    assert (section['calibration_set']['num_images'], section['train']['max_epochs']) == (16, 2)
 
 
 def test_a_preset_can_be_replaced_by_another() -> None:

@@ -5,24 +5,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
 from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+from torch import nn
 
-from mmzsq.engine.progress import SynthesisProgress
+from mmzsq.engine.progress import PictureProgress, SynthesisProgress
 from mmzsq.errors import UserError
 from mmzsq.qat.teacher import digest
 from mmzsq.registry import HOOKS
-from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
+from mmzsq.synthesis import (
+    CalibrationSet,
+    CalibrationSetGenerator,
+    MixedGenerator,
+    NoFeaturePriorError,
+    PictureLabels,
+    ProceduralGenerator,
+    Stage,
+    no_labels,
+)
 from mmzsq.tasks import DetectionTask, build_detection_task
+from mmzsq.tasks.detection_task import num_classes
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
 
@@ -30,10 +44,23 @@ GALLERY_IMAGES = 16
 BARRIER_TIMEOUT = timedelta(days=30)
 """Time to wait for the slowest process. A shard may take longer than NCCL's timeout of ten minutes."""
 
+DEFAULT_SCORE_THR = 0.3
+"""Score from which predictions become labels of procedural pictures, if the label sampler has no ``score_thr``."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    generator: CalibrationSetGenerator | ProceduralGenerator | MixedGenerator
+    task: DetectionTask | None
+    """The detector; None if the images do not depend on it."""
+    synthesized: CalibrationSetGenerator | None
+    pictures: ProceduralGenerator | None
+
 
 @HOOKS.register_module()
 class CalibrationSetHook(Hook):
-    """Generates the calibration set in the style of DeepInversion.
+    """Generates the calibration set: images in the style of DeepInversion, procedural pictures, or both.
 
     :class:`~mmzsq.engine.ZeroShotRunner` calls the hook at its own hook point ``before_build``, before it builds data
     loaders and the optimizer: they need the set. Shards are distributed over the ranks, and rank 0 merges them. A
@@ -48,6 +75,9 @@ class CalibrationSetHook(Hook):
         label_sampler: The section ``zsq.label_sampler``.
         classes: Names of the categories. By default those in the teacher's checkpoint, or else ``class_0``,
             ``class_1`` and so on.
+        source: ``'synthesized'``, ``'procedural'``, ``'mixed'`` or ``'auto'``, see
+            :class:`~mmzsq.config.sections.CalibrationSetConfig`.
+        label_pictures: Whether the teacher labels procedural pictures. By default they get no labels.
     """
 
     def __init__(
@@ -59,6 +89,8 @@ class CalibrationSetHook(Hook):
         synthesis: dict[str, Any],
         label_sampler: dict[str, Any],
         classes: Sequence[str] | None = None,
+        source: str = 'synthesized',
+        label_pictures: bool = False,
     ) -> None:
         self.root = Path(root)
         self.num_images = num_images
@@ -67,6 +99,8 @@ class CalibrationSetHook(Hook):
         self.synthesis = synthesis
         self.label_sampler = label_sampler
         self.classes = classes
+        self.source = source
+        self.label_pictures = label_pictures
 
     def before_build(self, runner: Runner) -> None:
         """Generate the missing shards of the set.
@@ -79,25 +113,27 @@ class CalibrationSetHook(Hook):
                 image size does not suit it.
         """
         detector = runner.detector
-        task = build_detection_task(detector.load_teacher())
-        generator = CalibrationSetGenerator(task, self.synthesis, self.label_sampler, self.batch_size, self.seed)
+        source = self._build_source(runner, detector.load_teacher())
+        generator = source.generator
+        uses_real_labels = source.synthesized is not None and source.synthesized.sampler.uses_real_labels
         calibration_set = CalibrationSet.open(
             self.root,
-            fingerprint=self._fingerprint(detector, task),
+            fingerprint=self._fingerprint(detector, source),
             num_images=self.num_images,
             shard_size=generator.shard_size,
-            classes=self._class_names(detector, task),
-            uses_real_labels=generator.sampler.uses_real_labels,
+            classes=self._class_names(detector),
+            uses_real_labels=uses_real_labels,
             versions=dict(mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__),
         )
-        if generator.sampler.uses_real_labels:
+        if uses_real_labels:
             runner.logger.warning('the label sampler reads real labels: this calibration set is not zero-shot')
         if calibration_set.is_complete:
             if get_rank() == 0:
                 calibration_set.verify()
             runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
             return
-        generator.check_sizes()
+        if source.synthesized is not None:
+            source.synthesized.check_sizes()
         missing = calibration_set.missing_shards()
         # All ranks must list the missing shards before any rank writes one, so that they share the same list.
         group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
@@ -107,22 +143,13 @@ class CalibrationSetHook(Hook):
             f'generating the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
             f'{calibration_set.num_shards} shards missing'
         )
-        if task.note is not None:
-            runner.logger.warning(task.note)
-        synthesizer = generator.synthesizer
-        left_out = ', '.join(type(prior).__name__ for prior in generator.priors_left_out)
-        runner.logger.info(
-            f'detection loss: {synthesizer.describe_detection()}; '
-            f'priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
-            f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
-        )
-        with SynthesisProgress(runner, generator, calibration_set, own_shards, self.root / 'previews') as progress:
-            generator.generate(calibration_set, own_shards, progress.update)
-        if synthesizer.eager_reason is not None:
-            runner.logger.warning(
-                f'synthesis ran without a CUDA graph: the detection loss synchronizes with the device '
-                f'({synthesizer.eager_reason})'
+        if isinstance(generator, ProceduralGenerator):
+            progress = PictureProgress(runner.logger, sum(map(calibration_set.shard_length, own_shards)))
+            generator.generate(
+                calibration_set, own_shards, lambda shard: progress.update(calibration_set.shard_length(shard))
             )
+        else:
+            self._synthesize(runner, source, generator, calibration_set, own_shards)
         barrier(group)
         if get_rank() == 0:
             calibration_set.merge()
@@ -130,26 +157,96 @@ class CalibrationSetHook(Hook):
         barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
-    def _fingerprint(self, detector: Any, task: DetectionTask) -> dict[str, Any]:
+    def _build_source(self, runner: Runner, teacher: nn.Module) -> _Source:
+        """Build what makes the images. Pictures alone need neither priors, a label sampler nor a detection loss."""
+        name = self.source
+        task = None if name == 'procedural' and not self.label_pictures else build_detection_task(teacher)
+        synthesized = None
+        if task is not None and name != 'procedural':
+            try:
+                synthesized = CalibrationSetGenerator(
+                    task, self.synthesis, self.label_sampler, self.batch_size, self.seed
+                )
+            except NoFeaturePriorError as error:
+                if name != 'auto':
+                    raise
+                runner.logger.warning(
+                    f'the calibration set consists of procedural pictures, not of synthesized images, since {error}'
+                )
+        if synthesized is not None and name != 'mixed':
+            return _Source('synthesized', synthesized, task, synthesized, None)
+        label: Callable[[np.ndarray], list[InstanceData]] = no_labels
+        if task is not None and self.label_pictures:
+            label = PictureLabels(task, self._score_thr)
+        size = Stage.from_config('synthesize', self.synthesis['synthesize'], self.batch_size).image_size
+        pictures = ProceduralGenerator(size, self.seed, label)
+        if synthesized is None:
+            return _Source('procedural', pictures, task if self.label_pictures else None, None, pictures)
+        return _Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures)
+
+    def _synthesize(
+        self,
+        runner: Runner,
+        source: _Source,
+        generator: CalibrationSetGenerator | MixedGenerator,
+        calibration_set: CalibrationSet,
+        shards: Sequence[int],
+    ) -> None:
+        assert source.synthesized is not None and source.task is not None
+        if source.task.note is not None:
+            runner.logger.warning(source.task.note)
+        synthesizer = source.synthesized.synthesizer
+        left_out = ', '.join(type(prior).__name__ for prior in source.synthesized.priors_left_out)
+        runner.logger.info(
+            f'detection loss: {synthesizer.describe_detection()}; '
+            f'priors: {", ".join(type(prior).__name__ for prior in synthesizer.priors) or "none"}'
+            f'{f" (left out, since they do not apply to this detector: {left_out})" if left_out else ""}'
+        )
+        share = 0.5 if source.name == 'mixed' else 1.0
+        previews = self.root / 'previews'
+        with SynthesisProgress(runner, source.synthesized, calibration_set, shards, previews, share=share) as progress:
+            generator.generate(calibration_set, shards, progress.update)
+        if synthesizer.eager_reason is not None:
+            runner.logger.warning(
+                f'synthesis ran without a CUDA graph: the detection loss synchronizes with the device '
+                f'({synthesizer.eager_reason})'
+            )
+
+    def _fingerprint(self, detector: Any, source: _Source) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
+        pictures = {} if source.pictures is None else dict(source.pictures.fingerprint, source=source.name)
+        if source.pictures is not None and self.label_pictures:
+            pictures['score_thr'] = self._score_thr
+        if source.task is None:
+            # The pictures do not depend on the detector.
+            return pictures
         config = json.dumps(detector.detector_cfg, sort_keys=True, default=str)
+        pictures.update(
+            teacher=digest(source.task.detector), detector_config=hashlib.sha256(config.encode()).hexdigest()
+        )
+        if source.synthesized is None:
+            return pictures
         return dict(
-            teacher=digest(task.detector),
-            detector_config=hashlib.sha256(config.encode()).hexdigest(),
+            pictures,
             seed=self.seed,
             synthesis=self.synthesis,
             label_sampler=self.label_sampler,
             batch_size=self.batch_size,
         )
 
-    def _class_names(self, detector: Any, task: DetectionTask) -> list[str]:
-        if self.classes is not None and len(self.classes) != task.num_classes:
+    @property
+    def _score_thr(self) -> float:
+        return float(self.label_sampler.get('score_thr', DEFAULT_SCORE_THR))
+
+    def _class_names(self, detector: Any) -> list[str]:
+        count = num_classes(detector.load_teacher())
+        if self.classes is not None and len(self.classes) != count:
             first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'
             raise UserError(
                 f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector has '
-                f'{task.num_classes}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
+                f'{count}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
             )
         known = self.classes or detector.teacher_meta.get('dataset_meta', {}).get('classes')
-        if known is not None and len(known) == task.num_classes:
+        if known is not None and len(known) == count:
             return list(known)
-        return [f'class_{index}' for index in range(task.num_classes)]
+        return [f'class_{index}' for index in range(count)]

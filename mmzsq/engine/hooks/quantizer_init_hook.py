@@ -21,6 +21,9 @@ from mmzsq.registry import HOOKS
 PTQ_FILE = 'ptq.pth'
 """File in the work_dir with the student right after initialization: the post-training quantization baseline."""
 
+LAST_CHECKPOINT = 'last_checkpoint'
+"""File in the work_dir with the path of the last checkpoint, which MMEngine resumes from."""
+
 REPORT_FILE = 'quantization_report.json'
 """File in the work_dir that lists every layer: bits, scheme and initial steps, or why it stays float."""
 
@@ -66,6 +69,22 @@ class QuantizerInitHook(Hook):
         torch.save(checkpoint, content)
         write_atomically(folder / PTQ_FILE, content.getvalue())
         write_atomically(folder / REPORT_FILE, to_json(runner.detector.report.to_dict(), indent=2))
+
+    def after_train(self, runner: Runner) -> None:
+        """Save the student of a run without training as the checkpoint of epoch 0, to test, export or resume it.
+
+        Args:
+            runner: The runner after training.
+        """
+        if runner.max_epochs:
+            return
+        name = f'epoch_{runner.epoch}.pth'
+        runner.save_checkpoint(runner.work_dir, name, meta=dict(epoch=0, iter=0))
+        self._name_last_checkpoint(Path(runner.work_dir), name)
+
+    @master_only
+    def _name_last_checkpoint(self, folder: Path, name: str) -> None:
+        write_atomically(folder / LAST_CHECKPOINT, str(folder / name).encode())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Store the teacher and the quantizer section in ``meta`` of the checkpoint, for resumed runs and readers.
