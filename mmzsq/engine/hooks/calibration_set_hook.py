@@ -10,21 +10,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from mmengine.dist import barrier, get_rank, get_world_size
+from mmengine.dist import barrier, broadcast_object_list, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmzsq.engine.progress import SynthesisProgress
 from mmzsq.errors import UserError
+from mmzsq.pipelines import pipeline_of
 from mmzsq.qat.teacher import digest
 from mmzsq.registry import HOOKS
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator
+from mmzsq.synthesis.health import measure, measured_images
+from mmzsq.synthesis.set_metadata import read_metadata
+from mmzsq.synthesis.stage_sizes import choose_stages
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
+from mmzsq.visualization.gallery import load_labeled_images
 
 GALLERY_IMAGES = 16
 BARRIER_TIMEOUT = timedelta(days=30)
@@ -80,10 +86,12 @@ class CalibrationSetHook(Hook):
         """
         detector = runner.detector
         task = build_detection_task(detector.load_teacher())
-        generator = CalibrationSetGenerator(task, self.synthesis, self.label_sampler, self.batch_size, self.seed)
+        known = read_metadata(self.root)
+        synthesis, choices = self.choose_stages(runner, task, None if known is None else known['fingerprint'])
+        generator = CalibrationSetGenerator(task, synthesis, self.label_sampler, self.batch_size, self.seed)
         calibration_set = CalibrationSet.open(
             self.root,
-            fingerprint=self._fingerprint(detector, task),
+            fingerprint=self._fingerprint(detector, task, synthesis),
             num_images=self.num_images,
             shard_size=generator.shard_size,
             classes=self._class_names(detector, task),
@@ -96,6 +104,7 @@ class CalibrationSetHook(Hook):
             if get_rank() == 0:
                 calibration_set.verify()
             runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
+            self._measure_health(runner, task, calibration_set)
             return
         generator.check_sizes()
         missing = calibration_set.missing_shards()
@@ -107,6 +116,8 @@ class CalibrationSetHook(Hook):
             f'generating the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
             f'{calibration_set.num_shards} shards missing'
         )
+        for choice in choices:
+            runner.logger.info(choice)
         if task.note is not None:
             runner.logger.warning(task.note)
         synthesizer = generator.synthesizer
@@ -127,17 +138,61 @@ class CalibrationSetHook(Hook):
         if get_rank() == 0:
             calibration_set.merge()
             save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
+            self._measure_health(runner, task, calibration_set)
         barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
-    def _fingerprint(self, detector: Any, task: DetectionTask) -> dict[str, Any]:
+    def choose_stages(
+        self, runner: Runner, task: DetectionTask, known: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Choose the sizes and batches that the config leaves open, on rank 0 for all ranks.
+
+        Args:
+            runner: The runner, whose config has the test pipeline.
+            task: The teacher.
+            known: Fingerprint of the set in the folder, whose choices are kept; None if there is none.
+
+        Returns:
+            See :func:`~mmzsq.synthesis.stage_sizes.choose_stages`.
+        """
+        chosen: list[Any] = [None]
+        if get_rank() == 0:
+            chosen[0] = choose_stages(
+                task,
+                self.synthesis,
+                self.label_sampler,
+                self.batch_size,
+                self.seed,
+                pipeline_of(runner.cfg),
+                None if known is None else known.get('synthesis'),
+            )
+        broadcast_object_list(chosen)
+        synthesis, lines = chosen[0]
+        return synthesis, lines
+
+    def _measure_health(self, runner: Runner, task: DetectionTask, calibration_set: CalibrationSet) -> None:
+        """Log the health of a complete set and store it in the manifest, on rank 0; never fails a run."""
+        if get_rank() != 0 or 'health' in (calibration_set.manifest or {}):
+            return
+        try:
+            images, labels, _ = load_labeled_images(self.root, measured_images(self.num_images))
+            health = measure(task, np.stack(images), labels)
+        except Exception as error:
+            runner.logger.warning(f'the health of the images is not measured: {type(error).__name__}: {error}')
+            return
+        runner.logger.info(health.summary())
+        for warning in health.warnings:
+            runner.logger.warning(f'image health: {warning}')
+        calibration_set.record_health(health.to_dict())
+
+    def _fingerprint(self, detector: Any, task: DetectionTask, synthesis: dict[str, Any]) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
         config = json.dumps(detector.detector_cfg, sort_keys=True, default=str)
         return dict(
             teacher=digest(task.detector),
             detector_config=hashlib.sha256(config.encode()).hexdigest(),
             seed=self.seed,
-            synthesis=self.synthesis,
+            synthesis=synthesis,
             label_sampler=self.label_sampler,
             batch_size=self.batch_size,
         )
