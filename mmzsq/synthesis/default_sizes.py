@@ -68,16 +68,17 @@ def complete_sizes(
     if last.get('image_size', 0) is None:
         last['image_size'] = list(full or (DEFAULT_SIZE, DEFAULT_SIZE))
     given = last.get('image_size')
-    if not isinstance(given, (int, list, tuple)):
-        # Not a size: parsing the stage reports it.
+    sides = [given, given] if isinstance(given, int) else given
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        # Parsing the stage reports it.
         return completed
-    height, width = (given, given) if isinstance(given, int) else given
+    height, width = sides
     first = coarse or next(coarse_sizes((height, width)))
     refine = [stage for name, stage in stages_of(completed) if name == 'refine']
     for name, stage in stages_of(completed):
         if stage.get('image_size', 0) is not None:
             continue
-        if name == 'relabel':
+        if name == 'relabel' or tuple(first) == (height, width):
             stage['image_size'] = list(first)
             continue
         place = next(index for index, other in enumerate(refine) if other is stage)

@@ -76,6 +76,10 @@ def choose_stages(
     if any(stage.get('image_size') is None for name, stage in stages_of(chosen) if name == 'relabel'):
         coarse, coarse_reason = _coarse_size(task, full)
     chosen = complete_sizes(chosen, full, coarse)
+    for (name, stage), (_, asked) in zip(stages_of(chosen), stages_of(synthesis), strict=True):
+        open_size = name == 'refine' and asked.get('image_size') is None
+        if open_size and tuple(stage['image_size']) not in (full, coarse) and not accepts(task, stage['image_size']):
+            stage['image_size'] = list(full)
     if fits_batches and task.device.type == 'cuda':
         generator = CalibrationSetGenerator(task, chosen, dict(label_sampler), batch_size, seed)
         batches = _fitting_batches(generator)
@@ -105,7 +109,7 @@ def fitting_batch(batch_size: int, step: Callable[[int], None]) -> int:
     return 1
 
 
-def accepts(task: SynthesisTask, size: tuple[int, int]) -> bool:
+def accepts(task: SynthesisTask, size: Sequence[int]) -> bool:
     """Return whether the detector computes a finite loss, and predicts, for images of a size.
 
     The state of all random generators is kept.
@@ -118,8 +122,9 @@ def accepts(task: SynthesisTask, size: tuple[int, int]) -> bool:
         UserError: If the loss needs a package that is not installed.
     """
     height, width = size
+    size = (height, width)
     box = torch.tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]])
-    labels = [InstanceData(bboxes=box, labels=torch.zeros(1, dtype=torch.long))] * 2
+    labels = [InstanceData(bboxes=box, labels=torch.zeros(1, dtype=torch.long))]
     with seeded(0, task.device), torch.no_grad():
         images = torch.rand(len(labels), 3, *size).to(task.device)
         try:

@@ -86,15 +86,14 @@ class CalibrationSetHook(Hook):
         """
         detector = runner.detector
         task = build_detection_task(detector.load_teacher())
-        known = read_metadata(self.root)
-        synthesis, choices = self.choose_stages(runner, task, None if known is None else known['fingerprint'])
+        synthesis, choices = self.choose_stages(runner, task)
         generator = CalibrationSetGenerator(task, synthesis, self.label_sampler, self.batch_size, self.seed)
         calibration_set = CalibrationSet.open(
             self.root,
             fingerprint=self._fingerprint(detector, task, synthesis),
             num_images=self.num_images,
             shard_size=generator.shard_size,
-            classes=self._class_names(detector, task),
+            classes=self.class_names(detector, task),
             uses_real_labels=generator.sampler.uses_real_labels,
             versions=dict(mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__),
         )
@@ -142,21 +141,21 @@ class CalibrationSetHook(Hook):
         barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
-    def choose_stages(
-        self, runner: Runner, task: DetectionTask, known: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], list[str]]:
+    def choose_stages(self, runner: Runner, task: DetectionTask) -> tuple[dict[str, Any], list[str]]:
         """Choose the sizes and batches that the config leaves open, on rank 0 for all ranks.
+
+        The choices of a set in the folder are kept.
 
         Args:
             runner: The runner, whose config has the test pipeline.
             task: The teacher.
-            known: Fingerprint of the set in the folder, whose choices are kept; None if there is none.
 
         Returns:
             See :func:`~mmzsq.synthesis.stage_sizes.choose_stages`.
         """
         chosen: list[Any] = [None]
         if get_rank() == 0:
+            known = read_metadata(self.root)
             chosen[0] = choose_stages(
                 task,
                 self.synthesis,
@@ -164,7 +163,7 @@ class CalibrationSetHook(Hook):
                 self.batch_size,
                 self.seed,
                 pipeline_of(runner.cfg),
-                None if known is None else known.get('synthesis'),
+                None if known is None else known['fingerprint'].get('synthesis'),
             )
         broadcast_object_list(chosen)
         synthesis, lines = chosen[0]
@@ -197,7 +196,16 @@ class CalibrationSetHook(Hook):
             batch_size=self.batch_size,
         )
 
-    def _class_names(self, detector: Any, task: DetectionTask) -> list[str]:
+    def class_names(self, detector: Any, task: DetectionTask) -> list[str]:
+        """Return the names of the categories.
+
+        Args:
+            detector: The :class:`~mmzsq.qat.ZeroShotDetector` with the teacher.
+            task: The teacher.
+
+        Raises:
+            UserError: If the config names another number of classes than the detector has.
+        """
         if self.classes is not None and len(self.classes) != task.num_classes:
             first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'
             raise UserError(
