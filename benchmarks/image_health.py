@@ -12,6 +12,7 @@ teacher, so "in the image" is 100 % there. ``--real`` is letterboxed to the size
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def main() -> None:
     if args.out is not None:
         content = dict(config=args.config, size=args.size, iterations=args.iterations, sets=rows)
         write_atomically(args.out, to_json(content, indent=1))
-    print(table(results))
+    sys.stdout.write(f'{table(results)}\n')
 
 
 def table(results: dict[str, ImageHealth]) -> str:

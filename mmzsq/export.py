@@ -34,6 +34,7 @@ from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.errors import UserError
+from mmzsq.pipelines import frame_of
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.registry import MODELS

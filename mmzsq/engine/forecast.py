@@ -98,9 +98,7 @@ class Forecast:
         """Return plain data for JSON."""
         costs = [asdict(cost) for cost in self.costs]
         health = self.health.to_dict()
-        return dict(
-            num_images=self.num_images, share=self.share, health=health, costs=costs, gallery=str(self.gallery)
-        )
+        return dict(num_images=self.num_images, share=self.share, health=health, costs=costs, gallery=str(self.gallery))
 
     def summary(self) -> str:
         """Return the forecast as lines of text."""

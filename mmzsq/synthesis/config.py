@@ -55,8 +55,8 @@ class StageConfig(TypedSection):
     """One stage of synthesis: image size, number of steps, and initial images."""
 
     image_size: ImageSize | Annotated[float, Field(gt=0, lt=1)] | None
-    """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``. None: for ``synthesize`` that of
-    the test pipeline, for ``relabel`` the smallest that the detector takes, for ``refine`` one between both."""
+    """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``. None: for ``synthesize`` that
+    of the test pipeline, for ``relabel`` the smallest that the detector takes, for ``refine`` one between both."""
     iterations: NonNegative
     """Optimization steps. 0 keeps the initial images."""
     batch_size: Positive | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of stages of ``zsq.synthesis`` whose ``image_size`` is None, from the full size and that of the coarse stage."""
+"""Sizes of the stages of ``zsq.synthesis`` whose ``image_size`` is None."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stages_of(synthesis: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def coarse_sizes(full: tuple[int, int], multiple: int = SIZE_MULTIPLE) -> Iterator[tuple[int, int]]:
-    """Yield the candidates for the size of the coarse stage, from a quarter of the full size on, and last the full size.
+    """Yield the candidates for the size of the coarse stage, from a quarter of the full size up to the full size.
 
     Args:
         full: Height and width of the finished images in pixels.

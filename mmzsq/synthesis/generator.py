@@ -103,10 +103,10 @@ class CalibrationSetGenerator:
 
     Args:
         task: The frozen detector.
-        synthesis: The section ``zsq.synthesis``. Sizes of None are completed by
-            :func:`~mmzsq.synthesis.default_sizes.complete_sizes`, without a look at the detector. ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
+        synthesis: The section ``zsq.synthesis``: ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
             several rounds), ``synthesize``, ``priors``, ``require_feature_prior`` (True by default), and arguments of
-            :class:`Synthesizer`.
+            :class:`Synthesizer`. Sizes of None are completed by
+            :func:`~mmzsq.synthesis.default_sizes.complete_sizes`, whatever the detector takes.
         label_sampler: The section ``zsq.label_sampler``.
         batch_size: Default batch size of a stage.
         seed: Seed of the set.

@@ -3,12 +3,12 @@
 
 Four measures, none of which needs a real image:
 
-* BatchNorm distance. The running statistics of a BatchNorm layer are the only record of the training images. Let
-  :math:`m_i` be the mean of a channel over the positions of image i. Positions of one image depend on one another, so
-  images are the independent samples: if all :math:`m_i` have the mean mu of the training images, then
-  :math:`E (\\bar m - \\mu)^2 = Var(m_i) / N` for a batch of N images. The same holds for the second moment
-  :math:`E (x - \\mu)^2`, whose mean is the running variance. The distance is the root of the measured squared error
-  divided by this sampling error. It is about 1 for images drawn from the training data.
+* BatchNorm distance. The running statistics of a BatchNorm layer are the only record of the training images. Let m_i be
+  the mean of a channel over the positions of image i. Positions of one image depend on one another, so images are the
+  independent samples: if all m_i have the mean of the training images, the squared error of the mean of a batch of N
+  images is Var(m_i) / N in expectation. The same holds for the second moment about the running mean, whose mean is the
+  running variance. The distance is the root of the measured squared error divided by this sampling error. It is about
+  1 for images drawn from the training data.
 * Labels that the detector finds again: in the image, in its mirror image and at half the size. Texture that only
   happens to excite the detector does not survive these views.
 * Colors and contrast.
@@ -391,9 +391,7 @@ def _image_statistics(detector: nn.Module) -> Iterator[_ImageStatistics]:
             handle.remove()
 
 
-def _warnings(
-    batch_norm: BatchNormHealth | None, labels: LabelHealth | None, pixels: PixelHealth
-) -> Iterator[str]:
+def _warnings(batch_norm: BatchNormHealth | None, labels: LabelHealth | None, pixels: PixelHealth) -> Iterator[str]:
     if batch_norm is not None and batch_norm.median > MAX_BATCH_NORM:
         yield (
             f'features are unlike those of the training images: BatchNorm distance {batch_norm.median:.1f}, at most '

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image sizes and batches of the stages of synthesis that a config leaves open.
 
-* The size of ``synthesize`` is that of the detector's test pipeline. A pipeline that keeps the aspect ratio makes images
-  of many sizes: a square with as many pixels takes their place, of at most :data:`LARGEST_SQUARE` pixels, because the
-  cost of synthesis grows with the pixels.
+* The size of ``synthesize`` is that of the detector's test pipeline. A pipeline that keeps the aspect ratio makes
+  images of many sizes. A square with as many pixels takes their place, with sides of at most :data:`LARGEST_SQUARE`
+  pixels, because the cost of synthesis grows with the pixels.
 * ``relabel`` takes the smallest size that the network and its head accept, from a quarter of the full size on, but at
   least :data:`SMALLEST_COARSE`. A trial forward with the detection loss and a prediction decides.
 * ``refine`` lies between both, as the geometric mean.
@@ -172,9 +172,7 @@ def _coarse_size(task: SynthesisTask, full: tuple[int, int]) -> tuple[tuple[int,
     return full, 'the full size, since the detector takes no smaller one'
 
 
-def _adopt(
-    synthesis: dict[str, Any], known: Mapping[str, Any], batch_size: int, fits_batches: bool
-) -> dict[str, Any]:
+def _adopt(synthesis: dict[str, Any], known: Mapping[str, Any], batch_size: int, fits_batches: bool) -> dict[str, Any]:
     """Fill the open sizes of coarse stages, and batches, with those of an existing set."""
     own, other = list(stages_of(synthesis)), list(stages_of(known))
     if [name for name, _ in own] != [name for name, _ in other]:

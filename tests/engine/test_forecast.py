@@ -75,7 +75,9 @@ def test_shortening_keeps_the_pace_of_relabeling() -> None:
         refine=None,
         synthesize=dict(image_size=96, iterations=400, batch_size=64),
     )
-    short, sampler = module._shortened(synthesis, dict(type='mmzsq.AdaptiveLabelSampler', warmup=300, interval=100), 0.1)
+    short, sampler = module._shortened(
+        synthesis, dict(type='mmzsq.AdaptiveLabelSampler', warmup=300, interval=100), 0.1
+    )
     assert (short['relabel']['iterations'], short['synthesize']['iterations']) == (80, 40)
     assert (short['relabel']['batch_size'], short['synthesize']['batch_size']) == (8, 8)
     assert (sampler['warmup'], sampler['interval']) == (30, 10)

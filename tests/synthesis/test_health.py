@@ -30,7 +30,9 @@ class Task:
     needs_masks = False
     device = torch.device('cpu')
 
-    def __init__(self, detector: nn.Module, predict: Callable[[Tensor], list[InstanceData]], order: str = 'rgb') -> None:
+    def __init__(
+        self, detector: nn.Module, predict: Callable[[Tensor], list[InstanceData]], order: str = 'rgb'
+    ) -> None:
         self.detector = detector.eval()
         self.channel_order = order
         self._predict = predict

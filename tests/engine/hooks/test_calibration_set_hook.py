@@ -135,7 +135,10 @@ def test_open_sizes_follow_the_pipeline_and_are_kept_with_the_set(
     assert stages['synthesize']['image_size'] == [256, 256] and stages['relabel']['image_size'] == [160, 160]
     assert 'fit_batches' not in stages
     [log] = Path('out').glob('*/*.log')
-    assert 'stage synthesize: 256x256 px (about the pixels of the test pipeline (256x256, keeps the aspect ratio))' in log.read_text()
+    assert (
+        'stage synthesize: 256x256 px (about the pixels of the test pipeline (256x256, keeps the aspect ratio))'
+        in log.read_text()
+    )
     # Another machine, whose memory or libraries would make another choice.
     monkeypatch.setattr(stage_sizes, 'accepts', lambda task, size: False)
     make_runner(**open_sizes).generate()
