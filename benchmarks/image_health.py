@@ -28,6 +28,7 @@ from mmengine.structures import InstanceData
 
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.config.compose import complete_section, detector_section
+from mmzsq.errors import UserError
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.registry import LABEL_SAMPLERS, build_part
 from mmzsq.synthesis.health import FOUND_SCORE, ImageHealth, measure
@@ -100,7 +101,7 @@ def letterboxed(paths: Sequence[Path], side: int) -> np.ndarray:
     """Read images and fit them into squares, padded with gray; uint8 RGB (N, side, side, 3)."""
     images = np.full((len(paths), side, side, 3), 114, np.uint8)
     for canvas, path in zip(images, paths, strict=True):
-        image = cv2.imread(str(path))[..., ::-1]
+        image = read_image(path)
         factor = side / max(image.shape[:2])
         height, width = (max(round(length * factor), 1) for length in image.shape[:2])
         top, left = (side - height) // 2, (side - width) // 2
@@ -112,7 +113,15 @@ def read_images(path: Path, count: int) -> np.ndarray:
     """Read ``images.npy``, or a folder of PNG files; uint8 RGB (N, H, W, 3)."""
     if path.suffix == '.npy':
         return np.load(path)[:count]
-    return np.stack([cv2.imread(str(file))[..., ::-1] for file in sorted(path.glob('*.png'))[:count]])
+    return np.stack([read_image(file) for file in sorted(path.glob('*.png'))[:count]])
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a file as uint8 RGB (H, W, 3)."""
+    image = cv2.imread(str(path))
+    if image is None:
+        raise UserError(f'{path} is not an image')
+    return image[..., ::-1]
 
 
 def to_pixels(values: np.ndarray) -> np.ndarray:

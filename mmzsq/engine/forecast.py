@@ -110,7 +110,9 @@ class Forecast:
         else:
             schedule = 'the whole schedule'
         lines = [f'dry run: {self.health.images} images by {schedule}; see {self.gallery}', self.health.summary()]
-        lines += [f'image health: {warning}' for warning in self.health.warnings]
+        # A shortened schedule ends before objects have taken shape.
+        prefix = 'image health' if self.share == 1 else 'image health, may improve with the whole schedule'
+        lines += [f'{prefix}: {warning}' for warning in self.health.warnings]
         for cost in self.costs:
             height, width = cost.image_size
             lines.append(
