@@ -9,8 +9,8 @@ that of ``python -m mmzsq.test``.
 ``--students`` holds ``yolov5n_BITS.pth``, checkpoints of ``python -m mmzsq.train configs/zsq/yolov5-n_BITS.py``.
 They are evaluated in PyTorch, OpenVINO and ONNX Runtime. ``--images`` is a synthetic set that
 ``python -m mmzsq.generate CONFIG --format npy`` wrote. NNCF and ``onnxruntime.quantization`` calibrate on it, on noise,
-on procedural pictures, and on the first 32 and 300 images of train2017. Their graphs end at the raw maps of the head, because 8-bit
-grids would destroy decoded boxes.
+on procedural pictures, and on the first 32 and 300 images of train2017. Their graphs end at the raw maps of the head,
+because 8-bit grids would destroy decoded boxes.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from mmzsq.atomic_files import sha256, to_json, write_atomically
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.errors import UserError
+from mmzsq.pipelines import frame_of
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.registry import MODELS
@@ -227,21 +228,10 @@ def image_size(student: Student) -> tuple[int, int]:
         UserError: If the pipeline does not fix a size.
     """
     divisor = getattr(student.detector.data_preprocessor, 'pad_size_divisor', 1)
-    size: tuple[int, int] | None = None
-    for transform in student.pipeline:
-        name = str(getattr(transform['type'], '__name__', transform['type'])).rpartition('.')[2]
-        scale = transform.get('size' if name == 'Pad' else 'scale')
-        if name not in ('LetterResize', 'Resize', 'FixScaleResize', 'Pad') or scale is None:
-            continue
-        scale = (scale, scale) if isinstance(scale, (int, float)) else tuple(scale)
-        if not all(isinstance(side, int) and side > 0 for side in scale):
-            continue
-        upright = name in ('Resize', 'FixScaleResize') and transform.get('keep_ratio')
-        size = (max(scale), max(scale)) if upright else (scale[1], scale[0])
-    if size is None:
+    frame = frame_of(student.pipeline, divisor)
+    if frame is None:
         raise UserError('the test pipeline of the config fixes no size of images: give it by --size H W.')
-    height, width = (math.ceil(side / divisor) * divisor for side in size)
-    return height, width
+    return (frame.height, frame.width) if frame.fixed else (max(frame[:2]), max(frame[:2]))
 
 
 def runtimes_for(target: str) -> list[str]:

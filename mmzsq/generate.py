@@ -3,6 +3,7 @@
 
 Training makes the set if it is missing. This tool makes it beforehand, for instance on another machine, and continues
 where a stopped run left off. With ``--format``, it also writes the set in the layout that another tool calibrates on.
+``--dry-run`` makes a few images only, and forecasts health, time and memory of the whole run.
 
 ``python -m mmzsq.generate --procedural 300 --size 640 --format openvino`` makes procedural pictures instead, without a
 config or a detector.
@@ -19,6 +20,7 @@ from mmengine.logging import MMLogger
 from mmzsq import cli
 from mmzsq.config.compose import detector_section
 from mmzsq.datasets.set_formats import Preprocessing, check_format, write_format
+from mmzsq.engine.forecast import forecast
 from mmzsq.engine.progress import PictureProgress
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, ProceduralGenerator
@@ -57,6 +59,9 @@ def _generate(args: argparse.Namespace) -> None:
         check_format(args.format, out)
     preprocessing = Preprocessing.from_config(detector_section(cfg).get('data_preprocessor') or {})
     runner = cli.build_runner(cfg)
+    if args.dry_run:
+        forecast(runner)
+        return
     runner.generate()
     if out is not None and is_main_process():
         write_format(CalibrationSet.load(runner.cfg.zsq.calibration_set.dir), args.format, out, preprocessing)
@@ -117,6 +122,11 @@ def _parse_args() -> argparse.Namespace:
         help='also write the set for another tool: coco, yolo, npy, openvino, tensorrt, rknn or hailo',
     )
     options.add_argument('--format-dir', metavar='DIR', help='folder of --format (default: WORK_DIR/calibration_NAME)')
+    options.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='make 8 images in WORK_DIR/dry_run, and forecast health, time and memory of the whole run',
+    )
     options.add_argument(
         '--procedural', type=int, metavar='N', help='make N procedural pictures; needs no config and no detector'
     )

@@ -57,10 +57,10 @@ BITS = {
 ALL = [f'{detector}_{bits}' for detector, rows in BITS.items() for bits in rows]
 STAGES = {
     **{name: [(320, 32), (640, 16)] for name in ORIGINS if 'rcnn' in name or name == 'retinanet_r50'},
-    **{name: [(160, 64), (0.5, 32), (640, 32)] for name in ('rtmdet-s', 'yolox-s')},
-    'yolov3_d53': [(160, 64), (0.5, 32), (608, 32)],
+    **{name: [(None, 64), (None, 32), (None, 32)] for name in ('rtmdet-s', 'yolox-s')},
+    'yolov3_d53': [(None, 64), (None, 32), (608, 32)],
 }
-"""Sizes in pixels (or the share of the last) and batches, from coarse to fine."""
+"""Sizes in pixels (None: chosen for the detector) and batches, from coarse to fine."""
 SWIN_T = 'mask-rcnn_swin-t_w4a8'
 
 

@@ -53,9 +53,10 @@ _DEFAULT: dict[str, Any] = dict(
     synthesis=dict(
         # From coarse to fine: objects take shape while they are a few pixels large. At full size alone they are
         # outlines filled with texture.
-        relabel=dict(image_size=160, iterations=800, batch_size=128),
-        refine=dict(image_size=0.5, iterations=300, batch_size=64, start='previous', lr=0.05),
-        synthesize=dict(image_size=640, iterations=400, batch_size=64, start='previous', lr=0.05),
+        relabel=dict(image_size=None, iterations=800, batch_size=128),
+        refine=dict(image_size=None, iterations=300, batch_size=64, start='previous', lr=0.05),
+        synthesize=dict(image_size=None, iterations=400, batch_size=64, start='previous', lr=0.05),
+        fit_batches=True,
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
@@ -140,6 +141,7 @@ _PAPER: dict[str, Any] = dict(
         relabel=dict(image_size=160, iterations=2500, batch_size=64),
         refine=None,
         synthesize=dict(image_size=640, iterations=2500, batch_size=32),
+        fit_batches=False,
         priors=[
             dict(type='mmzsq.BNStatisticsPrior', form='l2', weight=0.01, first_weight=2.0),
             dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),

@@ -23,6 +23,7 @@ from mmzsq.deploy.markers import INT4_OPSET, OPSET, activation_grids, check_expo
 from mmzsq.deploy.nms import DETECTIONS, LAYOUT, NmsSettings, append_nms, nms_of
 from mmzsq.deploy.standalone import selection_of
 from mmzsq.errors import UserError
+from mmzsq.pipelines import resize_of
 from mmzsq.quantization import LSQ, quantized_layers, quantizers
 from mmzsq.version import __version__
 
@@ -405,33 +406,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, '__name__', str(value))
-
-
-def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Describe how a test pipeline resizes images.
-
-    Args:
-        pipeline: Configs of transforms.
-
-    Returns:
-        ``mode``: ``'letterbox'`` (keep the aspect ratio, pad evenly on both sides), ``'keep_ratio'`` (pad at bottom
-        and right) or ``'stretch'``; ``scale`` (width, height) in pixels; ``pad_value`` in [0, 255], None if no
-        transform pads: normalized images are then padded at bottom and right. None if no transform resizes.
-    """
-    found: dict[str, Any] | None = None
-    for transform in pipeline:
-        kind = transform.get('type')
-        name = str(kind if isinstance(kind, str) else getattr(kind, '__name__', kind)).rpartition('.')[2]
-        if name == 'LetterResize':
-            found = dict(mode='letterbox', scale=list(transform['scale']), pad_value=transform.get('pad_val', 114))
-        elif name in ('Resize', 'FixScaleResize'):
-            mode = 'keep_ratio' if transform.get('keep_ratio') else 'stretch'
-            scale = transform.get('scale')
-            found = dict(mode=mode, scale=None if scale is None else list(scale), pad_value=None)
-        elif name == 'Pad' and found is not None:
-            value = transform.get('pad_val', 0)
-            found['pad_value'] = value.get('img', 0) if isinstance(value, Mapping) else value
-    return found
 
 
 def bits_of(detector: nn.Module) -> dict[str, list[int]]:

@@ -126,7 +126,7 @@ def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
         if stage['image_iterations']:
             stage['ms_per_image_iteration'] = round(1000 * stage['seconds'] / stage['image_iterations'], 4)
     source = calibration_set.fingerprint.get('source', 'synthesized')
-    return dict(source=source, statistics=calibration_set.statistics(), stages=stages)
+    return dict(source=source, statistics=calibration_set.statistics(), stages=stages, health=manifest.get('health'))
 
 
 def _evaluate_if_possible(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:

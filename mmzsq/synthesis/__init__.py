@@ -2,6 +2,7 @@
 """Synthesis of calibration sets: label samplers, priors, image optimization, and storage on disk."""
 
 from mmzsq.synthesis.calibration_set import CalibrationSet
+from mmzsq.synthesis.default_sizes import complete_sizes
 from mmzsq.synthesis.generator import CalibrationSetGenerator, Stage
 from mmzsq.synthesis.label_samplers import (
     AdaptiveLabelSampler,
@@ -43,6 +44,7 @@ __all__ = [
     'RelabelCounts',
     'SingleBoxSampler',
     'TileSampler',
+    'complete_sizes',
     'no_labels',
     'rescale_labels',
     'select_priors',

@@ -277,6 +277,21 @@ class CalibrationSet:
         }
         write_atomically(self._manifest_path, to_json(manifest, indent=1))
 
+    def record_health(self, health: Mapping[str, Any]) -> None:
+        """Add the health of the images to the manifest of a complete set.
+
+        Args:
+            health: Measurements, ready for JSON.
+
+        Raises:
+            UserError: If the set is not complete, or the disk is full or not writable.
+        """
+        manifest = self.manifest
+        if manifest is None:
+            raise UserError(f'the calibration set in {self.root} is not complete yet')
+        shards = manifest.pop('shards')
+        write_atomically(self._manifest_path, to_json({**manifest, 'health': health, 'shards': shards}, indent=1))
+
     @property
     def is_complete(self) -> bool:
         """Whether the set was merged and none of its files was deleted since."""

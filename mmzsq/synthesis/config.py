@@ -54,12 +54,14 @@ class CutoutConfig(TypedSection):
 class StageConfig(TypedSection):
     """One stage of synthesis: image size, number of steps, and initial images."""
 
-    image_size: ImageSize | Annotated[float, Field(gt=0, lt=1)]
-    """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``."""
+    image_size: ImageSize | Annotated[float, Field(gt=0, lt=1)] | None
+    """Size of the images in pixels, or, below 1, a share of the size of ``synthesize``. None: for ``synthesize`` that
+    of the test pipeline, for ``relabel`` the smallest that the detector takes, for ``refine`` one between both."""
     iterations: NonNegative
     """Optimization steps. 0 keeps the initial images."""
     batch_size: Positive | None = None
-    """Images optimized together. None: ``zsq.calibration_set.batch_size``."""
+    """Images optimized together; fewer on a GPU that they do not fit, see ``zsq.synthesis.fit_batches``. None:
+    ``zsq.calibration_set.batch_size``."""
     lr: PositiveFloat | None = None
     """Learning rate of this stage. None: ``zsq.synthesis.lr``."""
     start: Literal['noise', 'previous', 'procedural'] = 'noise'
@@ -86,6 +88,8 @@ class SynthesisConfig(TypedSection):
     """Stage or stages between ``relabel`` and ``synthesize``. None: no such stage."""
     synthesize: StageConfig
     """Last stage, whose images are kept."""
+    fit_batches: bool
+    """Halve the batch of a stage until a trial step fits into the memory of the GPU."""
     priors: list[Settings]
     """Image and feature priors: for each its ``type`` and arguments."""
     require_feature_prior: bool

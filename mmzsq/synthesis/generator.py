@@ -21,13 +21,11 @@ from mmzsq.errors import UserError
 from mmzsq.registry import LABEL_SAMPLERS, PRIORS, build_part
 from mmzsq.synthesis.calibration_set import CalibrationSet
 from mmzsq.synthesis.config import NO_ITERATIONS, StageConfig, iterations_allowed
+from mmzsq.synthesis.default_sizes import SIZE_MULTIPLE, complete_sizes
 from mmzsq.synthesis.label_samplers import fit_masks, rescale_labels
 from mmzsq.synthesis.priors import select_priors
 from mmzsq.synthesis.procedural import draw_pictures
 from mmzsq.synthesis.synthesizer import StepProgress, SynthesisResult, SynthesisTask, Synthesizer
-
-SIZE_MULTIPLE = 32
-"""Image sizes given as a fraction are rounded to a multiple of this many pixels."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,8 @@ class Stage:
         if not iterations_allowed(name, config):
             raise UserError(f'{where}.{NO_ITERATIONS}')
         size = config.image_size
+        if size is None:
+            raise UserError(f'{where}.image_size is None: complete it by mmzsq.synthesis.complete_sizes.')
         if isinstance(size, float):
             if full_size is None:
                 raise UserError(f'{where}.image_size is {size}, but must be in pixels: other stages refer to it.')
@@ -121,7 +121,8 @@ class CalibrationSetGenerator:
         task: The frozen detector.
         synthesis: The section ``zsq.synthesis``: ``relabel`` and ``refine`` (each None, a dict, or a list of dicts for
             several rounds), ``synthesize``, ``priors``, ``require_feature_prior`` (True by default), and arguments of
-            :class:`Synthesizer`.
+            :class:`Synthesizer`. Sizes of None are completed by
+            :func:`~mmzsq.synthesis.default_sizes.complete_sizes`, whatever the detector takes.
         label_sampler: The section ``zsq.label_sampler``.
         batch_size: Default batch size of a stage.
         seed: Seed of the set.
@@ -139,7 +140,8 @@ class CalibrationSetGenerator:
     def __init__(
         self, task: SynthesisTask, synthesis: dict[str, Any], label_sampler: dict[str, Any], batch_size: int, seed: int
     ) -> None:
-        options = dict(synthesis)
+        options = complete_sizes(synthesis)
+        options.pop('fit_batches', None)
         last = Stage.from_config('synthesize', options.pop('synthesize'), batch_size)
         self.stages = [
             Stage.from_config(name, stage, batch_size, last.image_size)

@@ -387,8 +387,8 @@ def test_stages_without_effect_are_skipped(task: DetectionTask) -> None:
             dict(image_size=64, iterations=1, start='earlier'),
             "start is 'earlier', but must be 'noise', 'previous' or 'procedural'",
         ),
-        (dict(image_size=1.5, iterations=1), 'or a number above 0 and below 1'),
-        (dict(image_size=0.0, iterations=1), 'or a number above 0 and below 1'),
+        (dict(image_size=1.5, iterations=1), 'a number above 0 and below 1 or None'),
+        (dict(image_size=0.0, iterations=1), 'a number above 0 and below 1 or None'),
         (dict(image_size=64, iterations=0), 'iterations is 0, but must be an integer of at least 1'),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from mmengine.dist import barrier, get_rank, get_world_size
+from mmengine.dist import barrier, broadcast_object_list, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -23,6 +23,7 @@ from torch import nn
 
 from mmzsq.engine.progress import PictureProgress, SynthesisProgress
 from mmzsq.errors import UserError
+from mmzsq.pipelines import pipeline_of
 from mmzsq.qat.teacher import digest
 from mmzsq.registry import HOOKS
 from mmzsq.synthesis import (
@@ -32,13 +33,16 @@ from mmzsq.synthesis import (
     NoFeaturePriorError,
     PictureLabels,
     ProceduralGenerator,
-    Stage,
     no_labels,
 )
+from mmzsq.synthesis.health import measure, measured_images
+from mmzsq.synthesis.set_metadata import read_metadata
+from mmzsq.synthesis.stage_sizes import choose_stages, full_size
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.detection_task import num_classes
 from mmzsq.version import __version__
 from mmzsq.visualization import save_set_gallery
+from mmzsq.visualization.gallery import load_labeled_images
 
 GALLERY_IMAGES = 16
 BARRIER_TIMEOUT = timedelta(days=30)
@@ -56,6 +60,10 @@ class _Source:
     """The detector; None if the images do not depend on it."""
     synthesized: CalibrationSetGenerator | None
     pictures: ProceduralGenerator | None
+    synthesis: dict[str, Any]
+    """The section with all sizes and batches."""
+    choices: list[str]
+    """What was chosen, for the log."""
 
 
 @HOOKS.register_module()
@@ -121,7 +129,7 @@ class CalibrationSetHook(Hook):
             fingerprint=self._fingerprint(detector, source),
             num_images=self.num_images,
             shard_size=generator.shard_size,
-            classes=self._class_names(detector),
+            classes=self.class_names(detector),
             uses_real_labels=uses_real_labels,
             versions=dict(mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__),
         )
@@ -131,6 +139,7 @@ class CalibrationSetHook(Hook):
             if get_rank() == 0:
                 calibration_set.verify()
             runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
+            self._measure_health(runner, source.task, calibration_set)
             return
         if source.synthesized is not None:
             source.synthesized.check_sizes()
@@ -143,6 +152,8 @@ class CalibrationSetHook(Hook):
             f'generating the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
             f'{calibration_set.num_shards} shards missing'
         )
+        for choice in source.choices:
+            runner.logger.info(choice)
         if isinstance(generator, ProceduralGenerator):
             progress = PictureProgress(runner.logger, sum(map(calibration_set.shard_length, own_shards)))
             generator.generate(
@@ -154,6 +165,7 @@ class CalibrationSetHook(Hook):
         if get_rank() == 0:
             calibration_set.merge()
             save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
+            self._measure_health(runner, source.task, calibration_set)
         barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
@@ -162,11 +174,11 @@ class CalibrationSetHook(Hook):
         name = self.source
         task = None if name == 'procedural' and not self.label_pictures else build_detection_task(teacher)
         synthesized = None
+        synthesis, choices = self.synthesis, list[str]()
         if task is not None and name != 'procedural':
             try:
-                synthesized = CalibrationSetGenerator(
-                    task, self.synthesis, self.label_sampler, self.batch_size, self.seed
-                )
+                synthesis, choices = self.choose_stages(runner, task)
+                synthesized = CalibrationSetGenerator(task, synthesis, self.label_sampler, self.batch_size, self.seed)
             except NoFeaturePriorError as error:
                 if name != 'auto':
                     raise
@@ -174,15 +186,17 @@ class CalibrationSetHook(Hook):
                     f'the calibration set consists of procedural pictures, not of synthesized images, since {error}'
                 )
         if synthesized is not None and name != 'mixed':
-            return _Source('synthesized', synthesized, task, synthesized, None)
+            return _Source('synthesized', synthesized, task, synthesized, None, synthesis, choices)
         label: Callable[[np.ndarray], list[InstanceData]] = no_labels
         if task is not None and self.label_pictures:
             label = PictureLabels(task, self._score_thr)
-        size = Stage.from_config('synthesize', self.synthesis['synthesize'], self.batch_size).image_size
+        size, reason = full_size(synthesis, teacher, pipeline_of(runner.cfg))
         pictures = ProceduralGenerator(size, self.seed, label)
         if synthesized is None:
-            return _Source('procedural', pictures, task if self.label_pictures else None, None, pictures)
-        return _Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures)
+            choices = [f'procedural pictures of {size[0]}x{size[1]} pixels ({reason})']
+            labeler = task if self.label_pictures else None
+            return _Source('procedural', pictures, labeler, None, pictures, synthesis, choices)
+        return _Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures, synthesis, choices)
 
     def _synthesize(
         self,
@@ -212,6 +226,58 @@ class CalibrationSetHook(Hook):
                 f'({synthesizer.eager_reason})'
             )
 
+    def choose_stages(self, runner: Runner, task: DetectionTask) -> tuple[dict[str, Any], list[str]]:
+        """Choose the sizes and batches that the config leaves open, on rank 0 for all ranks.
+
+        The choices of a set in the folder are kept.
+
+        Args:
+            runner: The runner, whose config has the test pipeline.
+            task: The teacher.
+
+        Returns:
+            See :func:`~mmzsq.synthesis.stage_sizes.choose_stages`.
+        """
+        chosen: list[Any] = [None]
+        if get_rank() == 0:
+            try:
+                known = read_metadata(self.root)
+                chosen[0] = choose_stages(
+                    task,
+                    self.synthesis,
+                    self.label_sampler,
+                    self.batch_size,
+                    self.seed,
+                    pipeline_of(runner.cfg),
+                    None if known is None else known['fingerprint'].get('synthesis'),
+                )
+            except Exception as error:
+                # The other ranks wait for the choice.
+                chosen[0] = error
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], Exception):
+            raise chosen[0]
+        synthesis, lines = chosen[0]
+        return synthesis, lines
+
+    def _measure_health(self, runner: Runner, task: DetectionTask | None, calibration_set: CalibrationSet) -> None:
+        """Log the health of a complete set and store it in the manifest, on rank 0; never fails a run.
+
+        Pictures that do not depend on the detector are not measured.
+        """
+        if task is None or get_rank() != 0 or 'health' in (calibration_set.manifest or {}):
+            return
+        try:
+            images, labels, _ = load_labeled_images(self.root, measured_images(self.num_images))
+            health = measure(task, np.stack(images), labels)
+        except Exception as error:
+            runner.logger.warning(f'the health of the images is not measured: {type(error).__name__}: {error}')
+            return
+        runner.logger.info(health.summary())
+        for warning in health.warnings:
+            runner.logger.warning(f'image health: {warning}')
+        calibration_set.record_health(health.to_dict())
+
     def _fingerprint(self, detector: Any, source: _Source) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
         pictures = {} if source.pictures is None else dict(source.pictures.fingerprint, source=source.name)
@@ -229,7 +295,7 @@ class CalibrationSetHook(Hook):
         return dict(
             pictures,
             seed=self.seed,
-            synthesis=self.synthesis,
+            synthesis=source.synthesis,
             label_sampler=self.label_sampler,
             batch_size=self.batch_size,
         )
@@ -238,7 +304,15 @@ class CalibrationSetHook(Hook):
     def _score_thr(self) -> float:
         return float(self.label_sampler.get('score_thr', DEFAULT_SCORE_THR))
 
-    def _class_names(self, detector: Any) -> list[str]:
+    def class_names(self, detector: Any) -> list[str]:
+        """Return the names of the categories.
+
+        Args:
+            detector: The :class:`~mmzsq.qat.ZeroShotDetector` with the teacher.
+
+        Raises:
+            UserError: If the config names another number of classes than the detector has.
+        """
         count = num_classes(detector.load_teacher())
         if self.classes is not None and len(self.classes) != count:
             first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'

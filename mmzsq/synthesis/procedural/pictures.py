@@ -233,7 +233,7 @@ class _Layer:
         top = rng.random(len(self.radii)).astype(np.float32)[self.index_map]
         reach = self.scale * rng.uniform(2, 8)
         around = cv2.GaussianBlur(top, (0, 0), reach)
-        shift = np.float32([[1, 0, rng.normal(0, reach)], [0, 1, rng.normal(0, reach)]])
+        shift = np.array([[1, 0, rng.normal(0, reach)], [0, 1, rng.normal(0, reach)]], np.float32)
         around = cv2.warpAffine(around, shift, picture.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
         picture *= (1 - strength * np.clip(around - top, 0, 1))[..., None]
 

@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mmzsq.engine.hooks import calibration_set_hook
 from mmzsq.errors import UserError
-from mmzsq.synthesis import CalibrationSet
+from mmzsq.synthesis import CalibrationSet, stage_sizes
 
 
 @pytest.fixture
@@ -87,3 +88,61 @@ def test_a_set_of_noise_is_generated_reused_and_checked(make_runner: Any) -> Non
     assert logs.count('using the calibration set') == 1
     with pytest.raises(UserError, match=r'synthesis\.synthesize\.iterations: 0 there, 1 now'):
         make_runner(**{**noise, 'zsq.synthesis.synthesize': dict(sizes, iterations=1)}).generate()
+
+
+def test_health_is_measured_once_and_kept_in_the_manifest(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_runner()
+    runner.generate()
+    made = CalibrationSet.load('out/calibration_set')
+    made.verify()
+    health = made.manifest['health']
+    assert health['images'] == 3
+    assert health['batch_norm']['median'] > 0 and 'bbox_head' not in str(list(health['batch_norm']['layers'])[0])
+    assert health['labels']['count'] == made.statistics()['boxes']
+    [log] = Path('out').glob('*/*.log')
+    assert 'image health of 3 images: BatchNorm distance' in log.read_text()
+
+    def fail(*args: Any) -> None:
+        raise AssertionError('measured again')
+
+    monkeypatch.setattr(calibration_set_hook, 'measure', fail)
+    make_runner().generate()
+    assert CalibrationSet.load('out/calibration_set').manifest['health'] == health
+
+
+def test_a_run_goes_on_if_health_cannot_be_measured(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError('not enough values to unpack')
+
+    monkeypatch.setattr(calibration_set_hook, 'measure', fail)
+    make_runner().generate()
+    assert 'health' not in CalibrationSet.load('out/calibration_set').manifest
+    [log] = Path('out').glob('*/*.log')
+    assert 'the health of the images is not measured: RuntimeError: not enough values' in log.read_text()
+
+
+def test_open_sizes_follow_the_pipeline_and_are_kept_with_the_set(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_sizes = {
+        'zsq.synthesis.relabel': dict(image_size=None, iterations=1, batch_size=2),
+        'zsq.synthesis.synthesize': dict(image_size=None, iterations=0, batch_size=2),
+    }
+    make_runner(**open_sizes).generate()
+    made = CalibrationSet.load('out/calibration_set')
+    stages = made.fingerprint['synthesis']
+    # Resize to 256 x 256 pixels at most.
+    assert stages['synthesize']['image_size'] == [256, 256] and stages['relabel']['image_size'] == [160, 160]
+    assert 'fit_batches' not in stages
+    [log] = Path('out').glob('*/*.log')
+    assert (
+        'stage synthesize: 256x256 px (about the pixels of the test pipeline (256x256, keeps the aspect ratio))'
+        in log.read_text()
+    )
+    # Another machine, whose memory or libraries would make another choice.
+    monkeypatch.setattr(stage_sizes, 'accepts', lambda task, size: False)
+    make_runner(**open_sizes).generate()
+    assert CalibrationSet.load('out/calibration_set').manifest == made.manifest
+    explicit = {**open_sizes, 'zsq.synthesis.relabel': dict(image_size=192, iterations=1, batch_size=2)}
+    with pytest.raises(UserError, match=r'synthesis\.relabel\.image_size'):
+        make_runner(**explicit).generate()
