@@ -56,7 +56,8 @@ BITS = {
 }
 ALL = [f'{detector}_{bits}' for detector, rows in BITS.items() for bits in rows]
 STAGES = {
-    **{name: [(320, 32), (640, 16)] for name in ORIGINS if 'rcnn' in name or name == 'retinanet_r50'},
+    **{name: [(320, 32), (640, 16)] for name in ORIGINS if 'rcnn' in name},
+    'retinanet_r50': [(320, 32), (None, 16)],
     **{name: [(None, 64), (None, 32), (None, 32)] for name in ('rtmdet-s', 'yolox-s')},
     'yolov3_d53': [(None, 64), (None, 32), (608, 32)],
 }
