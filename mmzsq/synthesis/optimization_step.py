@@ -161,8 +161,16 @@ class OptimizationStep:
     def _detection_loss(self) -> Tensor:
         options = self.synthesizer
         inputs = options.cutout(self.images) if options.cutout is not None else self.images
+        precision = self.task.loss_precision
+        before = precision.fp32_reason
         with self._accelerated():
             detection = self.task.loss(inputs, self.samples)
+        if precision.fp32_reason != before:
+            # The task has computed the loss again in fp32. The priors have seen both forwards.
+            for prior in options.priors:
+                prior.reset()
+            with self._accelerated():
+                detection = self.task.loss(inputs, self.samples)
         if self.balance is not None:
             return detection.float()
         scale = len(self.images) if options.detection_reduction == 'sum' else 1

@@ -33,6 +33,12 @@ DETECTION_INTERVAL = 8
 """Default of ``detection_interval`` for a detector whose loss is computed image by image."""
 
 
+class Precision(Protocol):
+    """How a task computes its loss under autocast; see :class:`mmzsq.tasks.mixed_precision.LossPrecision`."""
+
+    fp32_reason: str | None
+
+
 class SynthesisTask(Protocol):
     """Interface of a detector for synthesis; implemented by :class:`mmzsq.tasks.DetectionTask`."""
 
@@ -41,6 +47,10 @@ class SynthesisTask(Protocol):
     needs_masks: bool
     channel_order: str
     is_batched: bool
+
+    @property
+    def loss_precision(self) -> Precision:
+        """Tells whether 16 bits had to be given up for the loss."""
 
     @property
     def device(self) -> torch.device:

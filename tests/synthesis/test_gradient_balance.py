@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ class Task:
     needs_masks = False
     channel_order = 'rgb'
     device = torch.device('cpu')
+    loss_precision = SimpleNamespace(fp32_reason=None)
 
     def __init__(self, scale: float = 1.0, is_batched: bool = True) -> None:
         self.scale = scale

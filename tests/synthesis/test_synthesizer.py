@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ SIZE = (16, 16)
 
 class BrightBoxes:
     """A detector that sees brightness: its loss asks for white inside the boxes, black elsewhere."""
+
+    is_batched = True
+    loss_precision = SimpleNamespace(fp32_reason=None)
 
     def __init__(self) -> None:
         self.detector = nn.BatchNorm2d(3).eval().requires_grad_(False)
@@ -373,3 +377,25 @@ def test_the_best_images_are_those_of_the_final_labels() -> None:
     )
     assert result.counts['added'] == 1
     assert result.images[0, :, 2:8, 2:8].mean() > 0.9
+
+
+def test_a_loss_that_falls_back_to_fp32_is_observed_once() -> None:
+    """The priors must not see the forward that failed."""
+
+    class FallsBack(BrightBoxes):
+        def __init__(self, falls_back: bool) -> None:
+            super().__init__()
+            self.loss_precision = SimpleNamespace(fp32_reason=None)
+            self.falls_back = falls_back
+
+        def loss(self, images: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+            if self.falls_back and self.loss_precision.fp32_reason is None:
+                self.loss_precision.fp32_reason = 'not finite'
+                self.detector(images + 1)
+            return super().loss(images, samples)
+
+    first, second = (
+        Synthesizer(FallsBack(falls_back), [BNStatisticsPrior(weight=1.0)]).run(LABELS, SIZE, 3, seed=0).images
+        for falls_back in (False, True)
+    )
+    assert torch.equal(first, second)
