@@ -24,7 +24,8 @@ import mmdet
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
 
 from mmzsq.config.compose import compose, detector_section
 from mmzsq.synthesis import CalibrationSetGenerator, StepProgress
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks/results/general_path.json')
     args = parser.parse_args()
     register_all_modules()
+    # Initialization logs every parameter.
+    MMLogger.get_current_instance().setLevel('WARNING')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:
@@ -101,7 +104,7 @@ def measure(path: str, device: str, size: int, batch_size: int, steps: int) -> d
     drop_downloads(cfg.model)
     cfg.merge_from_dict(dict(zsq=dict(quantizer=dict(w_bits=4, a_bits=8)), load_from='none.pth', work_dir='work_dirs'))
     section = compose(cfg).zsq.to_dict()
-    detector = MMDET_MODELS.build(detector_section(cfg))
+    detector = MMDET_MODELS.build(ConfigDict(detector_section(cfg)))
     detector.init_weights()
     task = build_detection_task(detector.to(device))
     synthesis = section['synthesis']

@@ -6,11 +6,16 @@ Both libraries use the same layout of offsets and masks. torchvision has one ope
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 from torch import Tensor
 
 from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
+
+SYNC_DEBUG_ERROR = 2
+"""Value of ``torch.cuda.get_sync_debug_mode`` for ``'error'``."""
 
 MAX_OFFSET = 2.0**20
 """Limit of the offsets in pixels, far beyond the size of any feature map."""
@@ -193,7 +198,10 @@ def _deform_conv(
 ) -> Tensor:
     """Call torchvision's operator. It has no bf16 kernel, so 16-bit types are computed in fp32."""
     operands = _deform_operands(input, weight, offset, mask, bias)
-    return torch.ops.torchvision.deform_conv2d(*operands, *geometry, mask is not None)
+    (output,) = on_default_stream(
+        lambda *tensors: (torch.ops.torchvision.deform_conv2d(*tensors, *geometry, mask is not None),), *operands
+    )
+    return output
 
 
 def _deform_conv_backward(
@@ -208,7 +216,45 @@ def _deform_conv_backward(
     """Compute the gradients of input, weight, offset, mask and bias."""
     operands = _deform_operands(input, weight, offset, mask, bias)
     grad = grad_output.to(operands[0].dtype).contiguous()
-    return torch.ops.torchvision._deform_conv2d_backward(grad, *operands, *geometry, mask is not None)
+    return on_default_stream(  # type: ignore[return-value]
+        lambda *tensors: torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, mask is not None),
+        grad,
+        *operands,
+    )
+
+
+def on_default_stream(operator: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
+    """Call an operator whose kernels ignore the current CUDA stream, as torchvision's deformable convolution does.
+
+    It launches them on the default stream. On any other stream, they would read operands that are not computed yet, and
+    memory that is reused already.
+
+    Args:
+        operator: Returns its results as tensors.
+        operands: Its arguments, all on one device.
+
+    Raises:
+        RuntimeError: If synchronization is forbidden (``torch.cuda.set_sync_debug_mode('error')``), as before the
+            capture of a CUDA graph. Kernels on the default stream cannot be captured.
+    """
+    device = operands[0].device
+    if device.type != 'cuda':
+        return operator(*operands)
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if current == default:
+        return operator(*operands)
+    if torch.cuda.get_sync_debug_mode() == SYNC_DEBUG_ERROR:
+        raise RuntimeError("torchvision's deformable convolution ignores the current CUDA stream")
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        results = operator(*operands)
+    current.wait_stream(default)
+    # The allocator must not reuse memory of one stream while the other still works on it.
+    for operand in operands:
+        operand.record_stream(default)
+    for result in results:
+        result.record_stream(current)
+    return results
 
 
 def _deform_operands(

@@ -183,7 +183,10 @@ class OptimizationStep:
                 stack.enter_context(prior.paused())
             loss = self._detection_loss()
         (gradient,) = torch.autograd.grad(loss, self.images)
-        self.kept_gradient.copy_(gradient)
+        # A loss may be finite and its gradient not, for boxes without an area for instance. Such a gradient is left
+        # out, because its values would stay in the images for ever. A loss that is not finite ends the run.
+        finite = gradient.isfinite().all()
+        self.kept_gradient.copy_(torch.where(finite, gradient, 0))
         self.kept_loss.copy_(loss.detach())
 
     def _compute(self, measures: bool = False) -> None:
@@ -249,12 +252,12 @@ class OptimizationStep:
             # Without a feature prior, the detection loss is the reference of the image priors.
             self.balance.measure(detection if total is None else total, gradients)
         with torch.no_grad():
-            gradient = torch.zeros_like(self.images) if total is None else total
+            # In the memory layout of the images, as the fused optimizer requires.
+            gradient = torch.zeros_like(self.images)
+            if total is not None:
+                gradient += total
             for name, term in gradients.items():
-                if self.balance is None:
-                    gradient = gradient + term
-                else:
-                    gradient = gradient + self.balance.factor(name) * term
+                gradient += term if self.balance is None else self.balance.factor(name) * term
             self.images.grad = gradient
 
     @contextmanager

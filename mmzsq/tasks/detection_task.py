@@ -293,12 +293,14 @@ class DetectionTask:
                 getattr(self.detector, name)(features)
 
     def _observed_heads(self) -> list[str]:
-        return [
+        heads = [
             name
             for name in DENSE_HEADS
             if isinstance(head := getattr(self.detector, name, None), nn.Module)
             and any(isinstance(layer, _BatchNorm) for layer in head.modules())
         ]
+        # Beside a box head, a mask head reads more than the feature maps (CondInst), or none of them.
+        return [name for name in heads if name != 'mask_head' or getattr(self.detector, 'bbox_head', None) is None]
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[InstanceData]:
