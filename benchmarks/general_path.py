@@ -6,7 +6,8 @@
 
 Each detector is built from MMDetection's config with random weights, which do not change its time, and synthesizes one
 batch with the preset ``default``. A step of RetinaNet, whose loss is batched, is measured for comparison. Results are
-written to ``--out``; a detector that fails is reported and the others are measured.
+written to ``--out``; a detector that fails is reported and the others are measured. ``--page`` writes the table of
+docs/performance.md from the results and measures nothing; with ``--check``, it only compares.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from typing import Any
 
 import mmdet
 import torch
+from markdown_pages import markdown_table, read_text, renew
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 
 from mmzsq.config.compose import compose, detector_section
+from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSetGenerator, StepProgress
 from mmzsq.synthesis.label_samplers import fit_masks
 from mmzsq.tasks import build_detection_task
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / 'docs/performance.md'
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 FAMILIES: dict[str, tuple[str, float | None]] = {
     'RetinaNet': ('retinanet/retinanet_r50_fpn_1x_coco.py', None),
@@ -60,7 +64,15 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=16, help='images in a step (default: 16)')
     parser.add_argument('--steps', type=int, default=48, help='steps; the first half is not timed (default: 48)')
     parser.add_argument('--out', type=Path, default=ROOT / 'benchmarks/results/general_path.json')
+    parser.add_argument('--page', action='store_true', help='write the table and measure nothing')
+    parser.add_argument('--check', action='store_true', help='with --page: exit with 1 if the page is not up to date')
     args = parser.parse_args()
+    if args.page:
+        page = read_text(PAGE)
+        renew(
+            PAGE, page, with_table(page, json.loads(args.out.read_text())), args.check, f'{Path(__file__).name} --page'
+        )
+        return
     register_all_modules()
     # Initialization logs every parameter.
     MMLogger.get_current_instance().setLevel('WARNING')
@@ -80,6 +92,45 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1) + '\n')
         if device == 'cuda':
             torch.cuda.empty_cache()
+
+
+def with_table(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a page with the table of results between its two markers.
+
+    Args:
+        page: Content of docs/performance.md.
+        results: Content of a result file.
+    """
+    header = ('detector', 'ms per image-iteration', 'goal', 'between evaluations of the loss', 'CUDA graph')
+    rows = [
+        (
+            name,
+            f'{found["ms_per_image_iteration"]:.2f}',
+            '' if found['goal'] is None else f'<= {found["goal"]:g}',
+            f'{found["median_between_renewals"]:.2f}',
+            steps_text(found) if found['cuda_graph'] else found['eager_reason'],
+        )
+        for name, found in results.items()
+        if 'error' not in found
+    ]
+    first = next(iter(results.values()))
+    text = (
+        f'{markdown_table(header, rows)}\n\nMeasured on {first["device"]}: {first["size"]} px, batch '
+        f'{first["batch_size"]}, random weights.\n\n```bash\npython benchmarks/general_path.py\n```'
+    )
+    before, begin, rest = page.partition('<!-- general path -->')
+    _, end, after = rest.partition('<!-- end of general path -->')
+    if not begin or not end:
+        raise UserError(
+            'docs/performance.md must hold the lines <!-- general path --> and <!-- end of general path -->'
+        )
+    return f'{before}{begin}\n\n{text}\n\n{end}{after}'
+
+
+def steps_text(found: Mapping[str, Any]) -> str:
+    """Return whether and how steps are captured."""
+    interval = found['detection_interval']
+    return 'yes' if interval == 1 else f'yes, loss every {interval} steps'
 
 
 def describe(device: str) -> str:

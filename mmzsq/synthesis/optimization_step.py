@@ -22,7 +22,11 @@ EAGER_STEPS = 3
 """Eager steps before a capture. They allocate state that a captured step must not allocate."""
 
 MEASURE_INTERVAL = 10
-"""Steps between two measurements of the gradients' norms. A measuring step has one backward more."""
+"""Steps between two measurements of the gradients' norms. A measuring step has one backward more.
+
+As many steps run before the first measurement, by the feature priors alone. On noise, and on images that were resized,
+their gradient is up to ten times that of later steps, and terms in proportion to it would leave a pattern that stays.
+"""
 
 
 class OptimizationStep:
@@ -36,9 +40,12 @@ class OptimizationStep:
         synthesizer: Settings and detector.
         images: Initial images in [0, 1], (N, 3, H, W). Changed in place.
         labels: Labels of each image.
+        iterations: Number of steps of the stage. Short ones measure from a tenth of them on.
     """
 
-    def __init__(self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData]) -> None:
+    def __init__(
+        self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData], iterations: int = 0
+    ) -> None:
         self.synthesizer = synthesizer
         self.task = synthesizer.task
         self.images = images.requires_grad_()
@@ -67,6 +74,7 @@ class OptimizationStep:
             self.kept_gradient = torch.zeros_like(images)
             self.kept_loss = torch.zeros((), device=images.device)
         self.iteration = 0
+        self.first_measurement = min(MEASURE_INTERVAL, iterations // 10)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.eager_steps = 0
         self.may_capture = on_cuda and synthesizer.capture and synthesizer.eager_reason is None
@@ -91,12 +99,16 @@ class OptimizationStep:
 
     def __call__(self, lr: float) -> None:
         """Take one step at learning rate ``lr``."""
-        renews = self.interval > 1 and (self.renew or self.iteration % self.interval == 0)
+        since_first = self.iteration - self.first_measurement
+        starts = self.balance is None or since_first >= 0
+        renews = self.interval > 1 and starts and (self.renew or since_first % self.interval == 0)
         if renews:
             self._on_side_stream(self._renew_detection)
             self.renew = False
-        measures = self.balance is not None and (
-            renews if self.interval > 1 else self.iteration % MEASURE_INTERVAL == 0
+        measures = (
+            self.balance is not None
+            and starts
+            and (renews if self.interval > 1 else since_first % MEASURE_INTERVAL == 0)
         )
         self.iteration += 1
         if not self.images.is_cuda:
