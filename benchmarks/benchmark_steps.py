@@ -263,7 +263,7 @@ class SynthesisStage:
     """
 
     def __init__(self, cfg: Config, settings: Settings, index: int) -> None:
-        section = complete_section(cfg.zsq.to_dict(), cfg.get('model'))
+        section = complete_section(cfg.zsq.to_dict())
         self.settings = settings
         self.memory = PeakMemory(settings.device)
         self.seed = section['calibration_set']['seed']

@@ -58,7 +58,7 @@ def main() -> None:
     sets['uniform'] = generator.integers(0, 256, shape, dtype=np.uint8), None
     sets['gaussian'] = to_pixels(generator.normal(0.5, 0.2, shape)), None
     sets['haze'] = haze(args.count, args.size, generator), None
-    section = complete_section(cfg.zsq.to_dict(), cfg.model)
+    section = complete_section(cfg.zsq.to_dict())
     sampler = build_part(LABEL_SAMPLERS, section['label_sampler'], 'zsq.label_sampler')
     drawn = sampler.sample(args.adversarial, size, task.num_classes, torch.Generator().manual_seed(SEED))
     drawn = fit_masks(drawn, size, task.needs_masks)

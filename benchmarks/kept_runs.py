@@ -180,6 +180,15 @@ def training_text(results: Mapping[str, Any]) -> str:
     return f'{results["train"]["iterations"]} x {results["settings"]["train"]["batch_size"]}'
 
 
+FORMER_VALUES: dict[str, Any] = {
+    'calibration_set.source': 'synthesized',
+    'synthesis.balance': False,
+    'synthesis.detection_interval': 1,
+    'synthesis.fit_batches': False,
+}
+"""Settings that were added after runs were kept, by key below ``zsq``, with the values of these runs."""
+
+
 def command(row: Row, root: Path) -> str:
     """Return the command that repeats the first run of a row with the current leaf config and presets.
 
@@ -191,12 +200,13 @@ def command(row: Row, root: Path) -> str:
         # Runs on real images make no calibration set.
         recorded['calibration_set'] = dict(recorded['calibration_set'], dir=None)
         recorded = {key: value for key, value in recorded.items() if key not in OF_SYNTHETIC_IMAGES}
+    recorded = with_former_values(recorded)
     cfg = Config.fromfile(root / row.leaf)
     leaf = cfg.zsq.to_dict()
-    current = complete_section(dict(leaf, preset=row.preset), cfg.get('model'))
+    current = complete_section(dict(leaf, preset=row.preset))
     changed = dict(differences(recorded, json.loads(json.dumps(current)), 'zsq'))
-    for key in changed:
-        _refuse_lists_of_presets(key, {'zsq': leaf})
+    lists = {_list_of_preset(key, {'zsq': leaf}) for key in changed} - {None}
+    changed = {key: value for key, value in changed.items() if _list_of_preset(key, {'zsq': leaf}) not in lists}
     if leaf.get('preset', 'default') != row.preset:
         changed = {'zsq.preset': row.preset, **changed}
     options = [
@@ -204,7 +214,33 @@ def command(row: Row, root: Path) -> str:
         for section, content in changed.items()
         for key, value in _assignments(section, content)
     ]
-    return ' \\\n    '.join([f'python tools/train.py {row.leaf}', *(['--cfg-options', *options] if options else [])])
+    path, before = row.leaf, ''
+    if lists:
+        # A command line can only address lists of the config itself.
+        path = 'work_dirs/leaf.py'
+        lines = [f'cat > {path} <<EOF', f"_base_ = ['../{row.leaf}']", 'zsq = dict()']
+        for key in sorted(filter(None, lists)):
+            value: Any = {'zsq': recorded}
+            for name in key.split('.'):
+                value = value[name]
+            lines.append(f'zsq.update({_nested(key.split(".")[1:], value)})')
+        before = '\n'.join([*lines, 'EOF']) + '\n'
+    arguments = [f'python tools/train.py {path}', *(['--cfg-options', *options] if options else [])]
+    return before + ' \\\n    '.join(arguments)
+
+
+def _nested(names: Sequence[str], value: Any) -> str:
+    return repr(value) if not names else f'dict({names[0]}={_nested(names[1:], value)})'
+
+
+def with_former_values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with those that did not exist yet, at the values that computed the same."""
+    completed = {name: dict(section) if isinstance(section, Mapping) else section for name, section in recorded.items()}
+    for key, value in FORMER_VALUES.items():
+        section, name = key.split('.')
+        if isinstance(completed.get(section), dict):
+            completed[section].setdefault(name, value)
+    return completed
 
 
 def differences(recorded: Any, current: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -246,15 +282,15 @@ def _alike(recorded: Any, current: Any) -> bool:
     )
 
 
-def _refuse_lists_of_presets(key: str, leaf: Any) -> None:
-    """Raise if a key addresses a list of a preset, since a command line can only address lists of the config."""
+def _list_of_preset(key: str, leaf: Any) -> str | None:
+    """Return the key of the list that ``key`` addresses if it is in the preset and not in the leaf, or else None."""
     content = leaf
-    for name in key.split('.'):
+    names = key.split('.')
+    for position, name in enumerate(names):
         if name.isdigit() and not isinstance(content, list):
-            raise UserError(
-                f'{key} differs from the preset and cannot be given on a command line: add a config that sets it'
-            )
+            return '.'.join(names[:position])
         content = content[int(name)] if isinstance(content, list) else content.get(name, {})
+    return None
 
 
 def _assignments(key: str, value: Any) -> Iterator[tuple[str, Any]]:
