@@ -25,7 +25,8 @@ def leaf(name: str) -> Config:
 
 def test_all_rows_and_columns_have_a_leaf() -> None:
     rows = {f'{detector}_{bits}' for detector in DETECTORS for bits in BITS}
-    assert {path.stem for path in CONFIGS.glob('*_w?a?.py')} == rows
+    # YOLOX-nano is not in the comparison.
+    assert {path.stem for path in CONFIGS.glob('*_w?a?.py') if not path.stem.startswith('yolox')} == rows
     assert {path.stem for path in (CONFIGS / 'comparison').glob('*.py')} == {
         f'{r}{kind}' for r in rows for kind in KINDS
     }

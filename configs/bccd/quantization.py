@@ -15,6 +15,17 @@ blood_cells = dict(
         score_thr=0.5,
     ),
     synthesis=dict(
+        # The weights that the results were measured with; the balance of the preset was not measured here yet.
+        balance=False,
+        detection_weight=1.0,
+        detection_reduction='sum',
+        detection_interval=1,
+        # Smears are smooth. With the weight for photographs, cells become patches of noise.
+        priors=[
+            dict(type='mmzsq.BNStatisticsPrior', form='kl', weight=1.0),
+            dict(type='mmzsq.PatchSimilarityPrior', weight=1.0),
+            dict(type='mmzsq.TotalVariationPrior', weight=0.02),
+        ],
         cutout=dict(probability=0.5, area=(0.02, 0.2), ratio=(0.3, 3.3), value=0.0),
         # Height and width of the detectors' images. The first stage uses half of it.
         relabel=dict(image_size=0.5, iterations=500, batch_size=32),

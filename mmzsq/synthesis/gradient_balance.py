@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-MOMENTUM = 0.6
-"""Share of the earlier measurements in a factor."""
+MOMENTUM = 0.8
+"""Share of the earlier measurements in a factor. The first steps on noise say little about those that follow."""
 
 
 def image_gradient_norm(gradient: Tensor) -> Tensor:

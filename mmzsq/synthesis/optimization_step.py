@@ -6,27 +6,40 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmzsq.synthesis.acceleration import Acceleration
+from mmzsq.synthesis.cutout import Cutout
 from mmzsq.synthesis.gradient_balance import GradientBalance
 from mmzsq.synthesis.priors import Prior
-
-if TYPE_CHECKING:
-    from mmzsq.synthesis.synthesizer import Synthesizer
 
 EAGER_STEPS = 3
 """Eager steps before a capture. They allocate state that a captured step must not allocate."""
 
 MEASURE_INTERVAL = 10
-"""Steps between two measurements of the gradients' norms. A measuring step has one backward more.
+"""Steps between two measurements of the gradients' norms. A measuring step has one backward more."""
 
-As many steps run before the first measurement, by the feature priors alone. On noise, and on images that were resized,
-their gradient is up to ten times that of later steps, and terms in proportion to it would leave a pattern that stays.
-"""
+
+class StepSettings(Protocol):
+    """What a step reads of a :class:`~mmzsq.synthesis.synthesizer.Synthesizer`, and where it reports to."""
+
+    task: Any
+    priors: list[Prior]
+    detection_weight: float
+    detection_reduction: str
+    detection_interval: int
+    balance: bool
+    betas: tuple[float, float]
+    cutout: Cutout | None
+    clamp: bool
+    precision: str
+    capture: bool
+    acceleration: Acceleration | None
+    eager_reason: str | None
 
 
 class OptimizationStep:
@@ -40,12 +53,9 @@ class OptimizationStep:
         synthesizer: Settings and detector.
         images: Initial images in [0, 1], (N, 3, H, W). Changed in place.
         labels: Labels of each image.
-        iterations: Number of steps of the stage. Short ones measure from a tenth of them on.
     """
 
-    def __init__(
-        self, synthesizer: Synthesizer, images: Tensor, labels: list[InstanceData], iterations: int = 0
-    ) -> None:
+    def __init__(self, synthesizer: StepSettings, images: Tensor, labels: list[InstanceData]) -> None:
         self.synthesizer = synthesizer
         self.task = synthesizer.task
         self.images = images.requires_grad_()
@@ -74,7 +84,6 @@ class OptimizationStep:
             self.kept_gradient = torch.zeros_like(images)
             self.kept_loss = torch.zeros((), device=images.device)
         self.iteration = 0
-        self.first_measurement = min(MEASURE_INTERVAL, iterations // 10)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.eager_steps = 0
         self.may_capture = on_cuda and synthesizer.capture and synthesizer.eager_reason is None
@@ -99,16 +108,12 @@ class OptimizationStep:
 
     def __call__(self, lr: float) -> None:
         """Take one step at learning rate ``lr``."""
-        since_first = self.iteration - self.first_measurement
-        starts = self.balance is None or since_first >= 0
-        renews = self.interval > 1 and starts and (self.renew or since_first % self.interval == 0)
+        renews = self.interval > 1 and (self.renew or self.iteration % self.interval == 0)
         if renews:
             self._on_side_stream(self._renew_detection)
             self.renew = False
-        measures = (
-            self.balance is not None
-            and starts
-            and (renews if self.interval > 1 else since_first % MEASURE_INTERVAL == 0)
+        measures = self.balance is not None and (
+            renews if self.interval > 1 else self.iteration % MEASURE_INTERVAL == 0
         )
         self.iteration += 1
         if not self.images.is_cuda:

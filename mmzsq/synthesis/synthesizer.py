@@ -291,7 +291,7 @@ class Synthesizer:
         if images.is_cuda:
             # Convolutions and reductions on a GPU are faster in this layout.
             images = images.contiguous(memory_format=torch.channels_last)
-        step = OptimizationStep(self, images, labels, iterations)
+        step = OptimizationStep(self, images, labels)
         counts = asdict(RelabelCounts())
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
