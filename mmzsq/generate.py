@@ -102,10 +102,11 @@ def _draw(args: argparse.Namespace) -> None:
         classes=('object',),
         versions=dict(mmzsq=__version__),
     )
-    missing = made.missing_shards()
-    progress = PictureProgress(logger, sum(map(made.shard_length, missing)))
-    generator.generate(made, missing, lambda shard: progress.update(made.shard_length(shard)))
-    made.merge()
+    with made.lock(lambda: logger.warning(f'another run makes the pictures in {made.root}: waiting until it ends')):
+        missing = made.missing_shards()
+        progress = PictureProgress(logger, sum(map(made.shard_length, missing)))
+        generator.generate(made, missing, lambda shard: progress.update(made.shard_length(shard)))
+        made.merge()
     logger.info(f'{args.procedural} pictures are in {made.root}')
     if out is not None:
         write_format(made, args.format, out, preprocessing)
