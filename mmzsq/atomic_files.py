@@ -50,6 +50,8 @@ def remedy(error: OSError) -> str:
         return 'a file and a folder have the same name, so move it or choose another folder'
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return 'grant write access or choose another folder'
+    if error.errno == errno.ENOENT:
+        return 'check that the path exists'
     return 'free disk space or grant write access'
 
 
