@@ -20,6 +20,7 @@ import os
 import shlex
 import signal
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,8 +289,10 @@ def _kept() -> str:
 def _last_checkpoint() -> Path | None:
     if _RUN.work_dir is None:
         return None
-    checkpoints = [path for name in ('epoch_*.pth', 'iter_*.pth') for path in _RUN.work_dir.glob(name)]
-    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    found = [path for name in ('epoch_*.pth', 'iter_*.pth') for path in _RUN.work_dir.glob(name)]
+    # A checkpoint is an archive, whose directory comes last: a file that was cut off is none.
+    whole = [path for path in found if path.is_file() and zipfile.is_zipfile(path)]
+    return max(whole, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _next_command() -> str:
@@ -313,6 +316,16 @@ class _Run:
 
 _RUN = _Run()
 _SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP')
+
+
+def note_folders(work_dir: Path | None = None, set_dir: Path | None = None) -> None:
+    """Name the folders of a run for messages; :func:`build_runner` does so by itself.
+
+    Args:
+        work_dir: Folder of logs, checkpoints and results.
+        set_dir: Folder of the calibration set.
+    """
+    _RUN.work_dir, _RUN.set_dir = work_dir, set_dir
 
 
 class Interruption(KeyboardInterrupt):

@@ -92,6 +92,7 @@ def _draw(args: argparse.Namespace) -> None:
     if args.format is not None:
         out = Path(args.format_dir or folder / f'calibration_{args.format}')
         check_format(args.format, out)
+    cli.note_folders(folder, folder / 'calibration_set')
     logger = MMLogger.get_instance('mmzsq')
     generator = ProceduralGenerator((sides[0], sides[-1]), seed)
     made = CalibrationSet.open(
