@@ -47,7 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def remedy(error: OSError) -> str:
     """Return what a user can do about a file that cannot be written, as the end of a sentence."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return 'a file and a folder have the same name, so move it or choose another folder'
+        return 'rename the file or folder that is in its place, or choose another folder'
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return 'grant write access or choose another folder'
     if error.errno == errno.ENOENT:

@@ -243,9 +243,11 @@ def _explain(error: BaseException) -> str | None:
             f'{_next_command()}'
         )
     network = isinstance(error, getattr(torch.distributed, 'DistError', ()))
+    # Without gloo's advice to developers.
+    text = str(error).partition('. This is typically')[0].partition('\n')[0]
     if network or (isinstance(error, RuntimeError) and 'gloo' in str(error)):
         return (
-            f'another process of this run ended or cannot be reached ({str(error).splitlines()[0]}); its own message '
+            f'another process of this run ended or cannot be reached ({text}); its own message '
             f'says why.{kept} To continue, run {_next_command()}'
         )
     return None
@@ -277,7 +279,8 @@ def _kept() -> str:
     if root is not None and (root / 'manifest.json').exists():
         kept.append(f'the calibration set in {root}')
     elif root is not None and root.is_dir():
-        kept.append(f'{len(list(root.glob("shards/[0-9]*.json")))} finished shards of the calibration set in {root}')
+        count = len(list(root.glob('shards/[0-9]*.json')))
+        kept.append(f'{count} finished shard{"" if count == 1 else "s"} of the calibration set in {root}')
     checkpoint = _last_checkpoint()
     if checkpoint is not None:
         kept.append(f'the checkpoint {checkpoint}')
@@ -300,7 +303,11 @@ def _next_command() -> str:
     spec = getattr(sys.modules['__main__'], '__spec__', None)
     program = ['python', '-m', spec.name] if spec is not None else ['python', sys.argv[0]]
     arguments = sys.argv[1:]
-    if Path(sys.argv[0]).stem == 'train' and _last_checkpoint() is not None and '--resume' not in arguments:
+    if (
+        Path(sys.argv[0]).stem == 'train'
+        and _last_checkpoint() is not None
+        and not any(argument.startswith('--resume') for argument in arguments)
+    ):
         arguments = [*arguments, '--resume']
     command = shlex.join([*program, *arguments])
     return f'`{command}` with the same launcher' if 'LOCAL_WORLD_SIZE' in os.environ else f'`{command}`'

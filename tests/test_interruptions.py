@@ -91,7 +91,7 @@ def leave(*names: str) -> None:
         (errno.EFBIG, None, 'a file in out', 'free disk space'),
         (errno.EROFS, 'out/epoch_2.pth', 'out/epoch_2.pth', 'grant write access or choose another folder'),
         (errno.EACCES, 'out/x', 'out/x', 'grant write access or choose another folder'),
-        (errno.ENOTDIR, 'out/x/y', 'out/x/y', 'a file and a folder have the same name'),
+        (errno.ENOTDIR, 'out/x/y', 'out/x/y', 'rename the file or folder that is in its place'),
         (errno.ENOENT, 'nowhere/x', 'nowhere/x', 'check that the path exists'),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_work_dir_that_is_a_file_is_named_before_anything_is_built(end: Any) -
     for name in ('out', 'out/sub'):
         code, message = end(lambda: pytest.fail('started'), '--work-dir', name)
         assert code == 2
-        assert f'cannot write {name}: ' in message and 'a file and a folder have the same name' in message
+        assert f'cannot write {name}: ' in message and 'rename the file or folder that is in its place' in message
         assert message.count('\n') == 1
 
 
@@ -218,7 +218,11 @@ def test_a_log_file_on_a_full_disk_is_said_once(end: Any) -> None:
 
 
 def test_every_cause_of_a_failed_write_has_a_remedy() -> None:
-    for number, words in ((errno.EEXIST, 'same name'), (errno.EPERM, 'write access'), (errno.EIO, 'free disk space')):
+    for number, words in (
+        (errno.EEXIST, 'in its place'),
+        (errno.EPERM, 'write access'),
+        (errno.EIO, 'free disk space'),
+    ):
         with pytest.raises(UserError, match=words), disk_errors(Path('x')):
             raise OSError(number, 'x')
 
@@ -240,7 +244,10 @@ def test_ctrl_c_of_a_real_run_keeps_its_shards_and_the_printed_command_continues
     line = message.splitlines()[-1]
     assert line.startswith('stopped by SIGINT. Kept: ')
     kept = {path.name: path.stat().st_mtime_ns for path in records.glob('[0-9]*.json')}
-    assert f'{len(kept)} finished shards of the calibration set in pictures/calibration_set' in line
+    assert (
+        f'{len(kept)} finished shard{"s" if len(kept) > 1 else ""} of the calibration set in pictures/calibration_set'
+        in line
+    )
     again = [sys.executable, *shlex.split(line.split('`')[1])[1:]]
     subprocess.run(again, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=120)
     assert (tmp_path / 'pictures' / 'calibration_set' / 'manifest.json').exists()

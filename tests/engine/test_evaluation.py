@@ -155,6 +155,9 @@ def test_the_check_reads_no_image_and_leaves_the_random_state(
 ) -> None:
     runner = make_runner('out', **write_data(tmp_path / 'data'))
     monkeypatch.setattr(cv2, 'imdecode', lambda *args: pytest.fail('an image is read'))
+    build = runner.build_evaluator
+    drawn = lambda cfg: [build(cfg), random.random(), np.random.rand(), torch.rand(1)]  # noqa: E731
+    monkeypatch.setattr(runner, 'build_evaluator', drawn)
     states = []
     for check in (lambda runner: None, check_evaluation):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
