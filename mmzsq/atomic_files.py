@@ -6,17 +6,23 @@ A file is written under a temporary name in the same directory, synced to disk, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmzsq.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -34,8 +40,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f'cannot write {path}: {error.strerror or error}. Files written before are kept: '
-            'free disk space or grant write access, and run the same command again to continue'
+            f'{remedy(error)}, and run the same command again to continue'
         ) from error
+
+
+def remedy(error: OSError) -> str:
+    """Return what a user can do about a file that cannot be written, as the end of a sentence."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return 'rename the file or folder that is in its place, or choose another folder'
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 'grant write access or choose another folder'
+    if error.errno == errno.ENOENT:
+        return 'check that the path exists'
+    return 'free disk space or grant write access'
 
 
 def make_directory(path: Path) -> None:
@@ -97,9 +114,43 @@ def delete_unfinished(directory: Path, names: set[str]) -> None:
         names: Names of the files that were being written.
     """
     for path in directory.glob('.*.tmp'):
-        name, _unique, _suffix = path.name[1:].rsplit('.', 2)
-        if name in names:
-            path.unlink(missing_ok=True)
+        name, *unique = path.name[1:].rsplit('.', 2)
+        # Names without the unique part are not ours.
+        if len(unique) == 2 and name in names:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock inside the block, also against processes on other machines that share the directory.
+
+    The operating system releases the lock when its process ends in any way. Without a lock where the system or the file
+    system has none.
+
+    Args:
+        path: The file to lock, created if missing, in an existing directory.
+        on_wait: Called once if another process holds the lock, before waiting for it.
+
+    Raises:
+        UserError: If the file cannot be created.
+    """
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is not None:
+                    on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256(content: bytes) -> str:

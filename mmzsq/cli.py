@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options, config loading and error handling that the command line tools share.
 
-The options are those of MMDetection's own tools. A user's mistake ends a tool with one message on standard error and
-exit code 2. Any other exception is a defect and keeps its traceback.
+The options are those of MMDetection's own tools. Exit codes:
+
+* 0: done.
+* 1: a defect, which keeps its traceback; or a file that ``mmzsq.export --verify`` finds wrong.
+* 2: a user's mistake, a disk that is full or not writable, or another process of the run that ended: one message on
+  standard error.
+* 3: the student is trained and its results are written, but the evaluation failed: one message.
+* 128 + N: stopped by signal N, 130 for Ctrl-C and 143 for SIGTERM: one line says what is kept and how to continue.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -22,7 +34,8 @@ from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
-from mmzsq.errors import UserError
+from mmzsq.atomic_files import make_directory, remedy, to_json, write_atomically
+from mmzsq.errors import NotEvaluatedError, UserError
 from mmzsq.registry import resolve_class
 
 ZERO_SHOT_RUNNER = 'mmzsq.ZeroShotRunner'
@@ -110,13 +123,16 @@ def name_teacher(cfg: Config) -> None:
 
 
 def write_json(content: Mapping[str, Any], path: Path | None) -> None:
-    """Write ``content`` to a file, creating its folder, or to standard output if ``path`` is None."""
-    text = json.dumps(content, indent=2) + '\n'
+    """Write ``content`` to a file, creating its folder, or to standard output if ``path`` is None.
+
+    Raises:
+        UserError: If the disk is full or not writable.
+    """
     if path is None:
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(content, indent=2) + '\n')
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding='utf-8')
+        make_directory(path.parent)
+        write_atomically(path, to_json(content, indent=2))
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -163,27 +179,217 @@ def build_runner(cfg: Config) -> Runner:
         UserError: If the config names a class that is not registered.
     """
     setup_cache_size_limit_of_dynamo()
+    work_dir = cfg.get('work_dir')
+    if work_dir is not None:
+        make_directory(Path(work_dir))
+        _RUN.work_dir = Path(work_dir)
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_processes_on_cpu(cfg)
     if 'zsq' in cfg:
         cfg.setdefault('runner_type', ZERO_SHOT_RUNNER)
     try:
-        return RUNNERS.build(cfg)
+        runner = RUNNERS.build(cfg)
     except KeyError as error:
         text, separator, _ = str(error.args[0]).partition(' Please check whether')
         if not separator:
             raise
         raise UserError(f'{text} Correct the name, or import its module by custom_imports in the config.') from error
+    section = getattr(runner, 'cfg', cfg).get('zsq')
+    if isinstance(section, Mapping) and isinstance(section.get('calibration_set'), Mapping):
+        root = section['calibration_set'].get('dir')
+        _RUN.set_dir = None if root is None else Path(root)
+    return runner
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a tool's ``main``. On a user's mistake, print one message and end the process with code 2."""
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f'error: {error}\n')
-        sys.exit(2)
+    """Run a tool's ``main`` and end the process with one of the exit codes above.
+
+    Args:
+        main: Parses the command line and does the work.
+    """
+    _RUN.work_dir = _RUN.set_dir = None
+    with interruptible() as interruption, _quiet_log_files():
+        try:
+            main()
+        except UserError as error:
+            if interruption.signal is not None:
+                _end_interrupted(interruption.signal)
+            if not error.shown_by_peer:
+                sys.stderr.write(f'error: {error}\n')
+            sys.exit(3 if isinstance(error, NotEvaluatedError) else 2)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            # Code that was interrupted may raise another error: MMEngine's formatter of configs does.
+            if interruption.signal is not None:
+                _end_interrupted(interruption.signal)
+            message = _explain(error)
+            if message is None:
+                raise
+            sys.stderr.write(f'error: {message}\n')
+            sys.exit(2)
     leave_processes()
+
+
+def _explain(error: BaseException) -> str | None:
+    """Return a message about an error of the disk, the network or another process; None for a defect."""
+    kept = _kept()
+    kept = f' Kept: {kept}.' if kept else ''
+    if isinstance(error, OSError) and error.errno is not None:
+        # Errors while writing into an open file do not name it.
+        names = error.filename or (f'a file in {_RUN.work_dir}' if _RUN.work_dir is not None else 'a file')
+        return (
+            f'cannot read or write {names}: {error.strerror or error}.{kept} To continue, {remedy(error)}, and run '
+            f'{_next_command()}'
+        )
+    network = isinstance(error, getattr(torch.distributed, 'DistError', ()))
+    # Without gloo's advice to developers.
+    text = str(error).partition('. This is typically')[0].partition('\n')[0]
+    if network or (isinstance(error, RuntimeError) and 'gloo' in str(error)):
+        return (
+            f'another process of this run ended or cannot be reached ({text}); its own message '
+            f'says why.{kept} To continue, run {_next_command()}'
+        )
+    return None
+
+
+def _end_interrupted(number: int) -> NoReturn:
+    """Say what is kept and how to continue, and end the process as the signal asks."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            # A second Ctrl-C must not interrupt the message.
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if int(os.environ.get('RANK', 0)) == 0:
+        kept = _kept() or 'nothing was written yet'
+        sys.stderr.write(
+            f'stopped by {signal.Signals(number).name}. Kept: {kept}. To continue, run {_next_command()}\n'
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Regular exit may wait for processes that ended.
+        os._exit(128 + number)
+    sys.exit(128 + number)
+
+
+def _kept() -> str:
+    """List what a run has left on disk: the calibration set, checkpoints and results."""
+    kept = []
+    root = _RUN.set_dir
+    if root is not None and (root / 'manifest.json').exists():
+        kept.append(f'the calibration set in {root}')
+    elif root is not None and root.is_dir():
+        count = len(list(root.glob('shards/[0-9]*.json')))
+        kept.append(f'{count} finished shard{"" if count == 1 else "s"} of the calibration set in {root}')
+    checkpoint = _last_checkpoint()
+    if checkpoint is not None:
+        kept.append(f'the checkpoint {checkpoint}')
+    if _RUN.work_dir is not None and (_RUN.work_dir / 'results.json').exists():
+        kept.append(f'{_RUN.work_dir / "results.json"}')
+    return ', '.join(kept)
+
+
+def _last_checkpoint() -> Path | None:
+    if _RUN.work_dir is None:
+        return None
+    found = [path for name in ('epoch_*.pth', 'iter_*.pth') for path in _RUN.work_dir.glob(name)]
+    # A checkpoint is an archive, whose directory comes last: a file that was cut off is none.
+    whole = [path for path in found if path.is_file() and zipfile.is_zipfile(path)]
+    return max(whole, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _next_command() -> str:
+    """Return the command that continues this one."""
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    program = ['python', '-m', spec.name] if spec is not None else ['python', sys.argv[0]]
+    arguments = sys.argv[1:]
+    if (
+        Path(sys.argv[0]).stem == 'train'
+        and _last_checkpoint() is not None
+        and not any(argument.startswith('--resume') for argument in arguments)
+    ):
+        arguments = [*arguments, '--resume']
+    command = shlex.join([*program, *arguments])
+    return f'`{command}` with the same launcher' if 'LOCAL_WORLD_SIZE' in os.environ else f'`{command}`'
+
+
+@dataclass
+class _Run:
+    """Folders of the run, for messages."""
+
+    work_dir: Path | None = None
+    set_dir: Path | None = None
+
+
+_RUN = _Run()
+_SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP')
+
+
+def note_folders(work_dir: Path | None = None, set_dir: Path | None = None) -> None:
+    """Name the folders of a run for messages; :func:`build_runner` does so by itself.
+
+    Args:
+        work_dir: Folder of logs, checkpoints and results.
+        set_dir: Folder of the calibration set.
+    """
+    _RUN.work_dir, _RUN.set_dir = work_dir, set_dir
+
+
+class Interruption(KeyboardInterrupt):
+    """Raised in the main process by a signal that asks it to end."""
+
+
+@dataclass
+class ReceivedSignal:
+    """The signal that interrupted a block of :func:`interruptible`, None as long as there was none."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def interruptible() -> Iterator[ReceivedSignal]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP inside the block into :class:`Interruption`.
+
+    Signals that the process was started to ignore stay ignored. Child processes keep the default action.
+    """
+    received = ReceivedSignal()
+    own = os.getpid()
+
+    def interrupt(number: int, _frame: Any) -> None:
+        if os.getpid() != own and number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        received.signal = received.signal or number
+        raise Interruption
+
+    previous = {}
+    for number in [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet_log_files() -> Iterator[None]:
+    """Warn once, and continue, if a log file cannot be written; ``logging`` prints a traceback for each line."""
+    warned: set[str] = set()
+
+    def warn(handler: logging.FileHandler, _record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if handler.baseFilename not in warned:
+            warned.add(handler.baseFilename)
+            sys.stderr.write(f'warning: the log file {handler.baseFilename} is not complete: {error}\n')
+
+    logging.FileHandler.handleError = warn  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del logging.FileHandler.handleError
 
 
 def leave_processes() -> None:

@@ -13,7 +13,17 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Error in a config, a file or a call that the user can correct."""
+    """Error in a config, a file or a call that the user can correct.
+
+    Attributes:
+        shown_by_peer: Whether another process of the run raised it, which prints it.
+    """
+
+    shown_by_peer = False
+
+
+class NotEvaluatedError(UserError):
+    """Training ended and its results are written, but the evaluation failed. The tools end with exit code 3."""
 
 
 def check_keys(cfg: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:

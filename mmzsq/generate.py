@@ -92,6 +92,7 @@ def _draw(args: argparse.Namespace) -> None:
     if args.format is not None:
         out = Path(args.format_dir or folder / f'calibration_{args.format}')
         check_format(args.format, out)
+    cli.note_folders(folder, folder / 'calibration_set')
     logger = MMLogger.get_instance('mmzsq')
     generator = ProceduralGenerator((sides[0], sides[-1]), seed)
     made = CalibrationSet.open(
@@ -102,10 +103,11 @@ def _draw(args: argparse.Namespace) -> None:
         classes=('object',),
         versions=dict(mmzsq=__version__),
     )
-    missing = made.missing_shards()
-    progress = PictureProgress(logger, sum(map(made.shard_length, missing)))
-    generator.generate(made, missing, lambda shard: progress.update(made.shard_length(shard)))
-    made.merge()
+    with made.lock(lambda: logger.warning(f'another run makes the pictures in {made.root}: waiting until it ends')):
+        missing = made.missing_shards()
+        progress = PictureProgress(logger, sum(map(made.shard_length, missing)))
+        generator.generate(made, missing, lambda shard: progress.update(made.shard_length(shard)))
+        made.merge()
     logger.info(f'{args.procedural} pictures are in {made.root}')
     if out is not None:
         write_format(made, args.format, out, preprocessing)

@@ -15,6 +15,7 @@ from mmdet.evaluation import DumpDetResults
 
 from mmzsq import cli
 from mmzsq.engine import check_classes, evaluation_config
+from mmzsq.engine.evaluation import evaluation_errors
 from mmzsq.errors import UserError
 
 
@@ -44,7 +45,8 @@ def main() -> None:
         check_classes(args.checkpoint, runner.test_loop.dataloader.dataset.metainfo.get('classes'))
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    with evaluation_errors(runner.logger):
+        runner.test()
 
 
 def _parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import argparse
 from mmengine.config import Config
 
 from mmzsq import cli
-from mmzsq.errors import UserError
+from mmzsq.errors import NotEvaluatedError, UserError
 
 
 def main() -> None:
@@ -27,7 +27,11 @@ def main() -> None:
         cli.name_teacher(cfg)
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    cli.build_runner(cfg).train()
+    runner = cli.build_runner(cfg)
+    runner.train()
+    failed = getattr(runner, 'not_evaluated', None)
+    if isinstance(failed, str):
+        raise NotEvaluatedError(failed)
 
 
 def _parse_args() -> argparse.Namespace:

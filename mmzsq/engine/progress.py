@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +14,8 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmzsq.atomic_files import make_directory
+from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, StepProgress
 from mmzsq.visualization import save_gallery
 
@@ -83,6 +85,7 @@ class SynthesisProgress:
         self.total = self.images * sum(stage.work for stage in generator.stages)
         self.done = 0.0
         self._last = (-1, '', 0)
+        self._previews = True
         console = Console()
         self.bar = Progress(
             TextColumn('[bold]synthesis'),
@@ -96,7 +99,7 @@ class SynthesisProgress:
 
     def __enter__(self) -> SynthesisProgress:
         self.start = self.logged = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_preview(lambda: make_directory(self.folder))
         self.bar.start()
         self.task = self.bar.add_task('', total=self.total)
         return self
@@ -136,4 +139,15 @@ class SynthesisProgress:
             self.logger.info(f'synthesis: {text}, {self.done / self.total:.0%}, {left:.0f} s left')
         images = (step.images[:PREVIEW_IMAGES].float().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         name = f'shard_{shard:05d}_{stage.name}.png'
-        save_gallery(self.folder / name, images, step.labels[:PREVIEW_IMAGES], self.calibration_set.classes)
+        labels, classes = step.labels[:PREVIEW_IMAGES], self.calibration_set.classes
+        self._write_preview(lambda: save_gallery(self.folder / name, images, labels, classes))
+
+    def _write_preview(self, write: Callable[[], None]) -> None:
+        """Write a preview, or warn once: a run does not need it."""
+        if not self._previews:
+            return
+        try:
+            write()
+        except UserError as error:
+            self._previews = False
+            self.logger.warning(f'no more previews: {error}')

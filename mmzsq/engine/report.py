@@ -15,15 +15,16 @@ import mmdet
 import mmengine
 import torch
 import torchvision
-from mmengine.dist import all_reduce, is_main_process
-from mmengine.model import is_model_wrapper
+from mmengine.dist import is_main_process
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from rich.console import Console
 from rich.table import Table
 
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import load_from_local
+from mmzsq.engine.evaluation import absent_data, build_evaluation, describe, evaluate, log_traceback, scalar_metrics
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
+from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
@@ -40,21 +41,39 @@ RESULTS_FILE = 'results.json'
 REPORTED_SECTIONS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
 
 
-def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, seconds: Mapping[str, float]) -> None:
+def report_results(
+    runner: Runner,
+    detector: ZeroShotDetector,
+    first_iter: int,
+    seconds: Mapping[str, float],
+    absent: str | None = None,
+) -> str | None:
     """Evaluate, log a table and write ``results.json`` into the work_dir.
 
-    If there is no evaluation data in the config or on this machine, accuracy is left out with a warning.
+    Accuracy is left out with a warning if there is no evaluation data in the config or on this machine, or if the
+    evaluation fails. ``results.json`` then has the reason as ``not_evaluated``, all other results, and the metrics of
+    the rows that were done.
 
     Args:
         runner: The runner after training.
         detector: Its model, without a wrapper for distributed training.
         first_iter: Iteration at which this process started training, above 0 if it resumed.
         seconds: Measured times by name, with the time of training as ``'train'``.
+        absent: Path of the evaluation data that was missing before training, see
+            :func:`~mmzsq.engine.evaluation.check_evaluation`. Data that went missing since is an error.
+
+    Returns:
+        A message about an evaluation that failed; None if it succeeded, or without data.
 
     Raises:
         UserError: If ``results.json`` cannot be written.
     """
-    metrics, evaluation_seconds = _evaluate_if_possible(runner, detector)
+    metrics: Metrics = {}
+    evaluation_seconds: dict[str, float] = {}
+    problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent)
+    reason = describe(problem) if isinstance(problem, BaseException) else problem
+    if isinstance(problem, str):
+        runner.logger.warning(f'accuracy is not measured: {problem}')
     report = detector.report
     section = runner.cfg.zsq
     results = dict(
@@ -63,6 +82,7 @@ def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, 
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,
+        not_evaluated=reason,
         evaluation_images=_evaluation_images(runner),
         checkpoint=_last_checkpoint(runner),
         model_mb=dict(float=report.size_before, quantized=report.size_after),
@@ -81,11 +101,22 @@ def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, 
             mmdet=mmdet.__version__,
         ),
     )
-    if not is_main_process():
-        return
     path = Path(runner.work_dir) / RESULTS_FILE
-    write_atomically(path, to_json(results, indent=2))
-    runner.logger.info(f'results in {path}\n{format_table(results)}')
+    if is_main_process():
+        # The table first: it is then in the log if the file cannot be written.
+        runner.logger.info(f'results in {path}\n{format_table(results)}')
+        write_atomically(path, to_json(results, indent=2))
+    if not isinstance(problem, BaseException):
+        return None
+    if not isinstance(problem, Exception):
+        raise problem
+    student = Path(runner.work_dir) / (results['checkpoint'] or PTQ_FILE)
+    runner.logger.warning(f'the evaluation failed: {reason}')
+    log_traceback(runner.logger, problem)
+    return (
+        f'the student is trained, but its evaluation failed: {reason}. {path} has all other results. Correct this and '
+        f'evaluate {student} by mmzsq.test'
+    )
 
 
 def _evaluation_images(runner: Runner) -> int:
@@ -111,7 +142,12 @@ def _train_time(runner: Runner, first_iter: int, seconds: float) -> dict[str, fl
 def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
     if runner.cfg.zsq.calibration_set.real is not None:
         return dict(statistics=dict(images=len(runner.train_dataloader.dataset), real=True), stages={})
-    calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
+    try:
+        calibration_set = CalibrationSet.load(runner.cfg.zsq.calibration_set.dir)
+    except UserError as error:
+        # Damaged or moved while the student was trained.
+        runner.logger.warning(f'the results lack the calibration set: {error}')
+        return dict(statistics={}, stages={}, error=str(error))
     manifest = calibration_set.manifest or {}
     stages: dict[str, dict[str, Any]] = {}
     for shard in manifest['shards']:
@@ -129,45 +165,53 @@ def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
     return dict(source=source, statistics=calibration_set.statistics(), stages=stages, health=manifest.get('health'))
 
 
-def _evaluate_if_possible(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:
+def _evaluate_if_possible(
+    runner: Runner, detector: ZeroShotDetector, metrics: Metrics, seconds: dict[str, float], absent: str | None
+) -> BaseException | str | None:
+    """Evaluate, and add metrics and times of the rows that are done.
+
+    Returns:
+        None after a whole evaluation; why there is none; or the error that ended it.
+    """
     if runner._val_loop is None:
-        runner.logger.warning('no val_dataloader in the config: accuracy is not measured')
-        return {}, {}
+        return 'no val_dataloader in the config'
+    missing = absent_data(runner)
+    if missing is not None and absent is not None:
+        return f'the evaluation data is not here ({missing})'
     try:
-        with _raise_on_all_ranks():
-            runner._val_loop = runner.build_val_loop(runner._val_loop)
-        return _evaluate_all(runner, detector)
-    except OSError as error:
-        runner.logger.warning(
-            f'accuracy is not measured, because the evaluation data cannot be read ({error}); the student is in '
-            f'{runner.work_dir}, evaluate it with tools/test.py on a machine with the data'
-        )
-        return {}, {}
+        build_evaluation(runner)
+        _evaluate_all(runner, detector, metrics, seconds)
+    except FileNotFoundError as error:
+        if absent is not None:
+            return f'the evaluation data is not here ({error.filename or error})'
+        return error
+    except BaseException as error:
+        return error
+    return None
 
 
-def _evaluate_all(runner: Runner, detector: ZeroShotDetector) -> tuple[Metrics, dict[str, float]]:
-    metrics: Metrics = {}
-    seconds = {}
-    start = time.perf_counter()
-    with detector.predict_with_teacher():
+def _evaluate_all(runner: Runner, detector: ZeroShotDetector, metrics: Metrics, seconds: dict[str, float]) -> None:
+    with _timed(seconds, 'evaluate_float'), detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
-    seconds['evaluate_float'] = time.perf_counter() - start
-    start = time.perf_counter()
     if not runner.max_iters:
         # Without training, the student is the PTQ baseline.
-        metrics['ptq'] = evaluate(runner)
-        seconds['evaluate_ptq'] = time.perf_counter() - start
-        return metrics, {name: round(value, 3) for name, value in seconds.items()}
+        with _timed(seconds, 'evaluate_ptq'):
+            metrics['ptq'] = evaluate(runner)
+        return
     ptq = Path(runner.work_dir) / PTQ_FILE
     if ptq.is_file():
-        with _loaded_weights(detector, ptq):
+        with _timed(seconds, 'evaluate_ptq'), _loaded_weights(detector, ptq):
             metrics['ptq'] = evaluate(runner)
-        seconds['evaluate_ptq'] = time.perf_counter() - start
-    start = time.perf_counter()
     # The Runner's own loop calls the hooks, and EMAHook swaps in the averaged weights.
-    metrics['zero_shot'] = _scalar_metrics(runner.val_loop.run())
-    seconds['evaluate_zero_shot'] = time.perf_counter() - start
-    return metrics, {name: round(value, 3) for name, value in seconds.items()}
+    with _timed(seconds, 'evaluate_zero_shot'):
+        metrics['zero_shot'] = scalar_metrics(runner.val_loop.run())
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)
 
 
 @contextmanager
@@ -179,46 +223,6 @@ def _loaded_weights(detector: torch.nn.Module, path: Path) -> Iterator[None]:
         yield
     finally:
         detector.load_state_dict(own)
-
-
-@torch.no_grad()
-def evaluate(runner: Runner) -> dict[str, float]:
-    """Evaluate the current model on the validation data, without calling hooks.
-
-    Args:
-        runner: A runner with a built validation loop.
-
-    Returns:
-        Metrics by name.
-
-    Raises:
-        OSError: If a process cannot read its data.
-    """
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    model.eval()
-    loop = runner.val_loop
-    with _raise_on_all_ranks():
-        for batch in loop.dataloader:
-            loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-    return _scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
-
-
-@contextmanager
-def _raise_on_all_ranks() -> Iterator[None]:
-    """Raise an OSError in all processes if one of them raises it; otherwise the others would wait for that one."""
-    error = None
-    try:
-        yield
-    except OSError as found:
-        error = found
-    failed = torch.tensor(float(error is not None))
-    all_reduce(failed, op='max')
-    if failed:
-        raise error or OSError('another process cannot read its files')
-
-
-def _scalar_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def format_table(results: Mapping[str, Any]) -> str:

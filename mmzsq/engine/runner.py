@@ -21,6 +21,7 @@ from torch import nn
 from mmzsq.checkpoint import read_checkpoint
 from mmzsq.config import compose
 from mmzsq.engine.bit_allocation import allocate_bits
+from mmzsq.engine.evaluation import check_evaluation
 from mmzsq.engine.report import report_results
 from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector
@@ -31,9 +32,14 @@ from mmzsq.registry import RUNNERS
 class ZeroShotRunner(Runner):
     """Runner of a config with a ``zsq`` section.
 
-    It composes the config, makes the calibration set, trains the student and reports results. No data set of the user
-    is opened before training has ended: validation is built afterwards.
+    It composes the config, makes the calibration set, trains the student and reports results. No image of the user is
+    read before training has ended. Annotations for the validation are checked before, if they are on this machine.
+
+    Attributes:
+        not_evaluated: After training, a message about an evaluation that failed; otherwise None.
     """
+
+    not_evaluated: str | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
@@ -94,6 +100,7 @@ class ZeroShotRunner(Runner):
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
         self._check_training_settings()
+        absent = check_evaluation(self)
         self.generate()
         if not self._resume:
             # The student starts from the teacher, which the model loads and checks by itself.
@@ -106,7 +113,7 @@ class ZeroShotRunner(Runner):
         self.seconds = dict(train=time.perf_counter() - start)
         self.detector.end_training()
         self._val_loop = val_loop
-        report_results(self, self.detector, self.first_iter, self.seconds)
+        self.not_evaluated = report_results(self, self.detector, self.first_iter, self.seconds, absent)
         return model
 
     def _check_training_settings(self) -> None:

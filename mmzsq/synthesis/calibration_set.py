@@ -7,25 +7,32 @@
       manifest.json                metadata and SHA-256 of all files; written last, completes the set
       shards/settings.json         metadata; written first, claims the directory
       shards/00000.json ...        one record for each shard; written after its images, completes the shard
+      shards/lock                  locked by the run that writes the set
 
 Every file is written atomically, so the set is consistent at any time, and a kill loses at most the current shard.
-Processes on any number of machines that share the directory may write different shards at the same time.
+Records hold SHA-256 of their images, of the settings and of themselves. A shard whose files differ counts as missing
+and is made again. Processes on any number of machines that share the directory may write different shards at the same
+time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 
 from mmzsq.atomic_files import (
     delete,
     delete_unfinished,
+    lock_file,
     make_directory,
     sha256,
     to_json,
@@ -33,7 +40,14 @@ from mmzsq.atomic_files import (
 )
 from mmzsq.errors import UserError
 from mmzsq.synthesis import coco_format
-from mmzsq.synthesis.set_metadata import build_metadata, check_metadata, join_some, read_json, read_metadata
+from mmzsq.synthesis.set_metadata import (
+    DamagedFileError,
+    build_metadata,
+    check_metadata,
+    join_some,
+    read_json,
+    read_metadata,
+)
 
 
 class CalibrationSet:
@@ -107,12 +121,12 @@ class CalibrationSet:
             uses_real_labels=uses_real_labels,
             fingerprint=fingerprint,
         )
-        found = read_metadata(root)
+        found = _read_metadata_or_heal(root, metadata)
         if found is None:
             foreign = sorted(_names(root) - {'shards'})
             # Another process may have started the set in the meantime.
             found = read_metadata(root)
-            if foreign and found is None:
+            if foreign and found is None and not _has_record_of(root, metadata):
                 raise UserError(
                     f'{root} holds files but no calibration set ({join_some(foreign, 3)}): '
                     'set zsq.calibration_set.dir to an empty or a new directory'
@@ -124,7 +138,12 @@ class CalibrationSet:
             write_atomically(root / 'shards' / 'settings.json', to_json(metadata, indent=1))
         make_directory(root / 'images')
         make_directory(root / 'annotations')
-        return cls(root, metadata, versions or {})
+        calibration_set = cls(root, metadata, versions or {})
+        try:
+            calibration_set.manifest  # noqa: B018
+        except DamagedFileError as error:
+            _discard(root, error, metadata)
+        return calibration_set
 
     @classmethod
     def load(cls, root: str | Path) -> CalibrationSet:
@@ -176,16 +195,46 @@ class CalibrationSet:
         """
         return len(self.shard_images(index))
 
+    @contextmanager
+    def lock(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Let no other run write the set inside the block.
+
+        One process of a run holds the lock. It ends with its process.
+
+        Args:
+            on_wait: Called once if another run holds the lock, before waiting for it.
+
+        Raises:
+            UserError: If the disk is full or not writable.
+        """
+        with lock_file(self.root / 'shards' / 'lock', on_wait):
+            yield
+
     def missing_shards(self) -> list[int]:
-        """Return the indices of shards to write: without a record, or with an image that was deleted."""
+        """Return the indices of shards to write: without a record, or with a file that is missing or damaged.
+
+        All images of an incomplete set are read and compared with their SHA-256.
+        """
         if self.is_complete:
             return []
-        present = _names(self.root / 'images')
-        missing = []
-        for index in range(self.num_shards):
-            path = self._record_path(index)
-            if not path.exists() or not present.issuperset(_file_names(read_json(path))):
-                missing.append(index)
+        records = [self._read_record(index) for index in range(self.num_shards)]
+        found = [image for record in records if record is not None for image in record['images']]
+        with ThreadPoolExecutor() as pool:
+            damage = pool.map(self._find_image_damage, found)
+            damaged = {image['file_name'] for image, reason in zip(found, damage, strict=True) if reason is not None}
+        missing = [
+            index
+            for index, record in enumerate(records)
+            if record is None or not damaged.isdisjoint(_file_names(record))
+        ]
+        begun = [index for index in missing if self._record_path(index).exists()]
+        if begun:
+            print_log(
+                f'the calibration set in {self.root} has damaged or missing files: shards '
+                f'{join_some([str(index) for index in begun])} are made again',
+                logger='current',
+                level=logging.WARNING,
+            )
         return missing
 
     def write_shard(
@@ -211,7 +260,7 @@ class CalibrationSet:
         """
         numbers = self.shard_images(index)
         self._check_shard(images, labels, len(numbers))
-        names = [f'{number:06d}.png' for number in numbers]
+        names = [_image_name(number) for number in numbers]
         # A shard that is written again is incomplete in the meantime, and so is the set.
         delete(self._manifest_path)
         delete(self._record_path(index))
@@ -228,6 +277,7 @@ class CalibrationSet:
             digests = list(pool.map(write, names, images))
         record = {
             'index': index,
+            'settings': _digest(self._metadata),
             'versions': self._versions,
             'info': info or {},
             'images': [
@@ -241,15 +291,15 @@ class CalibrationSet:
             ],
             'annotations': [coco_format.to_annotations(instances) for instances in labels],
         }
-        write_atomically(self._record_path(index), to_json(record))
+        write_atomically(self._record_path(index), to_json({**record, 'sha256': _digest(record)}))
 
     def merge(self) -> None:
         """Write annotations and manifest, which completes the set.
 
-        Call it in one process, after all shards were written.
+        Call it in one process, after all shards were written. All images are read and compared with their SHA-256.
 
         Raises:
-            UserError: If shards are missing, or the disk is full.
+            UserError: If shards are missing or damaged, or the disk is full.
         """
         if self.is_complete:
             return
@@ -304,8 +354,23 @@ class CalibrationSet:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Content of ``manifest.json``; None before the set is merged."""
-        return read_json(self._manifest_path) if self._manifest_path.exists() else None
+        """Content of ``manifest.json``; None before the set is merged.
+
+        Raises:
+            DamagedFileError: If the file does not list the images of the set.
+        """
+        if not self._manifest_path.exists():
+            return None
+        manifest = read_json(self._manifest_path)
+        shards = manifest.get('shards') if isinstance(manifest, dict) else None
+        if not isinstance(shards, list) or len(shards) != self.num_shards:
+            raise DamagedFileError(self._manifest_path, f"'shards' does not list {self.num_shards} shards")
+        if not isinstance(manifest.get('annotations_sha256'), str):
+            raise DamagedFileError(self._manifest_path, "it lacks 'annotations_sha256'")
+        for index, shard in enumerate(shards):
+            if not self._lists_images(shard, index) or not isinstance(shard.get('info'), dict):
+                raise DamagedFileError(self._manifest_path, f"'shards' has a wrong entry {index}")
+        return manifest
 
     def verify(self) -> None:
         """Compare every file of a complete set with the SHA-256 in its manifest.
@@ -316,17 +381,12 @@ class CalibrationSet:
         manifest = self.manifest
         if manifest is None:
             raise UserError(f'the calibration set in {self.root} is not complete yet')
-        expected = {'annotations/instances.json': manifest['annotations_sha256']}
-        for shard in manifest['shards']:
-            for image in shard['images']:
-                expected[f'images/{image["file_name"]}'] = image['sha256']
-        damaged = []
-        for name, digest in expected.items():
-            path = self.root / name
-            if not path.exists():
-                damaged.append(f'{name} (missing)')
-            elif sha256(path.read_bytes()) != digest:
-                damaged.append(f'{name} (changed)')
+        images = [image for shard in manifest['shards'] for image in shard['images']]
+        with ThreadPoolExecutor() as pool:
+            reasons = list(pool.map(self._find_image_damage, images))
+        found = {'annotations/instances.json': _find_damage(self._annotation_path, manifest['annotations_sha256'])}
+        found |= {f'images/{image["file_name"]}': reason for image, reason in zip(images, reasons, strict=True)}
+        damaged = [f'{name} ({reason})' for name, reason in found.items() if reason is not None]
         if damaged:
             raise UserError(
                 f'{len(damaged)} files of the calibration set in {self.root} are damaged: '
@@ -353,6 +413,32 @@ class CalibrationSet:
     def _record_path(self, index: int) -> Path:
         return self.root / 'shards' / f'{index:05d}.json'
 
+    def _read_record(self, index: int) -> dict[str, Any] | None:
+        """Return the record of a shard; None if it is missing, damaged or of other settings."""
+        path = self._record_path(index)
+        if not path.exists():
+            return None
+        try:
+            record = read_json(path)
+        except DamagedFileError:
+            return None
+        if not isinstance(record, dict) or record.pop('sha256', None) != _digest(record):
+            return None
+        if record.get('settings') != _digest(self._metadata) or not self._lists_images(record, index):
+            return None
+        return record
+
+    def _lists_images(self, shard: Any, index: int) -> bool:
+        """Return whether a record or an entry of the manifest lists the images of shard ``index``."""
+        images = shard.get('images') if isinstance(shard, dict) else None
+        if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+            return False
+        names = [_image_name(number) for number in self.shard_images(index)]
+        return [image.get('file_name') for image in images] == names and all('sha256' in image for image in images)
+
+    def _find_image_damage(self, image: Mapping[str, Any]) -> str | None:
+        return _find_damage(self.root / 'images' / image['file_name'], image['sha256'])
+
     def _check_shard(self, images: np.ndarray, labels: Sequence[InstanceData], length: int) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f'images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}')
@@ -363,6 +449,68 @@ class CalibrationSet:
                 raise ValueError(f'boxes must be finite, not {instances.bboxes}')
             if not ((instances.labels >= 0) & (instances.labels < len(self.classes))).all():
                 raise ValueError(f'labels must be in [0, {len(self.classes)}), not {instances.labels}')
+
+
+def _read_metadata_or_heal(root: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the metadata of a set to continue, and delete a damaged file that this run can write again.
+
+    Args:
+        root: Directory of the set.
+        metadata: Settings of this run.
+    """
+    try:
+        return read_metadata(root)
+    except DamagedFileError as error:
+        _discard(root, error, metadata)
+    return read_metadata(root)
+
+
+def _discard(root: Path, error: DamagedFileError, metadata: Mapping[str, Any]) -> None:
+    """Delete a damaged manifest, or damaged settings beside shards of the same settings.
+
+    Raises:
+        UserError: If nothing else in the directory tells what it holds.
+    """
+    settings = root / 'shards' / 'settings.json'
+    if not (error.path != settings and settings.is_file()) and not _has_record_of(root, metadata):
+        raise UserError(
+            f'{error.path} is damaged ({error.reason}), and no shard in {root} has the settings of this run: delete '
+            'the directory, or set zsq.calibration_set.dir to another'
+        ) from error
+    print_log(f'{error.path} is damaged ({error.reason}): it is written again', 'current', logging.WARNING)
+    delete(error.path)
+
+
+def _has_record_of(root: Path, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a shard of a set without settings was made with these settings."""
+    digest = _digest(metadata)
+    for path in sorted((root / 'shards').glob('[0-9]*.json')):
+        try:
+            record = read_json(path)
+        except DamagedFileError:
+            continue
+        if isinstance(record, dict) and record.get('settings') == digest:
+            return True
+    return False
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(to_json(content))
+
+
+def _find_damage(path: Path, digest: str) -> str | None:
+    """Return how a file differs from the one that was written, None if it does not."""
+    # Reading a named pipe would wait for a writer.
+    if not path.is_file():
+        return 'missing' if not path.exists() else 'no regular file'
+    try:
+        return None if sha256(path.read_bytes()) == digest else 'changed'
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _image_name(number: int) -> str:
+    return f'{number:06d}.png'
 
 
 def _encode_png(image: np.ndarray) -> bytes:

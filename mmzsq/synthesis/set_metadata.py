@@ -7,6 +7,7 @@ differences.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,25 @@ METADATA_KEYS = ('num_images', 'shard_size', 'classes', 'uses_real_labels', 'fin
 """Keys to compare, both in ``manifest.json`` and in ``settings.json``."""
 
 _ABSENT = object()
+
+
+class DamagedFileError(UserError):
+    """A file of a calibration set is not what was written.
+
+    Args:
+        path: The file.
+        reason: What is wrong with it.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f'{path} is damaged ({reason}). Delete it and run the command that generates the calibration set again'
+        )
 
 
 def build_metadata(**values: Any) -> dict[str, Any]:
@@ -42,14 +62,15 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a calibration set.
 
     Raises:
-        UserError: If it is not JSON, for example after disk damage.
+        DamagedFileError: If it cannot be read or is not JSON, for example after disk damage.
     """
+    # Reading a named pipe would wait for a writer.
+    if not path.is_file():
+        raise DamagedFileError(path, 'it is not a regular file')
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f'{path} is damaged ({error}). Delete it and run the command that generates the calibration set again'
-        ) from error
+    except (OSError, RecursionError, ValueError) as error:
+        raise DamagedFileError(path, str(error)) from error
 
 
 def read_metadata(root: Path) -> dict[str, Any] | None:
@@ -59,21 +80,56 @@ def read_metadata(root: Path) -> dict[str, Any] | None:
         The metadata, as returned by :func:`build_metadata`; None if there is no set.
 
     Raises:
-        UserError: If a file is damaged, does not belong to a calibration set, or has another format version.
+        DamagedFileError: If a file is damaged.
+        UserError: If a file does not belong to a calibration set, or has another format version.
     """
-    for path in (root / 'manifest.json', root / 'shards' / 'settings.json'):
-        if not path.exists():
-            continue
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get('format') != FORMAT:
-            raise UserError(f'{path} does not belong to a calibration set: choose another directory')
-        version = content['format_version']
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f'the calibration set in {root} has format version {version}, but this version of mmzsq reads '
-                f'{FORMAT_VERSION}: install the version that generated it, or generate a new set in another directory'
-            )
-        return build_metadata(**content)
+    for path in metadata_files(root):
+        if path.exists():
+            return _read_metadata_file(root, path)
+    return None
+
+
+def read_intact_metadata(root: Path) -> dict[str, Any] | None:
+    """Read the metadata as :func:`read_metadata` does, but skip damaged files."""
+    for path in metadata_files(root):
+        with contextlib.suppress(DamagedFileError):
+            if path.exists():
+                return _read_metadata_file(root, path)
+    return None
+
+
+def metadata_files(root: Path) -> tuple[Path, Path]:
+    """Return the files with metadata: that of a complete set, then that of any set."""
+    return root / 'manifest.json', root / 'shards' / 'settings.json'
+
+
+def _read_metadata_file(root: Path, path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        raise UserError(f'{path} does not belong to a calibration set: choose another directory')
+    version = content.get('format_version')
+    if version is None:
+        raise DamagedFileError(path, "it lacks 'format_version'")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f'the calibration set in {root} has format version {version}, but this version of mmzsq reads '
+            f'{FORMAT_VERSION}: install the version that generated it, or generate a new set in another directory'
+        )
+    reason = _find_damage(content)
+    if reason is not None:
+        raise DamagedFileError(path, reason)
+    return build_metadata(**content)
+
+
+def _find_damage(content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the values of :data:`METADATA_KEYS`, if anything."""
+    kinds = dict(num_images=int, shard_size=int, classes=list, uses_real_labels=bool, fingerprint=dict)
+    for key in METADATA_KEYS:
+        if type(content.get(key)) is not kinds[key]:
+            return f'it lacks {key!r}' if key not in content else f'{key!r} is {content[key]!r}'
+    for key in ('num_images', 'shard_size'):
+        if content[key] < 1:
+            return f'{key!r} is {content[key]}'
     return None
 
 

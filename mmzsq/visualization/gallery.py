@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from mmengine.structures import InstanceData
 
+from mmzsq.atomic_files import write_atomically
 from mmzsq.errors import UserError
 from mmzsq.masks import decode_mask
 from mmzsq.synthesis.coco_format import annotation_boxes, parse_coco
@@ -27,6 +28,8 @@ TITLE_HEIGHT = 28
 """Height of the title above a row, in pixels."""
 
 MASK_OPACITY = 0.15
+
+GENERATE_AGAIN = 'delete it and run the command that generates the set again'
 
 
 def label_color(label: int) -> tuple[int, int, int]:
@@ -89,6 +92,9 @@ def save_gallery(
         images: uint8 RGB, (H, W, 3) each.
         labels: One entry for each image, see :func:`draw_labels`.
         classes: Category names.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
     _save(path, _sheet(tiles, min(len(tiles), math.ceil(math.sqrt(2 * len(tiles))))))
@@ -101,6 +107,9 @@ def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str],
         path: The file; replaced atomically.
         root: Folder of a complete set.
         indices: Indices of the images.
+
+    Raises:
+        UserError: If the file cannot be written, or the set not read.
     """
     save_gallery(path, *load_labeled_images(root, indices))
 
@@ -114,6 +123,9 @@ def save_side_by_side(
         path: The file; replaced atomically.
         roots: Maps the title of each row to the folder of a complete set.
         indices: Indices of the images.
+
+    Raises:
+        UserError: If the file cannot be written, or a set not read.
     """
     rows = []
     for name, root in roots.items():
@@ -152,7 +164,7 @@ def load_labeled_images(
     try:
         coco = parse_coco(annotations_file.read_bytes())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{annotations_file} is damaged ({error!r}): run CalibrationSet.verify()') from error
+        raise UserError(f'{annotations_file} is damaged ({error!r}): {GENERATE_AGAIN}') from error
     category_index = {category_id: index for index, category_id in enumerate(coco.cats)}
     records = list(coco.imgs.values())
     images, labels = [], []
@@ -162,7 +174,7 @@ def load_labeled_images(
         record = records[index]
         pixels = cv2.imread(str(Path(root) / 'images' / record['file_name']))
         if pixels is None:
-            raise UserError(f'{record["file_name"]} in {root} is missing or damaged: run CalibrationSet.verify()')
+            raise UserError(f'{record["file_name"]} in {root} is missing or damaged: {GENERATE_AGAIN}')
         images.append(pixels[..., ::-1])
         annotations = coco.imgToAnns[record['id']]
         classes = torch.tensor([category_index[a['category_id']] for a in annotations], dtype=torch.long)
@@ -187,7 +199,7 @@ def _sheet(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def _save(path: str | os.PathLike[str], sheet: np.ndarray) -> None:
-    part = Path(path).with_suffix('.part.png')
-    if not cv2.imwrite(str(part), sheet[..., ::-1]):
-        raise UserError(f'{path} cannot be written')
-    os.replace(part, path)
+    encoded, content = cv2.imencode('.png', np.ascontiguousarray(sheet[..., ::-1]))
+    if not encoded:
+        raise RuntimeError('OpenCV cannot encode PNG')
+    write_atomically(Path(path), content.tobytes())

@@ -309,8 +309,9 @@ def test_real_data_is_not_needed_and_changes_no_bit(
     run(make_runner, 'missing', **coco(tmp_path / 'nowhere', None))
     assert any('accuracy is not measured' in text and 'nowhere' in text for text in warnings_of)
     assert results('missing')['metrics'] == {}
+    assert 'nowhere' in results('missing')['not_evaluated']
 
-    # Existing real data is opened after the last checkpoint is written.
+    # Existing images are read after the last checkpoint is written. Annotations are checked before.
     def imdecode(*args: Any) -> Any:
         opened.append('' if Path('present/last_checkpoint').exists() else 'early')
         return read(*args)
@@ -341,40 +342,6 @@ def test_an_image_size_that_the_neck_rejects_is_refused_before_synthesis(make_ru
     with pytest.raises(UserError, match='does not accept images of 100x100 pixels'):
         runner.generate()
     assert not list(Path('out').glob('calibration_set/images/*'))
-
-
-def test_missing_test_images_skip_the_evaluation_and_not_the_run(
-    make_runner: Any, tmp_path: Path, warnings_of: list[str]
-) -> None:
-    options = coco(tmp_path / 'half', 0)
-    (tmp_path / 'half' / '1.png').unlink()
-    run(make_runner, 'out', **options)
-    assert any('accuracy is not measured' in text for text in warnings_of)
-    assert results('out')['metrics'] == {}
-
-
-@pytest.mark.parametrize('own', [True, False])
-def test_an_unreadable_image_in_one_process_skips_the_evaluation_in_all(
-    make_runner: Any, tmp_path: Path, warnings_of: list[str], monkeypatch: pytest.MonkeyPatch, own: bool
-) -> None:
-    """Either another process fails, or this one fails and the other is notified."""
-    told = []
-
-    def tell(failed: torch.Tensor, op: str) -> None:
-        assert op == 'max'
-        told.append(failed.item())
-        if not own and len(told) == 2:
-            failed.fill_(1.0)
-
-    monkeypatch.setattr('mmzsq.engine.report.all_reduce', tell)
-    options = coco(tmp_path / 'half', 0)
-    if own:
-        (tmp_path / 'half' / '1.png').unlink()
-    run(make_runner, 'out', **options)
-    # The data set exists, but one of its images is missing.
-    assert told == [0.0, float(own)]
-    assert any('accuracy is not measured' in text for text in warnings_of)
-    assert results('out')['metrics'] == {}
 
 
 class Interrupt(Hook):

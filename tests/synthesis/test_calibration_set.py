@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +354,169 @@ def test_two_processes_make_the_same_set_as_one(tmp_path):
     assert merged.missing_shards() == []
     merged.merge()
     assert content(tmp_path / 'two') == content(tmp_path / 'one')
+
+
+RECORD, IMAGE = 'shards/00001.json', 'images/000002.png'
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def edit(change: Any) -> Any:
+    """Change the content of a JSON file."""
+
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage'),
+    [
+        (IMAGE, flip),
+        (IMAGE, lambda path: path.write_bytes(path.read_bytes()[:-20])),
+        (IMAGE, Path.unlink),
+        (IMAGE, to_pipe),
+        (RECORD, flip),
+        (RECORD, lambda path: path.write_text('')),
+        (RECORD, lambda path: path.write_text('[]')),
+        (RECORD, lambda path: path.write_text('null')),
+        (RECORD, lambda path: path.write_text('[' * 100_000)),
+        (RECORD, to_pipe),
+        (RECORD, edit(lambda record: record.pop('images'))),
+        (RECORD, edit(lambda record: record['images'].pop())),
+        (RECORD, edit(lambda record: record['images'][0].update(file_name='../../../etc/passwd'))),
+        (RECORD, edit(lambda record: record['annotations'][0][0].update(area=-1.0))),
+        (RECORD, lambda path: path.write_bytes(path.with_name('00000.json').read_bytes())),
+    ],
+)
+def test_a_damaged_shard_of_an_unfinished_set_is_made_again(tmp_path, name, damage):
+    make(tmp_path / 'whole')
+    root = tmp_path / 'set'
+    fill(CalibrationSet.open(root, **SETTINGS))
+    damage(root / name)
+    with pytest.raises(UserError, match='lacks 1 of 3 shards'):
+        CalibrationSet.open(root, **SETTINGS).merge()
+    again = CalibrationSet.open(root, **SETTINGS)
+    assert again.missing_shards() == [1]
+    fill(again)
+    again.merge()
+    assert content(root) == content(tmp_path / 'whole')
+
+
+SETTINGS_FILE = 'shards/settings.json'
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage'),
+    [
+        (SETTINGS_FILE, Path.unlink),
+        (SETTINGS_FILE, lambda path: path.write_text('{')),
+        (SETTINGS_FILE, edit(lambda settings: settings.pop('format_version'))),
+        (SETTINGS_FILE, edit(lambda settings: settings.pop('fingerprint'))),
+        (SETTINGS_FILE, edit(lambda settings: settings.update(num_images='5'))),
+        (SETTINGS_FILE, edit(lambda settings: settings.update(shard_size=0))),
+        ('manifest.json', lambda path: path.write_text('{"format"')),
+        ('manifest.json', to_pipe),
+        ('manifest.json', edit(lambda manifest: manifest.pop('fingerprint'))),
+        ('manifest.json', edit(lambda manifest: manifest.pop('shards'))),
+        ('manifest.json', edit(lambda manifest: manifest.update(shards=[]))),
+        ('manifest.json', edit(lambda manifest: manifest['shards'].pop())),
+        ('manifest.json', edit(lambda manifest: manifest['shards'][0]['images'][0].pop('sha256'))),
+        ('manifest.json', edit(lambda manifest: manifest['shards'][0]['images'][0].update(file_name='../x.png'))),
+        ('manifest.json', edit(lambda manifest: manifest.pop('annotations_sha256'))),
+    ],
+)
+def test_damaged_metadata_are_written_again_and_lose_no_shard(tmp_path, name, damage):
+    root = tmp_path / 'set'
+    whole = make(root)
+    before = content(root)
+    if name == SETTINGS_FILE:
+        # Without a manifest, only the records tell whose set it is.
+        (root / 'manifest.json').unlink()
+    damage(root / name)
+    again = CalibrationSet.open(root, **SETTINGS)
+    assert again.missing_shards() == []
+    again.merge()
+    assert content(root) == before
+    whole.verify()
+
+
+def test_metadata_that_nothing_vouches_for_are_refused_with_a_remedy_that_works(tmp_path):
+    root = tmp_path / 'set'
+    CalibrationSet.open(root, **SETTINGS).write_shard(0, *make_shard(0, 2))
+    other = {**SETTINGS, 'fingerprint': dict(seed=1)}
+    (root / SETTINGS_FILE).write_text('{')
+    before = content(root)
+    with pytest.raises(UserError, match=r'settings\.json is damaged .*: delete the directory, or set zsq.calibration'):
+        CalibrationSet.open(root, **other)
+    assert content(root) == before
+    shutil.rmtree(root)
+    make(root, **other).verify()
+
+
+def test_a_damaged_manifest_is_named_when_a_set_is_read_and_the_remedy_works(tmp_path):
+    make(tmp_path)
+    whole = content(tmp_path)
+    edit(lambda manifest: manifest['shards'].pop())(tmp_path / 'manifest.json')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \('shards' .*Delete it and run") as caught:
+        CalibrationSet.load(tmp_path)
+    assert not isinstance(caught.value.__cause__, KeyError)
+    (tmp_path / 'manifest.json').unlink()
+    CalibrationSet.open(tmp_path, **SETTINGS).merge()
+    assert content(tmp_path) == whole
+
+
+def test_a_pipe_in_place_of_an_image_is_found_and_not_waited_for(tmp_path):
+    whole = make(tmp_path)
+    to_pipe(tmp_path / IMAGE)
+    with pytest.raises(UserError, match=r'000002\.png \(no regular file\)'):
+        whole.verify()
+
+
+def test_files_that_others_left_beside_images_do_no_harm(tmp_path):
+    unfinished = CalibrationSet.open(tmp_path, **SETTINGS)
+    for name in ('.odd.tmp', '.tmp', '.a.b.c.tmp'):
+        (tmp_path / 'images' / name).write_text('')
+    fill(unfinished)
+    unfinished.merge()
+    unfinished.verify()
+    assert (tmp_path / 'images' / '.odd.tmp').exists()
+
+
+def _hold(root: Path, held: Any, end: Any) -> None:
+    with CalibrationSet.open(root, **SETTINGS).lock():
+        held.set()
+        end.wait(60)
+
+
+def test_a_second_writer_says_that_it_waits_and_a_dead_one_blocks_nobody(tmp_path):
+    spawn = multiprocessing.get_context('spawn')
+    held, end = spawn.Event(), spawn.Event()
+    writer = spawn.Process(target=_hold, args=(tmp_path, held, end))
+    writer.start()
+    assert held.wait(60)
+    waited: list[bool] = []
+
+    def wait() -> None:
+        waited.append(writer.is_alive())
+        # The system releases the lock of a process that is killed.
+        writer.kill()
+
+    with CalibrationSet.open(tmp_path, **SETTINGS).lock(wait):
+        writer.join()
+    assert waited == [True]
+    with CalibrationSet.open(tmp_path, **SETTINGS).lock(lambda: pytest.fail('nobody writes')):
+        pass

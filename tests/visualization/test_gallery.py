@@ -118,5 +118,5 @@ def test_missing_images_sets_and_folders_are_errors(tmp_path: Path) -> None:
         save_side_by_side(tmp_path / 'out.png', {'set': root}, [0])
     write_set(tmp_path / 'other', np.zeros((2, *SIZE, 3), np.uint8), masks=False)
     root = tmp_path / 'other'
-    with pytest.raises(UserError, match='cannot be written'):
+    with pytest.raises(UserError, match='cannot write'):
         save_side_by_side(tmp_path / 'missing' / 'out.png', {'set': root}, [0])

@@ -24,7 +24,7 @@ from rich.table import Table
 from scipy import stats
 
 from mmzsq import cli
-from mmzsq.engine.report import evaluate
+from mmzsq.engine.evaluation import evaluate
 from mmzsq.errors import UserError
 from mmzsq.qat.sensitivity import mean_loss
 from mmzsq.synthesis import CalibrationSet

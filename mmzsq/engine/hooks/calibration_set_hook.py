@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from mmengine.dist import barrier, broadcast_object_list, get_rank, get_world_size
+from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
 
 from mmzsq.engine.progress import PictureProgress, SynthesisProgress
+from mmzsq.engine.shared_errors import on_main, raise_on_all_ranks
 from mmzsq.errors import UserError
 from mmzsq.pipelines import pipeline_of
 from mmzsq.qat.teacher import digest
@@ -36,7 +38,7 @@ from mmzsq.synthesis import (
     no_labels,
 )
 from mmzsq.synthesis.health import measure, measured_images
-from mmzsq.synthesis.set_metadata import read_metadata
+from mmzsq.synthesis.set_metadata import read_intact_metadata
 from mmzsq.synthesis.stage_sizes import choose_stages, full_size
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.detection_task import num_classes
@@ -47,6 +49,9 @@ from mmzsq.visualization.gallery import load_labeled_images
 GALLERY_IMAGES = 16
 BARRIER_TIMEOUT = timedelta(days=30)
 """Time to wait for the slowest process. A shard may take longer than NCCL's timeout of ten minutes."""
+
+MAX_ROUNDS = 3
+"""Times that shards are made whose files were damaged in the meantime. More damage means a defective disk."""
 
 DEFAULT_SCORE_THR = 0.3
 """Score from which predictions become labels of procedural pictures, if the label sampler has no ``score_thr``."""
@@ -122,52 +127,90 @@ class CalibrationSetHook(Hook):
         """
         detector = runner.detector
         source = self._build_source(runner, detector.load_teacher())
-        generator = source.generator
-        uses_real_labels = source.synthesized is not None and source.synthesized.sampler.uses_real_labels
-        calibration_set = CalibrationSet.open(
-            self.root,
-            fingerprint=self._fingerprint(detector, source),
-            num_images=self.num_images,
-            shard_size=generator.shard_size,
-            classes=self.class_names(detector),
-            uses_real_labels=uses_real_labels,
-            versions=dict(mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__),
-        )
-        if uses_real_labels:
+        # Rank 0 may verify, wait or merge for longer than the usual timeout.
+        group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
+        calibration_set = self._open(detector, source, group)
+        if calibration_set.uses_real_labels:
             runner.logger.warning('the label sampler reads real labels: this calibration set is not zero-shot')
-        if calibration_set.is_complete:
-            if get_rank() == 0:
-                calibration_set.verify()
-            runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
-            self._measure_health(runner, source.task, calibration_set)
-            return
+
+        def wait() -> None:
+            runner.logger.warning(f'another run makes the calibration set in {self.root}: waiting until it ends')
+
+        with ExitStack() as locked:
+            if not on_main(lambda: calibration_set.is_complete, group):
+                on_main(lambda: locked.enter_context(calibration_set.lock(wait)), group)
+                # Another run may have completed the set while this one waited.
+                if not on_main(lambda: calibration_set.is_complete, group):
+                    self._complete(runner, source, calibration_set, group)
+                    return
+        on_main(calibration_set.verify, group)
+        runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
+        self._measure_health(runner, source.task, calibration_set)
+
+    def _open(self, detector: Any, source: _Source, group: Any) -> CalibrationSet:
+        """Open the set in all processes: first in rank 0, which may repair files."""
+        opened: list[CalibrationSet] = []
+        for first in (True, False):
+            with raise_on_all_ranks(group):
+                if first == (get_rank() == 0):
+                    opened.append(
+                        CalibrationSet.open(
+                            self.root,
+                            fingerprint=self._fingerprint(detector, source),
+                            num_images=self.num_images,
+                            shard_size=source.generator.shard_size,
+                            classes=self.class_names(detector),
+                            uses_real_labels=source.synthesized is not None
+                            and source.synthesized.sampler.uses_real_labels,
+                            versions=dict(
+                                mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__
+                            ),
+                        )
+                    )
+        return opened[0]
+
+    def _complete(self, runner: Runner, source: _Source, calibration_set: CalibrationSet, group: Any) -> None:
+        """Make the missing shards, and again those whose files were damaged in the meantime, and merge them."""
         if source.synthesized is not None:
             source.synthesized.check_sizes()
-        missing = calibration_set.missing_shards()
-        # All ranks must list the missing shards before any rank writes one, so that they share the same list.
-        group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
-        barrier(group)
-        own_shards = missing[get_rank() :: get_world_size()]
+        # Rank 0 lists the missing shards before any rank writes one, so that all ranks share the same list.
+        missing = on_main(calibration_set.missing_shards, group)
         runner.logger.info(
             f'generating the calibration set in {self.root}: {self.num_images} images, {len(missing)} of '
             f'{calibration_set.num_shards} shards missing'
         )
         for choice in source.choices:
             runner.logger.info(choice)
-        if isinstance(generator, ProceduralGenerator):
-            progress = PictureProgress(runner.logger, sum(map(calibration_set.shard_length, own_shards)))
-            generator.generate(
-                calibration_set, own_shards, lambda shard: progress.update(calibration_set.shard_length(shard))
-            )
-        else:
-            self._synthesize(runner, source, generator, calibration_set, own_shards)
-        barrier(group)
-        if get_rank() == 0:
-            calibration_set.merge()
-            save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
-            self._measure_health(runner, source.task, calibration_set)
+        for _ in range(MAX_ROUNDS):
+            if not missing:
+                break
+            with raise_on_all_ranks(group):
+                self._make_shards(runner, source, calibration_set, missing[get_rank() :: get_world_size()])
+            missing = on_main(calibration_set.missing_shards, group)
+        on_main(calibration_set.merge, group)
+        on_main(lambda: self._save_gallery(runner), group)
+        self._measure_health(runner, source.task, calibration_set)
         barrier(group)
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
+
+    def _make_shards(
+        self, runner: Runner, source: _Source, calibration_set: CalibrationSet, shards: Sequence[int]
+    ) -> None:
+        generator = source.generator
+        if isinstance(generator, ProceduralGenerator):
+            progress = PictureProgress(runner.logger, sum(map(calibration_set.shard_length, shards)))
+            generator.generate(
+                calibration_set, shards, lambda shard: progress.update(calibration_set.shard_length(shard))
+            )
+        else:
+            self._synthesize(runner, source, generator, calibration_set, shards)
+
+    def _save_gallery(self, runner: Runner) -> None:
+        """Write the gallery, or warn: a run does not need it."""
+        try:
+            save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
+        except UserError as error:
+            runner.logger.warning(f'no gallery: {error}')
 
     def _build_source(self, runner: Runner, teacher: nn.Module) -> _Source:
         """Build what makes the images. Pictures alone need neither priors, a label sampler nor a detection loss."""
@@ -238,27 +281,20 @@ class CalibrationSetHook(Hook):
         Returns:
             See :func:`~mmzsq.synthesis.stage_sizes.choose_stages`.
         """
-        chosen: list[Any] = [None]
-        if get_rank() == 0:
-            try:
-                known = read_metadata(self.root)
-                chosen[0] = choose_stages(
-                    task,
-                    self.synthesis,
-                    self.label_sampler,
-                    self.batch_size,
-                    self.seed,
-                    pipeline_of(runner.cfg),
-                    None if known is None else known['fingerprint'].get('synthesis'),
-                )
-            except Exception as error:
-                # The other ranks wait for the choice.
-                chosen[0] = error
-        broadcast_object_list(chosen)
-        if isinstance(chosen[0], Exception):
-            raise chosen[0]
-        synthesis, lines = chosen[0]
-        return synthesis, lines
+
+        def choose() -> tuple[dict[str, Any], list[str]]:
+            known = read_intact_metadata(self.root)
+            return choose_stages(
+                task,
+                self.synthesis,
+                self.label_sampler,
+                self.batch_size,
+                self.seed,
+                pipeline_of(runner.cfg),
+                None if known is None else known['fingerprint'].get('synthesis'),
+            )
+
+        return on_main(choose)
 
     def _measure_health(self, runner: Runner, task: DetectionTask | None, calibration_set: CalibrationSet) -> None:
         """Log the health of a complete set and store it in the manifest, on rank 0; never fails a run.
@@ -276,7 +312,10 @@ class CalibrationSetHook(Hook):
         runner.logger.info(health.summary())
         for warning in health.warnings:
             runner.logger.warning(f'image health: {warning}')
-        calibration_set.record_health(health.to_dict())
+        try:
+            calibration_set.record_health(health.to_dict())
+        except UserError as error:
+            runner.logger.warning(f'the health of the images is not kept: {error}')
 
     def _fingerprint(self, detector: Any, source: _Source) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
