@@ -181,6 +181,7 @@ def compose(cfg: Config) -> Config:
             capture=section.train.capture,
             augmentation=plain['train']['augmentation'],
             channels_last=section.train.channels_last,
+            teacher_sha256=section.teacher_sha256,
         ),
     )
     max_epochs = section.train.max_epochs

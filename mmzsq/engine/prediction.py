@@ -16,15 +16,16 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.structures import InstanceData
 
+from mmzsq.checkpoint import read_checkpoint
 from mmzsq.config.compose import class_names, compose, detector_section
 from mmzsq.errors import UserError
 from mmzsq.image_detector import ImageDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.registry import MODELS
+from mmzsq.weights import is_quantized
 
 
 @dataclass
@@ -79,8 +80,7 @@ def load_predictor(path: str, cfg: Config | None, runtime: str | None = None, th
         return _load_exported(path, cfg, runtime, threads)
     if cfg is None:
         raise UserError(f'the checkpoint {path} needs the config of its detector: add --config CONFIG')
-    loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    if any('_quantizer.' in name for name in loaded.get('state_dict', loaded)):
+    if is_quantized(read_checkpoint(path)):
         if 'zsq' not in cfg:
             raise UserError(
                 f'{path} is a quantized checkpoint, but config {cfg.filename} has no zsq section: give the config that '

@@ -60,6 +60,7 @@ def report_results(runner: Runner, detector: ZeroShotDetector, first_iter: int, 
     results = dict(
         config=runner.cfg.filename,
         teacher=detector.teacher_checkpoint,
+        teacher_sha256=detector.teacher_sha256,
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,

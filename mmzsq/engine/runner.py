@@ -15,7 +15,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmzsq.checkpoint import read_checkpoint
@@ -139,7 +139,7 @@ class ZeroShotRunner(Runner):
         if checkpoint is None:
             allocate_bits(self)
         else:
-            self.detector.load_bits_from(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+            self.detector.load_bits_from(read_checkpoint(checkpoint))
 
 
 def _text(error: Exception) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmzsq.checkpoint import check_suffix, load_from_local, save_weights
+from mmzsq.checkpoint import check_suffix, read_checkpoint, save_weights
 from mmzsq.errors import UserError
 
 
@@ -44,7 +44,7 @@ def export(checkpoint: Path, out: Path) -> None:
         UserError: If the checkpoint has no weights or no class names, or ``out`` has another suffix.
     """
     check_suffix(out)
-    loaded = load_from_local(str(checkpoint), map_location='cpu')
+    loaded = read_checkpoint(checkpoint)
     if 'state_dict' not in loaded:
         raise UserError(f'{checkpoint} has no state_dict: give a checkpoint written by training')
     dataset_meta = loaded.get('meta', {}).get('dataset_meta', {})

@@ -163,7 +163,7 @@ class CalibrationSetHook(Hook):
             self._synthesize(runner, source, generator, calibration_set, own_shards)
         barrier(group)
         if get_rank() == 0:
-            calibration_set.merge()
+            calibration_set.merge(detector.teacher_sha256)
             save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
             self._measure_health(runner, source.task, calibration_set)
         barrier(group)
