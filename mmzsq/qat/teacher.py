@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmzsq.checkpoint import file_sha256, read_checkpoint
 from mmzsq.errors import UserError
@@ -40,14 +41,34 @@ def load_teacher(detector: nn.Module, checkpoint: str | None, expected_sha256: s
     loaded = read_checkpoint(checkpoint)
     check_sha256(checkpoint, expected_sha256)
     meta = loaded['meta'] if 'state_dict' in loaded else {}
-    if is_quantized(loaded):
-        teacher = (meta.get('mmzsq') or {}).get('teacher')
-        raise UserError(
-            f'{checkpoint} is the checkpoint of a quantized student, but the teacher must be a full-precision '
-            f'detector. Set load_from or zsq.teacher to the teacher of that student{f", {teacher}" if teacher else ""}'
-        )
-    detector.load_state_dict(fitting_weights(detector.state_dict(), loaded, checkpoint, REMEDY), strict=False)
+    teacher = (meta.get('mmzsq') or {}).get('teacher')
+    remedy = f'Set load_from or zsq.teacher to the teacher of that student{f", {teacher}" if teacher else ""}'
+    detector.load_state_dict(full_precision_weights(detector, loaded, checkpoint, remedy), strict=False)
     return meta
+
+
+def full_precision_weights(
+    detector: nn.Module, loaded: Mapping[str, Any], checkpoint: str, remedy: str
+) -> dict[str, Tensor]:
+    """Check that a checkpoint is one of a float detector: every tensor, and none of a quantizer.
+
+    Args:
+        detector: The detector.
+        loaded: Content of the checkpoint.
+        checkpoint: Its name, for messages.
+        remedy: What to do if it is quantized.
+
+    Returns:
+        The weights under the names of the detector.
+
+    Raises:
+        UserError: If it is the checkpoint of a quantized student or of another detector.
+    """
+    if is_quantized(loaded):
+        raise UserError(
+            f'{checkpoint} is the checkpoint of a quantized student, but a full-precision detector is needed. {remedy}'
+        )
+    return fitting_weights(detector.state_dict(), loaded, checkpoint, REMEDY)
 
 
 def check_sha256(checkpoint: str, expected: str | None) -> None:

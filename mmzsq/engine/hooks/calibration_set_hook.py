@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +18,12 @@ import torch.distributed as dist
 import torchvision
 from mmengine.dist import barrier, broadcast_object_list, get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmzsq.class_names import check_same_classes, choose_classes
 from mmzsq.engine.progress import PictureProgress, SynthesisProgress
 from mmzsq.errors import UserError
 from mmzsq.pipelines import pipeline_of
@@ -124,12 +127,21 @@ class CalibrationSetHook(Hook):
         source = self._build_source(runner, detector.load_teacher())
         generator = source.generator
         uses_real_labels = source.synthesized is not None and source.synthesized.sampler.uses_real_labels
+        classes = self.class_names(detector)
+        if uses_real_labels and source.synthesized is not None:
+            check_same_classes(
+                classes,
+                getattr(source.synthesized.sampler, 'classes', None),
+                'the detector',
+                'the label sampler',
+                f'Set zsq.label_sampler.classes to the names of the detector: {classes}',
+            )
         calibration_set = CalibrationSet.open(
             self.root,
             fingerprint=self._fingerprint(detector, source),
             num_images=self.num_images,
             shard_size=generator.shard_size,
-            classes=self.class_names(detector),
+            classes=classes,
             uses_real_labels=uses_real_labels,
             versions=dict(mmzsq=__version__, torch=torch.__version__, torchvision=torchvision.__version__),
         )
@@ -311,7 +323,7 @@ class CalibrationSetHook(Hook):
             detector: The :class:`~mmzsq.qat.ZeroShotDetector` with the teacher.
 
         Raises:
-            UserError: If the config names another number of classes than the detector has.
+            UserError: If the config names another number of classes than the detector has, or others than the teacher.
         """
         count = num_classes(detector.load_teacher())
         if self.classes is not None and len(self.classes) != count:
@@ -320,7 +332,13 @@ class CalibrationSetHook(Hook):
                 f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector has '
                 f'{count}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
             )
-        known = self.classes or detector.teacher_meta.get('dataset_meta', {}).get('classes')
-        if known is not None and len(known) == count:
-            return list(known)
+        known = choose_classes(self.classes, detector.teacher_meta, count, detector.teacher_checkpoint)
+        if known is not None:
+            return known
+        print_log(
+            f'neither the config nor the teacher names the {count} classes: they are called class_0, class_1, ... To '
+            'name them, set val_dataloader.dataset.metainfo=dict(classes=[...])',
+            logger='current',
+            level=logging.WARNING,
+        )
         return [f'class_{index}' for index in range(count)]

@@ -16,6 +16,8 @@ from mmengine.runner import Runner
 
 from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
 from mmzsq.checkpoint import check_structure
+from mmzsq.class_names import choose_classes
+from mmzsq.config.compose import class_names
 from mmzsq.qat.student_checkpoint import check_initialized, check_student, uninitialized
 from mmzsq.registry import HOOKS
 
@@ -117,6 +119,7 @@ class QuantizerInitHook(Hook):
         name = str(runner._load_from or 'the checkpoint')
         check_structure(checkpoint, name)
         # MMEngine loads it into the model.
+        choose_classes(class_names(runner.cfg), checkpoint.get('meta') or {}, None, name)
         checkpoint['state_dict'] = check_student(runner.detector, checkpoint, name)
 
     def before_test(self, runner: Runner) -> None:
