@@ -109,25 +109,33 @@ def unwrapped_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Any]) -> d
     values = _named_values(loaded)[1]
     state = {name: value for name, value in values.items() if name in own or name not in COUNTERS}
     while True:
-        state = {name: value for name, value in state.items() if name in own or not _is_bookkeeping(name, own)}
-        prefixes = {name.partition('.')[0] + '.' for name, value in state.items() if isinstance(value, Tensor)}
+        weights = [name for name, value in state.items() if isinstance(value, Tensor) and not _is_duplicate(name, own)]
+        prefixes = {name.partition('.')[0] + '.' for name in weights}
         prefix = next(iter(prefixes), '')
         if len(prefixes) != 1 or prefix[:-1] in state or any(name.startswith(prefix) for name in own):
-            return state
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name: value
+        for name, value in state.items()
+        if name in own or not (_is_constant(name) or _is_duplicate(name, own))
+    }
 
 
 def _is_constant(name: str) -> bool:
     return name.rpartition('.')[2] in CONSTANTS
 
 
-def _is_bookkeeping(name: str, own: Mapping[str, Tensor]) -> bool:
-    """Return whether a tensor that the model lacks has no influence on what it computes."""
-    if _is_constant(name) or name.startswith('data_preprocessor.'):
-        # The preprocessor's numbers follow from the config.
-        return True
+def _is_duplicate(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor repeats what the config has, or what the checkpoint has elsewhere."""
+    if name.startswith('data_preprocessor.'):
+        return name not in own
     # MMDetection 2.x saved averaged weights under the usual names, and the others as buffers of the detector.
-    return name.startswith('ema_') and name[len('ema_') :] in {other.replace('.', '_') for other in own}
+    return name.startswith('ema_') and name not in own and name[len('ema_') :] in _flat_names(own)
+
+
+def _flat_names(own: Mapping[str, Tensor]) -> set[str]:
+    return {name.replace('.', '_') for name in own}
 
 
 def _fault(value: Any, own: Tensor) -> str | None:

@@ -129,9 +129,12 @@ class CalibrationSetHook(Hook):
         uses_real_labels = source.synthesized is not None and source.synthesized.sampler.uses_real_labels
         classes = self.class_names(detector)
         if uses_real_labels and source.synthesized is not None:
+            sampler = source.synthesized.sampler
+            # Of the sampler itself, or of the one that it starts with.
+            of_sampler = getattr(sampler, 'classes', None) or getattr(getattr(sampler, 'start', None), 'classes', None)
             check_same_classes(
                 classes,
-                getattr(source.synthesized.sampler, 'classes', None),
+                of_sampler,
                 'the detector',
                 'the label sampler',
                 f'Set zsq.label_sampler.classes to the names of the detector: {classes}',
