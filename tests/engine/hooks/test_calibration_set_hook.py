@@ -61,7 +61,8 @@ def test_real_labels_of_other_names_are_refused(make_runner: Any, real_labels: d
 
 
 def test_made_up_class_names_are_reported(make_runner: Any) -> None:
-    runner = make_runner(**{f'{part}_dataloader': None for part in ('val', 'test', 'train')})
+    absent = [f'{part}_{key}' for part in ('val', 'test') for key in ('dataloader', 'evaluator', 'cfg')]
+    runner = make_runner(**dict.fromkeys([*absent, 'train_dataloader']))
     [hook] = [hook for hook in runner.hooks if isinstance(hook, calibration_set_hook.CalibrationSetHook)]
     assert hook.class_names(runner.detector) == [f'class_{index}' for index in range(8)]
     [log] = Path('out').glob('*/*.log')
