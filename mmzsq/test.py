@@ -14,13 +14,9 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 
 from mmzsq import cli
-from mmzsq.checkpoint import read_checkpoint
-from mmzsq.class_names import check_built_dataset, check_data, choose_classes
-from mmzsq.config.compose import class_names
+from mmzsq.class_names import check_data
 from mmzsq.engine import check_classes, evaluation_config
-from mmzsq.engine.hooks.float_checkpoint_hook import FloatCheckpointHook
 from mmzsq.errors import UserError
-from mmzsq.tasks.detection_task import known_num_classes
 
 
 def main() -> None:
@@ -40,7 +36,8 @@ def main() -> None:
     else:
         cli.name_teacher(cfg)
         cfg.load_from, cfg.resume = args.checkpoint, False
-        meta = read_checkpoint(args.checkpoint).get('meta') or {}
+        if 'zsq' not in cfg:
+            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmzsq.FloatCheckpointHook')]
     check_data(cfg, 'test')
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
@@ -49,13 +46,6 @@ def main() -> None:
     runner = cli.build_runner(cfg)
     if exported:
         check_classes(args.checkpoint, runner.test_loop.dataloader.dataset.metainfo.get('classes'))
-    else:
-        detector = getattr(runner.model, 'module', runner.model)
-        count = known_num_classes(getattr(detector, 'student', detector))
-        classes = choose_classes(class_names(cfg), meta, count, args.checkpoint)
-        check_built_dataset(runner.test_loop.dataloader.dataset, classes, 'test_dataloader.dataset')
-        if 'zsq' not in cfg:
-            runner.register_hook(FloatCheckpointHook(), priority='VERY_HIGH')
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
