@@ -13,6 +13,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +296,21 @@ def test_the_sha256_is_that_of_the_file(tmp_path: Path) -> None:
     assert checkpoint.file_sha256('s3://bucket/a.pth') is None
     shipped = checkpoint.ASSETS / 'yolov5-p_shapes.safetensors'
     assert checkpoint.file_sha256(f'mmzsq://{shipped.name}') == hashlib.sha256(shipped.read_bytes()).hexdigest()
+
+
+@needs_safe_loading
+def test_a_damaged_pickle_with_a_fitting_check_sum_ends_in_a_message(tmp_path: Path) -> None:
+    torch.save(dict(state_dict=state(), meta=dict(mmzsq=dict(teacher='a'))), tmp_path / 'whole.pth')
+    with zipfile.ZipFile(tmp_path / 'whole.pth') as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    random = np.random.default_rng(0)
+    path = tmp_path / 'a.pth'
+    for _ in range(300):
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, content in records.items():
+                damaged = bytearray(content)
+                if name.endswith('data.pkl'):
+                    damaged[random.integers(len(damaged))] = random.integers(256)
+                archive.writestr(name, bytes(damaged))
+        with suppress(UserError):
+            checkpoint.read_checkpoint(path)
