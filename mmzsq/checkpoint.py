@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
 import os
 import socket
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +22,15 @@ from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
 from mmengine.dist import barrier, get_local_rank
+from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -78,37 +81,151 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         )
     if path.suffix == '.safetensors':
         return load_safetensors(path, map_location)
-    if not SAFE_LOADING:
-        return _mmengine_load_from_local(str(path), map_location)
+    # Any exception is one of the file: torch's unpickler raises many kinds, and more of them in every release.
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        check_archive(path)
+        loaded = _torch_load(path, map_location)
+    except UserError:
+        raise
     except UnpicklingError as error:
-        if zipfile.is_zipfile(path):
-            raise UserError(_foreign_objects(path)) from error
+        raise UserError(_foreign_objects(path) or _damaged(path, error)) from error
+    except Exception as error:
         raise UserError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(_damaged(path, error)) from error
+    check_structure(loaded, str(path))
+    return loaded
 
 
-def read_checkpoint(checkpoint: str) -> Any:
+def _torch_load(path: Path, map_location: Any) -> Any:
+    if not SAFE_LOADING:
+        print_log(
+            f'torch {torch.__version__} cannot load {path} with weights_only=True. Code that the file may contain is '
+            'run: load only files that you trust, or install torch >= 2.6',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return _mmengine_load_from_local(str(path), map_location)
+    with warnings.catch_warnings():
+        # Of pickle protocols above 2, which the error names.
+        warnings.filterwarnings('ignore', message='Detected pickle protocol')
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def check_archive(path: Path) -> None:
+    """Compare the sizes and check sums of a file of ``torch.save`` before it is loaded; torch does neither.
+
+    Args:
+        path: The file. Files of other formats pass.
+
+    Raises:
+        UserError: If the records would be larger than the file, or a record does not match its CRC-32.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        compressed = next((r.filename for r in records if r.compress_type != zipfile.ZIP_STORED), None)
+        if compressed is not None:
+            raise UserError(
+                f'checkpoint {path} was not written by torch.save: its record {compressed} is compressed. Unpack the '
+                'archive if it contains a checkpoint'
+            )
+        size, stored = path.stat().st_size, sum(record.file_size for record in records)
+        if stored > size:
+            raise UserError(f'checkpoint {path} is damaged: it has {size} bytes, but claims records of {stored} bytes')
+        for record in records:
+            # 0: written with torch.serialization.set_crc32_options(False).
+            if record.CRC:
+                with archive.open(record) as content:
+                    while content.read(2**22):
+                        pass
+
+
+def check_structure(loaded: Any, checkpoint: str) -> None:
+    """Check the types of the parts of a checkpoint that are read by name.
+
+    Args:
+        loaded: What the file contains.
+        checkpoint: Its path or URL, for the message.
+
+    Raises:
+        UserError: If it is not a dict, or one of its parts is not.
+    """
+    if not isinstance(loaded, Mapping):
+        raise UserError(f'{checkpoint} contains a {type(loaded).__name__}, but a checkpoint is a dict of weights')
+    if not all(isinstance(name, str) for name in loaded):
+        name = next(name for name in loaded if not isinstance(name, str))
+        raise UserError(f'{checkpoint} is not a checkpoint: it has the key {name!r}, but keys must be text')
+    meta = loaded.get('meta')
+    own = meta.get('mmzsq') if isinstance(meta, Mapping) else None
+    for key, value in (
+        *((key, loaded[key]) for key in ('state_dict', 'ema_state_dict') if key in loaded),
+        *((key, value) for key, value in (('meta', meta), ('meta.mmzsq', own)) if value is not None),
+    ):
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f'{checkpoint} is not a checkpoint: its {key} is a {type(value).__name__}, but must be a dict'
+            )
+
+
+def read_checkpoint(checkpoint: Any) -> dict[str, Any]:
     """Read a checkpoint to the CPU by the loader for its kind of path.
 
     Args:
         checkpoint: A file, a URL or ``mmzsq://NAME``.
 
+    Returns:
+        The checkpoint. If it has a ``state_dict``, it has a dict ``meta``, whose ``mmzsq``, if any, is a dict too.
+
     Raises:
-        UserError: If it cannot be read.
+        UserError: If it cannot be read, or is not a checkpoint.
     """
+    if not isinstance(checkpoint, str | Path) or not str(checkpoint):
+        raise UserError(f'the checkpoint is {checkpoint!r}, but must be a path or a URL. Set it with {PATH_OPTION}')
     try:
-        return CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    except (OSError, URLError, RuntimeError) as error:
-        raise UserError(f'the checkpoint {checkpoint} cannot be read ({error})') from error
+        loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location='cpu')
+    except UserError:
+        raise
+    except Exception as error:
+        # Loaders of other schemes raise what their packages raise.
+        raise UserError(
+            f'the checkpoint {checkpoint} cannot be read ({describe_error(error)}). Set another one with {PATH_OPTION}'
+        ) from error
+    check_structure(loaded, str(checkpoint))
+    meta = {key: value for key, value in (loaded.get('meta') or {}).items() if key != 'mmzsq' or value is not None}
+    return dict(loaded, meta=meta) if 'state_dict' in loaded else dict(loaded)
 
 
-def state_dict_of(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a loaded checkpoint by name, without the prefix of a wrapper for distributed training."""
-    state = loaded.get('state_dict', loaded)
-    return {name.removeprefix('module.'): value for name, value in state.items() if isinstance(value, Tensor)}
+def checkpoint_file(checkpoint: str) -> Path | None:
+    """Return the local file of a checkpoint that was loaded, or None if its scheme has none.
+
+    Args:
+        checkpoint: A file, an http or https URL, or ``mmzsq://NAME``.
+    """
+    if checkpoint.startswith(SCHEME):
+        return ASSETS / checkpoint.removeprefix(SCHEME)
+    if checkpoint.startswith(('http://', 'https://')):
+        return _download_path(checkpoint)
+    path = Path(checkpoint).expanduser()
+    return path if path.is_file() else None
+
+
+def file_sha256(checkpoint: str) -> str | None:
+    """Return the SHA-256 of the bytes of a checkpoint's file, as ``sha256sum`` prints it.
+
+    Args:
+        checkpoint: As of :func:`checkpoint_file`.
+
+    Returns:
+        64 hexadecimal digits; None if the checkpoint has no local file.
+    """
+    path = checkpoint_file(checkpoint)
+    if path is None:
+        return None
+    sha = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while content := file.read(2**22):
+            sha.update(content)
+    return sha.hexdigest()
 
 
 def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:
@@ -129,7 +246,7 @@ def load_safetensors(path: Path, map_location: Any = None) -> dict[str, Any]:
         with safe_open(path, framework='pt', device=device) as file:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except Exception as error:
         raise UserError(_damaged(path, error)) from error
     return {'state_dict': state_dict, 'meta': {k: _json_or_text(v) for k, v in metadata.items()}}
 
@@ -147,7 +264,7 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     Raises:
         UserError: If the file cannot be downloaded or read.
     """
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(urlparse(filename).path)
+    path = _download_path(filename)
     if get_local_rank() == 0 and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -160,6 +277,10 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
             ) from error
     barrier()
     return load_from_local(str(path), map_location)
+
+
+def _download_path(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(urlparse(url).path)
 
 
 def load_from_mmzsq(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -200,12 +321,35 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the text of an exception with its type; the type alone if it has no text."""
+    text = str(error).strip()
+    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
 def _damaged(path: Path, error: Exception) -> str:
-    return f'checkpoint {path} cannot be read. It may be truncated or not a checkpoint: {error}'
+    reason = describe_error(error)
+    # torch advises to load with weights_only=False, which would run code of the file.
+    _, separator, detail = reason.partition('WeightsUnpickler error:')
+    if separator:
+        reason = detail.strip().split('\n')[0] or type(error).__name__
+    if reason == 'Unsupported operand 149':
+        return (
+            f'checkpoint {path} cannot be read: it was pickled with protocol 4 or 5, which torch cannot load safely. '
+            'Save it again with the default protocol of torch.save'
+        )
+    return f'checkpoint {path} cannot be read. It may be truncated or not a checkpoint: {reason}'
 
 
-def _foreign_objects(path: Path) -> str:
-    found = ', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+def _foreign_objects(path: Path) -> str | None:
+    """Return a message that lists the objects torch refused; None if there are none, or the file is damaged."""
+    try:
+        found = ', '.join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        # It cannot read files of an older format, nor damaged ones.
+        return None
+    if not found:
+        return None
     return (
         f'checkpoint {path} contains objects that could run code when loaded: {found}. Only tensors '
         'and plain data are loaded. Convert an Ultralytics file with tools/model_converters/'

@@ -34,6 +34,7 @@ from mmengine.logging import print_log
 
 from mmzsq import cli
 from mmzsq.atomic_files import sha256, to_json, write_atomically
+from mmzsq.class_names import check_built_dataset, check_data, choose_classes
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.errors import UserError
@@ -42,6 +43,7 @@ from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.registry import MODELS
 from mmzsq.synthesis import CalibrationSet
+from mmzsq.tasks.detection_task import known_num_classes
 from mmzsq.version import __version__
 
 DEPLOY_FILE = 'deploy.json'
@@ -210,8 +212,7 @@ def load(cfg: Config, checkpoint: str) -> Student:
     composed = compose(cfg)
     detector = MODELS.build(composed.model).eval()
     meta = load_student(detector, checkpoint)
-    trained = (meta.get('dataset_meta') or {}).get('classes')
-    return Student(detector, trained or classes, composed)
+    return Student(detector, choose_classes(classes, meta, known_num_classes(detector.student), checkpoint), composed)
 
 
 def image_size(student: Student) -> tuple[int, int]:
@@ -439,6 +440,7 @@ def accuracy(detector: Any, cfg: Config, count: int) -> dict[str, Any]:
     Raises:
         UserError: If the data cannot be read.
     """
+    check_data(cfg, 'test')
     try:
         dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
         # A subset by MMEngine's ``indices`` must be smaller than the data set.
@@ -448,6 +450,7 @@ def accuracy(detector: Any, cfg: Config, count: int) -> dict[str, Any]:
     except Exception as error:
         # A data set is code of the user.
         raise UserError(f'--ap needs the test data of the config: {error}') from error
+    check_built_dataset(dataset, class_names(cfg), 'test_dataloader.dataset')
     evaluator = Evaluator(metrics)
     evaluator.dataset_meta = dataset.metainfo
     for metric in metrics:

@@ -14,6 +14,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 
 from mmzsq import cli
+from mmzsq.class_names import check_data
 from mmzsq.engine import check_classes, evaluation_config
 from mmzsq.engine.evaluation import evaluation_errors
 from mmzsq.errors import UserError
@@ -36,6 +37,9 @@ def main() -> None:
     else:
         cli.name_teacher(cfg)
         cfg.load_from, cfg.resume = args.checkpoint, False
+        if 'zsq' not in cfg:
+            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmzsq.FloatCheckpointHook')]
+    check_data(cfg, 'test')
     if args.show or args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise UserError("--show needs default_hooks.visualization: dict(type='VisualizationHook')")

@@ -28,10 +28,11 @@ from quantized_detectors import scenes  # noqa: E402
 from mmzsq import cli  # noqa: E402
 from mmzsq import export as command  # noqa: E402
 from mmzsq.config import compose  # noqa: E402
+from mmzsq.datasets.shapes_drawing import CLASS_NAMES  # noqa: E402
 from mmzsq.quantization import calibrating, equalize  # noqa: E402
 from mmzsq.registry import MODELS  # noqa: E402
 
-CLASSES = ['disc', 'ring', 'bar']
+CLASSES = list(CLASS_NAMES)
 Tool = Callable[..., int]
 
 

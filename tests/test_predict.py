@@ -21,7 +21,7 @@ from torchvision.ops import box_iou
 
 from mmzsq import cli, predict
 from mmzsq.config import compose
-from mmzsq.datasets.shapes_drawing import draw_scene
+from mmzsq.datasets.shapes_drawing import CLASS_NAMES, draw_scene
 from mmzsq.registry import MODELS
 from mmzsq.visualization import draw_detections
 from mmzsq.visualization.gallery import GAP, TITLE_HEIGHT
@@ -98,7 +98,7 @@ def test_a_student_is_drawn_beside_its_teacher(call: Call, repo: Path) -> None:
         call('student.pth')
 
 
-def test_an_exported_file_needs_no_config(call: Call, repo: Path) -> None:
+def test_an_exported_file_needs_no_config(call: Call, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip('onnx', exc_type=ImportError)
     pytest.importorskip('openvino', exc_type=ImportError)
     from mmzsq.deploy import export_float
@@ -107,16 +107,20 @@ def test_an_exported_file_needs_no_config(call: Call, repo: Path) -> None:
     cfg = Config.fromfile(repo / 'configs/shapes/yolov5-p_shapes.py')
     detector = load_predictor(WEIGHTS, cfg).detector.detector
     pipeline = [dict(type='mmzsq.LetterResize', scale=(256, 256))]
-    classes = [f'figure {index}' for index in range(8)]
-    export_float(detector, 'shapes.onnx', size=(256, 256), classes=classes, pipeline=pipeline)
     expected = call(WEIGHTS)
-    for config in (None, 'shapes/yolov5-p_shapes.py'):
+    own, others = list(CLASS_NAMES), [f'figure {index}' for index in range(8)]
+    for classes, config in ((others, None), (own, 'shapes/yolov5-p_shapes.py')):
+        export_float(detector, 'shapes.onnx', size=(256, 256), classes=classes, pipeline=pipeline)
         rows = call('shapes.onnx', '--runtime', 'openvino', '--threads', '1', config=config)
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
             assert row['category_id'] == other['category_id']
             assert row['category_name'] == classes[row['category_id']]
             np.testing.assert_allclose(row['bbox'], other['bbox'], atol=0.1)
+    export_float(detector, 'shapes.onnx', size=(256, 256), classes=others, pipeline=pipeline)
+    with pytest.raises(SystemExit):
+        call('shapes.onnx', '--runtime', 'openvino')
+    assert "class 0 is 'disc' in the config and 'figure 0' in shapes.onnx" in capsys.readouterr().err
 
 
 def test_masks_are_written_as_run_lengths_and_drawn() -> None:

@@ -43,8 +43,7 @@ def folder(tmp_path: Path, installed: Path) -> Path:
     register_all_modules()
     teacher = MODELS.build(Config.fromfile(configs / 'shapes' / 'yolov5-p_shapes.py').model)
     teacher.init_weights()
-    meta = {'dataset_meta': {'classes': tuple('abcdefgh')}}
-    torch.save({'state_dict': teacher.state_dict(), 'meta': meta}, tmp_path / 'teacher.pth')
+    torch.save({'state_dict': teacher.state_dict()}, tmp_path / 'teacher.pth')
     return tmp_path
 
 

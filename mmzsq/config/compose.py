@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import OPTIMIZERS
 
+from mmzsq.class_names import declared_classes
 from mmzsq.config.presets import INSTANT, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
@@ -181,6 +181,7 @@ def compose(cfg: Config) -> Config:
             capture=section.train.capture,
             augmentation=plain['train']['augmentation'],
             channels_last=section.train.channels_last,
+            teacher_sha256=section.teacher_sha256,
         ),
     )
     max_epochs = section.train.max_epochs
@@ -426,16 +427,5 @@ def _custom_hooks(
 
 
 def class_names(cfg: Config) -> list[str] | None:
-    """Return the class names that the config's data sets declare, without reading data; None if there are none."""
-    for loader in ('val_dataloader', 'test_dataloader', 'train_dataloader'):
-        dataset: Any = (cfg.get(loader) or {}).get('dataset')
-        while dataset is not None:
-            classes = (dataset.get('metainfo') or {}).get('classes') or _registered_classes(dataset.get('type'))
-            if classes:
-                return [classes] if isinstance(classes, str) else list(classes)
-            dataset = dataset.get('dataset') or next(iter(dataset.get('datasets') or []), None)
-    return None
-
-
-def _registered_classes(dataset_type: str | None) -> Sequence[str] | None:
-    return getattr(resolve_class(DATASETS, dataset_type), 'METAINFO', {}).get('classes')
+    """Return the class names that the config's data sets declare, see :func:`mmzsq.class_names.declared_classes`."""
+    return declared_classes(cfg)

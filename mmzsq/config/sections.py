@@ -32,6 +32,7 @@ from mmzsq.typed_section import (
 )
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Sha256 = Annotated[str, Field(pattern='^[0-9a-fA-F]{64}$')]
 
 
 class PartConfig(TypedSection):
@@ -128,6 +129,8 @@ class ZsqSection(TypedSection):
     """Defaults of all keys that the config does not set."""
     teacher: str | None = None
     """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""
+    teacher_sha256: Sha256 | None = None
+    """SHA-256 that the teacher's file must have, as ``sha256sum`` prints it. None: any file is accepted."""
     quantizer: QuantizationConfig
     """Selection of layers, bits and quantizers."""
     calibration_set: CalibrationSetConfig

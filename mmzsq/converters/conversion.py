@@ -77,6 +77,16 @@ def find_size(
     )
 
 
+def check_num_classes(num_classes: int) -> None:
+    """Check the number of classes that the shape of a head implies.
+
+    Raises:
+        UserError: If it is below 1.
+    """
+    if num_classes < 1:
+        raise UserError(f'these are not the weights of a detector: its head has outputs for {num_classes} classes')
+
+
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], model: str) -> None:
     """Check that names and shapes of tensors match a model.
 

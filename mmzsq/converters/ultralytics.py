@@ -9,18 +9,20 @@ known packages become empty shells that only hold their state, and all other nam
 
 from __future__ import annotations
 
+import math
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from mmzsq.checkpoint import check_archive, describe_error
 from mmzsq.errors import UserError
 
 DTYPES = {
@@ -45,6 +47,14 @@ SHELL_NAMES = {
     ('numpy._core.multiarray', '_reconstruct'),
     ('numpy._core.multiarray', 'scalar'),
 }
+
+
+MAX_DEPTH = 100
+"""Largest depth of modules within modules."""
+MAX_MODULES = 100_000
+"""Largest number of modules. A module that occurs twice is counted twice."""
+SHOWN_LENGTH = 300
+"""Length to which a message shortens text of the file."""
 
 
 class Shell:
@@ -92,9 +102,12 @@ def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
     """
     if not path.is_file():
         raise UserError(f'checkpoint {path} does not exist')
+    # Any other exception is one of the file, which may contain whatever pickle can write.
     try:
+        # Sizes are compared before anything is read: a compressed record may be of any size.
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            checkpoint = _Unpickler.open(archive).load()
+            return _model_of(_Unpickler.open(archive).load(), path)
     except UserError:
         raise
     except zipfile.BadZipFile as error:
@@ -102,14 +115,19 @@ def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
             f'checkpoint {path} is not a zip file as written by torch >= 1.6. It is truncated or older. Load an older '
             'file in its original environment and save it again'
         ) from error
-    except _DAMAGE as error:
-        raise UserError(f'checkpoint {path} is damaged: {error!r}') from error
+    except Exception as error:
+        raise UserError(f'checkpoint {path} is damaged: {shorten(describe_error(error), SHOWN_LENGTH)}') from error
+
+
+def _model_of(checkpoint: Any, path: Path) -> UltralyticsCheckpoint:
+    """Take the tensors and class names out of the content of a checkpoint."""
     if not isinstance(checkpoint, dict):
         raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a dict')
-    model = checkpoint.get('ema') or checkpoint.get('model')
+    ema = checkpoint.get('ema')
+    model = checkpoint.get('model') if ema is None else ema
     if not isinstance(model, Shell) or not isinstance(model.state, dict):
         raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a model object')
-    return UltralyticsCheckpoint(dict(_named_tensors(model)), _class_names(model.state))
+    return UltralyticsCheckpoint(dict(_named_tensors(model, path)), _class_names(model.state, path))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -125,6 +143,7 @@ class _Unpickler(pickle.Unpickler):
         self._archive = archive
         self._folder = record.removesuffix('data.pkl')
         self._shells: dict[tuple[str, str], type[Shell]] = {}
+        self._storages: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, archive: zipfile.ZipFile) -> _Unpickler:
@@ -156,26 +175,15 @@ class _Unpickler(pickle.Unpickler):
         """Read a storage from its record."""
         kind, dtype, key, _, numel = pid
         if kind != 'storage' or not isinstance(dtype, torch.dtype):
-            _refuse(self._archive, f'a persistent object {kind!r}')
-        data = bytearray(self._archive.read(f'{self._folder}data/{key}'))
-        if len(data) != numel * dtype.itemsize:
-            raise EOFError(f'storage {key} has {len(data)} bytes, not {numel * dtype.itemsize}')
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-_DAMAGE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+            _refuse(self._archive, f'a persistent object of the type {type(kind).__name__}, which is no storage')
+        record = f'{self._folder}data/{key}'
+        size = self._archive.getinfo(record).file_size
+        if size != numel * dtype.itemsize:
+            raise EOFError(f'storage {key} has {size} bytes, not {numel * dtype.itemsize}')
+        if key not in self._storages:
+            data = bytearray(self._archive.read(record))
+            self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[key]
 
 
 def _refuse(archive: zipfile.ZipFile, name: str) -> NoReturn:
@@ -186,7 +194,12 @@ def _refuse(archive: zipfile.ZipFile, name: str) -> NoReturn:
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Build a tensor like ``torch._utils._rebuild_tensor_v2``; torch checks the bounds."""
+    """Build a tensor like ``torch._utils._rebuild_tensor_v2``; torch checks the bounds.
+
+    A tensor that repeats the values of its storage is refused: it may be of any size, and copies of it fill the memory.
+    """
+    if math.prod(size) > storage.numel():
+        raise ValueError(f'a tensor of the size {tuple(size)} has a storage of {storage.numel()} values')
     return storage.as_strided(size, stride, offset)
 
 
@@ -195,21 +208,41 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _named_tensors(module: Shell, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(model: Shell, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers under the names of ``nn.Module.state_dict``."""
-    state = module.state if isinstance(module.state, Mapping) else {}
-    for kind in ('_parameters', '_buffers'):
-        for name, tensor in state.get(kind, {}).items():
-            if isinstance(tensor, Tensor):
-                yield f'{prefix}{name}', tensor
-    for name, child in state.get('_modules', {}).items():
-        if isinstance(child, Shell):
-            yield from _named_tensors(child, f'{prefix}{name}.')
+    # Modules that are still to be visited, with their ancestors: a module may occur twice, but not in itself.
+    stack: list[tuple[str, Shell, tuple[int, ...]]] = [('', model, ())]
+    visited = 0
+    while stack:
+        prefix, module, ancestors = stack.pop()
+        visited += 1
+        if id(module) in ancestors or len(ancestors) > MAX_DEPTH or visited > MAX_MODULES:
+            raise UserError(
+                f'checkpoint {path} is damaged: its module {shorten(prefix, SHOWN_LENGTH) or "model"} contains itself, '
+                'or too many modules'
+            )
+        state = module.state if isinstance(module.state, Mapping) else {}
+        for kind in ('_parameters', '_buffers', '_modules'):
+            if not isinstance(state.get(kind, {}), Mapping):
+                raise UserError(
+                    f'checkpoint {path} is damaged: {kind} of its module {prefix or "model"} is a '
+                    f'{type(state[kind]).__name__}, not a dict'
+                )
+        for kind in ('_parameters', '_buffers'):
+            for name, tensor in state.get(kind, {}).items():
+                if isinstance(tensor, Tensor):
+                    yield f'{prefix}{name}', tensor
+        children = [(name, child) for name, child in state.get('_modules', {}).items() if isinstance(child, Shell)]
+        stack += [(f'{prefix}{name}.', child, (*ancestors, id(module))) for name, child in reversed(children)]
 
 
-def _class_names(state: Mapping[str, Any]) -> tuple[str, ...]:
+def _class_names(state: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """Read the class names, which are a list or a dict by index."""
     names = state.get('names', ())
-    if isinstance(names, Mapping):
+    if isinstance(names, Mapping) and all(isinstance(index, int) for index in names):
         names = [names[index] for index in sorted(names)]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str | int) for name in names):
+        raise UserError(
+            f'checkpoint {path} is damaged: its class names (a {type(names).__name__}) are not a list of text'
+        )
     return tuple(str(name) for name in names)

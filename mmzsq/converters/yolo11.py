@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, find_size, tensor_shapes, to_float32
+from mmzsq.converters.conversion import (
+    ConvertedDetector,
+    check_num_classes,
+    check_tensors,
+    find_size,
+    tensor_shapes,
+    to_float32,
+)
 from mmzsq.errors import UserError
 from mmzsq.models.yolo11.backbone import YOLO11CSPDarknet
 from mmzsq.models.yolo11.head import YOLO11Head
@@ -144,6 +151,7 @@ def _detect(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
         num_classes = tensors[CLASSES].shape[0]
     except (KeyError, IndexError) as error:
         raise UserError('this is not a YOLO11 detector: it lacks the stem or the head of that model') from error
+    check_num_classes(num_classes)
     depth = sum(re.fullmatch(r'model\.2\.m\.\d+\.cv1\.conv\.weight', name) is not None for name in tensors)
     stem_width, stage_depth = YOLO11CSPDarknet.stem_width, YOLO11CSPDarknet.depth
     return find_size(SIZES, stem_width, stage_depth, width, depth, 'YOLO11', 'blocks'), num_classes

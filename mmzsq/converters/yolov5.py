@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmzsq.converters.conversion import ConvertedDetector, check_tensors, find_size, tensor_shapes, to_float32
+from mmzsq.converters.conversion import (
+    ConvertedDetector,
+    check_num_classes,
+    check_tensors,
+    find_size,
+    tensor_shapes,
+    to_float32,
+)
 from mmzsq.errors import UserError
 from mmzsq.models.yolov5.backbone import YOLOv5CSPDarknet
 from mmzsq.models.yolov5.head import YOLOv5Head
@@ -122,16 +129,19 @@ def _detect(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
     try:
         width = state_dict['backbone.stem.conv.weight'].shape[0]
         outputs = state_dict['bbox_head.convs.0.weight'].shape[0]
-        anchors = state_dict['bbox_head.anchors'].shape[1]
-    except (KeyError, IndexError) as error:
+        # (levels, anchors of a level, 2)
+        _, anchors, _ = state_dict['bbox_head.anchors'].shape
+        num_classes = outputs // anchors - 5
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             'this is not a YOLOv5 detector of v6.0 or later: it lacks the stem, the head or the anchors of that model'
         ) from error
+    check_num_classes(num_classes)
     depth = sum(
         re.fullmatch(r'backbone\.stage1\.1\.blocks\.\d+\.conv1\.conv\.weight', name) is not None for name in state_dict
     )
     stem_width, stage_depth = YOLOv5CSPDarknet.widths[0], YOLOv5CSPDarknet.depths[0]
-    return find_size(SIZES, stem_width, stage_depth, width, depth, 'YOLOv5', 'bottlenecks'), outputs // anchors - 5
+    return find_size(SIZES, stem_width, stage_depth, width, depth, 'YOLOv5', 'bottlenecks'), num_classes
 
 
 def _scale_anchors(state_dict: dict[str, Tensor]) -> None:

@@ -16,15 +16,18 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.structures import InstanceData
 
+from mmzsq.checkpoint import read_checkpoint
+from mmzsq.class_names import check_same_classes, choose_classes
 from mmzsq.config.compose import class_names, compose, detector_section
 from mmzsq.errors import UserError
 from mmzsq.image_detector import ImageDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.registry import MODELS
+from mmzsq.tasks.detection_task import known_num_classes
+from mmzsq.weights import is_quantized
 
 
 @dataclass
@@ -79,8 +82,7 @@ def load_predictor(path: str, cfg: Config | None, runtime: str | None = None, th
         return _load_exported(path, cfg, runtime, threads)
     if cfg is None:
         raise UserError(f'the checkpoint {path} needs the config of its detector: add --config CONFIG')
-    loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    if any('_quantizer.' in name for name in loaded.get('state_dict', loaded)):
+    if is_quantized(read_checkpoint(path)):
         if 'zsq' not in cfg:
             raise UserError(
                 f'{path} is a quantized checkpoint, but config {cfg.filename} has no zsq section: give the config that '
@@ -92,7 +94,7 @@ def load_predictor(path: str, cfg: Config | None, runtime: str | None = None, th
     else:
         detector = MMDET_MODELS.build(copy.deepcopy(detector_section(cfg)))
         meta = load_teacher(detector, path)
-    classes = class_names(cfg) or (meta.get('dataset_meta') or {}).get('classes')
+    classes = choose_classes(class_names(cfg), meta, known_num_classes(detector), path)
     return Predictor(_title(path), classes, ImageDetector(detector.to(get_device()).eval(), cfg))
 
 
@@ -105,7 +107,15 @@ def _load_exported(path: str, cfg: Config | None, runtime: str | None, threads: 
         return Predictor(_title(path), alone.classes, alone)
     classes = json.loads(read_metadata(path)['classes'])
     parts = dict(model=detector_section(cfg), test_dataloader=cfg.test_dataloader)
-    return Predictor(_title(path), classes or class_names(cfg), OnnxDetector(path, parts, runtime, threads))
+    declared = class_names(cfg)
+    check_same_classes(
+        declared,
+        classes,
+        'the config',
+        path,
+        'Give the config that it was exported with, or no config of other classes',
+    )
+    return Predictor(_title(path), classes or declared, OnnxDetector(path, parts, runtime, threads))
 
 
 def _title(path: str) -> str:

@@ -79,6 +79,7 @@ def report_results(
     results = dict(
         config=runner.cfg.filename,
         teacher=detector.teacher_checkpoint,
+        teacher_sha256=detector.teacher_sha256,
         preset=section.preset,
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,

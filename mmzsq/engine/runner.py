@@ -15,17 +15,20 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmzsq.checkpoint import read_checkpoint
+from mmzsq.class_names import check_built_dataset, check_data, check_dataset, choose_classes
 from mmzsq.config import compose
+from mmzsq.config.compose import class_names
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.evaluation import check_evaluation
 from mmzsq.engine.report import report_results
 from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.registry import RUNNERS
+from mmzsq.tasks.detection_task import num_classes
 
 
 @RUNNERS.register_module()
@@ -100,6 +103,7 @@ class ZeroShotRunner(Runner):
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
         self._check_training_settings()
+        self._check_classes()
         absent = check_evaluation(self)
         self.generate()
         if not self._resume:
@@ -115,6 +119,43 @@ class ZeroShotRunner(Runner):
         self._val_loop = val_loop
         self.not_evaluated = report_results(self, self.detector, self.first_iter, self.seconds, absent)
         return model
+
+    def _check_classes(self) -> None:
+        """Compare class names of config, teacher and annotation files before any work.
+
+        Raises:
+            UserError: Names the first difference.
+        """
+        check_data(self.cfg, 'val')
+        detector = self.detector
+        teacher = detector.load_teacher()
+        self._classes = choose_classes(
+            class_names(self.cfg), detector.teacher_meta, num_classes(teacher), detector.teacher_checkpoint
+        )
+        if self.cfg.zsq.calibration_set.real is not None:
+            check_dataset(self.cfg.zsq.calibration_set.real, 'zsq.calibration_set.real')
+
+    def build_val_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop as MMEngine does, and check the class names of its data.
+
+        Args:
+            loop: The loop or its config.
+
+        Raises:
+            UserError: If class names of config, data set and annotation files differ.
+        """
+        check_data(self.cfg, 'val')
+        built = super().build_val_loop(loop)
+        classes = getattr(self, '_classes', None) or class_names(self.cfg)
+        check_built_dataset(built.dataloader.dataset, classes, 'val_dataloader.dataset')
+        return built
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop as MMEngine does, and check the class names of its data, see :meth:`build_val_loop`."""
+        check_data(self.cfg, 'test')
+        built = super().build_test_loop(loop)
+        check_built_dataset(built.dataloader.dataset, class_names(self.cfg), 'test_dataloader.dataset')
+        return built
 
     def _check_training_settings(self) -> None:
         """Build what only building can check, before hours go into images: optimizer, schedules, transforms.
@@ -146,7 +187,7 @@ class ZeroShotRunner(Runner):
         if checkpoint is None:
             allocate_bits(self)
         else:
-            self.detector.load_bits_from(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+            self.detector.load_bits_from(read_checkpoint(checkpoint))
 
 
 def _text(error: Exception) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from mmzsq.checkpoint import read_checkpoint, state_dict_of
+from mmzsq.checkpoint import read_checkpoint
 from mmzsq.errors import UserError
 from mmzsq.qat.zero_shot_detector import ZeroShotDetector, trained_quantization
 from mmzsq.quantization import quantizers
+from mmzsq.weights import fitting_weights, is_quantized, unwrapped_weights
 
 INPUT_SCALES = ('.input_scale', '.log_input_scale')
 """Ends of the names of fixed and learned input factors."""
@@ -35,33 +36,36 @@ def load_student(detector: ZeroShotDetector, checkpoint: str) -> dict[str, Any]:
             to another detector.
     """
     loaded = read_checkpoint(checkpoint)
-    if not isinstance(loaded, Mapping):
-        raise UserError(f'{checkpoint} holds a {type(loaded).__name__}, not a checkpoint')
     detector.load_bits_from(loaded)
-    check_settings(detector, loaded)
-    state = state_dict_of(loaded)
-    check_input_scales(detector, state)
-    own = detector.state_dict()
-    if not any('_quantizer.' in name for name in state):
-        raise UserError(_is_float([name for name in own if '_quantizer.' in name]))
-    faults = {
-        'are missing': [n for n in own if n not in state and not n.endswith('num_batches_tracked')],
-        'are unknown': [n for n in state if n not in own],
-        'have another shape': [
-            f'{n}: {tuple(state[n].shape)} in the checkpoint, {tuple(own[n].shape)} in the model'
-            for n in own
-            if n in state and state[n].shape != own[n].shape
-        ],
-    }
-    found = [f'{len(names)} tensors {fault} ({"; ".join(names[:3])})' for fault, names in faults.items() if names]
-    if found:
-        raise UserError(
-            f'{checkpoint} is not a checkpoint of this config: {" and ".join(found)}. Give the config that it was '
-            'trained with'
-        )
-    detector.load_state_dict(state, strict=False)
+    detector.load_state_dict(check_student(detector, loaded, checkpoint), strict=False)
     check_initialized(detector.student)
     return dict(loaded.get('meta') or {})
+
+
+def check_student(detector: ZeroShotDetector, loaded: Mapping[str, Any], checkpoint: str) -> dict[str, Tensor]:
+    """Check that a checkpoint is one of this student: its settings, and every tensor.
+
+    Args:
+        detector: The model; its bits are those of the checkpoint already if they are allocated.
+        loaded: Content of the checkpoint.
+        checkpoint: Its name, for messages.
+
+    Returns:
+        The weights under the names of the model.
+
+    Raises:
+        UserError: If it is a float checkpoint, was trained with other settings, or belongs to another detector.
+    """
+    own = detector.state_dict()
+    if not is_quantized(loaded):
+        raise UserError(_is_float([name for name in own if '_quantizer.' in name], checkpoint))
+    check_settings(detector, loaded)
+    check_input_scales(detector, unwrapped_weights(own, loaded))
+    remedy = 'Give the config that it was trained with'
+    if 'ema_state_dict' in loaded:
+        # Resumed training continues from these.
+        fitting_weights(own, dict(state_dict=loaded['ema_state_dict']), f'ema_state_dict of {checkpoint}', remedy)
+    return fitting_weights(own, loaded, checkpoint, remedy)
 
 
 def check_settings(detector: ZeroShotDetector, checkpoint: Mapping[str, Any]) -> None:
@@ -121,7 +125,7 @@ def check_initialized(student: nn.Module) -> None:
     """
     names = uninitialized(student)
     if names:
-        raise UserError(_is_float(names))
+        raise UserError(_is_float(names, 'this checkpoint'))
 
 
 def uninitialized(student: nn.Module) -> list[str]:
@@ -129,8 +133,8 @@ def uninitialized(student: nn.Module) -> list[str]:
     return [name for name, quantizer in quantizers(student) if not quantizer.ready]
 
 
-def _is_float(names: list[str]) -> str:
+def _is_float(names: list[str], checkpoint: str) -> str:
     return (
-        f'this checkpoint holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
+        f'{checkpoint} holds no quantizer steps ({len(names)} are missing, such as {names[0]}): it is a '
         "float checkpoint. Test it with the detector's own config, or use the checkpoint that training wrote"
     )

@@ -16,6 +16,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmzsq.checkpoint import file_sha256
 from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
@@ -65,8 +66,10 @@ class ZeroShotDetector(BaseModel):
         augmentation: The section ``zsq.train.augmentation``: arguments of
             :class:`~mmzsq.distillation.BatchAugmentation`, or None.
         channels_last: Whether to store images, features and weights in channels-last memory format.
+        teacher_sha256: SHA-256 that the file of the teacher must have, or None.
 
     Attributes:
+        teacher_sha256: SHA-256 of the file of the teacher, once it is loaded; None if it has no local file.
         quantizer_cfg: The section ``zsq.quantizer`` as plain data, with the overrides of :meth:`assign_bits`.
             Checkpoints store it.
         quantization_config: The same section, parsed.
@@ -86,6 +89,7 @@ class ZeroShotDetector(BaseModel):
         capture: bool = True,
         augmentation: dict[str, float] | None = None,
         channels_last: bool = False,
+        teacher_sha256: str | None = None,
     ) -> None:
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn must be 'frozen' or 'train', but is {bn!r}")
@@ -99,6 +103,8 @@ class ZeroShotDetector(BaseModel):
         self.student: Any = student
         self.teacher_checkpoint = teacher
         self.teacher_meta: dict[str, Any] = {}
+        self.teacher_sha256: str | None = None
+        self._expected_teacher_sha256 = teacher_sha256
         self.bn = bn
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         student.to(memory_format=self.memory_format)
@@ -153,7 +159,8 @@ class ZeroShotDetector(BaseModel):
         """
         if self._teacher.detector is None:
             teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
-            self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint)
+            self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint, self._expected_teacher_sha256)
+            self.teacher_sha256 = file_sha256(str(self.teacher_checkpoint))
             device = next(self.student.parameters()).device
             teacher.to(device=device, memory_format=self.memory_format)
             self._teacher.detector = teacher.eval().requires_grad_(False)

@@ -293,10 +293,13 @@ class CalibrationSet:
         }
         write_atomically(self._record_path(index), to_json({**record, 'sha256': _digest(record)}))
 
-    def merge(self) -> None:
+    def merge(self, teacher_sha256: str | None = None) -> None:
         """Write annotations and manifest, which completes the set.
 
         Call it in one process, after all shards were written. All images are read and compared with their SHA-256.
+
+        Args:
+            teacher_sha256: SHA-256 of the teacher's file, for the manifest. The fingerprint has that of its weights.
 
         Raises:
             UserError: If shards are missing or damaged, or the disk is full.
@@ -322,6 +325,7 @@ class CalibrationSet:
         write_atomically(self._annotation_path, annotations)
         manifest = {
             **self._metadata,
+            'teacher_sha256': teacher_sha256,
             'annotations_sha256': sha256(annotations),
             'shards': [{key: record[key] for key in ('index', 'versions', 'info', 'images')} for record in records],
         }

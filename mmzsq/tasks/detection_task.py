@@ -55,6 +55,14 @@ def num_classes(detector: nn.Module) -> int:
     raise UserError(f'{type(detector).__name__} has no head with `num_classes`. Set it on its bbox_head or roi_head.')
 
 
+def known_num_classes(detector: nn.Module) -> int | None:
+    """Return the number of categories of a detector, None if no head has it."""
+    try:
+        return num_classes(detector)
+    except UserError:
+        return None
+
+
 def needs_masks(detector: nn.Module) -> bool:
     """Return whether the loss of a detector needs instance masks.
 

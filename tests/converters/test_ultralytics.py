@@ -3,9 +3,11 @@ import pickle
 import sys
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,89 @@ def test_a_tensor_never_reaches_beyond_its_record(numel: int, size: int, tmp_pat
         archive.writestr('archive/data/0', bytes(8))
     with pytest.raises(UserError, match='is damaged'):
         read_ultralytics(path)
+
+
+def cyclic(model: nn.Module) -> None:
+    object.__setattr__(model.model[0], '_modules', {'again': model})
+
+
+def many(model: nn.Module) -> None:
+    """Modules within modules, each twice: 2**60 paths."""
+    inner = nn.Module()
+    for _ in range(60):
+        outer = nn.Module()
+        outer._modules = {'a': inner, 'b': inner}
+        inner = outer
+    model._modules = {'model': inner}
+
+
+def nested_names(model: nn.Module) -> None:
+    names: list[object] = ['a']
+    for _ in range(60):
+        names = [names, names]
+    model.names = names
+
+
+def set_attribute(name: str, value: object) -> Callable[[nn.Module], None]:
+    return lambda model: object.__setattr__(model, name, value)
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (cyclic, 'contains itself'),
+        (many, 'too many modules'),
+        (nested_names, 'not a list of text'),
+        (set_attribute('names', 5), 'not a list of text'),
+        (set_attribute('names', {'a': 'cat', 1: 'dog'}), 'not a list of text'),
+        (set_attribute('_modules', [1]), '_modules of its module model is a list'),
+        (set_attribute('_parameters', 'text'), '_parameters of its module model is a str'),
+        (set_attribute('_buffers', None), '_buffers of its module model is a NoneType'),
+        (set_attribute('extra', torch.zeros(1).expand(10**9)), 'storage of 1 values'),
+    ],
+)
+def test_odd_models_are_refused_with_a_reason(
+    upstream: type[nn.Module], tmp_path: Path, spoil: Callable[[nn.Module], None], message: str
+) -> None:
+    model = upstream()
+    spoil(model)
+    torch.save({'model': model}, tmp_path / 'odd.pt')
+    with pytest.raises(UserError, match=rf'odd\.pt is damaged: .*{message}'):
+        read_ultralytics(tmp_path / 'odd.pt')
+
+
+@pytest.mark.parametrize('ema', [0, '', [], {}, 'text', torch.ones(2)])
+def test_an_odd_average_is_refused(upstream: type[nn.Module], tmp_path: Path, ema: object) -> None:
+    torch.save({'model': upstream(), 'ema': ema}, tmp_path / 'odd.pt')
+    with pytest.raises(UserError, match='does not contain a model object'):
+        read_ultralytics(tmp_path / 'odd.pt')
+
+
+def test_a_compressed_storage_is_refused_before_it_is_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / 'bomb.pt', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', pickle.dumps({}))
+        archive.writestr('archive/data/0', bytes(10**7))
+    monkeypatch.setattr(zipfile.ZipFile, 'open', None)
+    with pytest.raises(UserError, match='is compressed'):
+        read_ultralytics(tmp_path / 'bomb.pt')
+
+
+def test_any_damage_ends_in_a_message(upstream: type[nn.Module], tmp_path: Path) -> None:
+    torch.save({'model': upstream(), 'ema': None}, tmp_path / 'whole.pt')
+    content = (tmp_path / 'whole.pt').read_bytes()
+    random = np.random.default_rng(0)
+    path = tmp_path / 'a.pt'
+    for index in random.choice(len(content), 200, replace=False):
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        with suppress(UserError):
+            read_ultralytics(path)
+    # The pickle alone, with a check sum that fits.
+    with zipfile.ZipFile(tmp_path / 'whole.pt') as archive:
+        data = next(archive.read(name) for name in archive.namelist() if name.endswith('data.pkl'))
+    for index in random.choice(len(data), 300, replace=False):
+        damaged = bytearray(data)
+        damaged[index] = random.integers(256)
+        with suppress(UserError):
+            read_ultralytics(write_pickle(path, bytes(damaged)))

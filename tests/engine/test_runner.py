@@ -114,6 +114,9 @@ def test_a_run_writes_set_results_gallery_and_a_self_contained_checkpoint(
     assert set(checkpoint['state_dict']) == set(runner.detector.state_dict())
     assert not any('teacher' in name for name in checkpoint['state_dict'])
     assert checkpoint['meta']['mmzsq']['teacher'] == str(copy)
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert checkpoint['meta']['mmzsq']['teacher_sha256'] == written['teacher_sha256'] == digest
+    assert json.loads(Path('out/calibration_set/manifest.json').read_text())['teacher_sha256'] == digest
     floats = torch.load(copy, weights_only=True)['state_dict']
     assert checkpoint['state_dict'].keys() > floats.keys()
     # The optimizer has moments of the student only.
@@ -399,6 +402,26 @@ def test_a_resumed_run_continues_without_calibrating_again(
     assert (train['iterations'], train['images'], train['first_iteration']) == (4, 8, 2)
     assert train['ms_per_image'] == pytest.approx(1000 * results('out')['seconds']['train'] / 4, abs=0.001)
     assert results('whole')['train']['first_iteration'] == 0
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_resumed(make_runner: Any, make_config: Any) -> None:
+    run(make_runner, 'out', **NO_EVALUATION)
+    whole = last('out')
+
+    def resume(checkpoint: dict[str, Any]) -> None:
+        torch.save(checkpoint, 'changed.pth')
+        cfg = make_config('out', **NO_EVALUATION)
+        cfg.resume, cfg.load_from = True, 'changed.pth'
+        ZeroShotRunner.from_cfg(cfg).train()
+
+    def without_head(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if 'bbox_head.convs.0.weight' not in name}
+
+    with pytest.raises(UserError, match=r'changed\.pth .* missing \(bbox_head\.convs\.0\.weight'):
+        resume(dict(whole, state_dict=without_head(whole['state_dict'])))
+    averages = {f'module.{name}': value for name, value in whole['state_dict'].items()}
+    with pytest.raises(UserError, match=r'ema_state_dict of changed\.pth .*bbox_head\.convs\.0\.weight'):
+        resume(dict(whole, ema_state_dict=dict(without_head(averages), steps=torch.tensor(1))))
 
 
 def test_resume_without_a_checkpoint_starts_from_the_teacher(make_config: Any, teacher: Path) -> None:

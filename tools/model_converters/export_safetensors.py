@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmzsq.checkpoint import check_suffix, load_from_local, save_weights
+from torch import Tensor
+
+from mmzsq.checkpoint import check_suffix, read_checkpoint, save_weights
+from mmzsq.class_names import checkpoint_classes
 from mmzsq.errors import UserError
 
 
@@ -44,15 +47,16 @@ def export(checkpoint: Path, out: Path) -> None:
         UserError: If the checkpoint has no weights or no class names, or ``out`` has another suffix.
     """
     check_suffix(out)
-    loaded = load_from_local(str(checkpoint), map_location='cpu')
+    loaded = read_checkpoint(checkpoint)
     if 'state_dict' not in loaded:
         raise UserError(f'{checkpoint} has no state_dict: give a checkpoint written by training')
-    dataset_meta = loaded.get('meta', {}).get('dataset_meta', {})
-    if 'classes' not in dataset_meta:
+    classes = checkpoint_classes(loaded['meta'])
+    if classes is None:
         raise UserError(
             f'{checkpoint} does not name its classes (meta.dataset_meta.classes): give a checkpoint written by training'
         )
-    save_weights(loaded['state_dict'], dataset_meta['classes'], out)
+    weights = {name: value for name, value in loaded['state_dict'].items() if isinstance(value, Tensor)}
+    save_weights(weights, classes, out)
 
 
 if __name__ == '__main__':

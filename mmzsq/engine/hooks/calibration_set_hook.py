@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch.distributed as dist
 import torchvision
 from mmengine.dist import barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmzsq.class_names import check_same_classes, choose_classes
 from mmzsq.engine.progress import PictureProgress, SynthesisProgress
 from mmzsq.engine.shared_errors import on_main, raise_on_all_ranks
 from mmzsq.errors import UserError
@@ -127,6 +130,7 @@ class CalibrationSetHook(Hook):
         """
         detector = runner.detector
         source = self._build_source(runner, detector.load_teacher())
+        self._check_sampler(source, self.class_names(detector))
         # Rank 0 may verify, wait or merge for longer than the usual timeout.
         group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
         calibration_set = self._open(detector, source, group)
@@ -146,6 +150,22 @@ class CalibrationSetHook(Hook):
         on_main(calibration_set.verify, group)
         runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
         self._measure_health(runner, source.task, calibration_set)
+
+    @staticmethod
+    def _check_sampler(source: _Source, classes: list[str]) -> None:
+        """Compare the class names of a sampler of real labels with those of the detector."""
+        if source.synthesized is None or not source.synthesized.sampler.uses_real_labels:
+            return
+        sampler = source.synthesized.sampler
+        # Of the sampler itself, or of the one that it starts with.
+        of_sampler = getattr(sampler, 'classes', None) or getattr(getattr(sampler, 'start', None), 'classes', None)
+        check_same_classes(
+            classes,
+            of_sampler,
+            'the detector',
+            'the label sampler',
+            f'Set zsq.label_sampler.classes to the names of the detector: {classes}',
+        )
 
     def _open(self, detector: Any, source: _Source, group: Any) -> CalibrationSet:
         """Open the set in all processes: first in rank 0, which may repair files."""
@@ -187,7 +207,7 @@ class CalibrationSetHook(Hook):
             with raise_on_all_ranks(group):
                 self._make_shards(runner, source, calibration_set, missing[get_rank() :: get_world_size()])
             missing = on_main(calibration_set.missing_shards, group)
-        on_main(calibration_set.merge, group)
+        on_main(lambda: calibration_set.merge(runner.detector.teacher_sha256), group)
         on_main(lambda: self._save_gallery(runner), group)
         self._measure_health(runner, source.task, calibration_set)
         barrier(group)
@@ -350,7 +370,7 @@ class CalibrationSetHook(Hook):
             detector: The :class:`~mmzsq.qat.ZeroShotDetector` with the teacher.
 
         Raises:
-            UserError: If the config names another number of classes than the detector has.
+            UserError: If the config names another number of classes than the detector has, or others than the teacher.
         """
         count = num_classes(detector.load_teacher())
         if self.classes is not None and len(self.classes) != count:
@@ -359,7 +379,13 @@ class CalibrationSetHook(Hook):
                 f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector has '
                 f'{count}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
             )
-        known = self.classes or detector.teacher_meta.get('dataset_meta', {}).get('classes')
-        if known is not None and len(known) == count:
-            return list(known)
+        known = choose_classes(self.classes, detector.teacher_meta, count, detector.teacher_checkpoint)
+        if known is not None:
+            return known
+        print_log(
+            f'neither the config nor the teacher names the {count} classes: they are called class_0, class_1, ... To '
+            'name them, set val_dataloader.dataset.metainfo=dict(classes=[...])',
+            logger='current',
+            level=logging.WARNING,
+        )
         return [f'class_{index}' for index in range(count)]

@@ -15,7 +15,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
-from mmzsq.qat.student_checkpoint import check_initialized, check_input_scales, check_settings, uninitialized
+from mmzsq.checkpoint import check_structure
+from mmzsq.class_names import choose_classes
+from mmzsq.config.compose import class_names
+from mmzsq.qat.student_checkpoint import check_initialized, check_student, uninitialized
 from mmzsq.registry import HOOKS
 
 PTQ_FILE = 'ptq.pth'
@@ -95,25 +98,29 @@ class QuantizerInitHook(Hook):
         """
         checkpoint.setdefault('meta', {})['mmzsq'] = dict(
             teacher=runner.detector.teacher_checkpoint,
+            teacher_sha256=runner.detector.teacher_sha256,
             # Plain data, so that torch.load can read the checkpoint with weights_only=True.
             quantizer=json.loads(json.dumps(runner.detector.quantizer_cfg)),
         )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Reject a checkpoint with other quantization settings, which would load without an error.
+        """Reject a checkpoint of another student. MMEngine would load what fits of it.
 
         Args:
             runner: The runner with the student.
             checkpoint: The loaded checkpoint.
 
         Raises:
-            UserError: If settings of integers differ, or the layers with input scales.
+            UserError: If settings of integers differ, or a weight is missing, does not fit or is left over.
         """
         # In training, the optimizer exists, and the runner has already loaded the bits of the checkpoint.
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             runner.detector.load_bits_from(checkpoint)
-        check_settings(runner.detector, checkpoint)
-        check_input_scales(runner.detector, checkpoint.get('state_dict', {}))
+        name = str(runner._load_from or 'the checkpoint')
+        check_structure(checkpoint, name)
+        # MMEngine loads it into the model.
+        choose_classes(class_names(runner.cfg), checkpoint.get('meta') or {}, None, name)
+        checkpoint['state_dict'] = check_student(runner.detector, checkpoint, name)
 
     def before_test(self, runner: Runner) -> None:
         """Reject a float checkpoint.

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmzsq.datasets.shapes_drawing import CLASS_NAMES
 from mmzsq.engine.hooks import calibration_set_hook
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, stage_sizes
@@ -20,7 +21,7 @@ from mmzsq.synthesis import CalibrationSet, stage_sizes
 def real_labels(tmp_path: Path) -> dict[str, Any]:
     """Sampler of labels of one real image, with an object of each of the eight shapes."""
     content = dict(
-        categories=[dict(id=index, name=f'shape_{index}') for index in range(8)],
+        categories=[dict(id=index, name=name) for index, name in enumerate(CLASS_NAMES)],
         images=[dict(id=0, height=100, width=200)],
         annotations=[
             dict(image_id=0, category_id=index, bbox=[20.0 * index, 10.0 * index, 40.0, 25.0]) for index in range(8)
@@ -46,6 +47,33 @@ def test_log_and_manifest_state_that_real_labels_were_used(
     assert 'reads real labels: this calibration set is not zero-shot' in log.read_text()
     if alone:
         assert made.statistics()['boxes_per_image'] == dict(mean=8.0, min=8, max=8, histogram={'8': 3})
+
+
+@pytest.mark.parametrize('alone', [True, False])
+def test_real_labels_of_other_names_are_refused(make_runner: Any, real_labels: dict[str, Any], alone: bool) -> None:
+    content = json.loads(Path(real_labels['ann_file']).read_text())
+    # Categories are taken by ascending id, so that discs would become rings.
+    content['categories'][0]['id'], content['categories'][1]['id'] = 1, 0
+    Path(real_labels['ann_file']).write_text(json.dumps(content))
+    key = 'zsq.label_sampler' if alone else 'zsq.label_sampler.start'
+    with pytest.raises(UserError, match="class 0 is 'disc' in the detector and 'ring' in the label sampler.*classes"):
+        make_runner(**{key: dict(real_labels, _delete_=True)}).generate()
+
+
+def test_made_up_class_names_are_reported(make_runner: Any) -> None:
+    absent = [f'{part}_{key}' for part in ('val', 'test') for key in ('dataloader', 'evaluator', 'cfg')]
+    runner = make_runner(**dict.fromkeys([*absent, 'train_dataloader']))
+    [hook] = [hook for hook in runner.hooks if isinstance(hook, calibration_set_hook.CalibrationSetHook)]
+    assert hook.class_names(runner.detector) == [f'class_{index}' for index in range(8)]
+    [log] = Path('out').glob('*/*.log')
+    assert 'neither the config nor the teacher names the 8 classes' in log.read_text()
+    for meta in (
+        dict(CLASSES=tuple('abcdefgh')),
+        dict(dataset_meta=dict(CLASSES=list('abcdefgh'))),
+        dict(dataset_meta=dict(classes=tuple('abcdefgh'))),
+    ):
+        runner.detector.teacher_meta = meta
+        assert hook.class_names(runner.detector) == list('abcdefgh')
 
 
 def test_manifest_states_that_no_real_labels_were_used(make_runner: Any) -> None:
