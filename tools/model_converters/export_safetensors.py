@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, load_from_local, save_weights
 from mmzsq.errors import UserError
 
@@ -25,12 +26,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Export; errors are one message without a traceback."""
+    """Parse the command line and export."""
     args = parse_args()
-    try:
-        export(args.checkpoint, args.out)
-    except UserError as error:
-        raise SystemExit(f'error: {error}') from None
+    export(args.checkpoint, args.out)
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -56,4 +54,4 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

@@ -163,7 +163,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f'RealLabelSampler: {path} cannot be read ({error.strerror})') from error
+        raise UserError(
+            f'RealLabelSampler: {path} cannot be read ({error.strerror}): give the path of an annotation file'
+        ) from error
 
 
 def _check_classes(classes: Sequence[str], known: Sequence[str], path: Path) -> None:
