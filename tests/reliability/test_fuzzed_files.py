@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mmengine.structures import InstanceData
 from safetensors.torch import save
@@ -27,7 +27,10 @@ from mmzsq.synthesis import CalibrationSet
 from mmzsq.synthesis.label_samplers.annotation_files import parse_xml, read_coco
 
 bounded = settings(
-    max_examples=150,
+    max_examples=100,
+    # Shrinking a failure takes longer than finding it.
+    phases=(Phase.explicit, Phase.generate),
+    report_multiple_bugs=False,
     # Nothing that differs between two runs of CI.
     derandomize=True,
     database=None,
@@ -39,6 +42,17 @@ unbounded_reading = pytest.mark.xfail(strict=True, reason='errors of reading a c
 unbounded_sets = pytest.mark.xfail(strict=True, reason='damage of a set is not reported by one message yet')
 
 STATE = dict(state_dict={'a.weight': torch.arange(6.0).reshape(2, 3)}, meta=dict(epoch=1, classes=['cat']))
+
+
+def read(call: Callable[[], Any], named: str) -> Any:
+    """Return what a reader returns, or None if it refuses the file by a message that names it."""
+    try:
+        return call()
+    except UserError as error:
+        message = str(error)
+    assert named in message
+    return None
+
 
 # Damage of bytes.
 
@@ -113,12 +127,8 @@ def test_a_damaged_checkpoint_is_read_or_refused(name: str, tmp_path: Path) -> N
     def check(content: bytes) -> None:
         path = tmp_path / name
         path.write_bytes(content)
-        try:
-            loaded = load_from_local(str(path), 'cpu')
-        except UserError as error:
-            assert name in str(error)
-        else:
-            assert isinstance(loaded, dict)
+        loaded = read(lambda: load_from_local(str(path), 'cpu'), name)
+        assert loaded is None or isinstance(loaded, dict)
 
     check()
 
@@ -236,14 +246,14 @@ def test_a_damaged_set_is_refused_or_made_whole(name: str, complete: bool, whole
     def check(content: bytes) -> None:
         restore(root, whole_set, complete)
         (root / name).write_bytes(content)
-        try:
+
+        def use() -> dict[str, bytes]:
             write_set(root)
             CalibrationSet.load(root).verify()
-        except UserError as error:
-            assert str(root) in str(error)
-        else:
-            # Whatever a record claims, the set has the images and labels of an undisturbed one.
-            assert content_of(root) == expected
+            return content_of(root)
+
+        # Whatever a record claims, the set has the images and labels of an undisturbed one.
+        assert read(use, str(root)) in (None, expected)
 
     check()
 
@@ -267,15 +277,11 @@ def test_a_damaged_annotation_file_is_read_or_refused(tmp_path: Path) -> None:
     @given(st.one_of(changed_json(COCO), changes(json.dumps(COCO).encode())))
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        try:
-            classes, objects = read_coco(path, None)
-        except UserError as error:
-            assert 'ann.json' in str(error)
-        else:
-            assert all(isinstance(name, str) for name in classes)
-            for item in objects:
-                assert torch.isfinite(item.bboxes).all()
-                assert len(item.bboxes) == len(item.labels)
+        classes, objects = read(lambda: read_coco(path, None), 'ann.json') or ([], [])
+        assert all(isinstance(name, str) for name in classes)
+        for item in objects:
+            assert torch.isfinite(item.bboxes).all()
+            assert len(item.bboxes) == len(item.labels)
 
     check()
 

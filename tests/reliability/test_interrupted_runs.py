@@ -291,7 +291,11 @@ def test_stale_temporary_files_change_nothing(
 
 @pytest.mark.parametrize(
     'deleted',
-    [('shards/00000.json',), ('images/000001.png', 'manifest.json'), ('shards/00001.json', 'images/000002.png')],
+    [
+        ('shards/00000.json',),
+        ('images/000001.png', 'manifest.json'),
+        ('shards/00001.json', 'images/000002.png'),
+    ],
 )
 def test_what_is_deleted_of_a_set_is_made_again(
     deleted: tuple[str, ...], server: Server, whole: Whole, tmp_path: Path

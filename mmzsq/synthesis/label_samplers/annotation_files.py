@@ -55,6 +55,8 @@ def read_coco(path: Path, classes: Sequence[str] | None) -> tuple[list[str], lis
     try:
         coco = parse_coco(_read(path))
         names = {index: coco.cats[index]['name'] for index in sorted(coco.cats)}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError('names of categories must be text')
         classes = list(names.values()) if classes is None else list(classes)
         _check_classes(classes, list(names.values()), path)
         images = []
