@@ -118,7 +118,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def is_log(name: str) -> bool:
     """Return whether a file is one that MMEngine writes when it builds a runner: log, or a copy of the config."""
-    return bool(re.match(r'(out|work_dirs/\w+)/(\d{8}_\d{6}/|\w+\.py$)', name)) or 'import_cache' in name
+    return bool(re.match(r'(out|new|work_dirs/\w+)/(\d{8}_\d{6}/|\w+\.py$)', name)) or 'import_cache' in name
 
 
 def outcome(tool: Callable[[], None], argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any]:
