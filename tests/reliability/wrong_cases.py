@@ -14,15 +14,16 @@ Prepare = Callable[[Path], object]
 
 REMEDY = (
     r'must |Did you mean|Known keys|Registered: |[Ss]et |[Gg]ive |[Nn]ame |[Aa]dd |[Cc]heck |[Ll]ower |[Cc]hoose |'
-    r'[Cc]orrect|[Dd]elete |[Rr]un |[Ii]nstall |[Uu]se |[Ee]xport |[Ww]rite |[Dd]ownload |[Dd]rop |needs |grant |[Ss]ave it again|'
+    r'[Cc]orrect|[Dd]elete |[Rr]un |[Ii]nstall |[Uu]se |[Ee]xport |[Ww]rite |[Dd]ownload |[Dd]rop |needs |grant |'
+    r'[Ss]ave it again|'
     r'does not exist|No such file|It ships|are for an exported|ImportError|'
     r'choose from|are required|only go with|takes no|is for |belongs to |free disk|put '
 )
 """What a message says to do, or what it says is allowed."""
 
 OF_A_FILE = (
-    rf'{REMEDY}|truncated|damaged|[Ii]t is not |not a checkpoint|is not an? |was not written by|cannot be read as|could run code|'
-    'contains a '
+    rf'{REMEDY}|truncated|damaged|[Ii]t is not |not a checkpoint|is not an? |was not written by|'
+    'cannot be read as|could run code|contains a '
 )
 """For a file that is not what it should be, what it is instead says what to do: give another."""
 
