@@ -170,6 +170,8 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', path.stem))
+    elif not isinstance(cfg.work_dir, str):
+        raise UserError(f'work_dir is {cfg.work_dir!r}, but must be the path of a folder')
     return cfg
 
 

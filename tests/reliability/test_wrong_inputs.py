@@ -139,7 +139,7 @@ def outcome(tool: Callable[[], None], argv: tuple[str, ...], monkeypatch: pytest
 
 def message_of(stderr: str) -> str:
     """Return the one message on standard error, without the usage that argparse puts before it, and without log."""
-    lines = [line for line in stderr.splitlines() if re.match(r'(\S+: )?error: ', line)]
+    lines = [line for line in stderr.splitlines() if re.match(r'(\w+: )?error: (?!OpenCV|\()', line)]
     return '\n'.join(lines)
 
 
@@ -162,8 +162,8 @@ def judge(case: Wrong, kind: str, value: Any, stderr: str, lost: list[str]) -> t
         return 'traceback', stderr
     if lost:
         return 'lost', ', '.join(lost)
-    if message.count('error: ') != 1:
-        return 'unclear', f'{message.count("error: ")} messages: {stderr}'
+    if len(message.splitlines()) != 1:
+        return 'unclear', f'{len(message.splitlines())} messages: {stderr}'
     if not is_named(case.names, message):
         return 'unclear', f'does not name {case.names}: {message}'
     if not re.search(case.remedy, message):
