@@ -46,8 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, 'report.xml')
         marks = [] if args.ci else ['-m', '']
-        command = [sys.executable, '-m', 'pytest', '-q', str(TESTS), *marks, f'--junitxml={report}']
-        code = subprocess.run(command, check=False).returncode
+        command = [sys.executable, '-m', 'pytest', '-q', str(TESTS), *marks, '-o', 'junit_family=xunit1']
+        code = subprocess.run([*command, f'--junitxml={report}'], check=False).returncode
         if report.exists():
             sys.stdout.write(table(summarize(report)))
     sys.exit(code)
