@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo benchmark lint format clean
+.PHONY: demo test test-zoo test-reliability benchmark lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -16,7 +16,7 @@ demo: $(VENV)/.runtime
 	fi
 
 # One process per core with one thread each. Tests that start processes of their own come first and alone.
-ALONE = tests/datasets tests/engine
+ALONE = tests/datasets tests/engine tests/reliability
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest $(ALONE)
@@ -26,6 +26,11 @@ test: $(VENV)/.tests
 # Takes about twenty minutes on one core.
 test-zoo: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/zoo -m ''
+
+# Kills runs at forty points and moments, and summarizes all wrong and damaged inputs. Takes about ten minutes.
+test-reliability: export OMP_NUM_THREADS = 1
+test-reliability: $(VENV)/.tests
+	$(BIN)/python benchmarks/reliability.py
 
 # Compares a GPU with the goals of docs/performance.md. Without a GPU, only the checks that need none run.
 benchmark: $(VENV)/.tests

@@ -20,6 +20,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ from mmzsq.errors import NotEvaluatedError, UserError
 from mmzsq.registry import resolve_class
 
 ZERO_SHOT_RUNNER = 'mmzsq.ZeroShotRunner'
+
+LAUNCHERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
+"""Command of each launcher."""
+
+LAUNCHER_VARIABLES = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
+"""Environment variable that each launcher sets."""
 
 
 def parser(description: str, needs_config: bool = True) -> argparse.ArgumentParser:
@@ -94,8 +101,14 @@ def add_runtime_options(options: argparse.ArgumentParser) -> None:
         help='engine of an exported file (default: the target that it was exported for)',
     )
     options.add_argument(
-        '--threads', type=int, default=0, metavar='N', help='threads of the engine (default: the engine decides)'
+        '--threads', type=_count, default=0, metavar='N', help='threads of the engine (default: the engine decides)'
     )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text} must be an integer of at least 0')
+    return int(text)
 
 
 class _Settings(DictAction):
@@ -154,19 +167,27 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UserError(f'config {path} does not exist')
     try:
         cfg = Config.fromfile(path)
-        cfg.launcher = args.launcher
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
+    cfg.launcher = args.launcher
+    options = args.cfg_options or {}
+    try:
+        cfg.merge_from_dict(options)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise UserError(
+            f'--cfg-options {" ".join(options)} does not fit the config {path}: {text}. Check each key.'
+        ) from error
     if cfg.get('model') is None:
         raise UserError(f"config {path} has no model: add the detector's config to its _base_")
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', path.stem))
+    elif not isinstance(cfg.work_dir, str):
+        raise UserError(f'work_dir is {cfg.work_dir!r}, but must be the path of a folder')
     return cfg
 
 
@@ -179,6 +200,12 @@ def build_runner(cfg: Config) -> Runner:
         UserError: If the config names a class that is not registered.
     """
     setup_cache_size_limit_of_dynamo()
+    variable = LAUNCHER_VARIABLES.get(cfg.launcher)
+    if variable is not None and variable not in os.environ:
+        raise UserError(
+            f'--launcher {cfg.launcher} needs processes of that launcher, but {variable} is not set: start the command '
+            f'with {LAUNCHERS[cfg.launcher]}, or drop --launcher'
+        )
     work_dir = cfg.get('work_dir')
     if work_dir is not None:
         make_directory(Path(work_dir))
@@ -189,16 +216,37 @@ def build_runner(cfg: Config) -> Runner:
         cfg.setdefault('runner_type', ZERO_SHOT_RUNNER)
     try:
         runner = RUNNERS.build(cfg)
-    except KeyError as error:
-        text, separator, _ = str(error.args[0]).partition(' Please check whether')
-        if not separator:
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        if _raised_here(error):
             raise
-        raise UserError(f'{text} Correct the name, or import its module by custom_imports in the config.') from error
+        raise UserError(
+            f'the config cannot be built: {type(error).__name__}: {error}. Correct its section that this names.'
+        ) from error
+    except KeyError as error:
+        if (text := _unregistered(error)) is None:
+            raise
+        raise UserError(text) from error
     section = getattr(runner, 'cfg', cfg).get('zsq')
     if isinstance(section, Mapping) and isinstance(section.get('calibration_set'), Mapping):
         root = section['calibration_set'].get('dir')
         _RUN.set_dir = None if root is None else Path(root)
     return runner
+
+
+def _unregistered(error: KeyError) -> str | None:
+    """Return the message if an error is that of a name that no registry has."""
+    text, separator, _ = str(error.args[0] if error.args else '').partition(' Please check whether')
+    return f'{text} Correct the name, or import its module by custom_imports in the config.' if separator else None
+
+
+def _raised_here(error: Exception) -> bool:
+    """Return whether code of this package raised an error. It is then a defect, unless a config can cause it."""
+    frame, *_ = reversed(list(traceback.walk_tb(error.__traceback__)))
+    return Path(frame[0].f_code.co_filename).is_relative_to(Path(__file__).parent) and frame[0].f_code is not (
+        build_runner.__code__
+    )
 
 
 def run(main: Callable[[], None]) -> None:
@@ -232,7 +280,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _explain(error: BaseException) -> str | None:
-    """Return a message about an error of the disk, the network or another process; None for a defect."""
+    """Return a message about an error of the disk, the network, another process or a registry; None for a defect."""
+    if isinstance(error, KeyError):
+        # Data sets, transforms and metrics are built when they are needed.
+        return _unregistered(error)
     kept = _kept()
     kept = f' Kept: {kept}.' if kept else ''
     if isinstance(error, OSError) and error.errno is not None:

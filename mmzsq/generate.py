@@ -12,6 +12,7 @@ config or a detector.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -84,9 +85,12 @@ def _draw(args: argparse.Namespace) -> None:
     if seed < 0:
         raise UserError(f'--seed is {seed}, but must be at least 0')
     std = tuple(args.std or (255.0,) * 3)
-    if not all(value > 0 for value in std):
+    if not all(0 < value < math.inf for value in std):
         raise UserError(f'--std is {" ".join(map(str, std))}, but must be three positive numbers')
-    preprocessing = Preprocessing(tuple(args.mean or (0.0,) * 3), std, not args.bgr)
+    mean = tuple(args.mean or (0.0,) * 3)
+    if not all(map(math.isfinite, mean)):
+        raise UserError(f'--mean is {" ".join(map(str, mean))}, but must be three finite numbers')
+    preprocessing = Preprocessing(mean, std, not args.bgr)
     folder = Path(args.work_dir or 'work_dirs/procedural')
     out = None
     if args.format is not None:

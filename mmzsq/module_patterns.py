@@ -55,7 +55,10 @@ def select_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         found = _select(modules, pattern)
         if not found:
-            raise UserError(f'no module of {type(model).__name__} matches {pattern!r}{nearest_hint(modules, pattern)}')
+            raise UserError(
+                f'no module of {type(model).__name__} matches {pattern!r}{nearest_hint(modules, pattern)}. Correct the '
+                'name of the module in the config.'
+            )
         selected |= found
     return [name for name in modules if name in selected]
 

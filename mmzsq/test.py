@@ -28,7 +28,7 @@ def main() -> None:
     cfg = cli.load_config(args)
     for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         if cfg.get(key) is None:
-            raise UserError(f'config {args.config} has no {key}: there is nothing to evaluate on')
+            raise UserError(f'config {args.config} has no {key}: there is nothing to evaluate on. Add it.')
     exported = Path(args.checkpoint).suffix == '.onnx'
     if exported:
         cfg = evaluation_config(cfg, args.checkpoint, args.runtime, args.threads)

@@ -62,7 +62,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / 'detector.py').write_text(DETECTOR)
     (tmp_path / 'zero_shot.py').write_text("_base_ = 'detector.py'\nzsq = dict()\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(os.environ, 'LOCAL_RANK', '0')
+    # As torchrun and srun set them.
+    for variable in ('LOCAL_RANK', 'RANK', 'SLURM_PROCID'):
+        monkeypatch.setenv(variable, '0')
     return tmp_path
 
 

@@ -79,19 +79,14 @@ def read_section(zsq: Any) -> tuple[ZsqSection, dict[str, Any]]:
     if not isinstance(of_presets, Mapping):
         raise UserError(f'zsq.presets is {of_presets!r}, but must be a dict ({", ".join(PRESETS)}) or None.')
     check_keys(of_presets, PRESETS, 'zsq.presets')
+    for name, of_preset in of_presets.items():
+        _check_preset_changes(of_preset, f'zsq.presets.{name}')
     changes = of_presets.get(preset)
     if changes is None:
         changes = {}
     source = preset
     if isinstance(changes, str):
-        source, changes = _preset_name(changes, f'zsq.presets.{preset}'), {}
-    elif not isinstance(changes, Mapping):
-        raise UserError(f'zsq.presets.{preset} is {changes!r}, but must be {describe(PresetChanges)}.')
-    check_keys(changes, ZsqSection.model_fields, f'zsq.presets.{preset}')
-    for key, value in changes.items():
-        # Otherwise the value would replace a whole section, and the message would not name zsq.presets.
-        if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
-            raise UserError(f'zsq.presets.{preset}.{key} is {value!r}, but must be a dict.')
+        source, changes = changes, {}
     adapted = of_presets.get('default')
     if source == 'instant' and isinstance(adapted, Mapping):
         # Such as the image size of the detector.
@@ -100,6 +95,20 @@ def read_section(zsq: Any) -> tuple[ZsqSection, dict[str, Any]]:
     defaults = preset_section(source, merge(changes, user))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))
     return ZsqSection.parse(plain, 'zsq'), plain
+
+
+def _check_preset_changes(changes: Any, where: str) -> None:
+    """Check the changes of one preset. Those of a preset that is not used are a mistake as well."""
+    if isinstance(changes, str):
+        _preset_name(changes, where)
+    elif changes is not None and not isinstance(changes, Mapping):
+        raise UserError(f'{where} is {changes!r}, but must be {describe(PresetChanges)}.')
+    elif changes is not None:
+        check_keys(changes, ZsqSection.model_fields, where)
+        for key, value in changes.items():
+            # Otherwise the value would replace a whole section, and the message would not name zsq.presets.
+            if section_classes(ZsqSection.model_fields[key].annotation) and not isinstance(value, Mapping):
+                raise UserError(f'{where}.{key} is {value!r}, but must be a dict.')
 
 
 def _preset_name(name: Any, where: str) -> str:
@@ -209,9 +218,20 @@ def compose(cfg: Config) -> Config:
 
 def _check_other_sections(cfg: Config) -> None:
     """Check the form of the sections outside of ``zsq`` that :func:`compose` reads."""
-    for key in ('model', 'randomness', 'default_hooks', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    for key in ('model', 'randomness', 'default_hooks', 'env_cfg', *loaders):
         if cfg.get(key) is not None and not isinstance(cfg[key], Mapping):
             raise UserError(f'{key} is {cfg[key]!r}, but must be a dict.')
+    for key in loaders:
+        dataset = (cfg.get(key) or {}).get('dataset')
+        if dataset is not None and not isinstance(dataset, Mapping):
+            raise UserError(f'{key}.dataset is {dataset!r}, but must be a dict.')
+        metainfo = (dataset or {}).get('metainfo')
+        if metainfo is not None and not isinstance(metainfo, Mapping):
+            raise UserError(f'{key}.dataset.metainfo is {metainfo!r}, but must be a dict.')
+    for key in ('work_dir', 'launcher'):
+        if cfg.get(key) is not None and not isinstance(cfg[key], str):
+            raise UserError(f'{key} is {cfg[key]!r}, but must be a string.')
     for name, hook in (cfg.get('default_hooks') or {}).items():
         if hook is not None and not isinstance(hook, Mapping):
             raise UserError(f'default_hooks.{name} is {hook!r}, but must be a dict or None.')

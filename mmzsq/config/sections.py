@@ -149,7 +149,7 @@ class ZsqSection(TypedSection):
         if not self.distillation.losses and not self.distillation.detection_weight:
             raise failure(
                 'nothing to learn from: {where}.distillation.losses is empty and {where}.distillation.detection_weight '
-                'is 0.'
+                'is 0. Add a loss, or set a weight above 0.'
             )
         if self.train.augmentation is not None and self.distillation.detection_weight:
             raise failure(

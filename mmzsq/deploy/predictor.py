@@ -87,7 +87,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     try:
         proto = onnx.load_from_string(path.read_bytes())
     except DecodeError as error:
-        raise UserError(f'{path} is damaged or not an ONNX file: {error}') from error
+        raise UserError(f'{path} is damaged or not an ONNX file: {error}. Export it again.') from error
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     if 'mmzsq_version' not in metadata:
         raise UserError(f'{path} was not written by `python -m mmzsq.export`: it has no metadata of this package.')

@@ -94,7 +94,7 @@ class ZeroShotDetector(BaseModel):
         if bn not in ('frozen', 'train'):
             raise UserError(f"zsq.train.bn must be 'frozen' or 'train', but is {bn!r}")
         # A copy, because building may modify the config: DETR's head does so with its class weights.
-        student: Any = MMDET_MODELS.build(copy.deepcopy(detector))
+        student: Any = _build(copy.deepcopy(detector))
         # Such as YOLOX's random resizing of batches, which is for float training only.
         student.data_preprocessor.batch_augments = None
         # With pinned images, the host prepares a step while the GPU runs the previous one.
@@ -376,6 +376,18 @@ def trained_quantization(checkpoint: Mapping[str, Any]) -> QuantizationConfig | 
     """
     trained = checkpoint.get('meta', {}).get('mmzsq', {}).get('quantizer')
     return None if trained is None else QuantizationConfig.from_dict(trained)
+
+
+def _build(detector: dict[str, Any]) -> Any:
+    """Build the float detector. Its config is the user's, and so is an exception of its classes."""
+    try:
+        return MMDET_MODELS.build(detector)
+    except UserError:
+        raise
+    except (AssertionError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f'model of the config cannot be built: {type(error).__name__}: {error}. Correct its arguments.'
+        ) from error
 
 
 def _summarize_names(names: Sequence[str]) -> str:

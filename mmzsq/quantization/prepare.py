@@ -248,4 +248,4 @@ def _check_patterns(model: nn.Module, patterns: Iterable[str], patterns_of: Mapp
         names = {outer for name in patterns_of for outer in enclosing_names(name)}
         selectable = {name: module for name, module in model.named_modules() if name in names}
         hint = nearest_hint(selectable, pattern)
-        raise UserError(f'{WHERE}: the pattern {pattern!r} matches no layer of the model{hint}.')
+        raise UserError(f'{WHERE}: the pattern {pattern!r} matches no layer of the model{hint}. Correct or remove it.')

@@ -37,7 +37,7 @@ def test_a_malicious_file_is_refused_in_one_message(repo: Path, tmp_path: Path) 
     with zipfile.ZipFile(tmp_path / 'evil.pt', 'w') as archive:
         archive.writestr('a/data.pkl', f'cposix\nsystem\n(Vtouch {mark}\ntR.')
     done = run(repo, tmp_path / 'evil.pt', tmp_path / 'out.safetensors')
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert 'posix.system' in done.stderr
     assert 'Traceback' not in done.stderr
     assert not mark.exists()
@@ -46,5 +46,5 @@ def test_a_malicious_file_is_refused_in_one_message(repo: Path, tmp_path: Path) 
 
 def test_an_unknown_suffix_is_refused(repo: Path, tmp_path: Path) -> None:
     done = run(repo, tmp_path / 'a.pt', tmp_path / 'out.onnx')
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert '.safetensors, .pth' in done.stderr

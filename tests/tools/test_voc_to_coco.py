@@ -153,6 +153,6 @@ def test_a_mistake_is_one_message(
         change(voc)
     with pytest.raises(SystemExit) as stopped:
         convert(voc, [split], classes=classes)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert re.match(f'error: .*{message}', line)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from mmzsq import cli
 from mmzsq.atomic_files import make_directory, write_atomically
 from mmzsq.errors import UserError
 from mmzsq.synthesis.label_samplers.annotation_files import parse_xml
@@ -37,17 +38,12 @@ def main() -> None:
     parser.add_argument('--out', type=Path, help='folder of the JSON files (default: ROOT/annotations)')
     args = parser.parse_args()
     out = args.out or args.root / 'annotations'
-    try:
-        make_directory(out)
-        for split in args.splits:
-            coco = convert(args.root, split, args.classes, args.masks == 'ellipse')
-            write_atomically(out / f'{split}.json', json.dumps(coco).encode())
-            sys.stdout.write(
-                f'{out / f"{split}.json"}: {len(coco["images"])} images, {len(coco["annotations"])} boxes\n'
-            )
-    except UserError as error:
-        sys.stderr.write(f'error: {error}\n')
-        sys.exit(1)
+    # Before anything is written.
+    contents = {split: convert(args.root, split, args.classes, args.masks == 'ellipse') for split in args.splits}
+    make_directory(out)
+    for split, coco in contents.items():
+        write_atomically(out / f'{split}.json', json.dumps(coco).encode())
+        sys.stdout.write(f'{out / f"{split}.json"}: {len(coco["images"])} images, {len(coco["annotations"])} boxes\n')
 
 
 def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> dict[str, Any]:
@@ -74,7 +70,9 @@ def convert(root: Path, split: str, classes: Sequence[str], ellipses: bool) -> d
             size = {side: int(_text(tree, f'size/{side}')) for side in ('width', 'height')}
             objects = [_object(node) for node in tree.iter('object')]
         except ValueError as error:
-            raise UserError(f'{path} is not a Pascal VOC annotation: {error}') from error
+            raise UserError(
+                f'{path} is not a Pascal VOC annotation: {error}. Correct the file, or drop its name from the split'
+            ) from error
         images.append(dict(id=len(images) + 1, file_name=f'{name}.jpg', **size))
         for label, difficult, (x1, y1, x2, y2) in objects:
             if label not in classes:
@@ -131,4 +129,4 @@ def _read(path: Path) -> bytes:
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

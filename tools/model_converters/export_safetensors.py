@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, read_checkpoint, save_weights
 from mmzsq.class_names import checkpoint_classes
 from mmzsq.errors import UserError
@@ -28,12 +29,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Export; errors are one message without a traceback."""
+    """Parse the command line and export."""
     args = parse_args()
-    try:
-        export(args.checkpoint, args.out)
-    except UserError as error:
-        raise SystemExit(f'error: {error}') from None
+    export(args.checkpoint, args.out)
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -60,4 +58,4 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, save_weights
 from mmzsq.converters.ultralytics import read_ultralytics
 from mmzsq.converters.yolo11 import convert_yolo11, is_yolo11
@@ -29,12 +30,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert; errors are one message without a traceback."""
+    """Parse the command line and convert."""
     args = parse_args()
-    try:
-        sys.stdout.write(f'{convert(args.checkpoint, args.out)}\n')
-    except UserError as error:
-        raise SystemExit(f'error: {error}') from None
+    sys.stdout.write(f'{convert(args.checkpoint, args.out)}\n')
 
 
 def convert(checkpoint: Path, out: Path) -> str:
@@ -66,4 +64,4 @@ def convert(checkpoint: Path, out: Path) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

@@ -55,6 +55,8 @@ def read_coco(path: Path, classes: Sequence[str] | None) -> tuple[list[str], lis
     try:
         coco = parse_coco(_read(path))
         names = {index: coco.cats[index]['name'] for index in sorted(coco.cats)}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError('names of categories must be text')
         classes = list(names.values()) if classes is None else list(classes)
         _check_classes(classes, list(names.values()), path)
         images = []
@@ -163,7 +165,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f'RealLabelSampler: {path} cannot be read ({error.strerror})') from error
+        raise UserError(
+            f'RealLabelSampler: {path} cannot be read ({error.strerror}): give the path of an annotation file'
+        ) from error
 
 
 def _check_classes(classes: Sequence[str], known: Sequence[str], path: Path) -> None:
