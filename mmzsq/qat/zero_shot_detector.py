@@ -285,6 +285,11 @@ class ZeroShotDetector(BaseModel):
         detector = self.teacher if mode == 'predict' and self._predictor == 'teacher' else self.student
         return detector(inputs, data_samples, mode=mode)
 
+    @property
+    def update_is_open(self) -> bool:
+        """Whether batches wait for others of the same weight update (``zsq.train.accumulate``)."""
+        return False
+
     def end_training(self) -> None:
         """Free the memory of captured training steps, see :meth:`CapturedStep.release`."""
         self._captured_step.release()
