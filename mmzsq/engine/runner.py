@@ -237,7 +237,8 @@ def resolve_resume(cfg: Config, notes: list[str]) -> tuple[str | None, str | Non
         return path, of_run['teacher']
     if not cfg.zsq.get('teacher'):
         raise UserError(
-            ''.join(f'{note}. ' for note in notes) + f'there is no run to resume in {cfg.work_dir}, and no teacher to start one from: set zsq.teacher'
+            ''.join(f'{note}. ' for note in notes)
+            + f'there is no run to resume in {cfg.work_dir}, and no teacher to start one from: set zsq.teacher'
         )
     notes.append(f'no run to resume in {cfg.work_dir}: starting from the teacher {cfg.zsq.teacher}')
     return None, None

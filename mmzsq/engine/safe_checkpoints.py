@@ -48,9 +48,7 @@ class SafeSaving(CheckpointHook):
             delete_unfinished(folder, unfinished)
             delete_unfinished(Path(runner.work_dir), {LAST_CHECKPOINT})
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save if a checkpoint by iterations is due, but never between the batches of one update.
 
         Args:
@@ -118,7 +116,9 @@ def make_safe(hook: CheckpointHook) -> None:
     """
     if not isinstance(hook, SafeSaving):
         kind = type(hook)
-        hook.__class__ = type(kind.__name__, (SafeSaving, kind), {'__module__': kind.__module__, '__doc__': kind.__doc__})
+        hook.__class__ = type(
+            kind.__name__, (SafeSaving, kind), {'__module__': kind.__module__, '__doc__': kind.__doc__}
+        )
 
 
 def write_checkpoint(

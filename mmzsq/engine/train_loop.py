@@ -98,4 +98,6 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             data_batch: The batch.
         """
         self._batch = idx + 1
+        # As with one large batch, no update mixes two epochs, and a checkpoint of an epoch splits none.
+        self.runner.detector.update_ends = self._batch == len(self.dataloader)
         super().run_iter(idx, data_batch)
