@@ -18,9 +18,7 @@ def digest_of_tensors(checkpoint: Path | str) -> str:
     def add(value: Any, name: str) -> None:
         if isinstance(value, torch.Tensor):
             digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-            digest.update(
-                value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr(value).encode()
-            )
+            digest.update(value.contiguous().numpy().tobytes())
         elif isinstance(value, dict):
             for key, part in value.items():
                 add(part, f'{name}.{key}')

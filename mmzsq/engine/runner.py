@@ -149,7 +149,7 @@ class ZeroShotRunner(Runner):
 
         A resumed run that is finished, results included, does nothing.
         """
-        if self._resume and reported(self, self._load_from):
+        if self._is_finished():
             self.logger.info(f'the run in {self.work_dir} is finished: nothing is left to do, and no file changes')
             return self.model
         val_loop: Any = self._val_loop
@@ -169,6 +169,10 @@ class ZeroShotRunner(Runner):
         self._val_loop = val_loop
         report_results(self, self.detector, self.first_iter, self.seconds)
         return model
+
+    def _is_finished(self) -> bool:
+        """Return whether this run resumes from its last checkpoint, and the results are there."""
+        return self._resume and reported(self, str(self._load_from))
 
     def _check_training_settings(self) -> None:
         """Build what only building can check, before hours go into images: optimizer, schedules, transforms.
@@ -245,7 +249,7 @@ def resolve_resume(cfg: Config, notes: list[str]) -> tuple[str | None, str | Non
 
 
 def _checkpoint_folders(cfg: Config) -> list[Path]:
-    """Return the folders with the checkpoints of a run: the work_dir, and that of a checkpoint hook with ``out_dir``."""
+    """Return the folders with the checkpoints of a run: the work_dir, and that of the checkpoint hook."""
     work_dir = Path(cfg.work_dir)
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     out_dir = hook.get('out_dir')

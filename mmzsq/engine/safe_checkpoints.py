@@ -27,7 +27,7 @@ from mmzsq.engine.hooks.quantizer_init_hook import LAST_CHECKPOINT, PTQ_FILE
 from mmzsq.errors import UserError
 
 POSITION_KEY = 'position'
-"""Key of a checkpoint with :meth:`ResumableTrainLoop.position <mmzsq.engine.train_loop.ResumableTrainLoop.position>`."""
+"""Key of a checkpoint with what :meth:`mmzsq.engine.train_loop.ResumableTrainLoop.position` returned."""
 
 
 class SafeSaving(CheckpointHook):

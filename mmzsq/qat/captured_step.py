@@ -95,10 +95,11 @@ class CapturedStep:
             log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
         else:
             log_vars = self._replay(inputs, targets)
-        if average is not None:
-            average(model)
-        optim_wrapper.step()
-        optim_wrapper.zero_grad()
+        if optim_wrapper.should_update():
+            if average is not None:
+                average(model)
+            optim_wrapper.step()
+            optim_wrapper.zero_grad()
         return log_vars
 
     def _has_captured_shapes(self, inputs: Tensor, targets: PaddedTargets | None) -> bool:

@@ -295,7 +295,6 @@ def test_two_interrupted_processes_end_with_the_bits_of_two_that_were_not(root: 
     """Each process augments its images in its own way, with averaged weights and allocated bits."""
     resumed, whole = (digest_of_tensors(root / name / 'epoch_2.pth') for name in ('averaged', 'whole'))
     assert resumed == whole
-    assert digest_of_tensors(root / 'averaged' / 'epoch_1.pth') != whole
 
 
 def test_soft_object_count_is_the_mean_over_processes_and_at_least_one_in_total(root: Path) -> None:

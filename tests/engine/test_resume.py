@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,14 +250,14 @@ def checkpoint(path: Path, epoch: int, **changes: Any) -> None:
 
 
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Iterator[Path]:
+def run_folder(tmp_path: Path) -> Path:
     """A work_dir with whole checkpoints 1, 2 and 10, the PTQ baseline, a float checkpoint 11 and a damaged one, 12."""
     for epoch in (1, 10, 2):
         checkpoint(tmp_path / f'epoch_{epoch}.pth', epoch)
     checkpoint(tmp_path / 'ptq.pth', 99, meta=dict(mmzsq=dict(teacher='t.pth')))
     torch.save(dict(state_dict={}, meta=dict(epoch=11, iter=11)), tmp_path / 'epoch_11.pth')
     (tmp_path / 'epoch_12.pth').write_bytes((tmp_path / 'epoch_10.pth').read_bytes()[:300])
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize(
