@@ -19,6 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MessageHub
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 
 from mmzsq import atomic_files
@@ -109,6 +110,32 @@ def test_a_training_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bits(in
     runner.train()
     assert runner.iter == 6
     assert digest_of_tensors('out/iter_6.pth') == before
+
+
+def test_checkpoints_and_epochs_do_not_split_an_update(
+    interrupted: Any, make_config: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches an epoch, two an update: updates end at iterations 2, 3, 5 and 6, and so do checkpoints."""
+    options = {**ONE_BY_ONE, **saving(by_epoch=False, max_keep_ckpts=-1), 'zsq.train.accumulate': 2}
+    options['zsq.calibration_set.dir'] = str(whole['root'] / 'out' / 'calibration_set')
+    updates: list[int] = []
+    runner = ZeroShotRunner.from_cfg(make_config('all', **options))
+    step = OptimWrapper.step
+
+    def count(wrapper: OptimWrapper) -> None:
+        updates.append(runner.iter + 1)
+        step(wrapper)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimWrapper, 'step', count)
+        runner.train()
+    assert updates == [2, 3, 5, 6]
+    assert names('all') == {'ptq.pth', *(f'iter_{update}.pth' for update in updates)}
+    # Iteration 4 waits for the other batch of its update.
+    cfg = interrupted(4, **options)
+    assert names() == {'ptq.pth', 'iter_2.pth', 'iter_3.pth'}
+    ZeroShotRunner.from_cfg(cfg).train()
+    assert digest_of_tensors('out/iter_6.pth') == digest_of_tensors('all/iter_6.pth')
 
 
 def test_a_training_killed_in_its_first_save_starts_again_and_ends_with_the_same_bits(
