@@ -194,7 +194,7 @@ def compose(cfg: Config) -> Config:
         ),
     )
     max_epochs = section.train.max_epochs
-    _replace(cfg, 'train_cfg', dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=10**9))
+    _replace(cfg, 'train_cfg', dict(type='mmzsq.ResumableTrainLoop', max_epochs=max_epochs, val_interval=10**9))
     _replace(cfg, 'train_dataloader', _train_dataloader(cfg, section, plain))
     _replace(cfg, 'optim_wrapper', _optim_wrapper(section.train, plain['train']['optimizer']))
     _replace(cfg, 'param_scheduler', _param_scheduler(section.train))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmdet.utils import reduce_mean
-from mmengine.dist import get_world_size
 from torch import Tensor
+
+from mmzsq.update_parts import part_count, row_counts, row_shares, update_mean
 
 
 def kl_divergence(preds_S: Tensor, preds_T: Tensor, tau: float) -> Tensor:
@@ -50,23 +50,25 @@ def binary_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 def soft_object_count(scores: Tensor) -> Tensor:
     """Soft number of objects in a batch: the sum of the teacher's scores, at least 1; a scalar.
 
-    In distributed training each process gets the mean of the sums of all processes, at least 1 / world size. The mean
-    of the gradients over the processes then equals the gradient of one process that sees all images.
+    If the images of an update come in several parts (processes, accumulated batches), each part gets the mean of the
+    sums of all parts, at least 1 / number of parts. The mean of the gradients over the parts then equals the gradient
+    of one batch with all images.
 
     Args:
         scores: The teacher's probabilities of an object, any shape, without gradient.
     """
-    return reduce_mean(scores.sum()).clamp(min=1 / get_world_size())
+    return update_mean(scores.sum()).clamp(min=1 / part_count())
 
 
-def relative_errors(errors: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+def relative_errors(errors: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
     """Divide mean squared errors by the mean square of the teacher's tensors.
 
-    The mean squares are averaged over all processes, in one exchange. They are at least 1e-12.
+    The mean squares are averaged over all parts of the update, in one exchange. They are at least 1e-12.
 
     Args:
         errors: K mean squared errors, scalars.
         teacher: The K tensors of the teacher, any shapes.
+        rows: Numbers of rows from :func:`row_counts_of`, (K,) or (1,).
 
     Returns:
         Shape (K,).
@@ -75,5 +77,26 @@ def relative_errors(errors: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
         >>> relative_errors([torch.tensor(1.0)], [torch.tensor([2.0, 2.0])])
         tensor([0.2500])
     """
-    squares = reduce_mean(torch.stack([t.float().square().mean() for t in teacher]))
-    return torch.stack(list(errors)) / squares.clamp(min=1e-12)
+    squares = torch.stack([t.float().square().mean() for t in teacher])
+    if rows is None:
+        return torch.stack(list(errors)) / update_mean(squares).clamp(min=1e-12)
+    # Sums over rows, since a mean must not depend on another mean.
+    return torch.stack(list(errors)) * rows / update_mean(squares * rows).clamp(min=1e-12)
+
+
+def row_counts_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the number of rows of each tensor, see :func:`~mmzsq.update_parts.row_counts`.
+
+    Args:
+        tensors: K tensors with a row for each image or region, on one device.
+    """
+    return row_counts([len(tensor) for tensor in tensors], tensors[0].device)
+
+
+def row_shares_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the shares of the rows of each tensor, see :func:`~mmzsq.update_parts.row_shares`.
+
+    Args:
+        tensors: K tensors with a row for each image or region, on one device.
+    """
+    return row_shares([len(tensor) for tensor in tensors], tensors[0].device)

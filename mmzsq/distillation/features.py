@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mmzsq.argument_checks import checked_flag, checked_patterns
 from mmzsq.distillation.base import DistillationLoss, Outputs
-from mmzsq.distillation.divergence import relative_errors
+from mmzsq.distillation.divergence import relative_errors, row_counts_of, row_shares_of
 from mmzsq.distillation.prediction_kl import IMAGE_MASK_HEAD
 from mmzsq.errors import UserError
 from mmzsq.module_patterns import select_modules
@@ -78,10 +78,13 @@ class FeatureMSELoss(DistillationLoss):
             for pair in zip(student[name], features, strict=True)
         ]
         mean_squared_errors = [mean_squared_error(s, t) for s, t in pairs]
+        # All features have one row for each image.
+        images = [pairs[0][1]]
         if self.normalize:
-            errors = relative_errors(mean_squared_errors, [t for _, t in pairs])
+            errors = relative_errors(mean_squared_errors, [t for _, t in pairs], row_counts_of(images))
         else:
-            errors = torch.stack(mean_squared_errors)
+            errors, shares = torch.stack(mean_squared_errors), row_shares_of(images)
+            errors = errors if shares is None else errors * shares
         return self.loss_weight * errors.mean()
 
     def extra_repr(self) -> str:

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.utils import reduce_mean
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmzsq.boxes import complete_iou
 from mmzsq.distillation.base import DistillationLoss, Outputs, WeightedTermsLoss
 from mmzsq.distillation.dense import DensePredictions, dense_terms
-from mmzsq.distillation.divergence import binary_kl, kl_divergence, relative_errors, soft_object_count
+from mmzsq.distillation.divergence import binary_kl, kl_divergence, relative_errors, row_counts_of, soft_object_count
 from mmzsq.distillation.location_outputs import Constants, LocationOutputs, MapsError, MaskGroup, joint_logits
 from mmzsq.distillation.location_readers import LocationReader, head_of, location_reader
 from mmzsq.distillation.prediction_kl import KL_WEIGHT, PredictionKLLoss
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
+from mmzsq.update_parts import update_mean
 
 MAX_MASKS = 32
 """Masks that are compared per image and mask group: those of the teacher's most confident locations."""
@@ -123,8 +123,8 @@ def spread_error(student: Tensor, teacher: Tensor, weight: Tensor, total: Tensor
     wide = weight[..., None]
     sums = torch.stack([(wide * teacher).sum((0, 1)), (wide * teacher.square()).sum((0, 1))])
     count = weight.sum().expand(1, sums.shape[1])
-    # The mean over all processes, which then use the same spread.
-    mean, square, count = reduce_mean(torch.cat([sums, count])).unbind(0)
+    # The mean over all parts of the update, which then use the same spread.
+    mean, square, count = update_mean(torch.cat([sums, count])).unbind(0)
     count = count.clamp(min=1e-6)
     variance = square / count - (mean / count).square()
     # The floor is for values that do not vary, such as those of a single location.
@@ -198,7 +198,7 @@ def location_terms(
     ]
     if teacher.maps:
         errors = [(s.float() - t.float()).square().mean() for s, t in zip(student.maps, teacher.maps, strict=True)]
-        masks.append(relative_errors(errors, teacher.maps).mean())
+        masks.append(relative_errors(errors, teacher.maps, row_counts_of(teacher.maps)).mean())
     if masks:
         terms['masks'] = torch.stack(masks).sum()
     return terms

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmzsq.argument_checks import checked_flag, checked_number, checked_patterns
 from mmzsq.distillation.base import DistillationLoss, Outputs
-from mmzsq.distillation.divergence import kl_divergence
+from mmzsq.distillation.divergence import kl_divergence, row_shares_of
 from mmzsq.errors import UserError
 from mmzsq.module_patterns import select_modules
 from mmzsq.registry import MODELS
@@ -119,7 +119,9 @@ class PredictionKLLoss(DistillationLoss):
         if self.join_maps:
             preds_S, preds_T = [torch.cat(preds_S, 1)], [torch.cat(preds_T, 1)]
         losses = [kl_divergence(s, t, self.tau).mean() for s, t in zip(preds_S, preds_T, strict=True)]
-        return self.loss_weight * torch.stack(losses).sum()
+        shares = row_shares_of(preds_T[:1])
+        terms = torch.stack(losses) if shares is None else torch.stack(losses) * shares
+        return self.loss_weight * terms.sum()
 
     def extra_repr(self) -> str:
         """Show weight and temperature."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmzsq.boxes import complete_iou
 from mmzsq.distillation.base import Outputs, WeightedTermsLoss
 from mmzsq.distillation.dense import dense_terms
-from mmzsq.distillation.divergence import relative_errors, soft_object_count
+from mmzsq.distillation.divergence import relative_errors, row_counts_of, soft_object_count
 from mmzsq.distillation.queries import class_divergence, query_scores
 from mmzsq.distillation.two_stage import (
     RPN_HEAD,
@@ -220,6 +220,7 @@ class RegionPredictionLoss(WeightedTermsLoss):
         }
         if others:
             errors = [(s.float() - t.float()).square().mean() for s, t in others]
-            terms['others'] = relative_errors(errors, [t for _, t in others])
+            of_teacher = [t for _, t in others]
+            terms['others'] = relative_errors(errors, of_teacher, row_counts_of(of_teacher))
         means = [self.weights[name] * values.mean() for name, values in terms.items()]
         return self.loss_weight * torch.stack(means).sum()

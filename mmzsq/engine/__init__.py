@@ -6,6 +6,7 @@ from mmzsq.engine.exported_detector import check_classes, evaluation_config, exp
 from mmzsq.engine.hooks import CalibrationSetHook, FiniteLossHook, QuantizerInitHook
 from mmzsq.engine.optim_wrapper_constructor import GroupedOptimWrapperConstructor
 from mmzsq.engine.runner import ZeroShotRunner
+from mmzsq.engine.train_loop import ResumableTrainLoop
 
 __all__ = [
     'AveragingDataParallel',
@@ -13,6 +14,7 @@ __all__ = [
     'FiniteLossHook',
     'GroupedOptimWrapperConstructor',
     'QuantizerInitHook',
+    'ResumableTrainLoop',
     'ZeroShotRunner',
     'check_classes',
     'evaluation_config',

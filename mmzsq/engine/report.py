@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmzsq.atomic_files import to_json, write_atomically
-from mmzsq.checkpoint import load_from_local
+from mmzsq.checkpoint import load_from_local, read_checkpoint
 from mmzsq.engine.evaluation import absent_data, build_evaluation, describe, evaluate, log_traceback, scalar_metrics
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
 from mmzsq.errors import UserError
@@ -118,6 +119,36 @@ def report_results(
         f'the student is trained, but its evaluation failed: {reason}. {path} has all other results. Correct this and '
         f'evaluate {student} by mmzsq.test'
     )
+
+
+def reported(runner: Runner, checkpoint: str) -> bool:
+    """Return whether ``results.json`` in the work_dir already holds the results of a checkpoint, under this config.
+
+    Results without the accuracy that the config asks for do not count, so that an evaluation can be made up for.
+
+    Args:
+        runner: The runner before training.
+        checkpoint: Path of the checkpoint that the run continues from.
+    """
+    path = Path(runner.work_dir) / RESULTS_FILE
+    try:
+        results = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    section = runner.cfg.zsq
+    expected = dict(
+        checkpoint=Path(checkpoint).name,
+        quantizer=section.quantizer.to_dict(),
+        settings={key: section[key].to_dict() for key in REPORTED_SECTIONS},
+    )
+    # As JSON has them: tuples are lists.
+    expected = json.loads(to_json(expected))
+    if not isinstance(results, dict) or any(results.get(key) != value for key, value in expected.items()):
+        return False
+    meta = read_checkpoint(checkpoint).get('meta', {})
+    trained = (results.get('train') or {}).get('iterations')
+    evaluated = runner._val_loop is None or bool(results.get('metrics'))
+    return Path(checkpoint).resolve().parent == path.resolve().parent and trained == meta.get('iter') and evaluated
 
 
 def _evaluation_images(runner: Runner) -> int:

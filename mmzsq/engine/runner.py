@@ -7,15 +7,18 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmcv.transforms import Compose
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import runner as mmengine_runner
 from torch import nn
 
 from mmzsq.checkpoint import read_checkpoint
@@ -24,8 +27,17 @@ from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.evaluation import check_evaluation
-from mmzsq.engine.report import report_results
+from mmzsq.engine.report import report_results, reported
+from mmzsq.engine.safe_checkpoints import (
+    POSITION_KEY,
+    find_last_checkpoint,
+    make_safe,
+    notes_of_run,
+    write_checkpoint,
+)
+from mmzsq.engine.train_loop import ResumableTrainLoop
 from mmzsq.errors import UserError
+from mmzsq.patching import patched
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.registry import RUNNERS
 from mmzsq.tasks.detection_task import num_classes
@@ -55,8 +67,9 @@ class ZeroShotRunner(Runner):
             UserError: If the config has a mistake, or there is no teacher.
         """
         cfg = copy.deepcopy(cfg)
+        notes: list[str] = []
         if cfg.get('resume') and isinstance(cfg.get('zsq'), Mapping):
-            cfg.load_from, teacher = resolve_resume(cfg)
+            cfg.load_from, teacher = resolve_resume(cfg, notes)
             cfg.resume = cfg.load_from is not None
             if cfg.zsq.get('teacher') is None:
                 cfg.zsq.teacher = teacher
@@ -67,7 +80,10 @@ class ZeroShotRunner(Runner):
             cfg.optim_wrapper.pop('dtype', None)
         # Images then move to the GPU while it still works on the batch before.
         cfg.train_dataloader.pin_memory = torch.cuda.is_available()
-        return super().from_cfg(cfg)
+        runner = super().from_cfg(cfg)
+        for note in notes:
+            runner.logger.warning(note)
+        return runner
 
     @property
     def detector(self) -> ZeroShotDetector:
@@ -91,6 +107,46 @@ class ZeroShotRunner(Runner):
             self.logger.warning('zsq.calibration_set.real: this run learns from real images, for comparison only')
         self.call_hook('before_build')
 
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        """Register a hook as MMEngine does, and make a checkpoint hook safe against kills.
+
+        Args:
+            hook: The hook or its config.
+            priority: Its priority; None: that of its class.
+        """
+        super().register_hook(hook, priority)
+        for registered in self._hooks:
+            if isinstance(registered, CheckpointHook):
+                make_safe(registered)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint as MMEngine does, but atomically, and with the position of the training.
+
+        All processes must call this together. The first one writes.
+        """
+        loop = self._train_loop
+        self._position = loop.position() if isinstance(loop, ResumableTrainLoop) else None
+        with patched(mmengine_runner, 'save_checkpoint', self._write_with_position):
+            super().save_checkpoint(*args, **kwargs)
+
+    def _write_with_position(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if self._position is not None:
+            checkpoint[POSITION_KEY] = self._position
+        write_checkpoint(checkpoint, *args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint as MMEngine does, and keep the position of the training that it holds."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+        self._loaded_position = checkpoint.get(POSITION_KEY)
+        return checkpoint
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Resume as MMEngine does, and continue from the very position of the checkpoint."""
+        super().resume(*args, **kwargs)
+        loop = self._train_loop
+        if isinstance(loop, ResumableTrainLoop):
+            loop.resume(self._loaded_position)
+
     def load_or_resume(self) -> None:
         """Load or resume as MMEngine does, and record the iteration that training starts at."""
         super().load_or_resume()
@@ -99,7 +155,13 @@ class ZeroShotRunner(Runner):
         self.first_iter = loop.iter if isinstance(loop, BaseLoop) else 0
 
     def train(self) -> nn.Module:
-        """Make the calibration set if it is missing, train the student, and evaluate on the user's data, if any."""
+        """Make the calibration set if it is missing, train the student, and evaluate on the user's data, if any.
+
+        A resumed run that is finished, results included, does nothing.
+        """
+        if self._is_finished():
+            self.logger.info(f'the run in {self.work_dir} is finished: nothing is left to do, and no file changes')
+            return self.model
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
         self._check_training_settings()
@@ -157,6 +219,10 @@ class ZeroShotRunner(Runner):
         check_built_dataset(built.dataloader.dataset, class_names(self.cfg), 'test_dataloader.dataset')
         return built
 
+    def _is_finished(self) -> bool:
+        """Return whether this run resumes from its last checkpoint, and the results are there."""
+        return self._resume and reported(self, str(self._load_from))
+
     def _check_training_settings(self) -> None:
         """Build what only building can check, before hours go into images: optimizer, schedules, transforms.
 
@@ -195,38 +261,45 @@ def _text(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
-def resolve_resume(cfg: Config) -> tuple[str | None, str | None]:
+def resolve_resume(cfg: Config, notes: list[str]) -> tuple[str | None, str | None]:
     """Find the checkpoint that a config with ``resume`` continues from.
 
+    Args:
+        cfg: The config.
+        notes: Gets messages for the log about files that cannot be used, and about the start.
+
     Returns:
-        The checkpoint: ``load_from``, or the last one in the work_dir that a run of this project wrote, or None. And
-        the teacher that the checkpoint names; None without a checkpoint.
+        The checkpoint: ``load_from``, or the last whole one in the work_dir that a run of this project wrote, or None.
+        And the teacher that the checkpoint names; None without a checkpoint.
 
     Raises:
-        UserError: If a checkpoint cannot be read, ``load_from`` is not the checkpoint of a run, or nothing names a
-            teacher.
+        UserError: If ``load_from`` cannot be read or is not the checkpoint of a run, or nothing names a teacher.
     """
     given = cfg.get('load_from')
     if given:
-        written = _written_by_run(given)
-        if not written:
+        try:
+            return given, notes_of_run(given)['teacher']
+        except UserError as error:
             raise UserError(
-                f'resume continues from load_from, but {given} is not the checkpoint of a quantization run. Name the '
-                'full-precision detector by zsq.teacher, and leave load_from=None to continue from the last '
-                'checkpoint in the work_dir'
-            )
-        return given, written['teacher']
-    latest = find_latest_checkpoint(cfg.work_dir)
-    if latest and (written := _written_by_run(latest)):
-        return latest, written['teacher']
+                f'resume continues from load_from, but {error}. Name the full-precision detector by zsq.teacher, and '
+                'leave load_from=None to continue from the last checkpoint in the work_dir'
+            ) from error
+    found = find_last_checkpoint(_checkpoint_folders(cfg), notes.append)
+    if found is not None:
+        path, of_run = found
+        return path, of_run['teacher']
     if not cfg.zsq.get('teacher'):
         raise UserError(
-            f'there is no run to resume in {cfg.work_dir}, and no teacher to start one from: set zsq.teacher'
+            ''.join(f'{note}. ' for note in notes)
+            + f'there is no run to resume in {cfg.work_dir}, and no teacher to start one from: set zsq.teacher'
         )
-    print_log(f'no run to resume in {cfg.work_dir}: starting from the teacher {cfg.zsq.teacher}', logger='current')
+    notes.append(f'no run to resume in {cfg.work_dir}: starting from the teacher {cfg.zsq.teacher}')
     return None, None
 
 
-def _written_by_run(checkpoint: str) -> dict[str, Any]:
-    """Return the notes that a run of this project leaves in its checkpoints; empty for any other checkpoint."""
-    return read_checkpoint(checkpoint).get('meta', {}).get('mmzsq', {})
+def _checkpoint_folders(cfg: Config) -> list[Path]:
+    """Return the folders with the checkpoints of a run: the work_dir, and that of the checkpoint hook."""
+    work_dir = Path(cfg.work_dir)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    out_dir = hook.get('out_dir')
+    return [work_dir, *([Path(out_dir) / work_dir.name] if isinstance(out_dir, str | Path) else [])]

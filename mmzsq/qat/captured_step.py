@@ -114,8 +114,9 @@ class CapturedStep:
         self.eager_steps[inputs.shape] += 1
         if self.eager_steps[inputs.shape] < EAGER_STEPS:
             return _run_on_side_stream(model, inputs, labels, optim_wrapper)
-        # The trial would update the statistics of BatchNorm in train mode.
+        # The trial would update the statistics of BatchNorm in train mode, and draw random numbers.
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        random_state = torch.cuda.get_rng_state(inputs.device)
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode('error')
         try:
@@ -131,6 +132,7 @@ class CapturedStep:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+        torch.cuda.set_rng_state(random_state, inputs.device)
         if not self.allowed:
             return _forward_backward(model, inputs, labels, optim_wrapper)
         self.inputs = inputs.clone()

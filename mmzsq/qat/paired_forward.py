@@ -99,12 +99,7 @@ class PairedForward:
             data_samples: One ``DetDataSample`` per image, with ``gt_instances`` if losses are requested.
             with_losses: Whether to compute the student's own losses.
         """
-        with (
-            torch.no_grad(),
-            frozen_train_mode(self.teacher),
-            self.recorder_T.recording() as outputs_T,
-        ):
-            self.teacher(inputs, data_samples, mode='tensor')
+        outputs_T = self.teacher_outputs(inputs, data_samples)
         losses = None
         if with_losses:
             with frozen_train_mode(self.student), self.recorder_S.recording() as outputs_S:
@@ -116,6 +111,21 @@ class PairedForward:
         with frozen_train_mode(self.student), self.recorder_S.recording() as outputs_S:
             self.student(inputs, data_samples, mode='tensor')
         return PairedOutputs(outputs_S, outputs_T, losses)
+
+    @torch.no_grad()
+    def teacher_outputs(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Outputs:
+        """Run the teacher alone.
+
+        Args:
+            inputs: Normalized images (N, 3, H, W).
+            data_samples: One ``DetDataSample`` per image.
+
+        Returns:
+            The same outputs as those of the teacher in both detectors' run.
+        """
+        with frozen_train_mode(self.teacher), self.recorder_T.recording() as outputs:
+            self.teacher(inputs, data_samples, mode='tensor')
+        return outputs
 
 
 class TransformerPairedForward(PairedForward):
@@ -129,14 +139,8 @@ class TransformerPairedForward(PairedForward):
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> PairedOutputs:
         """Run both detectors, see :class:`PairedForward`."""
-        with (
-            torch.no_grad(),
-            eval_mode(self.teacher),
-            self.recorder_T.recording() as outputs_T,
-            TopkReplay() as topk,
-            recording_nms() as kept,
-        ):
-            self.teacher(inputs, data_samples, mode='tensor')
+        with TopkReplay() as topk, recording_nms() as kept:
+            outputs_T = self.teacher_outputs(inputs, data_samples)
         with (
             eval_mode(self.student, MODE_KEPT),
             self.recorder_S.recording() as outputs_S,
@@ -144,14 +148,18 @@ class TransformerPairedForward(PairedForward):
             replaying_nms(kept),
         ):
             self.student(inputs, data_samples, mode='tensor')
-        for outputs in (outputs_S, outputs_T):
-            if TRANSFORMER_HEAD in outputs:
-                outputs[TRANSFORMER_HEAD] = [layer for layers in outputs[TRANSFORMER_HEAD] for layer in layers]
         losses = None
         if with_losses:
             with frozen_train_mode(self.student):
                 losses = detection_losses(self.student, inputs, data_samples)
-        return PairedOutputs(outputs_S, outputs_T, losses)
+        return PairedOutputs(_by_layer(outputs_S), outputs_T, losses)
+
+    @torch.no_grad()
+    def teacher_outputs(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Outputs:
+        """Run the teacher alone, see :class:`PairedForward`."""
+        with eval_mode(self.teacher), self.recorder_T.recording() as outputs:
+            self.teacher(inputs, data_samples, mode='tensor')
+        return _by_layer(outputs)
 
 
 class TopkReplay(TorchFunctionMode):
@@ -247,19 +255,7 @@ class TwoStagePairedForward(ProposalPairedForward):
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> PairedOutputs:
         """Run both detectors, see :class:`PairedForward`. With RoIs, the teacher has an entry ``MASK_ROI_INDICES``."""
-        assert data_samples is not None
-        with torch.no_grad(), self.recorder_T.recording() as outputs_T:
-            features = self.teacher.extract_feat(inputs)
-            maps = self.teacher.rpn_head(features)
-            if self.with_rois:
-                rois, counts = self._propose(maps, data_samples)
-                # Autocast would round the pixel coordinates of boxes and RoIs to 16 bits, by about 4 pixels at 640.
-                precise = [at_least_fp32(level) for level in features]
-                scores, _ = foreground(self.teacher.roi_head._bbox_forward(precise, rois)['cls_score'])
-                mask_rois = most_confident_indices(scores, counts, MAX_MASK_ROIS)
-                if self.with_masks:
-                    self.teacher.roi_head._mask_forward(precise, rois[mask_rois])
-                outputs_T[MASK_ROI_INDICES] = [mask_rois]
+        outputs_T, rois, mask_rois = self._run_teacher(inputs, data_samples)
         with self.recorder_S.recording() as outputs_S:
             features = self.student.extract_feat(inputs)
             maps = self.student.rpn_head(features)
@@ -277,6 +273,29 @@ class TwoStagePairedForward(ProposalPairedForward):
             ):
                 losses = detection_losses(self.student, inputs, data_samples)
         return PairedOutputs(outputs_S, outputs_T, losses)
+
+    def teacher_outputs(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Outputs:
+        """Run the teacher alone, see :class:`PairedForward`."""
+        return self._run_teacher(inputs, data_samples)[0]
+
+    @torch.no_grad()
+    def _run_teacher(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> tuple[Outputs, Tensor, Tensor]:
+        """Return the teacher's outputs, its RoIs (R, 5), and the indices of those of the mask head, (M,)."""
+        assert data_samples is not None
+        rois, mask_rois = inputs.new_zeros(0, 5), inputs.new_zeros(0, dtype=torch.long)
+        with self.recorder_T.recording() as outputs:
+            features = self.teacher.extract_feat(inputs)
+            maps = self.teacher.rpn_head(features)
+            if self.with_rois:
+                rois, counts = self._propose(maps, data_samples)
+                # Autocast would round the pixel coordinates of boxes and RoIs to 16 bits, by about 4 pixels at 640.
+                precise = [at_least_fp32(level) for level in features]
+                scores, _ = foreground(self.teacher.roi_head._bbox_forward(precise, rois)['cls_score'])
+                mask_rois = most_confident_indices(scores, counts, MAX_MASK_ROIS)
+                if self.with_masks:
+                    self.teacher.roi_head._mask_forward(precise, rois[mask_rois])
+                outputs[MASK_ROI_INDICES] = [mask_rois]
+        return outputs, rois, mask_rois
 
     def _propose(
         self, maps: tuple[list[Tensor], list[Tensor]], data_samples: Sequence[Any]
@@ -307,13 +326,7 @@ class RegionPairedForward(ProposalPairedForward):
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None, with_losses: bool) -> PairedOutputs:
         """Run both detectors, see :class:`PairedForward`."""
         assert data_samples is not None
-        with torch.no_grad(), eval_mode(self.teacher), self.recorder_T.recording() as outputs_T:
-            features = self.teacher.extract_feat(inputs)
-            if self.rpn_taps or self.with_rois:
-                proposals = self._propose(features, data_samples)
-            if self.with_rois:
-                with recording_regions(self.teacher.roi_head) as regions:
-                    self._run_roi_head(self.teacher, features, proposals, data_samples)
+        outputs_T, proposals, regions = self._run_teacher(inputs, data_samples)
         with eval_mode(self.student, MODE_KEPT), self.recorder_S.recording() as outputs_S:
             features = self.student.extract_feat(inputs)
             # Some proposal networks have no maps (Sparse R-CNN), others compute them in stages that predict() calls.
@@ -329,6 +342,25 @@ class RegionPairedForward(ProposalPairedForward):
             with frozen_train_mode(self.student), _returning(self.student, 'extract_feat', features):
                 losses = detection_losses(self.student, inputs, data_samples)
         return PairedOutputs(outputs_S, outputs_T, losses)
+
+    def teacher_outputs(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Outputs:
+        """Run the teacher alone, see :class:`PairedForward`."""
+        return self._run_teacher(inputs, data_samples)[0]
+
+    @torch.no_grad()
+    def _run_teacher(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> tuple[Outputs, list[Any], Any]:
+        """Return the teacher's outputs, its proposals, and what :func:`recording_regions` recorded."""
+        assert data_samples is not None
+        proposals: list[Any] = []
+        regions: Any = None
+        with eval_mode(self.teacher), self.recorder_T.recording() as outputs:
+            features = self.teacher.extract_feat(inputs)
+            if self.rpn_taps or self.with_rois:
+                proposals = self._propose(features, data_samples)
+            if self.with_rois:
+                with recording_regions(self.teacher.roi_head) as regions:
+                    self._run_roi_head(self.teacher, features, proposals, data_samples)
+        return outputs, proposals, regions
 
     def _propose(self, features: Any, data_samples: Sequence[Any]) -> list[Any]:
         """Return the teacher's best proposals, one non-empty ``InstanceData`` per image."""
@@ -370,6 +402,13 @@ def _whole_image(sample: Any, device: torch.device) -> InstanceData:
     """Return one proposal that covers the image of a ``DetDataSample``."""
     height, width = sample.img_shape[:2]
     return InstanceData(bboxes=torch.tensor([[0.0, 0.0, width, height]], device=device))
+
+
+def _by_layer(outputs: Outputs) -> Outputs:
+    """Split the predictions of a transformer's head by decoder layer, in place."""
+    if TRANSFORMER_HEAD in outputs:
+        outputs[TRANSFORMER_HEAD] = [layer for layers in outputs[TRANSFORMER_HEAD] for layer in layers]
+    return outputs
 
 
 def _shapes(outputs: Outputs) -> dict[str, list[torch.Size]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -21,6 +22,7 @@ from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
+from mmzsq.qat.accumulated_update import AccumulatedUpdate, Part
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.dry_run import dry_run, dry_run_size
 from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
@@ -33,6 +35,7 @@ from mmzsq.registry import MODELS, build_part
 from mmzsq.tasks.detection_task import add_ignored_semantic_labels, pixel_range, sum_losses
 from mmzsq.tasks.padded_task import TargetCapacity, takes_padded_targets
 from mmzsq.tasks.training_losses import detection_losses
+from mmzsq.update_parts import UpdateParts
 
 STUDENT_PREFIX = 'student.'
 
@@ -74,6 +77,8 @@ class ZeroShotDetector(BaseModel):
             Checkpoints store it.
         quantization_config: The same section, parsed.
         report: The :class:`~mmzsq.quantization.QuantizationReport` of the student.
+        update_ends: Whether the next batch is the last one of its update, even if the update has fewer batches than
+            ``zsq.train.accumulate``. The train loop sets it at the end of an epoch.
 
     Raises:
         UserError: If an argument is not valid.
@@ -136,6 +141,9 @@ class ZeroShotDetector(BaseModel):
         self._predictor = 'student'
         self._paired_forward: PairedForward | None = None
         self._captured_step = CapturedStep(capture)
+        self._accumulated_update = AccumulatedUpdate()
+        self.update_ends = False
+        self._update_ratio = 1.0
         self._target_capacity = TargetCapacity()
         self._register_state_dict_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
@@ -292,14 +300,22 @@ class ZeroShotDetector(BaseModel):
         detector = self.teacher if mode == 'predict' and self._predictor == 'teacher' else self.student
         return detector(inputs, data_samples, mode=mode)
 
+    @property
+    def update_is_open(self) -> bool:
+        """Whether batches wait for others of the same weight update (``zsq.train.accumulate``)."""
+        return bool(self._accumulated_update.parts)
+
     def end_training(self) -> None:
         """Free the memory of captured training steps, see :meth:`CapturedStep.release`."""
         self._captured_step.release()
+        self._accumulated_update.parts.clear()
 
     def train_step(
         self, data: Any, optim_wrapper: OptimWrapper, average: Callable[[nn.Module], None] | None = None
     ) -> dict[str, Tensor]:
         """Take one training step, as a CUDA graph if all shapes are fixed.
+
+        If gradients are accumulated, the batch waits until all batches of the update are there.
 
         Labels have a fixed shape if the head takes padded targets. Proposals of a two-stage detector have none.
 
@@ -309,7 +325,7 @@ class ZeroShotDetector(BaseModel):
             average: Averages the gradients of this model over all processes.
 
         Returns:
-            Each loss, and their sum as ``'loss'``.
+            Each loss, and their sum as ``'loss'``; empty if the batch waits for others.
         """
         data = self.data_preprocessor(data, True)
         capturable = not self.distillation_losses or self.paired_forward.capturable
@@ -319,7 +335,13 @@ class ZeroShotDetector(BaseModel):
             targets = self._target_capacity.pad(instances, fixed=self._captured_step.graph is not None)
         elif self.detection_weight:
             capturable = False
-        return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
+        if optim_wrapper._accumulative_counts > 1:
+            labels = data['data_samples'] if targets is None else targets
+            part = Part(self.augment(data['inputs']), labels)
+            return self._accumulated_update(self, part, optim_wrapper, average, self.update_ends)
+        self.set_update_ratio(get_world_size())
+        with UpdateParts().replaying():
+            return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
 
     @property
     def paired_forward(self) -> PairedForward:
@@ -333,7 +355,7 @@ class ZeroShotDetector(BaseModel):
         return self._paired_forward
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> dict[str, Tensor]:
-        """Return the weighted distillation losses, and the detection loss if it has a weight.
+        """Augment the images and return :meth:`losses`.
 
         Args:
             inputs: Normalized images (N, 3, H, W).
@@ -343,7 +365,71 @@ class ZeroShotDetector(BaseModel):
         Returns:
             Scalar losses by name.
         """
+        return self.losses(self.augment(inputs), data_samples)
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Return images as the losses take them: in the memory format of the weights, and augmented.
+
+        Args:
+            inputs: Normalized images (N, 3, H, W).
+        """
         inputs = inputs.contiguous(memory_format=self.memory_format)
+        # Without distillation, images keep their labels.
+        if self.augmentation is not None and self.distillation_losses:
+            inputs = self.augmentation(inputs, self._black, self._white)
+        return inputs
+
+    def set_update_ratio(self, ratio: float) -> None:
+        """Tell the quantizers of activations how large an update is, see :class:`~mmzsq.quantization.quantizers.LSQ`.
+
+        Args:
+            ratio: Images of the whole update for each image of the next batch.
+        """
+        if ratio == self._update_ratio:
+            return
+        self._update_ratio = ratio
+        for name, quantizer in quantizers(self.student):
+            if not name.endswith('weight_quantizer'):
+                quantizer.update_ratio = ratio
+
+    @torch.no_grad()
+    def run_divisors(self, inputs: Tensor, data_samples: Any) -> None:
+        """Compute the divisors of all losses in the order of :meth:`losses`, and change nothing.
+
+        Those of distillation depend on the teacher alone, those of the detection loss also on the student.
+
+        Args:
+            inputs: Images from :meth:`augment`.
+            data_samples: As in :meth:`loss`.
+        """
+        device = inputs.device
+        if self.detection_weight:
+            # Losses may modify labels, and BatchNorm in train mode its statistics.
+            labels = copy.deepcopy(data_samples)
+            add_ignored_semantic_labels(self.student, labels)
+            buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
+            with (
+                torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []),
+                frozen_train_mode(self.student),
+            ):
+                detection_losses(self.student, inputs, labels)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        if self.distillation_losses:
+            outputs = self.paired_forward.teacher_outputs(inputs, data_samples)
+            for loss in self.distillation_losses:
+                loss(outputs, outputs, self.student)
+
+    def losses(self, inputs: Tensor, data_samples: Any) -> dict[str, Tensor]:
+        """Return the weighted distillation losses, and the detection loss if it has a weight.
+
+        Args:
+            inputs: Images from :meth:`augment`.
+            data_samples: As in :meth:`loss`.
+
+        Returns:
+            Scalar losses by name.
+        """
         if self.detection_weight and data_samples is not None:
             add_ignored_semantic_labels(self.student, data_samples)
         if not self.distillation_losses:
@@ -351,8 +437,6 @@ class ZeroShotDetector(BaseModel):
             with frozen_train_mode(self.student):
                 own = detection_losses(self.student, inputs, data_samples)
             return dict(loss_detection=self.detection_weight * sum_losses(own))
-        if self.augmentation is not None:
-            inputs = self.augmentation(inputs, self._black, self._white)
         outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
         if detection is not None:

@@ -73,7 +73,8 @@ class LSQ(nn.Module):
             step. ``'linear'``: the step itself, which the forward keeps positive.
         grad_scale: Whether to scale the gradients of step and zero point by 1 / sqrt(n * qmax). n is the number of
             elements of the quantized tensor that share one step. For activations it includes the batch dimension; the
-            LSQ paper counts the features of a layer.
+            LSQ paper counts the features of a layer. Of a batch that is one part of a weight update, all parts count,
+            see ``update_ratio``.
         narrow: Whether ``'signed'`` excludes -2^(b-1). The range is then symmetric, and integers stay in it when their
             sign changes, as by folding a BatchNorm with negative gamma.
 
@@ -112,6 +113,7 @@ class LSQ(nn.Module):
         self.qmin = -(2 ** (bits - 1)) + narrow if scheme == 'signed' else 0
         self.qmax = 2 ** (bits - 1) - 1 if scheme == 'signed' else 2**bits - 1
         self.enabled = True
+        self.update_ratio = 1.0
 
         self._step_name = f'{step}_step'
         ones = torch.ones(num_steps)
@@ -179,7 +181,10 @@ class LSQ(nn.Module):
         step, zero_point = self._grid_for(x)
         scale = 1.0
         if self.grad_scale:
-            scale = 1.0 / math.sqrt(max(x.numel() // self.num_steps, 1) * self.qmax)
+            count = max(x.numel() // self.num_steps, 1)
+            if self.update_ratio != 1.0:
+                count = max(round(count * self.update_ratio), 1)
+            scale = 1.0 / math.sqrt(count * self.qmax)
         return fake_quantize(x, step, self.qmin, self.qmax, zero_point, scale)
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmzsq.engine import QuantizerInitHook, ZeroShotRunner
 from mmzsq.quantization import set_quantization
 from mmzsq.synthesis import CalibrationSet
+from tests.checkpoint_digest import digest_of_tensors
 
 NO_EVALUATION = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
 SIX_IMAGES = {'zsq.calibration_set.num_images': 6}
@@ -160,6 +161,8 @@ except Interrupted:
 torch.distributed.barrier()
 averaged.resume, averaged.load_from = True, None
 train(ZeroShotRunner.from_cfg(averaged))
+# The same without the interruption.
+train(ZeroShotRunner.from_cfg(Config.fromfile('whole.py')))
 
 # Of three weights one has gradients in both processes, one in the second, one in none.
 model = Line()
@@ -220,7 +223,8 @@ def root(configure: Any, repo: Path, tmp_path_factory: pytest.TempPathFactory) -
         runner.train()
         losses = torch.tensor(runner.message_hub.get_scalar('train/loss').data[0])
         torch.save(dict(state=runner.detector.state_dict(), losses=losses), root / 'one' / 'last.pth')
-    for name, changes in (('two', EXACT), ('averaged', AVERAGED)):
+    shared = {'zsq.calibration_set.dir': str(root / 'averaged' / 'calibration_set')}
+    for name, changes in (('two', EXACT), ('averaged', AVERAGED), ('whole', {**AVERAGED, **shared})):
         cfg = configure(root / name, **options, **changes, **{'zsq.train.batch_size': 1})
         cfg.launcher = 'pytorch'
         (root / f'{name}.py').write_text(''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items()))
@@ -285,6 +289,12 @@ def test_steps_weights_statistics_and_averages_are_equal_on_all_ranks(root: Path
     assert len(averages[0]) == (name == 'averaged')
     for states in zip(*averages, strict=True):
         assert_same(list(states))
+
+
+def test_two_interrupted_processes_end_with_the_bits_of_two_that_were_not(root: Path) -> None:
+    """Each process augments its images in its own way, with averaged weights and allocated bits."""
+    resumed, whole = (digest_of_tensors(root / name / 'epoch_2.pth') for name in ('averaged', 'whole'))
+    assert resumed == whole
 
 
 def test_soft_object_count_is_the_mean_over_processes_and_at_least_one_in_total(root: Path) -> None:

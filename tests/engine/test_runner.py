@@ -447,7 +447,8 @@ def test_a_resumed_run_gets_its_teacher_from_the_section_or_the_checkpoint(
     cfg.resume = True
     Path('out').mkdir()
     for epoch in (1, 2):
-        checkpoint = dict(torch.load(teacher, weights_only=True), meta=dict(mmzsq=dict(teacher=str(teacher))))
+        meta = dict(epoch=epoch, iter=2 * epoch, mmzsq=dict(teacher=str(teacher)))
+        checkpoint = dict(torch.load(teacher, weights_only=True), meta=meta, message_hub={})
         torch.save(checkpoint, f'out/epoch_{epoch}.pth')
     Path('out/last_checkpoint').write_text('out/epoch_2.pth')
     for given, resumed in ((None, 'out/epoch_2.pth'), ('out/epoch_1.pth', 'out/epoch_1.pth')):

@@ -21,11 +21,12 @@ class FiniteLossHook(Hook):
         interval: Iterations between two checks. Each check synchronizes with the device. Defaults to 50.
     """
 
-    # Before CheckpointHook (VERY_LOW), which deletes an old checkpoint before it saves a new one.
+    # Before CheckpointHook (VERY_LOW), which replaces an old checkpoint.
     priority = 'LOW'
 
     def __init__(self, interval: int = 50) -> None:
         self.interval = interval
+        self._due = False
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
@@ -43,10 +44,13 @@ class FiniteLossHook(Hook):
         """
         intervals = [self.interval, *(hook.interval for hook in runner.hooks if _saves_between_epochs(hook))]
         due = any(self.every_n_train_iters(runner, interval) for interval in intervals)
-        if not (due or self.end_of_epoch(runner.train_dataloader, batch_idx)):
-            return
+        self._due = self._due or due or self.end_of_epoch(runner.train_dataloader, batch_idx)
         loss = (outputs or {}).get('loss')
-        if loss is not None and not torch.isfinite(loss):
+        # Batches that wait for others of their update have no loss. The last one is checked, and then saved.
+        if not self._due or loss is None:
+            return
+        self._due = False
+        if not torch.isfinite(loss):
             raise UserError(
                 f'the loss is {loss} at iteration {runner.iter}: lower zsq.train.optimizer.lr or zsq.train.step_lr, or '
                 'set zsq.train.amp=False; earlier checkpoints are intact'

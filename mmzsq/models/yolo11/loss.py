@@ -18,6 +18,7 @@ from mmzsq.boxes import complete_iou
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolo11.assignment import assign_targets
 from mmzsq.models.yolo11.decode import RawOutputs, decode_bboxes
+from mmzsq.update_parts import mean_in_update, part_count
 
 MARGIN = 0.01
 """Minimum difference in cells between a target distance and the largest distance that can be predicted."""
@@ -43,7 +44,7 @@ def yolo11_loss(
         targets = _padding_alone(targets)
     bboxes = decode_bboxes(outputs)
     target, score = assign_targets(bboxes, outputs.classes.sigmoid(), outputs.points, targets, topk, alpha, beta)
-    total = score.sum().clamp(min=1)
+    total = mean_in_update(score.sum()).clamp(min=1 / part_count(in_update=True))
     image = torch.arange(len(target), device=target.device)[:, None]
     gt_bboxes, gt_labels = targets.bboxes.float()[image, target], targets.labels[image, target]
 

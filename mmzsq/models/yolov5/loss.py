@@ -21,6 +21,7 @@ from mmzsq.boxes import complete_iou
 from mmzsq.models.padded_targets import PaddedTargets
 from mmzsq.models.yolov5.assignment import find_candidates
 from mmzsq.models.yolov5.decode import decode_bboxes
+from mmzsq.update_parts import mean_in_update, part_count, row_shares
 
 
 def yolov5_loss(
@@ -63,7 +64,8 @@ def yolov5_loss(
     of_scale = (-1, 1, 1, 1, 1)
     bboxes = decode_bboxes(chosen[..., :4], x, y, anchors[:, None, None, :, None], stride.view(of_scale))
     iou = complete_iou(bboxes, targets.bboxes[:, :, None, None].float())
-    weight = matched / matched.sum((1, 2, 3, 4), keepdim=True).clamp(min=1)
+    count = mean_in_update(matched.sum((1, 2, 3, 4), keepdim=True).to(iou.dtype))
+    weight = matched / count.clamp(min=1 / part_count(in_update=True))
     loss_bbox = ((1 - iou) * weight).sum()
 
     classes = torch.arange(chosen.shape[-1] - 5, device=device)
@@ -86,7 +88,8 @@ def yolov5_loss(
     loss_obj = F.binary_cross_entropy_with_logits(
         torch.cat([logits for logits, _ in selected], dim=1), objectness, of_cell, reduction='sum'
     )
-    return loss_bbox, loss_obj, loss_cls
+    shares = row_shares([images], device, in_update=True)
+    return loss_bbox, loss_obj if shares is None else loss_obj * shares[0], loss_cls
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
