@@ -368,7 +368,8 @@ def _read_categories(file: str, backend_args: Any) -> tuple[Mapping[str, Any], .
         return tuple(dict(id=category['id'], name=str(category['name'])) for category in content['categories'])
     except Exception as error:
         raise UserError(
-            f'{file} cannot be read as COCO annotations with a list of categories: {type(error).__name__}: {error}'
+            f'{file} cannot be read as COCO annotations with a list of categories: {type(error).__name__}: {error}. '
+            'Correct the file, or set another ann_file in the config'
         ) from error
 
 

@@ -38,8 +38,6 @@ bounded = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-unbounded_reading = pytest.mark.xfail(strict=True, reason='errors of reading a checkpoint are not bounded yet')
-unbounded_sets = pytest.mark.xfail(strict=True, reason='damage of a set is not reported by one message yet')
 
 STATE = dict(state_dict={'a.weight': torch.arange(6.0).reshape(2, 3)}, meta=dict(epoch=1, classes=['cat']))
 
@@ -115,9 +113,9 @@ CHECKPOINTS = {
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param('a.pth', marks=unbounded_reading),
-        pytest.param('old.pth', marks=unbounded_reading),
-        pytest.param('pickle.pth', marks=unbounded_reading),
+        'a.pth',
+        'old.pth',
+        'pickle.pth',
         'a.safetensors',
     ],
 )
@@ -231,9 +229,9 @@ def restore(root: Path, whole: Path, complete: bool) -> None:
 @pytest.mark.parametrize(
     ('name', 'complete'),
     [
-        pytest.param('manifest.json', True, marks=unbounded_sets),
-        pytest.param('shards/settings.json', False, marks=unbounded_sets),
-        pytest.param('shards/00000.json', False, marks=unbounded_sets),
+        ('manifest.json', True),
+        ('shards/settings.json', False),
+        ('shards/00000.json', False),
     ],
 )
 def test_a_damaged_set_is_refused_or_made_whole(name: str, complete: bool, whole_set: Path, tmp_path: Path) -> None:

@@ -35,10 +35,6 @@ zsq['presets']['default']['train']['max_epochs'] = {EPOCHS}
 TRAIN = ('train', 'tiny.py', '--resume')
 
 nightly = pytest.mark.nightly
-no_resume = pytest.mark.xfail(strict=True, reason='a resumed training does not end with the same bits yet')
-no_message = pytest.mark.xfail(strict=True, reason='a lost rank is not reported by one message yet')
-no_disk = pytest.mark.xfail(strict=True, reason='checkpoints are not written with a message on a full disk yet')
-unaware = pytest.mark.xfail(strict=True, reason='a second writer of a set does not notice the first yet')
 
 Record = Callable[[str, object], None]
 
@@ -163,7 +159,6 @@ def test_a_kill_at_a_write_of_the_set_changes_nothing(
     conclude(kill_at(server, whole, tmp_path, spread(begin, trained, count)), record_property)
 
 
-@no_resume
 @pytest.mark.parametrize('count', [2, pytest.param(12, marks=nightly)])
 def test_a_kill_at_a_write_of_training_changes_nothing(
     count: int, server: Server, whole: Whole, tmp_path: Path, record_property: Record
@@ -189,7 +184,6 @@ def test_a_kill_at_any_moment_of_synthesis_changes_nothing(
     conclude(verdicts, record_property)
 
 
-@no_resume
 @pytest.mark.parametrize('count', [2, pytest.param(12, marks=nightly)])
 def test_a_kill_at_any_moment_of_training_changes_nothing(
     count: int, server: Server, whole: Whole, tmp_path: Path, record_property: Record
@@ -229,7 +223,7 @@ def size_of(path: Path) -> int:
 @pytest.mark.parametrize(
     ('smaller', 'larger', 'named'),
     [
-        pytest.param('out/ptq.pth', 'out/epoch_1.pth', 'epoch_1.pth', marks=no_disk),
+        ('out/ptq.pth', 'out/epoch_1.pth', 'epoch_1.pth'),
         ('out/calibration_set/previews/*.png', 'out/ptq.pth', 'ptq.pth'),
     ],
 )
@@ -338,7 +332,6 @@ def test_two_writers_of_one_set_make_one_set(two_writers: tuple[Path, list[Run]]
     assert set_bits(folder).items() <= whole.bits.items()
 
 
-@unaware
 def test_a_second_writer_says_that_there_is_another(two_writers: tuple[Path, list[Run]]) -> None:
     assert any(re.search('another|other process', run.output) for run in two_writers[1])
 
@@ -386,7 +379,6 @@ def test_a_rank_whose_peer_dies_ends_in_bounded_time(widowed: Widowed) -> None:
     assert widowed.code not in (None, 0), widowed.run.output
 
 
-@no_message
 def test_a_rank_whose_peer_dies_says_so(widowed: Widowed) -> None:
     assert 'Traceback' not in widowed.run.output
     assert len([line for line in widowed.run.output.splitlines() if line.startswith('error: ')]) == 1

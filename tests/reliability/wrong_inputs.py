@@ -997,74 +997,10 @@ EVALUATION = [
     *evaluation('too few names', annotations(), 'classes', classes=('disc', 'ring')),
 ]
 
-NAMES = 'names of classes in config, checkpoint and annotation file are not compared yet'
-WEIGHTS = 'weights are not compared strictly at this door yet'
-READING = 'errors of reading a checkpoint are not bounded yet'
-DATA = 'evaluation data is not checked before work, and its errors are not caught yet'
-DISK = 'errors of the disk are not reported by one message yet'
-RESUME = 'a checkpoint without the state of training is not refused yet'
 SIZE = 'zsq.train.image_size is not compared with the sizes that the detector takes'
-CLAIMED = 'a set claims its folder before its image sizes are checked'
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     SIZE: ('zsq.train.image_size=7',),
-    WEIGHTS: (
-        'no neck',
-        'teacher that is a student',
-        'test: weights of another detector',
-        'export: no weight',
-        'export: weights of another detector',
-        'test: a float detector as a student',
-        'test: other classes',
-        'test: a student as a float detector',
-        'export of a float detector',
-    ),
-    DISK: (
-        'work_dir below a file',
-        'work_dir that is a file',
-    ),
-    READING: (
-        'resume from text',
-        'teacher: a pickle of protocol 4',
-        'teacher: a list',
-        'teacher: nothing',
-        'teacher: a number',
-        'teacher: a tensor',
-        'teacher: weights that are None',
-        'teacher: weights that are a list',
-        'teacher at s3://bucket/a.pth',
-        'teacher at open-mmlab://nope',
-        'teacher at torchvision://nope',
-        'teacher at 5',
-        'teacher at [a,b]',
-        'test: a list',
-        'predict: a list',
-        'export_safetensors: nothing',
-    ),
-    RESUME: ('resume from ptq.pth',),
-    CLAIMED: ('set: of a size that the detector cannot take',),
-    DATA: (
-        'evaluation: no annotation file',
-        'evaluation: broken JSON',
-        'evaluation before training: broken JSON',
-        'evaluation: a list',
-        'evaluation before training: a list',
-        'evaluation: no categories',
-        'evaluation before training: no categories',
-        'evaluation: no images',
-        'evaluation before training: no images',
-        'evaluation: a damaged image',
-        'evaluation: an empty image',
-    ),
-    NAMES: (
-        'evaluation: categories in another order',
-        'evaluation before training: categories in another order',
-        'evaluation: a class that is absent',
-        'evaluation before training: a class that is absent',
-        'evaluation: other classes',
-        'evaluation before training: other classes',
-        'evaluation: too few names',
-    ),
 }
 """Rows that the product does not answer rightly, by reason."""
 

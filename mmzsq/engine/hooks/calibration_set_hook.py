@@ -131,6 +131,9 @@ class CalibrationSetHook(Hook):
         detector = runner.detector
         source = self._build_source(runner, detector.load_teacher())
         self._check_sampler(source, self.class_names(detector))
+        if source.synthesized is not None and not self._has_set():
+            # Before the set claims its folder, so that a corrected run can use it.
+            source.synthesized.check_sizes()
         # Rank 0 may verify, wait or merge for longer than the usual timeout.
         group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
         calibration_set = self._open(detector, source, group)
@@ -150,6 +153,10 @@ class CalibrationSetHook(Hook):
         on_main(calibration_set.verify, group)
         runner.logger.info(f'using the calibration set in {self.root}: {self.num_images} images')
         self._measure_health(runner, source.task, calibration_set)
+
+    def _has_set(self) -> bool:
+        """Return whether the folder holds a set, finished or not. Its sizes were checked when it began."""
+        return any((self.root / name).exists() for name in ('manifest.json', 'shards/settings.json'))
 
     @staticmethod
     def _check_sampler(source: _Source, classes: list[str]) -> None:
@@ -191,8 +198,6 @@ class CalibrationSetHook(Hook):
 
     def _complete(self, runner: Runner, source: _Source, calibration_set: CalibrationSet, group: Any) -> None:
         """Make the missing shards, and again those whose files were damaged in the meantime, and merge them."""
-        if source.synthesized is not None:
-            source.synthesized.check_sizes()
         # Rank 0 lists the missing shards before any rank writes one, so that all ranks share the same list.
         missing = on_main(calibration_set.missing_shards, group)
         runner.logger.info(
