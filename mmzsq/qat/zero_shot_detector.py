@@ -380,7 +380,7 @@ class ZeroShotDetector(BaseModel):
         return inputs
 
     def set_update_ratio(self, ratio: float) -> None:
-        """Tell the quantizers of activations how large an update is, see :class:`~mmzsq.quantization.quantizers.LSQ`.
+        """Tell the quantizers of activations how large an update is, for LSQ's gradient scale.
 
         Args:
             ratio: Images of the whole update for each image of the next batch.

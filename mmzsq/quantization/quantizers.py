@@ -113,6 +113,7 @@ class LSQ(nn.Module):
         self.qmin = -(2 ** (bits - 1)) + narrow if scheme == 'signed' else 0
         self.qmax = 2 ** (bits - 1) - 1 if scheme == 'signed' else 2**bits - 1
         self.enabled = True
+        # Elements of a whole weight update for each element of an input; training sets it.
         self.update_ratio = 1.0
 
         self._step_name = f'{step}_step'

@@ -44,8 +44,10 @@ class FiniteLossHook(Hook):
         """
         intervals = [self.interval, *(hook.interval for hook in runner.hooks if _saves_between_epochs(hook))]
         due = any(self.every_n_train_iters(runner, interval) for interval in intervals)
+        if outputs is None:
+            return
         self._due = self._due or due or self.end_of_epoch(runner.train_dataloader, batch_idx)
-        loss = (outputs or {}).get('loss')
+        loss = outputs.get('loss')
         # Batches that wait for others of their update have no loss. The last one is checked, and then saved.
         if not self._due or loss is None:
             return
