@@ -261,10 +261,7 @@ def unfinished(whole: Whole, tmp_path: Path) -> Path:
             '.manifest.json.0123456789abcdef.tmp',
             'previews/shard_00001_relabel.part.png',
         ),
-        pytest.param(
-            ('images/.odd.tmp',),
-            marks=pytest.mark.xfail(strict=True, reason='a temporary file of another name is a traceback yet'),
-        ),
+        ('images/.odd.tmp',),
     ],
 )
 def test_stale_temporary_files_change_nothing(
@@ -320,8 +317,6 @@ def two_writers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, runs
 
 
-# Not always, therefore not strict.
-@pytest.mark.xfail(strict=False, reason='previews of two writers have one name and collide at times')
 def test_two_writers_of_one_set_make_one_set(two_writers: tuple[Path, list[Run]], whole: Whole) -> None:
     folder, runs = two_writers
     for run in runs:
