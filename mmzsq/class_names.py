@@ -369,7 +369,7 @@ def _read_categories(file: str, backend_args: Any) -> tuple[Mapping[str, Any], .
     except Exception as error:
         raise UserError(
             f'{file} cannot be read as COCO annotations with a list of categories: {type(error).__name__}: {error}. '
-            'Correct the file, or set another ann_file in the config'
+            'Correct the file, or set another ann_file. Validation is optional in training: val_dataloader=None'
         ) from error
 
 
