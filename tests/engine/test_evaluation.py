@@ -108,7 +108,7 @@ def empty(coco: dict[str, Any]) -> dict[str, Any]:
 DAMAGE = {
     'text': (lambda coco: 'annotations', 'JSONDecodeError'),
     'cut off': (lambda coco: json.dumps(coco)[:-20], 'JSONDecodeError'),
-    'list': (lambda coco: '[]', 'not supported'),
+    'list': (lambda coco: '[]', 'list of categories'),
     'no categories': (lambda coco: [coco.pop('categories'), None][1], 'categories'),
     'no images': (empty, 'the data set has no images'),
 }
