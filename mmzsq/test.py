@@ -49,7 +49,7 @@ def main() -> None:
         check_classes(args.checkpoint, runner.test_loop.dataloader.dataset.metainfo.get('classes'))
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with evaluation_errors(runner.logger):
+    with evaluation_errors(runner.logger, lambda: runner._test_loop):
         runner.test()
 
 

@@ -35,6 +35,10 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Sha256 = Annotated[str, Field(pattern='^[0-9a-fA-F]{64}$')]
 
 
+SMALLEST_SIDE = 32
+"""Least side of training images in pixels."""
+
+
 class PartConfig(TypedSection):
     """A registered part: its class, and the arguments of that class."""
 
@@ -120,6 +124,16 @@ class TrainConfig(TypedSection):
     """Size that images are resized to. None: no resizing."""
     channels_last: bool
     """Use the channels-last memory format."""
+
+    @model_validator(mode='after')
+    def _check_image_size(self) -> Self:
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if any(side is not None and side < SMALLEST_SIDE for side in sides):
+            raise failure(
+                f'{{where}}.image_size is {self.image_size}, but its sides must have at least {SMALLEST_SIDE} pixels: '
+                'strides of detectors reduce smaller images to nothing.'
+            )
+        return self
 
 
 class ZsqSection(TypedSection):

@@ -12,11 +12,12 @@ import copy
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
@@ -108,12 +109,35 @@ def describe(error: BaseException) -> str:
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
+def damaged_image(loop: Any) -> str:
+    """Name the first image of an evaluation that cannot be decoded, as the beginning of a sentence.
+
+    Args:
+        loop: The built loop of the evaluation, or anything else.
+
+    Returns:
+        ``'PATH cannot be decoded as an image. '``, or an empty string.
+    """
+    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    try:
+        for index in range(len(dataset)):  # type: ignore[arg-type]
+            path = dataset.get_data_info(index)['img_path']  # type: ignore[union-attr]
+            content = np.fromfile(path, np.uint8)
+            if not len(content) or cv2.imdecode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+                return f'{path} cannot be decoded as an image. '
+    except Exception:
+        # Another data set, or files elsewhere: the error itself has to do.
+        return ''
+    return ''
+
+
 @contextmanager
-def evaluation_errors(logger: logging.Logger) -> Iterator[None]:
+def evaluation_errors(logger: logging.Logger, loop: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """Describe any error of an evaluation in one message; its traceback goes to the log file.
 
     Args:
         logger: The logger of the run.
+        loop: Returns the loop of the evaluation, whose images are checked after an error.
 
     Raises:
         UserError: If the block raises an error.
@@ -125,8 +149,8 @@ def evaluation_errors(logger: logging.Logger) -> Iterator[None]:
     except Exception as error:
         log_traceback(logger, error)
         raise UserError(
-            f'the evaluation failed: {describe(error)}. Check test_dataloader, test_evaluator and their files; the log '
-            'file in the work directory has the details'
+            f'the evaluation failed: {damaged_image(loop())}{describe(error)}. Check test_dataloader, test_evaluator '
+            'and their files; the log file in the work directory has the details'
         ) from error
 
 

@@ -23,7 +23,15 @@ from rich.table import Table
 
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import load_from_local, read_checkpoint
-from mmzsq.engine.evaluation import absent_data, build_evaluation, describe, evaluate, log_traceback, scalar_metrics
+from mmzsq.engine.evaluation import (
+    absent_data,
+    build_evaluation,
+    damaged_image,
+    describe,
+    evaluate,
+    log_traceback,
+    scalar_metrics,
+)
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
 from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector
@@ -72,7 +80,7 @@ def report_results(
     metrics: Metrics = {}
     evaluation_seconds: dict[str, float] = {}
     problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent)
-    reason = describe(problem) if isinstance(problem, BaseException) else problem
+    reason = f'{damaged_image(runner._val_loop)}{describe(problem)}' if isinstance(problem, BaseException) else problem
     if isinstance(problem, str):
         runner.logger.warning(f'accuracy is not measured: {problem}')
     report = detector.report
