@@ -141,7 +141,7 @@ def test_a_detector_without_a_feature_prior_uses_pictures_and_says_so(groupnorm:
         np.testing.assert_array_equal(image, picture(index))
     log = log_of('out')
     assert 'WARNING' in log and 'the calibration set consists of procedural pictures' in log
-    assert 'RetinaNet has neither BatchNorm layers' in log
+    assert 'RetinaNet has no BatchNorm layers' in log
     for source in ('synthesized', 'mixed'):
         with pytest.raises(UserError, match='no feature prior'):
             groupnorm(source, **{SOURCE: source}).generate()

@@ -520,11 +520,11 @@ def test_a_run_killed_during_synthesis_continues_to_the_same_set(
 
 def test_the_log_names_the_terms_of_synthesis(make_runner: Any) -> None:
     make_runner('out').generate()
-    balance = dict(balance=False, detection_weight=0.5, detection_interval=3)
+    balance = dict(balance=True, detection_weight=0.5, detection_interval=3)
     make_runner('other', **{f'zsq.synthesis.{key}': value for key, value in balance.items()}).generate()
     first, second = (next(Path(work_dir).rglob('*.log')).read_text() for work_dir in ('out', 'other'))
-    assert 'detection loss: 1.5 x the gradient of the feature priors; priors: BNStatisticsPrior,' in first
-    assert 'detection loss: 0.5 x the mean over the images of a batch, renewed every 3 steps; priors' in second
+    assert 'detection loss: 1 x the sum over the images of a batch; priors: BNStatisticsPrior,' in first
+    assert 'detection loss: 0.5 x the gradient of the feature priors, renewed every 3 steps; priors' in second
 
 
 def test_a_set_of_another_teacher_or_other_settings_is_refused(make_runner: Any, teacher: Path, tmp_path: Path) -> None:
