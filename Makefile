@@ -15,13 +15,14 @@ demo: $(VENV)/.runtime
 		echo 'The packages of requirements/deploy.txt cannot be installed here: the demo ends without the export.'; \
 	fi
 
-# One process per core with one thread each. Tests of data sets and runs set MMEngine's state of a process, so they have
-# processes of their own.
-ALONE = tests/datasets tests/engine tests/reliability
+# One process per core with one thread each. Tests of data sets and of runs depend on MMEngine's state of a process, so
+# each group has processes of its own.
+GROUPS = tests/datasets tests/engine tests/reliability
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest tests/datasets
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/engine tests/reliability
+	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --ignore=,$(GROUPS))
 	$(BIN)/python -m pytest --doctest-modules mmzsq
 
 # Takes about twenty minutes on one core.
