@@ -85,8 +85,8 @@ def test_a_pattern_encloses_what_is_inside_its_modules(pattern: str, inside: lis
     [
         ('bbox_heads', "matches 'bbox_heads'; the nearest name is 'bbox_head'"),
         ('type:BatchNorm', "matches 'type:BatchNorm'; the nearest class is '_BatchNorm'"),
-        ('zzz', "matches 'zzz'$"),
-        ('re:neck.*', r"matches 're:neck\.\*'$"),
+        ('zzz', "matches 'zzz'\\."),
+        ('re:neck.*', r"matches 're:neck\.\*'\."),
         ('re:(', r"'re:\(' is not a valid regular expression: missing \)"),
     ],
 )

@@ -89,7 +89,8 @@ def test_plan_has_a_job_for_every_leaf_config(repo: Path, tool: SimpleNamespace)
     jobs = {job.name: job for job in tool.plan(['r50', 'swin-t'], tool.BITS, [0, 2], [])}
     # Conversion and teachers; for each seed two sets, and three students of each of six leaves.
     assert len(jobs) == 3 + 2 * (2 + 18)
-    leaves = {path.relative_to(repo).as_posix() for path in (repo / 'configs/bccd').rglob('*_w?a?*.py')}
+    # YOLOX-nano is not in the comparison.
+    leaves = {path.relative_to(repo).as_posix() for path in (repo / 'configs/bccd').rglob('mask-rcnn*_w?a?*.py')}
     assert {job.command[1] for job in jobs.values() if job.command[0] == 'tools/train.py'} - leaves == {
         f'configs/bccd/{R50}.py',
         f'configs/bccd/{SWIN}.py',
