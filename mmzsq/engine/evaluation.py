@@ -24,6 +24,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
+from mmzsq.checkpoint import describe_error
 from mmzsq.engine.shared_errors import raise_on_all_ranks
 from mmzsq.errors import UserError
 
@@ -100,13 +101,12 @@ def _data_paths(node: Any) -> Iterator[str]:
 
 def describe(error: BaseException) -> str:
     """Return type and message of an error for a sentence."""
-    text = ' '.join(str(error).split())
     if isinstance(error, UserError):
-        return text
-    if 'need at least one array to concatenate' in text:
+        return ' '.join(str(error).split())
+    if 'need at least one array to concatenate' in ' '.join(str(error).split()):
         # MMEngine's data sets join the records of their images.
         return 'the data set has no images'
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    return ' '.join(describe_error(error).split())
 
 
 def damaged_image(loop: Any) -> str:

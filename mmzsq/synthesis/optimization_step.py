@@ -175,9 +175,14 @@ class OptimizationStep:
             self._compute(measures)
         self.graphs[measures] = graph
 
+    def _inputs(self) -> Tensor:
+        """Return the images as the network sees them, with a rectangle erased where cutout does so."""
+        cutout = self.synthesizer.cutout
+        return self.images if cutout is None else cutout(self.images)
+
     def _detection_loss(self) -> Tensor:
         options = self.synthesizer
-        inputs = options.cutout(self.images) if options.cutout is not None else self.images
+        inputs = self._inputs()
         precision = self.task.loss_precision
         before = precision.fp32_reason
         with self._accelerated():
@@ -233,8 +238,7 @@ class OptimizationStep:
     def _prior_losses(self, observe: bool) -> dict[str, Tensor]:
         """Return the priors' terms; with ``observe``, first show the network's layers to the feature priors."""
         if observe and any(prior.is_feature_prior for prior in self.synthesizer.priors):
-            options = self.synthesizer
-            inputs = options.cutout(self.images) if options.cutout is not None else self.images
+            inputs = self._inputs()
             with self._accelerated():
                 self.task.run_network(inputs)
         return {name: prior(self.images) for name, prior in self.names.items()}

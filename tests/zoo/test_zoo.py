@@ -80,15 +80,19 @@ def test_a_detector_of_the_zoo_works_under_autocast_on_the_cpu(family: Family, t
     expect_success(check(config, tmp_path, autocast=True))
 
 
+def expect_success_on_a_gpu(family: Family, tmp_path: Path) -> None:
+    config = zoo_config(family.config, family.size, family.shrink, family.changes)
+    result = check(config, tmp_path, device='cuda', autocast=True)
+    record(family, result, family.size)
+    expect_success(result)
+
+
 @on_gpu
 @pytest.mark.cuda
 @pytest.mark.zoo
 @pytest.mark.parametrize('family', [pytest.param(family, id=family.name) for family in part(FAMILIES)])
 def test_a_detector_of_the_zoo_works_on_a_gpu(family: Family, tmp_path: Path) -> None:
-    config = zoo_config(family.config, family.size, family.shrink, family.changes)
-    result = check(config, tmp_path, device='cuda', autocast=True)
-    record(family, result, family.size)
-    expect_success(result)
+    expect_success_on_a_gpu(family, tmp_path)
 
 
 @on_gpu
@@ -96,10 +100,7 @@ def test_a_detector_of_the_zoo_works_on_a_gpu(family: Family, tmp_path: Path) ->
 @pytest.mark.zoo
 @pytest.mark.parametrize('family', [pytest.param(family, id=family.name) for family in part(FULL_SIZE)])
 def test_a_detector_of_full_size_works_on_a_gpu(family: Family, tmp_path: Path) -> None:
-    config = zoo_config(family.config, family.size, family.shrink, family.changes)
-    result = check(config, tmp_path, device='cuda', autocast=True)
-    record(family, result, family.size)
-    expect_success(result)
+    expect_success_on_a_gpu(family, tmp_path)
 
 
 def test_a_failing_stage_is_named_with_its_reason(tmp_path: Path) -> None:
