@@ -16,13 +16,13 @@ demo: $(VENV)/.runtime
 	fi
 
 # One process per core with one thread each. Tests of data sets and of runs depend on MMEngine's state of a process, so
-# each group has processes of its own.
+# each group has processes of its own. A process that crashes ends the run: xdist may wait for ever for its replacement.
 GROUPS = tests/datasets tests/engine tests/reliability
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/datasets
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/engine tests/reliability
-	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --ignore=,$(GROUPS))
+	$(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile tests/engine tests/reliability
+	$(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile $(addprefix --ignore=,$(GROUPS))
 	$(BIN)/python -m pytest --doctest-modules mmzsq
 
 # Takes about twenty minutes on one core.

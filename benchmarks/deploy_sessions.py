@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mmzsq.deploy.runtime import openvino_core
+
 
 class BoundSession:
     """A file with a fixed input that stays in place, so that a run is the network alone.
@@ -52,7 +54,8 @@ def _bind_onnxruntime(path: Path, threads: int, inputs: np.ndarray, precision: s
 def _bind_openvino(path: Path, threads: int, inputs: np.ndarray, precision: str) -> Any:
     import openvino
 
-    core = openvino.Core()
+    # A second core in the process may crash at the next signal.
+    core = openvino_core()
     options = {
         'INFERENCE_PRECISION_HINT': precision,
         'INFERENCE_NUM_THREADS': str(threads),

@@ -252,3 +252,28 @@ def test_ctrl_c_of_a_real_run_keeps_its_shards_and_the_printed_command_continues
     subprocess.run(again, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=120)
     assert (tmp_path / 'pictures' / 'calibration_set' / 'manifest.json').exists()
     assert {name: (records / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_signal_is_handled_after_benchmarks_of_openvino(repo: Path, tmp_path: Path) -> None:
+    """On CPUs with AMX, a freed stack for signals would crash the process."""
+    pytest.importorskip('openvino')
+    script = """
+import gc, signal
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from deploy_sessions import BoundSession
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 4, 4]) for name in 'xy')
+graph = helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'g', [x], [y])
+onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=9), 'm.onnx')
+opened = [BoundSession('m.onnx', 'openvino', 1, np.ones((1, 3, 4, 4), np.float32)) for _ in range(3)]
+while opened:
+    opened.pop(0).run()
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print('handled')
+"""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (repo, repo / 'benchmarks'))))
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr

@@ -110,7 +110,7 @@ def _open_onnxruntime(model: bytes, threads: int, exact: bool) -> Any:
 
 
 def _open_openvino(model: bytes, threads: int, precision: str) -> Any:
-    core = _openvino_core()
+    core = openvino_core()
     config = {'INFERENCE_PRECISION_HINT': precision}
     if threads:
         config['INFERENCE_NUM_THREADS'] = str(threads)
@@ -118,8 +118,13 @@ def _open_openvino(model: bytes, threads: int, precision: str) -> Any:
 
 
 @functools.cache
-def _openvino_core() -> Any:
-    """OpenVINO's entry point. Loading its plugins takes longer than compiling a layer."""
+def openvino_core() -> Any:
+    """Return OpenVINO's entry point, one for the process.
+
+    Loading its plugins takes longer than compiling a layer. Its CPU plugin also sets the stack on which signals are
+    handled, and restores the one it found. If a second core is released after the first, that stack is freed memory:
+    on CPUs with AMX, the next signal then ends the process with a segmentation fault.
+    """
     import openvino
 
     return openvino.Core()
