@@ -39,8 +39,11 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     classifiers=[
-        'Development Status :: 3 - Alpha',
+        'Development Status :: 4 - Beta',
+        'Environment :: GPU :: NVIDIA CUDA',
+        'Intended Audience :: Developers',
         'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
