@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo test-reliability benchmark lint format clean
+.PHONY: demo test test-zoo test-reliability benchmark lint format site clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -48,6 +48,12 @@ format: $(VENV)/.tests
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Builds the documentation into site/. A dead link is an error.
+site: export NO_MKDOCS_2_WARNING = 1
+site: $(VENV)/.site
+	$(BIN)/python tools/misc/messages_page.py docs/troubleshooting.md --check
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV)
 
@@ -61,4 +67,8 @@ $(VENV)/.runtime: setup.py requirements/runtime.txt requirements/deploy.txt requ
 
 $(VENV)/.tests: $(VENV)/.runtime requirements/tests.txt
 	$(BIN)/python -m pip install -r requirements/tests.txt
+	touch $@
+
+$(VENV)/.site: requirements/docs.txt | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements/docs.txt
 	touch $@
