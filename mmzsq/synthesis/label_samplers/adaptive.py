@@ -3,7 +3,7 @@
 
 As an image is optimized towards its labels, objects appear that no label describes, and some labeled objects do not
 appear. At regular intervals the teacher predicts on the un-augmented image. Confident predictions are added to the
-labels, and labels that the teacher does not detect are removed (section 3.3 and Algorithm 1 of the paper).
+labels, and labels that the teacher does not detect are removed (section 3.2 and Algorithm 1 of the paper).
 """
 
 from __future__ import annotations
