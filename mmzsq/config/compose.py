@@ -19,6 +19,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import OPTIMIZERS
 
 from mmzsq.class_names import declared_classes
+from mmzsq.config.plain_types import plain_section, stable_text, with_plain_types
 from mmzsq.config.presets import INSTANT, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
@@ -151,7 +152,7 @@ def compose(cfg: Config) -> Config:
         UserError: If the section or the detector's config has a mistake, or the section of a composed config has
             changed.
     """
-    cfg = copy.deepcopy(cfg)
+    cfg = with_plain_types(copy.deepcopy(cfg))
     if 'zsq' not in cfg:
         raise UserError(
             "this config has no zsq section: add a base such as 'mmzsq::_base_/zsq_w4a8.py' beside that of the detector"
@@ -182,7 +183,7 @@ def compose(cfg: Config) -> Config:
         'model',
         dict(
             type=MODEL_TYPE,
-            detector=cfg.model.to_dict(),
+            detector=cfg.model._to_lazy_dict(),
             quantizer=plain['quantizer'],
             distillation=plain['distillation'],
             teacher=plain['teacher'],
@@ -247,7 +248,7 @@ def _check_other_sections(cfg: Config) -> None:
 def _digest(section: Mapping[str, Any]) -> str:
     """SHA-256 of a section. It survives writing the section to a file and reading it again."""
     content = {key: value for key, value in section.items() if key != 'composed'}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=stable_text).encode()).hexdigest()
 
 
 def _check_unchanged(section: Mapping[str, Any]) -> None:
@@ -275,10 +276,10 @@ def detector_section(cfg: Config) -> dict[str, Any]:
         cfg: A detector's config, with or without a ``zsq`` section, or a composed one. It is not changed.
     """
     composed = isinstance(cfg.get('zsq'), Mapping) and cfg.zsq.get('composed')
-    section: dict[str, Any] = (cfg.model.detector if composed else cfg.model).to_dict()
+    section = plain_section(cfg.model.detector if composed else cfg.model)
     # MMEngine's Runner hands it to the model likewise.
     if cfg.get('data_preprocessor') is not None:
-        section.setdefault('data_preprocessor', cfg.data_preprocessor.to_dict())
+        section.setdefault('data_preprocessor', plain_section(cfg.data_preprocessor))
     return section
 
 
