@@ -7,7 +7,6 @@ import ast
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mmengine.config import Config
 
@@ -107,14 +106,11 @@ def _assigned(node: ast.stmt) -> list[str]:
 
 
 def _text_bases(tree: ast.Module) -> list[str]:
-    """Return the values of ``_base_``; none if there is no such list of strings."""
+    """Return the values of ``_base_`` that are written out; MMEngine evaluates others."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and '_base_' in _assigned(node):
-            try:
-                value: Any = ast.literal_eval(node.value)
-            except ValueError:
-                return []
-            return [value] if isinstance(value, str) else [base for base in value if isinstance(base, str)]
+            values = node.value.elts if isinstance(node.value, (ast.List, ast.Tuple)) else [node.value]
+            return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
     return []
 
 

@@ -35,6 +35,7 @@ train_dataloader = dict(
         data_prefix=dict(img='train2017/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=train_pipeline,
+        backend_args=backend_args,
     ),
 )
 val_dataloader = dict(
@@ -50,6 +51,7 @@ val_dataloader = dict(
         data_prefix=dict(img='val2017/'),
         test_mode=True,
         pipeline=test_pipeline,
+        backend_args=backend_args,
     ),
 )
 test_dataloader = val_dataloader
