@@ -82,6 +82,7 @@ zsq.merge(dict(
     synthesis=dict(
         relabel=dict(image_size=64, iterations=1, batch_size=2),
         synthesize=dict(image_size=64, iterations=1, batch_size=2),
+        refine=None,
         priors=[dict(type=TotalVariationPrior, weight=0.1)],
         require_feature_prior=False,
     ),
