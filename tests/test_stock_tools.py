@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 LEAF = """
-_base_ = ['{configs}/shapes/yolov5-p_shapes.py', '{configs}/_base_/zsq_w4a8.py']
+_base_ = ['{configs}/shapes/yolov5-p_shapes.py', __import__('mmzsq.base').base.path('w4a8')]
 load_from = 'teacher.pth'
 zsq = dict(
     calibration_set=dict(num_images=4, batch_size=2),

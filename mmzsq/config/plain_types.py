@@ -51,7 +51,9 @@ def with_plain_types(cfg: Config) -> Config:
         for key, value in cfg._to_lazy_dict().items()
         if not isinstance(value, (types.FunctionType, types.ModuleType))
     }
-    made = Config(_plain(kept, ''), cfg_text=cfg.text, env_variables=cfg.env_variables, format_python_code=cfg._format_python_code)
+    made = Config(
+        _plain(kept, ''), cfg_text=cfg.text, env_variables=cfg.env_variables, format_python_code=cfg._format_python_code
+    )
     # The constructor would read the file, which may be gone.
     object.__setattr__(made, '_filename', cfg.filename)
     return made

@@ -36,10 +36,12 @@ def advice(leaf: Path, error: Exception) -> str | None:
     tree = ast.parse(leaf.read_text(encoding='utf-8'))
     text_bases, modules = _text_bases(tree), list(_modules(tree))
     for base in text_bases:
-        if _exists(file := _file_of_base(base, leaf)) and Config._is_lazy_import(str(file)):
+        file = _file_of_base(base, leaf)
+        if file is not None and file.is_file() and Config._is_lazy_import(str(file)):
             return _advise_python(leaf, base, text_bases)
     for module in modules:
-        if _exists(file := _file_of_module(module, leaf)) and _text_bases(ast.parse(file.read_text(encoding='utf-8'))):
+        file = _file_of_module(module, leaf)
+        if file is not None and file.is_file() and _text_bases(ast.parse(file.read_text(encoding='utf-8'))):
             return _advise_text(leaf, module, modules)
     return (
         'some of its bases are text configs (`_base_ = ...`), and others are pure-Python configs '
@@ -130,10 +132,6 @@ def _own_modules() -> list[str]:
 def _package(name: str) -> Path | None:
     spec = importlib.util.find_spec(name)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def _exists(file: Path | None) -> bool:
-    return file is not None and file.is_file()
 
 
 def _file_of_base(base: str, leaf: Path) -> Path | None:

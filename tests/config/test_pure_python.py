@@ -9,15 +9,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mmcv.transforms
 import mmdet
-import numpy as np
 import pytest
-import torch
 from mmcv.ops import RoIAlign, nms
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.registry import TRANSFORMS as MMDET_TRANSFORMS
@@ -26,96 +24,26 @@ from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
+from pure_python_project import DETECTORS, LEAF, SHRUNK, make_project
 from torch import nn
 
 import mmzsq.configs
-from mmzsq import base, cli, export, generate, predict, test, train
+from mmzsq import base, cli
 from mmzsq.config import compose
 from mmzsq.config.compose import detector_section
 from mmzsq.config.plain_types import stable_text, type_name, with_plain_types
 from mmzsq.errors import UserError
 from mmzsq.tasks.two_stage.support import unsupported_reason
 
-DETECTORS = Path(__file__).parent / 'pure_python'
-SHRUNK = dict(
-    faster_rcnn="""
-model.backbone.update(dict(depth=18, base_channels=8, init_cfg=None))
-model.neck.update(dict(in_channels=[8, 16, 32, 64], out_channels=16))
-model.rpn_head.update(dict(in_channels=16, feat_channels=16))
-model.roi_head.bbox_roi_extractor.update(dict(out_channels=16))
-model.roi_head.bbox_head.update(dict(in_channels=16, fc_out_channels=32, num_classes=2))
-""",
-    rtmdet="""
-model.backbone.update(dict(widen_factor=0.125))
-model.neck.update(dict(in_channels=[32, 64, 128], out_channels=16))
-model.bbox_head.update(dict(in_channels=16, feat_channels=16, num_classes=2))
-val_dataloader.dataset.pipeline[2].size = (64, 64)
-""",
-)
-DETECTOR = """
-from mmengine.config import read_base
-
-with read_base():
-    from .{name} import *
-{changes}
-val_dataloader.update(dict(num_workers=0, persistent_workers=False))
-val_dataloader.dataset.update(dict(
-    data_root='', ann_file='ann.json', data_prefix=dict(img='images/'), metainfo=dict(classes=('cat', 'dog'))
-))
-val_dataloader.dataset.pipeline[1].scale = (64, 64)
-test_dataloader = val_dataloader
-val_evaluator.update(dict(ann_file='ann.json'))
-test_evaluator = val_evaluator
-"""
-LEAF = """
-from mmengine.config import read_base
-from mmzsq.synthesis import TotalVariationPrior
-
-with read_base():
-    from .tiny_{name} import *
-    from mmzsq.configs.zsq_w4a8 import *
-
-load_from = 'teacher.pth'
-zsq.merge(dict(
-    calibration_set=dict(num_images=2, batch_size=2),
-    label_sampler=dict(warmup=1, interval=1),
-    synthesis=dict(
-        relabel=dict(image_size=64, iterations=1, batch_size=2),
-        synthesize=dict(image_size=64, iterations=1, batch_size=2),
-        refine=None,
-        priors=[dict(type=TotalVariationPrior, weight=0.1)],
-        require_feature_prior=False,
-    ),
-    train=dict(max_epochs=1, batch_size=2, num_workers=0, init_batches=1),
-))
-"""
+Project = Callable[[str], Path]
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Make a user's folder, also the cwd: a pure-Python detector, a leaf over it and a teacher with random weights."""
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Make a user's folder, also the cwd, and return the path of its leaf."""
     register_all_modules()
     monkeypatch.chdir(tmp_path)
-
-    def project(name: str) -> Path:
-        shutil.copytree(DETECTORS, tmp_path, dirs_exist_ok=True)
-        (tmp_path / f'tiny_{name}.py').write_text(DETECTOR.format(name=name, changes=SHRUNK[name]))
-        (tmp_path / 'leaf.py').write_text(LEAF.format(name=name))
-        detector = MMDET_MODELS.build(Config.fromfile(tmp_path / f'tiny_{name}.py').model)
-        torch.save({'state_dict': detector.state_dict()}, tmp_path / 'teacher.pth')
-        boxes = [
-            dict(id=i + 1, image_id=i, category_id=1, bbox=[8, 8, 32, 32], area=1024, iscrowd=0) for i in range(2)
-        ]
-        images = [dict(id=i, file_name=f'{i}.png', width=64, height=64) for i in range(2)]
-        categories = [dict(id=1, name='cat'), dict(id=2, name='dog')]
-        (tmp_path / 'ann.json').write_text(json.dumps(dict(images=images, annotations=boxes, categories=categories)))
-        (tmp_path / 'images').mkdir()
-        for image in images:
-            noise = np.random.default_rng(image['id']).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            cv2.imwrite(str(tmp_path / 'images' / image['file_name']), noise)
-        return tmp_path / 'leaf.py'
-
-    return project
+    return partial(make_project, tmp_path)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, tool: Any, *arguments: str) -> None:
@@ -248,7 +176,7 @@ def test_an_import_that_fails_names_its_key() -> None:
 # Detectors.
 
 
-def test_a_composed_faster_rcnn_is_that_of_the_text_config(project: Callable[[str], Path]) -> None:
+def test_a_composed_faster_rcnn_is_that_of_the_text_config(project: Project) -> None:
     leaf = project('faster_rcnn')
     leaf.write_text(LEAF.format(name='faster_rcnn').replace('.tiny_', '.'))
     text = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
@@ -260,7 +188,7 @@ def test_a_composed_faster_rcnn_is_that_of_the_text_config(project: Callable[[st
 
 
 @pytest.mark.parametrize('name', SHRUNK)
-def test_a_composed_config_survives_a_file(name: str, project: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_composed_config_survives_a_file(name: str, project: Project, tmp_path: Path) -> None:
     leaf = project(name)
     cfg = compose(Config.fromfile(leaf))
     assert all(isinstance(kind, str) for kind in values(cfg.to_dict(), 'type', 'ema_type'))
@@ -277,46 +205,11 @@ def test_a_composed_config_survives_a_file(name: str, project: Callable[[str], P
     assert cfg.zsq.quantizer.a_bits == 8 and cfg.model.bbox_head.num_classes == 2 if name == 'rtmdet' else True
 
 
-def test_nms_as_a_function_is_known_to_the_batched_loss(project: Callable[[str], Path]) -> None:
+def test_nms_as_a_function_is_known_to_the_batched_loss(project: Project) -> None:
     cfg = Config.fromfile(project('faster_rcnn'))
     assert cfg.model.train_cfg.rpn_proposal.nms.type is nms
     assert unsupported_reason(MMDET_MODELS.build(cfg.model)) is None
     assert unsupported_reason(MMDET_MODELS.build(compose(cfg).model.detector)) is None
-
-
-def test_a_second_run_accepts_the_set_of_the_first(
-    project: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    project('faster_rcnn')
-    for _ in range(2):
-        call(monkeypatch, generate, 'leaf.py', '--work-dir', 'out')
-    assert len(list((tmp_path / 'out/calibration_set/images').glob('*.png'))) == 2
-    # The config that the run wrote means the same set.
-    call(monkeypatch, generate, 'out/leaf.py', '--work-dir', 'out')
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize('name', SHRUNK)
-def test_all_tools_take_a_pure_python_config(
-    name: str, project: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    project(name)
-    call(monkeypatch, train, 'leaf.py', '--work-dir', 'out')
-    checkpoint = (tmp_path / 'out/last_checkpoint').read_text()
-    longer = ('--cfg-options', 'zsq.train.max_epochs=2')
-    call(monkeypatch, train, 'leaf.py', '--work-dir', 'out', '--resume', *longer)
-    assert (tmp_path / 'out/epoch_2.pth').is_file()
-    scores = []
-    for index, config in enumerate(('leaf.py', 'out/leaf.py')):
-        call(monkeypatch, test, config, checkpoint, '--work-dir', f'tested_{index}')
-        [written] = (tmp_path / f'tested_{index}').glob('*/*.json')
-        scores.append(json.loads(written.read_text())['coco/bbox_mAP'])
-    assert scores[0] == scores[1]
-    call(monkeypatch, test, f'tiny_{name}.py', 'teacher.pth', '--work-dir', 'tested_float')
-    call(monkeypatch, predict, checkpoint, 'images', '--config', 'leaf.py', '--out', 'pictures')
-    assert (tmp_path / 'pictures/predictions.json').is_file()
-    call(monkeypatch, export, 'leaf.py', checkpoint, '--work-dir', 'exported')
-    assert list((tmp_path / 'exported').glob('*.onnx')) or list((tmp_path / 'out').glob('*.onnx'))
 
 
 # Mixed styles.
@@ -366,9 +259,7 @@ def test_a_section_that_would_be_lost_is_refused(tmp_path: Path, line: str) -> N
     with pytest.raises(UserError, match=r'leaf\.py, line 5: .*zsq\.merge'):
         load(leaf)
     leaf.write_text(f'from mmengine.config import read_base\n{bases}zsq.merge(dict(train=dict(max_epochs=2)))\n')
-    assert load(leaf).zsq == dict(
-        quantizer=dict(type='mmzsq.LSQ', w_bits=4, a_bits=8), train=dict(max_epochs=2)
-    )
+    assert load(leaf).zsq == dict(quantizer=dict(type='mmzsq.LSQ', w_bits=4, a_bits=8), train=dict(max_epochs=2))
 
 
 def test_a_wrong_module_of_this_package_is_told_the_right_ones(tmp_path: Path) -> None:
