@@ -25,6 +25,7 @@ zsq = dict(
     synthesis=dict(
         relabel=dict(image_size=64, iterations=2, batch_size=2),
         synthesize=dict(image_size=64, iterations=2, batch_size=2),
+        refine=None,
     ),
     train=dict(max_epochs=1, batch_size=2, num_workers=0, init_batches=1),
 )

@@ -115,6 +115,19 @@ def test_a_text_config_can_evaluate_the_path_of_a_base(tmp_path: Path) -> None:
     assert Config.fromfile(tmp_path / 'leaf.py').zsq.quantizer.w_bits == 5
 
 
+def test_the_leaf_of_the_guide_composes(repo: Path, tmp_path: Path) -> None:
+    [leaf] = re.findall(
+        r'```python\n(# my_python_detector_.*?)```', (repo / 'docs/your_detector.md').read_text(), re.DOTALL
+    )
+    shutil.copytree(DETECTORS, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'rtmdet.py').rename(tmp_path / 'my_python_detector.py')
+    (tmp_path / 'leaf.py').write_text(leaf)
+    cfg = compose(load(tmp_path / 'leaf.py'))
+    assert (cfg.model.detector.type, cfg.train_dataloader.batch_size) == ('mmdet.RTMDet', 8)
+    assert (cfg.model.quantizer.w_bits, cfg.model.quantizer.a_bits) == (4, 8)
+    assert cfg.zsq.synthesis.refine is None
+
+
 # Types.
 
 
