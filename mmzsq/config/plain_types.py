@@ -74,16 +74,11 @@ def plain_section(section: ConfigDict) -> dict[str, Any]:
 
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
-        # Values under other keys may have to be the class itself.
-        return {
-            key: type_name(inner, f'{where}.{key}'.lstrip('.'))
-            if isinstance(key, str) and (key == 'type' or key.endswith('_type'))
-            else _plain(inner, f'{where}.{key}'.lstrip('.'))
-            for key, inner in value.items()
-        }
+        return {key: _plain(inner, f'{where}.{key}'.lstrip('.')) for key, inner in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_plain(inner, f'{where}[{index}]') for index, inner in enumerate(value))
-    return value
+    # Values under other keys may have to be the class itself.
+    return type_name(value, where) if where.endswith(('.type', '_type')) or where == 'type' else value
 
 
 def type_name(kind: Any, where: str = 'type') -> Any:

@@ -172,10 +172,12 @@ def test_a_class_without_a_name_is_kept_and_described_without_an_address() -> No
     class Inner(Local):
         pass
 
-    cfg = with_plain_types(Config(dict(model=dict(type=Inner, other=dict(activation=nn.ReLU)))))
+    other = dict(activation=nn.ReLU, of_type=dict(type=nms))
+    cfg = with_plain_types(Config(dict(model=dict(type=Inner, other=other))))
     assert cfg.model.type is Inner
     # Only types are looked up by name.
     assert cfg.model.other.activation is nn.ReLU
+    assert cfg.model.other.of_type.type == 'nms'
     text = json.dumps(dict(type=Inner, function=nms, lazy=LazyObject('torch.nn', 'ReLU')), default=stable_text)
     assert 'Inner' in text and 'torch.nn.ReLU' in text and '0x' not in text
 
