@@ -36,6 +36,8 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from mmzsq.atomic_files import make_directory, remedy, to_json, write_atomically
+from mmzsq.config.plain_types import with_plain_types
+from mmzsq.config.styles import advice, check_section_is_merged
 from mmzsq.errors import NotEvaluatedError, UserError
 from mmzsq.registry import resolve_class
 
@@ -166,11 +168,13 @@ def load_config(args: argparse.Namespace) -> Config:
     if not path.is_file():
         raise UserError(f'config {path} does not exist')
     try:
-        cfg = Config.fromfile(path)
+        cfg = with_plain_types(Config.fromfile(path))
+        check_section_is_merged(path)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
+        reason = advice(path, error) or f'{type(error).__name__}: {error}'
+        raise UserError(f'config {path} cannot be read: {reason}') from error
     cfg.launcher = args.launcher
     options = args.cfg_options or {}
     try:

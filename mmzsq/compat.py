@@ -7,6 +7,7 @@ The package uses MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 as released, 
 * :func:`provide_mmcv_ops` makes ``mmcv.ops`` work without compiled operators.
 * :func:`allow_mmengine_checkpoints` and :mod:`mmzsq.checkpoint` make checkpoints load with ``weights_only=True``.
 * :func:`resolve_package_bases` finds the base configs of installed packages, including ``mmzsq::...``.
+* :func:`resolve_package_modules` does so for pure-Python configs.
 
 :func:`patch_mmdet` needs MMDetection's models and MMCV's operators, and therefore runs when :mod:`mmzsq.models` is
 imported.
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.config import config as config_module
 from mmengine.config import utils as config_utils
 from mmengine.logging import HistoryBuffer
 
@@ -46,6 +48,7 @@ def install() -> None:
     allow_mmengine_checkpoints()
     register_checkpoint_loaders()
     resolve_package_bases()
+    resolve_package_modules()
 
 
 def provide_mmcv_ops() -> None:
@@ -112,6 +115,23 @@ def resolve_package_bases() -> None:
         return original(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def resolve_package_modules() -> None:
+    """Resolve the bases of pure-Python configs, such as ``mmzsq.configs.zsq_w4a8``, through Python's import system.
+
+    MMEngine locates their packages through ``pkg_resources``, with the consequences that
+    :func:`resolve_package_bases` names. Packages that are not found are left to MMEngine.
+    """
+    original = config_module.get_installed_path
+    if getattr(original, '__module__', None) == __name__:
+        return
+
+    def get_installed_path(package: str) -> str:
+        spec = importlib.util.find_spec(package)
+        return original(package) if spec is None or spec.origin is None else str(Path(spec.origin).parent)
+
+    config_module.get_installed_path = get_installed_path
 
 
 def patch_mmdet() -> None:

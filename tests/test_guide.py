@@ -21,7 +21,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config, config
 from PIL import Image
 
-from mmzsq import cli
+from mmzsq import base, cli
 
 GUIDE = Path(__file__).resolve().parents[1] / 'docs' / 'your_detector.md'
 TOOLS = ('mmzsq.train', 'mmzsq.test', 'mmzsq.generate', 'mmzsq.export')
@@ -120,6 +120,9 @@ def test_all_commands_of_the_guide_run_in_order(
     for words in commands():
         if words[2] in TOOLS:
             run(words)
+        elif words[2] == 'mmzsq.base':
+            monkeypatch.setattr(sys, 'argv', words[2:])
+            cli.run(base.main)
         elif 'export_safetensors.py' in words[1]:
             monkeypatch.setattr(sys, 'argv', words[1:])
             runpy.run_path(str(repo / words[1]), run_name='__main__')

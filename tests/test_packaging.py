@@ -70,13 +70,29 @@ def test_no_mmcv_is_required(archive: ZipFile) -> None:
 
 
 def test_an_installed_wheel_finds_its_configs(installed: Path, tmp_path: Path) -> None:
-    code = "from mmzsq.compat import package_configs; print(package_configs('mmzsq'))"
+    printed = run_python(installed, tmp_path, '-m', 'mmzsq.base', 'w4a8')
+    assert printed == str(installed / 'mmzsq' / '.mim' / 'configs' / '_base_' / 'zsq_w4a8.py')
+
+
+def test_mmengine_alone_finds_the_pure_python_bases(installed: Path, tmp_path: Path) -> None:
+    """MMDetection's own tools import no other package before they read a config."""
+    (tmp_path / 'leaf.py').write_text(
+        'from mmengine.config import read_base\n\nwith read_base():\n    from mmzsq.configs.zsq_w5a5 import *\n'
+    )
+    code = (
+        'import sys; from mmengine.config import Config; cfg = Config.fromfile("leaf.py"); '
+        'assert "mmzsq" not in sys.modules; print(cfg.zsq.quantizer.w_bits, cfg.runner_type)'
+    )
+    assert run_python(installed, tmp_path, '-c', code) == '5 mmzsq.ZeroShotRunner'
+
+
+def run_python(installed: Path, folder: Path, *arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
+        [sys.executable, *arguments],
+        cwd=folder,
         env=dict(os.environ, PYTHONPATH=str(installed)),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert result.stdout.strip() == str(installed / 'mmzsq' / '.mim' / 'configs')
+    return result.stdout.strip()

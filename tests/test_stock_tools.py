@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 LEAF = """
-_base_ = ['{configs}/shapes/yolov5-p_shapes.py', '{configs}/_base_/zsq_w4a8.py']
+_base_ = ['{configs}/shapes/yolov5-p_shapes.py', __import__('mmzsq.base').base.path('w4a8')]
 load_from = 'teacher.pth'
 zsq = dict(
     calibration_set=dict(num_images=4, batch_size=2),
@@ -25,6 +25,7 @@ zsq = dict(
     synthesis=dict(
         relabel=dict(image_size=64, iterations=2, batch_size=2),
         synthesize=dict(image_size=64, iterations=2, batch_size=2),
+        refine=None,
     ),
     train=dict(max_epochs=1, batch_size=2, num_workers=0, init_batches=1),
 )

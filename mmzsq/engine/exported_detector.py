@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mmzsq.config.compose import detector_section, drop_training_hooks
+from mmzsq.config.plain_types import with_plain_types
 from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
@@ -52,7 +53,7 @@ def evaluation_config(cfg: Config, path: str, runtime: str | None = None, thread
 
     runtime = runtime_for(path, runtime)
     section = detector_section(cfg)
-    cfg = copy.deepcopy(cfg)
+    cfg = with_plain_types(copy.deepcopy(cfg))
     if cfg.pop('zsq', None) is not None:
         # The runner and the model wrapper of the section are for teacher and student.
         cfg.runner_type = 'Runner'

@@ -25,6 +25,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmzsq.class_names import check_same_classes, choose_classes
+from mmzsq.config.plain_types import stable_text
 from mmzsq.engine.progress import PictureProgress, SynthesisProgress
 from mmzsq.engine.shared_errors import on_main, raise_on_all_ranks
 from mmzsq.errors import UserError
@@ -350,7 +351,7 @@ class CalibrationSetHook(Hook):
         if source.task is None:
             # The pictures do not depend on the detector.
             return pictures
-        config = json.dumps(detector.detector_cfg, sort_keys=True, default=str)
+        config = json.dumps(detector.detector_cfg, sort_keys=True, default=stable_text)
         pictures.update(
             teacher=digest(source.task.detector), detector_config=hashlib.sha256(config.encode()).hexdigest()
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmcv.ops import RoIAlign
+from mmcv.ops import RoIAlign, nms
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.detectors import FasterRCNN, MaskRCNN, TwoStageDetector
 from mmdet.models.losses import CrossEntropyLoss
@@ -96,8 +96,9 @@ def _reasons(detector: Any) -> Iterator[str]:
     if not isinstance(detector.roi_head.bbox_assigner.neg_iou_thr, float):
         yield 'roi_head.bbox_assigner.neg_iou_thr is a range'
     proposal_cfg = proposal_settings(detector)
-    if proposal_cfg['nms'].get('type') != 'nms':
-        yield f'its proposals are suppressed by {proposal_cfg["nms"].get("type")}'
+    # A pure-Python config gives the function.
+    if (suppression := proposal_cfg['nms'].get('type')) not in ('nms', nms):
+        yield f'its proposals are suppressed by {suppression}'
     if detector.roi_head.with_mask:
         yield from unsupported_components(detector, MASK_COMPONENTS)
         yield from unsupported_settings(detector, MASK_SETTINGS)
