@@ -9,11 +9,12 @@ reading images.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,9 @@ def evaluate(runner: Runner) -> dict[str, float]:
     with raise_on_all_ranks():
         for batch in loop.dataloader:
             loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-    return scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+    # pycocotools prints thirty lines for each model; the metrics are in the log and in the table of the run.
+    with redirect_stdout(io.StringIO()):
+        return scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
 
 
 def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

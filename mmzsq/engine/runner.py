@@ -15,7 +15,7 @@ from mmcv.transforms import Compose
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from mmengine.runner import runner as mmengine_runner
@@ -26,6 +26,7 @@ from mmzsq.class_names import check_built_dataset, check_data, check_dataset, ch
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.engine.bit_allocation import allocate_bits
+from mmzsq.engine.console import shorten_console
 from mmzsq.engine.evaluation import check_evaluation
 from mmzsq.engine.report import report_results, reported
 from mmzsq.engine.safe_checkpoints import (
@@ -41,6 +42,7 @@ from mmzsq.patching import patched
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.registry import RUNNERS
 from mmzsq.tasks.detection_task import num_classes
+from mmzsq.version import __version__
 
 
 @RUNNERS.register_module()
@@ -84,6 +86,14 @@ class ZeroShotRunner(Runner):
         for note in notes:
             runner.logger.warning(note)
         return runner
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build MMEngine's logger, and keep its dumps of environment, config and hooks from the console."""
+        logger = super().build_logger(*args, **kwargs)
+        path = shorten_console(logger)
+        if path is not None:
+            logger.info(f'mmzsq {__version__}, torch {torch.__version__}; environment and whole config: {path}')
+        return logger
 
     @property
     def detector(self) -> ZeroShotDetector:
