@@ -28,7 +28,7 @@ def test_the_console_lacks_what_the_file_has(tmp_path: Path) -> None:
     runner = Quiet(nn.Linear(1, 1), str(tmp_path), experiment_name='quiet_console')
     runner.logger.info('a line of the run')
     (file,) = tmp_path.rglob('*.log')
-    for text in ('System environment', 'Config:'):
+    for text in ('System environment', 'Hooks will be executed'):
         assert text in file.read_text()
         assert text not in shown.getvalue()
     assert 'a line of the run' in shown.getvalue() and 'a line of the run' in file.read_text()
