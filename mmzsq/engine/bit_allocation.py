@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.dist import all_reduce
 from torch import Tensor
 
+from mmzsq.engine.progress import AllocationProgress
 from mmzsq.qat.sensitivity import measure_sensitivity
 from mmzsq.quantization.allocation import Budget, size_and_operations
 from mmzsq.quantization.config import Bits
@@ -34,17 +35,21 @@ def allocate_bits(runner: Any) -> None:
     budget.check()
     before = size_and_operations(detector.report, {})
     runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
-    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches)
+    progress = AllocationProgress(runner.logger)
+    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches, progress.update)
     detector.assign_bits(bits)
     after = size_and_operations(detector.report, {})
     runner.logger.info(
         f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}): model size {after[0]:.3f} MB, '
-        f'{after[1]:.3f} G bit operations; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'
+        f'{after[1]:.3f} G {detector.report.bops_name}; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'
     )
 
 
 def allocate_within_budget(
-    runner: Any, budget: Budget, batches: int, layer_done: Callable[[], None] = lambda: None
+    runner: Any,
+    budget: Budget,
+    batches: int,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> tuple[dict[str, Bits], Tensor]:
     """Measure the sensitivity of layers on the calibration set of a run, and choose their bits.
 
@@ -54,7 +59,8 @@ def allocate_within_budget(
         runner: The runner of :func:`allocate_bits`.
         budget: Layers, candidate bits and the limit.
         batches: Number of batches on which the losses are measured.
-        layer_done: Called after each layer.
+        on_progress: Called with the phase, and how many of its steps are done and exist, see
+            :func:`~mmzsq.qat.sensitivity.measure_sensitivity`.
 
     Returns:
         Bits by the name of a layer, and the sensitivities (L, C) of L layers with C candidates.
@@ -71,7 +77,7 @@ def allocate_within_budget(
         loaded[:batches],
         loaded[:num_init],
         inputs=budget.inputs,
-        layer_done=layer_done,
+        on_progress=on_progress,
     )
     # Each process has measured on other images.
     all_reduce(sensitivity, op='mean')
