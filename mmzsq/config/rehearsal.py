@@ -12,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 
 from mmzsq.config.compose import complete_section
 from mmzsq.errors import UserError
+from mmzsq.quantization.config import AllocationSettings
 from mmzsq.synthesis.default_sizes import stages_of
 
 FOLDER = 'rehearsal'
@@ -96,10 +97,10 @@ def _shrink(section: dict[str, Any], folder: Path) -> dict[str, Any]:
     allocate = section['quantizer'].get('allocate')
     if allocate is not None:
         # The fewest bits keep any budget that the run keeps.
-        candidates = sorted(allocate.get('candidates') or ())
-        if len(candidates) > 2:
-            allocate['candidates'] = [candidates[0], candidates[-1]]
-        allocate['batches'] = 1
+        candidates = allocate.get('candidates') or AllocationSettings().candidates
+        section['quantizer']['allocate'] = dict(
+            allocate, candidates=sorted({min(candidates), max(candidates)}), batches=1
+        )
     return section
 
 

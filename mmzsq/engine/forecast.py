@@ -313,7 +313,8 @@ def _peak_mb(device: torch.device) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours, for a message."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+    """Return a time in seconds, minutes, hours or days, for a message."""
+    for unit, length, longest in (('s', 1, 90), ('min', 60, 5400), ('h', 3600, 48 * 3600)):
+        if seconds < longest:
+            return f'{seconds / length:.{1 if unit == "h" else 0}f} {unit}'
+    return f'{seconds / 86400:.0f} days'
