@@ -138,7 +138,7 @@ def test_all_commands_of_the_guide_run_in_order(
         done.append(words[2])
     assert set(TOOLS) < set(done)
     assert (site / 'work_dirs/look/gallery.png').is_file()
-    assert (site / 'work_dirs/rehearsal/results.json').is_file()
+    assert (site / 'work_dirs/my_detector_w4a8/rehearsal/results.json').is_file()
     assert (site / 'my_detector_w4a8.safetensors').is_file()
     assert json.loads((site / 'deploy.json').read_text())['passed'] is True
     sizes = [

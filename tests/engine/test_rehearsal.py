@@ -25,6 +25,8 @@ from mmzsq.engine.rehearsal import rehearse
 from mmzsq.errors import UserError
 
 WHOLE = {
+    # One of random weights detects hundreds of objects, whose NMS takes seconds.
+    'load_from': 'mmzsq://yolov5-p_shapes.safetensors',
     'zsq.calibration_set.num_images': 100,
     'zsq.synthesis.relabel': dict(image_size=128, iterations=50, batch_size=8),
     'zsq.synthesis.refine': None,
