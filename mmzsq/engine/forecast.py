@@ -235,9 +235,7 @@ def stage_cost(generator: CalibrationSetGenerator, stage: Stage, num_images: int
     )
 
 
-def train_cost(
-    runner: Any, images: np.ndarray, labels: Sequence[InstanceData], zsq: Any, num_images: int
-) -> StepCost:
+def train_cost(runner: Any, images: np.ndarray, labels: Sequence[InstanceData], zsq: Any, num_images: int) -> StepCost:
     """Measure training steps on images.
 
     Args:

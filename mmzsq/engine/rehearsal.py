@@ -106,7 +106,9 @@ class Rehearsal:
 
     def summary(self) -> str:
         """Return the result as lines of text."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} thread(s)'
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} thread(s)'
+        )
         lines = [f'rehearsal: {duration(self.seconds)}, all files in {self.folder}. Its accuracy means nothing.']
         width = max(len(check.name) for check in self.checks)
         for status in (RAN, NOT_RUN, FAILED):
@@ -249,7 +251,11 @@ def _checks_of_run(runner: Any, hook: CalibrationSetHook, source: Source, zsq: A
     kept = [layer for layer in layers if not layer.quantized]
     why = '; '.join(sorted({layer.reason for layer in kept}))
     checks.append(
-        Check('quantizers', RAN, f'{len(layers) - len(kept)} layers quantized, {len(kept)} float' + f' ({why})' * bool(why))
+        Check(
+            'quantizers',
+            RAN,
+            f'{len(layers) - len(kept)} layers quantized, {len(kept)} float' + f' ({why})' * bool(why),
+        )
     )
     if detector.quantization_config.allocate is None:
         checks.append(Check('bit allocation', NOT_RUN, 'zsq.quantizer.allocate is not set'))
@@ -286,7 +292,9 @@ def _training_check(runner: Any) -> Check:
     text = f'{runner.max_iters} steps, last losses: {shown}'
     small = [name for name, value in losses.items() if abs(value) < SHOWN_AS_ZERO]
     if small:
-        text += f' (the log shows {", ".join(small)} as 0.0000: normal for untrained weights, whose outputs hardly vary)'
+        text += (
+            f' (the log shows {", ".join(small)} as 0.0000: normal for untrained weights, whose outputs hardly vary)'
+        )
     return Check('training', RAN, text)
 
 
@@ -328,6 +336,10 @@ def _export_check(runner: Any) -> Check:
         report = deploy.export(student, Path(runner.work_dir) / EXPORTED_FILE, target, size)
     except Exception as error:
         # Whatever code of a detector raises while it is traced.
-        return Check('export', FAILED, f'not possible for {target}: {error if isinstance(error, UserError) else describe_error(error)}')
+        return Check(
+            'export',
+            FAILED,
+            f'not possible for {target}: {error if isinstance(error, UserError) else describe_error(error)}',
+        )
     layers = len({layer.layer for layer in report.layers})
     return Check('export', RAN, f'possible for {target}: {len(report.files)} file(s), {layers} layers; not verified')

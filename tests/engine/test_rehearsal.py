@@ -181,9 +181,7 @@ def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     zsq = SimpleNamespace(train=SimpleNamespace(max_epochs=1), calibration_set=SimpleNamespace(num_images=9))
     runner = SimpleNamespace(detector=SimpleNamespace(end_training=lambda: None))
     costs, problem = module._estimate(runner, hook, source, zsq)
-    assert costs == () and problem == (
-        'training does not fit into the memory of this GPU: lower zsq.train.batch_size'
-    )
+    assert costs == () and problem == ('training does not fit into the memory of this GPU: lower zsq.train.batch_size')
 
 
 def test_the_first_images_of_any_data_set() -> None:

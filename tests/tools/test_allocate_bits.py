@@ -134,7 +134,10 @@ def test_invalid_budgets_are_refused_before_synthesis(
     for message, options in (
         (r'budget is 1 bits .*least possible is 2\.0000 bits', (leaf, '--average-bits', '1', '--out', 'out.py')),
         (r'budget is 0\.05 MB .*least possible is 0\.\d{4} MB', (leaf, '--budget-size-mb', '0.05', '--out', 'out.py')),
-        (r'budget is 0\.01 G \(bit operations of one 64x64 px image\).*least possible is 0\.\d{4} G', (leaf, '--budget-gbops', '0.01', '--out', 'out.py')),
+        (
+            r'budget is 0\.01 G \(bit operations of one 64x64 px image\).*least possible is 0\.\d{4} G',
+            (leaf, '--budget-gbops', '0.01', '--out', 'out.py'),
+        ),
         ('--candidates is 9', (leaf, *four, '--candidates', '9', '--out', 'out.py')),
         ('--batches must be', (leaf, *four, '--batches', '0', '--out', 'out.py')),
         ('must be a .py file', (leaf, *four, '--out', 'out.txt')),

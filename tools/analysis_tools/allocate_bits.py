@@ -97,7 +97,9 @@ def _parse_args() -> argparse.Namespace:
     budget.add_argument('--average-bits', type=float, help='average bits of the allocated weights')
     budget.add_argument('--budget-size-mb', type=float, help='size of the quantized model in MB (10^6 bytes)')
     budget.add_argument(
-        '--budget-gbops', type=float, help='bit operations in 10^9, for one image of the size in quantization_report.json (bops_image_size)'
+        '--budget-gbops',
+        type=float,
+        help='bit operations in 10^9, for one image of the size in quantization_report.json (bops_image_size)',
     )
     candidates = AllocationSettings().candidates
     text = f'bits to choose from (default: {" ".join(map(str, candidates))})'
