@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import describe_error
 from mmzsq.config import compose
-from mmzsq.config.rehearsal import EVALUATION_IMAGES, IMAGES, rehearsal_config
+from mmzsq.config.rehearsal import EVALUATION_IMAGES, rehearsal_config
 from mmzsq.engine.forecast import StepCost, cost_lines, duration, stage_cost, train_cost
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook, Source
 from mmzsq.engine.report import RESULTS_FILE

@@ -124,10 +124,10 @@ class QuantizationReport:
         """Return the report as JSON types.
 
         Returns:
-            ``model`` with sizes, BOPs and ``bops_image_size``, the height and width that they are for, and ``layers``, a list of dicts: the attributes of
-            :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
-            ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
-            (lists, ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
+            ``model`` with sizes, BOPs and ``bops_image_size``, the height and width that they are for, and ``layers``,
+            a list of dicts: the attributes of :class:`LayerReport` and, for quantized layers, ``weight`` and ``input``
+            with ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points`` (lists,
+            ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
             ``factors_learned`` if the layer divides its input channels by factors; ``output`` as ``weight`` where the
             output of the layer is quantized.
         """
