@@ -20,6 +20,8 @@ from mmzsq.errors import NotEvaluatedError, UserError
 def main() -> None:
     """Parse the command line and train."""
     args = _parse_args()
+    if args.rehearse and args.resume is not None:
+        raise UserError('--rehearse starts from the teacher: leave out --resume')
     cfg = cli.load_config(args)
     if args.amp:
         _enable_amp(cfg)
@@ -30,8 +32,6 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.rehearse:
-        if args.resume is not None:
-            raise UserError('--rehearse starts from the teacher: leave out --resume')
         failed = rehearse(cfg, cli.build_runner).not_evaluated
     else:
         runner = cli.build_runner(cfg)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
+from mmzsq import train
 from mmzsq.config import compose
 from mmzsq.config.rehearsal import rehearsal_config
 from mmzsq.datasets import FirstImages
@@ -23,6 +25,7 @@ from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
 from mmzsq.engine.progress import AllocationProgress
 from mmzsq.engine.rehearsal import rehearse
 from mmzsq.errors import UserError
+from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior
 
 WHOLE = {
     # One of random weights detects hundreds of objects, whose NMS takes seconds.
@@ -139,6 +142,27 @@ def test_what_cannot_be_rehearsed_is_refused(make_config: Any, options: dict[str
 def test_a_float_config_is_refused() -> None:
     with pytest.raises(UserError, match='--rehearse is for configs with a zsq section'):
         rehearsal_config(Config(dict(model=dict(type='RetinaNet'), work_dir='out')))
+
+
+def test_a_rehearsal_does_not_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'any.py', '--rehearse', '--resume'])
+    with pytest.raises(UserError, match='leave out --resume'):
+        train.main()
+
+
+def test_missing_feature_priors_are_named() -> None:
+    of_images, of_features = TotalVariationPrior(), BNStatisticsPrior()
+
+    def check(priors: list[Any], left_out: list[Any]) -> Any:
+        synthesizer = SimpleNamespace(priors=priors)
+        return module._prior_check(
+            SimpleNamespace(synthesized=SimpleNamespace(synthesizer=synthesizer, priors_left_out=left_out))
+        )
+
+    assert check([of_features, of_images], []) == module.Check('feature prior', 'ran', 'BNStatisticsPrior')
+    missing = check([of_images], [of_features])
+    assert missing.status == 'not run' and missing.detail.endswith('do not apply to this detector: BNStatisticsPrior')
+    assert module._prior_check(SimpleNamespace(synthesized=None)).status == 'not run'
 
 
 def test_images_are_as_large_as_the_detector_asks_for(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
