@@ -361,7 +361,7 @@ def _next_command() -> str:
     if (
         Path(sys.argv[0]).stem == 'train'
         and _last_checkpoint() is not None
-        and not any(argument.startswith('--resume') for argument in arguments)
+        and not any(argument.startswith(('--resume', '--rehearse')) for argument in arguments)
     ):
         arguments = [*arguments, '--resume']
     command = shlex.join([*program, *arguments])

@@ -2,7 +2,8 @@
 """Train a detector, or quantize one without data if the config has a ``zsq`` section.
 
 ``python -m mmzsq.train CONFIG`` has the options of MMDetection's ``tools/train.py`` and runs its configs. Bases may be
-named ``mmzsq::...`` too, because this package is imported before the config is read.
+named ``mmzsq::...`` too, because this package is imported before the config is read. ``--rehearse`` runs all stages
+at toy size first.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 from mmengine.config import Config
 
 from mmzsq import cli
+from mmzsq.engine.rehearsal import rehearse
 from mmzsq.errors import NotEvaluatedError, UserError
 
 
 def main() -> None:
     """Parse the command line and train."""
     args = _parse_args()
+    if args.rehearse and args.resume is not None:
+        raise UserError('--rehearse starts from the teacher: leave out --resume')
     cfg = cli.load_config(args)
     if args.amp:
         _enable_amp(cfg)
@@ -27,9 +31,12 @@ def main() -> None:
         cli.name_teacher(cfg)
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    runner = cli.build_runner(cfg)
-    runner.train()
-    failed = getattr(runner, 'not_evaluated', None)
+    if args.rehearse:
+        failed = rehearse(cfg, cli.build_runner).not_evaluated
+    else:
+        runner = cli.build_runner(cfg)
+        runner.train()
+        failed = getattr(runner, 'not_evaluated', None)
     if isinstance(failed, str):
         raise NotEvaluatedError(failed)
 
@@ -48,6 +55,12 @@ def _parse_args() -> argparse.Namespace:
         const='auto',
         metavar='CHECKPOINT',
         help='continue from this checkpoint, or from the last one in the work directory',
+    )
+    options.add_argument(
+        '--rehearse',
+        action='store_true',
+        help='run all stages of a zsq section at toy size in WORK_DIR/rehearsal, and say what they exercised and what '
+        'the whole run will take',
     )
     return options.parse_args()
 

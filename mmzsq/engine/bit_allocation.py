@@ -7,21 +7,24 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from mmengine.dist import all_reduce
 from torch import Tensor
 
+from mmzsq.engine.progress import AllocationProgress
 from mmzsq.qat.sensitivity import measure_sensitivity
 from mmzsq.quantization.allocation import Budget, size_and_operations
 from mmzsq.quantization.config import Bits
 
 
-def allocate_bits(runner: Any) -> None:
+def allocate_bits(runner: Any, measured_layers: int | None = None) -> None:
     """Allocate bits to the layers of the student if ``zsq.quantizer.allocate`` is set.
 
     All processes of a run get the same bits.
 
     Args:
         runner: A :class:`~mmzsq.engine.ZeroShotRunner` with a complete calibration set and no optimizer yet.
+        measured_layers: Number of layers to measure, see :func:`allocate_within_budget`.
 
     Raises:
         UserError: If the bits of all layers are fixed by other settings, or the budget is too small.
@@ -33,18 +36,24 @@ def allocate_bits(runner: Any) -> None:
     budget = Budget.from_config(detector.report, config)
     budget.check()
     before = size_and_operations(detector.report, {})
-    runner.logger.info(f'bits: measuring {len(budget.layers)} layers with each of {budget.candidates} bits')
-    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches)
+    count = len(budget.layers[:measured_layers])
+    runner.logger.info(f'bits: measuring {count} layers with each of {budget.candidates} bits')
+    progress = AllocationProgress(runner.logger)
+    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches, progress.update, measured_layers)
     detector.assign_bits(bits)
     after = size_and_operations(detector.report, {})
     runner.logger.info(
         f'bits: allocated within {budget.limit:g} {budget.unit} ({budget.name}): model size {after[0]:.3f} MB, '
-        f'{after[1]:.3f} G bit operations; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'
+        f'{after[1]:.3f} G {detector.report.bops_name}; with uniform bits {before[0]:.3f} MB, {before[1]:.3f} G'
     )
 
 
 def allocate_within_budget(
-    runner: Any, budget: Budget, batches: int, layer_done: Callable[[], None] = lambda: None
+    runner: Any,
+    budget: Budget,
+    batches: int,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    measured_layers: int | None = None,
 ) -> tuple[dict[str, Bits], Tensor]:
     """Measure the sensitivity of layers on the calibration set of a run, and choose their bits.
 
@@ -54,7 +63,10 @@ def allocate_within_budget(
         runner: The runner of :func:`allocate_bits`.
         budget: Layers, candidate bits and the limit.
         batches: Number of batches on which the losses are measured.
-        layer_done: Called after each layer.
+        on_progress: Called with the phase, and how many of its steps are done and exist, see
+            :func:`~mmzsq.qat.sensitivity.measure_sensitivity`.
+        measured_layers: Number of layers to measure. The others count as insensitive, and the allocation means
+            nothing: this is for rehearsals. None: all.
 
     Returns:
         Bits by the name of a layer, and the sensitivities (L, C) of L layers with C candidates.
@@ -64,14 +76,15 @@ def allocate_within_budget(
     """
     num_init = runner.cfg.zsq.train.init_batches
     loaded = list(itertools.islice(runner.train_dataloader, max(batches, num_init)))
-    sensitivity = measure_sensitivity(
+    sensitivity = torch.zeros(budget.costs.shape, dtype=torch.float64)
+    sensitivity[:measured_layers] = measure_sensitivity(
         runner.detector,
-        [layer.name for layer in budget.layers],
+        [layer.name for layer in budget.layers[:measured_layers]],
         budget.candidates,
         loaded[:batches],
         loaded[:num_init],
         inputs=budget.inputs,
-        layer_done=layer_done,
+        on_progress=on_progress,
     )
     # Each process has measured on other images.
     all_reduce(sensitivity, op='mean')

@@ -2,7 +2,7 @@
 """Forecast of a run: make a few images, measure their health, and extrapolate time and memory.
 
 ``python -m mmzsq.generate CONFIG --dry-run`` calls :func:`forecast`. It writes to ``WORK_DIR/dry_run`` alone, so no
-later run takes these images for its own.
+later run takes these images for its own. A rehearsal (:mod:`mmzsq.engine.rehearsal`) measures the same steps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.datasets.collate import stack_images
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
 from mmzsq.errors import UserError
+from mmzsq.qat.student_checkpoint import uninitialized
 from mmzsq.synthesis import CalibrationSetGenerator, Stage, StepProgress
 from mmzsq.synthesis.default_sizes import stages_of
 from mmzsq.synthesis.health import ImageHealth, measure
@@ -65,6 +66,7 @@ class StepCost:
         ms_per_image_iteration: Milliseconds of a step divided by the number of its images.
         seconds: Extrapolated time of the whole run.
         peak_mb: Peak memory of the GPU while measuring; on a CPU, largest resident memory of the process so far.
+        captured: Whether steps ran as a CUDA graph; always False on a CPU.
     """
 
     name: str
@@ -74,6 +76,7 @@ class StepCost:
     ms_per_image_iteration: float
     seconds: float
     peak_mb: float
+    captured: bool
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,31 @@ class Forecast:
         # A shortened schedule ends before objects have taken shape.
         prefix = 'image health' if self.share == 1 else 'image health, may improve with the whole schedule'
         lines += [f'{prefix}: {warning}' for warning in self.health.warnings]
-        for cost in self.costs:
-            height, width = cost.image_size
-            lines.append(
-                f'{cost.name}: {height}x{width} px, batches of {cost.batch_size}, '
-                f'{cost.ms_per_image_iteration:.3g} ms an image and step, peak memory {cost.peak_mb:.0f} MB, '
-                f'whole run {_duration(cost.seconds)}'
-            )
-        total = sum(cost.seconds for cost in self.costs)
+        return '\n'.join([*lines, *cost_lines(self.costs, self.num_images)])
+
+
+def cost_lines(costs: Sequence[StepCost], num_images: int) -> list[str]:
+    """Return one line for each cost, and one for their sum.
+
+    Args:
+        costs: At least one.
+        num_images: Images of the whole run.
+    """
+    lines = []
+    for cost in costs:
+        height, width = cost.image_size
         lines.append(
-            f'whole run: {self.num_images} images and training in about {_duration(total)}, without the initialization '
-            f'of quantizers and the evaluation; peak memory {max(cost.peak_mb for cost in self.costs):.0f} MB '
-            f'({"GPU" if torch.cuda.is_available() else "resident memory; larger batches take more"})'
+            f'{cost.name}: {height}x{width} px, batches of {cost.batch_size}, '
+            f'{cost.ms_per_image_iteration:.3g} ms an image and step, peak memory {cost.peak_mb:.0f} MB, '
+            f'whole run {duration(cost.seconds)}'
         )
-        return '\n'.join(lines)
+    total = sum(cost.seconds for cost in costs)
+    lines.append(
+        f'whole run: {num_images} images and training in about {duration(total)}, without the initialization '
+        f'of quantizers and the evaluation; peak memory {max(cost.peak_mb for cost in costs):.0f} MB '
+        f'({"GPU" if torch.cuda.is_available() else "resident memory; larger batches take more"})'
+    )
+    return lines
 
 
 def forecast(runner: Any) -> Forecast:
@@ -151,7 +165,7 @@ def forecast(runner: Any) -> Forecast:
     runner.logger.info('\n'.join(choices))
     generator = CalibrationSetGenerator(task, synthesis, hook.label_sampler, hook.batch_size, hook.seed)
     generator.check_sizes()
-    costs = [_stage_cost(generator, stage, hook.num_images) for stage in generator.stages if stage.iterations]
+    costs = [stage_cost(generator, stage, hook.num_images) for stage in generator.stages if stage.iterations]
     own_seconds = sum(cost.ms_per_image_iteration * cost.steps for cost in costs) * IMAGES / 1000
     share = min(1.0, BUDGET_SECONDS / max(own_seconds, 1e-9))
     short, sampler = _shortened(synthesis, hook.label_sampler, share)
@@ -161,7 +175,7 @@ def forecast(runner: Any) -> Forecast:
     gallery = folder / 'gallery.png'
     save_gallery(gallery, images, labels, classes)
     health = measure(task, images, labels)
-    costs.append(_train_cost(runner, images, labels, hook.num_images))
+    costs.append(train_cost(runner, images, labels, runner.cfg.zsq, hook.num_images))
     made = Forecast(hook.num_images, share, health, tuple(costs), gallery)
     write_atomically(folder / 'forecast.json', to_json(made.to_dict(), indent=1))
     runner.logger.info(made.summary())
@@ -183,7 +197,14 @@ def _shortened(
     return synthesis, label_sampler
 
 
-def _stage_cost(generator: CalibrationSetGenerator, stage: Stage, num_images: int) -> StepCost:
+def stage_cost(generator: CalibrationSetGenerator, stage: Stage, num_images: int) -> StepCost:
+    """Measure steps of a stage of synthesis.
+
+    Args:
+        generator: The generator of the whole run.
+        stage: One of its stages, with iterations.
+        num_images: Images of the whole run.
+    """
     task = generator.task
     cuda = task.device.type == 'cuda'
     count = min(stage.batch_size, num_images) if cuda else min(CPU_IMAGES, stage.batch_size)
@@ -198,7 +219,7 @@ def _stage_cost(generator: CalibrationSetGenerator, stage: Stage, num_images: in
         stamps.append((progress.iteration, time.perf_counter()))
 
     _reset_peak(task.device)
-    generator.synthesizer.run(labels, stage.image_size, steps, seed=0, lr=stage.lr, on_progress=note)
+    result = generator.synthesizer.run(labels, stage.image_size, steps, seed=0, lr=stage.lr, on_progress=note)
     timed = [stamp for stamp in stamps if stamp[0] >= WARM_UP_SHARE * steps - 1]
     (first, start), (last, end) = timed[0], timed[-1]
     ms = 1000 * (end - start) / (last - first) / count
@@ -210,19 +231,29 @@ def _stage_cost(generator: CalibrationSetGenerator, stage: Stage, num_images: in
         ms_per_image_iteration=ms,
         seconds=ms * stage.iterations * num_images / 1000,
         peak_mb=_peak_mb(task.device),
+        captured=result.captured,
     )
 
 
-def _train_cost(runner: Any, images: np.ndarray, labels: Sequence[InstanceData], num_images: int) -> StepCost:
-    """Measure training steps on the images, with the student initialized on them."""
-    detector, train = runner.detector, runner.cfg.zsq.train
+def train_cost(runner: Any, images: np.ndarray, labels: Sequence[InstanceData], zsq: Any, num_images: int) -> StepCost:
+    """Measure training steps on images.
+
+    Args:
+        runner: The runner, whose student is initialized on the images if it is not yet.
+        images: RGB (n, H, W, 3), uint8, in the size of the finished images. They are repeated to fill a batch.
+        labels: Labels of each image, in its pixels.
+        zsq: The section of the whole run.
+        num_images: Images of the whole run.
+    """
+    detector, train = runner.detector, zsq.train
     device = next(detector.parameters()).device
     cuda = device.type == 'cuda'
     count = train.batch_size if cuda else min(CPU_IMAGES, train.batch_size)
     order = [index % len(images) for index in range(count)]
-    batch = _training_batch(images[order], [labels[index] for index in order], runner.cfg.zsq)
-    detector.init_weights()
-    detector.initialize_quantizers([copy.deepcopy(batch)])
+    batch = _training_batch(images[order], [labels[index] for index in order], zsq)
+    if uninitialized(detector.student):
+        detector.init_weights()
+        detector.initialize_quantizers([copy.deepcopy(batch)])
     optimizer = runner.build_optim_wrapper(copy.deepcopy(runner.cfg.optim_wrapper))
     detector.train()
     _reset_peak(device)
@@ -233,6 +264,7 @@ def _train_cost(runner: Any, images: np.ndarray, labels: Sequence[InstanceData],
         if cuda:
             torch.cuda.synchronize(device)
         stamps.append(time.perf_counter())
+    captured = detector.captures_steps
     detector.end_training()
     skipped = math.ceil(WARM_UP_SHARE * (steps - 1))
     ms = 1000 * (stamps[-1] - stamps[skipped]) / (steps - 1 - skipped) / count
@@ -246,6 +278,7 @@ def _train_cost(runner: Any, images: np.ndarray, labels: Sequence[InstanceData],
         ms_per_image_iteration=ms,
         seconds=ms * train.max_epochs * num_images / 1000,
         peak_mb=_peak_mb(device),
+        captured=captured,
     )
 
 
@@ -277,7 +310,9 @@ def _peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+def duration(seconds: float) -> str:
+    """Return a time in seconds, minutes, hours or days, for a message."""
+    for unit, length, longest in (('s', 1, 90), ('min', 60, 5400), ('h', 3600, 48 * 3600)):
+        if seconds < longest:
+            return f'{seconds / length:.{1 if unit == "h" else 0}f} {unit}'
+    return f'{seconds / 86400:.0f} days'

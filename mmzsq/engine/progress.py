@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of the synthesis: losses, throughput, remaining time, and previews of the images."""
+"""Progress of a run: losses, throughput and previews of the synthesis, and the layers that bit allocation measures."""
 
 from __future__ import annotations
 
@@ -20,6 +20,38 @@ from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, Step
 from mmzsq.visualization import save_gallery
 
 PREVIEW_IMAGES = 8
+
+MEASURING = dict(bits='initializing each number of bits', layers='measuring layers')
+"""What happens in each phase of :func:`~mmzsq.qat.sensitivity.measure_sensitivity`."""
+
+
+class AllocationProgress:
+    """Logs how many layers bit allocation has measured, and the time that the others will take.
+
+    Args:
+        logger: Receives the lines.
+        log_seconds: Minimum time between two lines of a phase, in seconds.
+    """
+
+    def __init__(self, logger: MMLogger, log_seconds: float = 15.0) -> None:
+        self.logger = logger
+        self.log_seconds = log_seconds
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        """Log if it is time to, or if the phase has ended.
+
+        Args:
+            phase: A key of :data:`MEASURING`.
+            done: Steps of the phase that are done; 0 when it begins.
+            total: All steps of the phase.
+        """
+        now = time.perf_counter()
+        if done == 0:
+            self.start = self.logged = now
+        elif now - self.logged >= self.log_seconds or done == total:
+            self.logged = now
+            left = (now - self.start) / done * (total - done)
+            self.logger.info(f'bits: {MEASURING[phase]}, {done}/{total}, {done / total:.0%}, {left:.0f} s left')
 
 
 class PictureProgress:

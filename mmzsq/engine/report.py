@@ -96,7 +96,7 @@ def report_results(
         evaluation_images=_evaluation_images(runner),
         checkpoint=_last_checkpoint(runner),
         model_mb=dict(float=report.size_before, quantized=report.size_after),
-        bit_operations=dict(float=report.bops_before, quantized=report.bops_after),
+        bit_operations=dict(float=report.bops_before, quantized=report.bops_after, image_size=report.image_size),
         calibration_set=_summarize_calibration_set(runner),
         settings={key: section[key].to_dict() for key in REPORTED_SECTIONS},
         train=dict(iterations=runner.max_iters, **_train_time(runner, first_iter, seconds['train'])),

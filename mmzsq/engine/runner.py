@@ -54,9 +54,11 @@ class ZeroShotRunner(Runner):
 
     Attributes:
         not_evaluated: After training, a message about an evaluation that failed; otherwise None.
+        measured_layers: Number of layers that bit allocation measures, for rehearsals; None: all.
     """
 
     not_evaluated: str | None = None
+    measured_layers: int | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ZeroShotRunner:
@@ -261,7 +263,7 @@ class ZeroShotRunner(Runner):
         """Give layers their bits; a resumed run has them already."""
         checkpoint = self._load_from if self._resume else None
         if checkpoint is None:
-            allocate_bits(self)
+            allocate_bits(self, self.measured_layers)
         else:
             self.detector.load_bits_from(read_checkpoint(checkpoint))
 

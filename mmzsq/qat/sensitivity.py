@@ -30,7 +30,7 @@ def measure_sensitivity(
     batches: Sequence[Any],
     init_batches: Sequence[Any],
     inputs: bool = True,
-    layer_done: Callable[[], None] = lambda: None,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Tensor:
     """Measure how much the loss grows when one layer is quantized and all others are float.
 
@@ -44,7 +44,8 @@ def measure_sensitivity(
         batches: Batches of the data loader over which the loss is averaged.
         init_batches: Batches of the data loader from which the quantizers are initialized.
         inputs: Whether to quantize the input of a layer with as many bits as its weight. If not, it stays float.
-        layer_done: Called after each layer.
+        on_progress: Called with a phase, the number of its steps that are done and their total number: ``'bits'``
+            initialized, then ``'layers'`` measured. It is called with 0 when a phase begins, and after each step.
 
     Returns:
         Increase of the loss over the loss of the float student, (L, C), fp64 on the CPU.
@@ -52,8 +53,13 @@ def measure_sensitivity(
     Raises:
         UserError: If a loss is not finite.
     """
-    students = {bits: _initialized_copy(detector, layers, bits, inputs, init_batches) for bits in candidates}
-    float_losses = {bits: mean_loss(student, batches) for bits, student in students.items()}
+    students, float_losses = {}, {}
+    on_progress('bits', 0, len(candidates))
+    for done, bits in enumerate(candidates, 1):
+        students[bits] = _initialized_copy(detector, layers, bits, inputs, init_batches)
+        float_losses[bits] = mean_loss(students[bits], batches)
+        on_progress('bits', done, len(candidates))
+    on_progress('layers', 0, len(layers))
     growth = torch.zeros(len(layers), len(candidates), dtype=torch.float64)
     for row, name in enumerate(layers):
         for column, bits in enumerate(candidates):
@@ -67,7 +73,7 @@ def measure_sensitivity(
                     'set the bits of this layer in zsq.quantizer.overrides'
                 )
             growth[row, column] = loss - float_losses[bits]
-        layer_done()
+        on_progress('layers', row + 1, len(layers))
     return growth
 
 

@@ -115,7 +115,9 @@ class ZeroShotDetector(BaseModel):
         student.to(memory_format=self.memory_format)
         size = dry_run_size(student)
         self._set_quantizer_cfg(quantizer)
-        self.report = prepare(student, self.quantization_config, run=lambda: dry_run(student, size))
+        self.report = prepare(
+            student, self.quantization_config, run=lambda: dry_run(student, size), image_size=(size, size)
+        )
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
         replace_max_iou_assigners(student)
@@ -304,6 +306,11 @@ class ZeroShotDetector(BaseModel):
     def update_is_open(self) -> bool:
         """Whether batches wait for others of the same weight update (``zsq.train.accumulate``)."""
         return bool(self._accumulated_update.parts)
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether training steps currently run as a CUDA graph."""
+        return self._captured_step.graph is not None
 
     def end_training(self) -> None:
         """Free the memory of captured training steps, see :meth:`CapturedStep.release`."""

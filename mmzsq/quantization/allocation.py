@@ -219,7 +219,7 @@ class Budget:
         macs = np.array([layer.macs or 0 for layer in layers], dtype=float)
         kept = report.bops_after - sum((layer.macs or 0) * layer.w_bits * layer.a_bits for layer in layers)
         costs = np.outer(macs, np.square(candidates))
-        return cls('bit operations', 'G', 1e9, giga, kept, costs, candidates, True, layers)
+        return cls(report.bops_name, 'G', 1e9, giga, kept, costs, candidates, True, layers)
 
     @classmethod
     def from_config(cls, report: QuantizationReport, config: QuantizationConfig) -> Budget:

@@ -62,7 +62,12 @@ class _Settings(NamedTuple):
     has_run: bool
 
 
-def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any] | None = None) -> QuantizationReport:
+def prepare(
+    model: nn.Module,
+    config: QuantizationConfig,
+    run: Callable[[], Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> QuantizationReport:
     """Replace the layers of a model by quantized ones, in place.
 
     This works on any eager model: layers are replaced by their class, and no graph is traced or rewritten. The
@@ -74,6 +79,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         run: Runs ``model`` on one input, preferably a small one, and returns its raw outputs. It is called once, in
             eval mode, to find the first and last layers and to count operations. It may be ``None`` if
             ``config.first_bits`` and ``config.last_bits`` are ``'same'``; then no operations are reported.
+        image_size: Height and width in pixels of the image that ``run`` takes, for the report.
 
     Returns:
         A report of every layer that has a weight and, if ``config.attention`` is set, of the matrix products of
@@ -125,7 +131,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, run: Callable[[], Any]
         grids = choose_grids(flow, dict(quantized_layers(model)), result.last, config)
         add_grids(model, grids, config)
     rows += _other_parameters(model, layers.values())
-    return QuantizationReport(model, rows, grids.layer_of, grids.float_values)
+    return QuantizationReport(model, rows, grids.layer_of, grids.float_values, image_size)
 
 
 def set_bits(layer: QuantizedLayer, config: QuantizationConfig, bits: Bits) -> None:

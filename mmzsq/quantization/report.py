@@ -55,13 +55,15 @@ class QuantizationReport:
 
     The model size counts quantized weights at their bits, steps and zero points at 32 bits, and all other parameters
     and floating point buffers in their own type. Bit operations (BOPs) are multiply-accumulates times weight bits times
-    input bits, with 32 bits for float, summed over the listed layers for one call of ``run``.
+    input bits, with 32 bits for float, summed over the listed layers for one call of ``run``. They grow with the image
+    of that run, whose size everything that shows them names.
 
     Args:
         model: The prepared model. Its steps are read when needed.
         layers: Layers in the order of ``named_modules``, then attention, then other parameters.
         outputs: Name of the module that quantizes the output of a layer, by the name of the layer.
         float_values: Modules that made or read a value that should be quantized, but is returned by no module.
+        image_size: Height and width in pixels of the image in the run, ``None`` if unknown.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class QuantizationReport:
         layers: list[LayerReport],
         outputs: Mapping[str, str] | None = None,
         float_values: Sequence[str] = (),
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         self.model: Any = model
         self.layers = layers
         self.outputs = dict(outputs or {})
         self.float_values = list(float_values)
+        self.image_size = image_size
 
     @property
     def size_before(self) -> float:
@@ -109,14 +113,21 @@ class QuantizationReport:
             return None
         return sum((layer.macs or 0) * layer.w_bits * layer.a_bits for layer in self.layers)
 
+    @property
+    def bops_name(self) -> str:
+        """``'bit operations'``, with the size of the image if it is known."""
+        if self.image_size is None:
+            return 'bit operations'
+        return f'bit operations of one {self.image_size[0]}x{self.image_size[1]} px image'
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types.
 
         Returns:
-            ``model`` with sizes and BOPs, and ``layers``, a list of dicts: the attributes of
-            :class:`LayerReport` and, for quantized layers, ``weight`` and ``input`` with
-            ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points``
-            (lists, ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
+            ``model`` with sizes, BOPs and ``bops_image_size``, the height and width that they are for, and ``layers``,
+            a list of dicts: the attributes of :class:`LayerReport` and, for quantized layers, ``weight`` and ``input``
+            with ``scheme``, ``bits``, ``qmin``, ``qmax``, ``per_channel``, ``steps`` and ``zero_points`` (lists,
+            ``None`` before calibration or where the scheme has none). ``input`` has ``factors`` and
             ``factors_learned`` if the layer divides its input channels by factors; ``output`` as ``weight`` where the
             output of the layer is quantized.
         """
@@ -135,6 +146,7 @@ class QuantizationReport:
             'size_after_mb': self.size_after,
             'bops_before': self.bops_before,
             'bops_after': self.bops_after,
+            'bops_image_size': None if self.image_size is None else list(self.image_size),
         }
         if self.float_values:
             model['float_values'] = self.float_values
@@ -153,7 +165,7 @@ class QuantizationReport:
         lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append(f'model size: {self.size_before:.2f} MB -> {self.size_after:.2f} MB')
         if self.bops_before is not None and self.bops_after is not None:
-            lines.append(f'bit operations: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G')
+            lines.append(f'{self.bops_name}: {self.bops_before / 1e9:.2f} G -> {self.bops_after / 1e9:.2f} G')
         if self.float_values:
             lines.append(f'float values near these modules: {", ".join(self.float_values)}')
         return '\n'.join(lines)

@@ -93,6 +93,7 @@ def test_a_run_writes_set_results_gallery_and_a_self_contained_checkpoint(
     assert (written['quantizer']['w_bits'], written['quantizer']['a_bits']) == (4, 4)
     assert written['model_mb']['quantized'] < written['model_mb']['float'] / 4
     assert written['bit_operations']['quantized'] < written['bit_operations']['float'] / 10
+    assert written['bit_operations']['image_size'] == [64, 64]
     # Two epochs of three images in batches of two.
     assert (written['train']['iterations'], written['train']['images']) == (4, 8)
     assert set(written['seconds']) == {'train', 'evaluate_float', 'evaluate_ptq', 'evaluate_zero_shot'}

@@ -106,11 +106,15 @@ def test_sensitivity_is_the_loss_of_a_student_with_one_quantized_layer(
 def test_more_bits_cost_much_less_and_measuring_changes_nothing(make: Make, batches: list[dict[str, Any]]) -> None:
     model = make(augmentation=dict(mosaic=1.0, color=1.0)).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    done: list[int] = []
-    measured = measure_sensitivity(model, LAYERS, (2, 8), batches, batches, layer_done=lambda: done.append(1))
+    steps: list[tuple[str, int, int]] = []
+    measured = measure_sensitivity(
+        model, LAYERS, (2, 8), batches, batches, on_progress=lambda *step: steps.append(step)
+    )
 
     assert (measured[:, 1].abs() < 0.05 * measured[:, 0]).all()
-    assert len(done) == len(LAYERS)
+    count = len(LAYERS)
+    assert steps[:3] == [('bits', 0, 2), ('bits', 1, 2), ('bits', 2, 2)]
+    assert steps[3:] == [('layers', done, count) for done in range(count + 1)]
     assert model.training and model.augmentation is not None
     after = model.state_dict()
     assert after.keys() == state.keys()

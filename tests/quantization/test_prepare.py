@@ -217,7 +217,17 @@ def test_table_has_a_line_for_each_layer(model: nn.Module, images: Tensor) -> No
     assert [line.split()[0] for line in lines[1:-2]] == [layer.name for layer in report.layers]
     assert '4 signed per channel' in lines[2]
     assert lines[-2] == 'model size: 0.01 MB -> 0.00 MB'
-    assert lines[-1].startswith('bit operations')
+    assert lines[-1].startswith('bit operations: ')
+    assert report.to_dict()['model']['bops_image_size'] is None
+
+
+def test_the_report_names_the_image_of_its_operations() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1))
+    report = prepare(model, _config(), run=lambda: model(torch.zeros(1, 3, 4, 6)), image_size=(4, 6))
+    # One filter of 3, 2 and 2 weights for each of 2, 2 and 1 channels.
+    assert report.bops_before == 4 * 6 * (2 * 3 + 2 * 2 + 1 * 2) * 32**2
+    assert report.to_table().splitlines()[-1].startswith('bit operations of one 4x6 px image: ')
+    assert report.to_dict()['model']['bops_image_size'] == [4, 6]
 
 
 def test_no_run_no_operations() -> None:

@@ -83,7 +83,9 @@ def test_the_config_that_it_writes_trains_with_the_bits_of_the_table(
     text = out.read_text()
     command_line = ' '.join(['python', TOOL, str(repo / LEAF), *budget])
     assert command_line in ' '.join(text.replace('\\\n', ' ').split())
-    sizes = f'Model size and bit operations {report.size_after:.3f} MB, {(report.bops_after or 0) / 1e9:.3f} G'
+    # Of the size in which the model runs once when it is built.
+    name = 'bit operations of one 64x64 px image'
+    sizes = f'Model size and {name} {report.size_after:.3f} MB, {(report.bops_after or 0) / 1e9:.3f} G'
     assert sizes in text and sizes in printed
 
     # As it stands, from the same folder: same settings, and the set is not made again.
@@ -132,7 +134,10 @@ def test_invalid_budgets_are_refused_before_synthesis(
     for message, options in (
         (r'budget is 1 bits .*least possible is 2\.0000 bits', (leaf, '--average-bits', '1', '--out', 'out.py')),
         (r'budget is 0\.05 MB .*least possible is 0\.\d{4} MB', (leaf, '--budget-size-mb', '0.05', '--out', 'out.py')),
-        (r'budget is 0\.01 G .*least possible is 0\.\d{4} G', (leaf, '--budget-gbops', '0.01', '--out', 'out.py')),
+        (
+            r'budget is 0\.01 G \(bit operations of one 64x64 px image\).*least possible is 0\.\d{4} G',
+            (leaf, '--budget-gbops', '0.01', '--out', 'out.py'),
+        ),
         ('--candidates is 9', (leaf, *four, '--candidates', '9', '--out', 'out.py')),
         ('--batches must be', (leaf, *four, '--batches', '0', '--out', 'out.py')),
         ('must be a .py file', (leaf, *four, '--out', 'out.txt')),

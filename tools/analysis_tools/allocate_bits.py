@@ -10,8 +10,8 @@ sum (:mod:`mmzsq.qat.sensitivity`, :mod:`mmzsq.quantization.allocation`). The bu
 
 * ``--average-bits``: total size of the allocated weights, given as average bits per weight;
 * ``--budget-size-mb``: size of the whole model in MB (10^6 bytes);
-* ``--budget-gbops``: bit operations of the whole model in 10^9, for one image of the size that
-  ``quantization_report.json`` uses.
+* ``--budget-gbops``: bit operations of the whole model in 10^9, for one image of the size in
+  ``quantization_report.json`` (``bops_image_size``: 64x64 px, or the smallest that the detector takes).
 
 The first two allocate bits to weights only. The last allocates bits to weights and inputs. First and last layers with
 their own bits, layers with overrides and float layers are not changed but count in the budget. The output is a config
@@ -38,6 +38,7 @@ from torch import Tensor
 
 from mmzsq import cli
 from mmzsq.engine.bit_allocation import allocate_within_budget
+from mmzsq.engine.progress import MEASURING
 from mmzsq.errors import UserError
 from mmzsq.quantization.allocation import Budget, overrides_for, overrides_to_dict, size_and_operations
 from mmzsq.quantization.config import AllocationSettings, Bits
@@ -67,12 +68,16 @@ def main() -> None:
     detector.init_weights()
     console = Console(width=WIDTH)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task('measuring layers', total=len(budget.layers))
-        bits, sensitivity = allocate_within_budget(runner, budget, args.batches, lambda: progress.advance(task))
+        task = progress.add_task('')
+
+        def show(phase: str, done: int, total: int) -> None:
+            progress.update(task, description=MEASURING[phase], completed=done, total=total)
+
+        bits, sensitivity = allocate_within_budget(runner, budget, args.batches, show)
     uniform = budget.uniform()
     same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
     summary = (
-        f'Model size and bit operations {_amounts(size_and_operations(detector.report, bits))}. '
+        f'Model size and {detector.report.bops_name} {_amounts(size_and_operations(detector.report, bits))}. '
         f'With {uniform} bits in each of these layers {_amounts(size_and_operations(detector.report, same))}.'
     )
     console.print(_table(budget, sensitivity, [*bits.values()]))
@@ -92,7 +97,9 @@ def _parse_args() -> argparse.Namespace:
     budget.add_argument('--average-bits', type=float, help='average bits of the allocated weights')
     budget.add_argument('--budget-size-mb', type=float, help='size of the quantized model in MB (10^6 bytes)')
     budget.add_argument(
-        '--budget-gbops', type=float, help='bit operations in 10^9, counted as in quantization_report.json'
+        '--budget-gbops',
+        type=float,
+        help='bit operations in 10^9, for one image of the size in quantization_report.json (bops_image_size)',
     )
     candidates = AllocationSettings().candidates
     text = f'bits to choose from (default: {" ".join(map(str, candidates))})'

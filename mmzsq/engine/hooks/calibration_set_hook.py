@@ -62,8 +62,11 @@ DEFAULT_SCORE_THR = 0.3
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """What makes the images of a set, see :meth:`CalibrationSetHook.build_source`."""
+
     name: str
+    """``'synthesized'``, ``'procedural'`` or ``'mixed'``."""
     generator: CalibrationSetGenerator | ProceduralGenerator | MixedGenerator
     task: DetectionTask | None
     """The detector; None if the images do not depend on it."""
@@ -130,7 +133,7 @@ class CalibrationSetHook(Hook):
                 image size does not suit it.
         """
         detector = runner.detector
-        source = self._build_source(runner, detector.load_teacher())
+        source = self.build_source(runner, detector.load_teacher())
         self._check_sampler(source, self.class_names(detector))
         if source.synthesized is not None and not self._has_set():
             # Before the set claims its folder, so that a corrected run can use it.
@@ -160,7 +163,7 @@ class CalibrationSetHook(Hook):
         return any((self.root / name).exists() for name in ('manifest.json', 'shards/settings.json'))
 
     @staticmethod
-    def _check_sampler(source: _Source, classes: list[str]) -> None:
+    def _check_sampler(source: Source, classes: list[str]) -> None:
         """Compare the class names of a sampler of real labels with those of the detector."""
         if source.synthesized is None or not source.synthesized.sampler.uses_real_labels:
             return
@@ -175,7 +178,7 @@ class CalibrationSetHook(Hook):
             f'Set zsq.label_sampler.classes to the names of the detector: {classes}',
         )
 
-    def _open(self, detector: Any, source: _Source, group: Any) -> CalibrationSet:
+    def _open(self, detector: Any, source: Source, group: Any) -> CalibrationSet:
         """Open the set in all processes: first in rank 0, which may repair files."""
         opened: list[CalibrationSet] = []
         for first in (True, False):
@@ -197,7 +200,7 @@ class CalibrationSetHook(Hook):
                     )
         return opened[0]
 
-    def _complete(self, runner: Runner, source: _Source, calibration_set: CalibrationSet, group: Any) -> None:
+    def _complete(self, runner: Runner, source: Source, calibration_set: CalibrationSet, group: Any) -> None:
         """Make the missing shards, and again those whose files were damaged in the meantime, and merge them."""
         # Rank 0 lists the missing shards before any rank writes one, so that all ranks share the same list.
         missing = on_main(calibration_set.missing_shards, group)
@@ -220,7 +223,7 @@ class CalibrationSetHook(Hook):
         runner.logger.info(f'calibration set: {json.dumps(calibration_set.statistics())}')
 
     def _make_shards(
-        self, runner: Runner, source: _Source, calibration_set: CalibrationSet, shards: Sequence[int]
+        self, runner: Runner, source: Source, calibration_set: CalibrationSet, shards: Sequence[int]
     ) -> None:
         generator = source.generator
         if isinstance(generator, ProceduralGenerator):
@@ -238,8 +241,16 @@ class CalibrationSetHook(Hook):
         except UserError as error:
             runner.logger.warning(f'no gallery: {error}')
 
-    def _build_source(self, runner: Runner, teacher: nn.Module) -> _Source:
-        """Build what makes the images. Pictures alone need neither priors, a label sampler nor a detection loss."""
+    def build_source(self, runner: Runner, teacher: nn.Module) -> Source:
+        """Build what makes the images. Pictures alone need neither priors, a label sampler nor a detection loss.
+
+        Args:
+            runner: The runner, whose config has the test pipeline.
+            teacher: The frozen detector.
+
+        Raises:
+            UserError: If a setting does not suit the detector.
+        """
         name = self.source
         task = None if name == 'procedural' and not self.label_pictures else build_detection_task(teacher)
         synthesized = None
@@ -255,7 +266,7 @@ class CalibrationSetHook(Hook):
                     f'the calibration set consists of procedural pictures, not of synthesized images, since {error}'
                 )
         if synthesized is not None and name != 'mixed':
-            return _Source('synthesized', synthesized, task, synthesized, None, synthesis, choices)
+            return Source('synthesized', synthesized, task, synthesized, None, synthesis, choices)
         label: Callable[[np.ndarray], list[InstanceData]] = no_labels
         if task is not None and self.label_pictures:
             label = PictureLabels(task, self._score_thr)
@@ -264,13 +275,13 @@ class CalibrationSetHook(Hook):
         if synthesized is None:
             choices = [f'procedural pictures of {size[0]}x{size[1]} pixels ({reason})']
             labeler = task if self.label_pictures else None
-            return _Source('procedural', pictures, labeler, None, pictures, synthesis, choices)
-        return _Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures, synthesis, choices)
+            return Source('procedural', pictures, labeler, None, pictures, synthesis, choices)
+        return Source('mixed', MixedGenerator(synthesized, pictures), task, synthesized, pictures, synthesis, choices)
 
     def _synthesize(
         self,
         runner: Runner,
-        source: _Source,
+        source: Source,
         generator: CalibrationSetGenerator | MixedGenerator,
         calibration_set: CalibrationSet,
         shards: Sequence[int],
@@ -343,7 +354,7 @@ class CalibrationSetHook(Hook):
         except UserError as error:
             runner.logger.warning(f'the health of the images is not kept: {error}')
 
-    def _fingerprint(self, detector: Any, source: _Source) -> dict[str, Any]:
+    def _fingerprint(self, detector: Any, source: Source) -> dict[str, Any]:
         """Return everything that determines the content of the set."""
         pictures = {} if source.pictures is None else dict(source.pictures.fingerprint, source=source.name)
         if source.pictures is not None and self.label_pictures:
