@@ -3,6 +3,7 @@
 
 from mmzsq.datasets.calibration import CalibrationDataset
 from mmzsq.datasets.collate import stack_images
+from mmzsq.datasets.seeded import SeededDataset, SeededSampler
 from mmzsq.datasets.shapes import ShapesDataset
 
-__all__ = ['CalibrationDataset', 'ShapesDataset', 'stack_images']
+__all__ = ['CalibrationDataset', 'SeededDataset', 'SeededSampler', 'ShapesDataset', 'stack_images']
