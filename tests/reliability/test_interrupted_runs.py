@@ -31,6 +31,7 @@ FINAL = f'out/epoch_{EPOCHS}.pth'
 CONFIG = f"""{TINY}
 val_dataloader = val_evaluator = val_cfg = None
 zsq['presets']['default']['train']['max_epochs'] = {EPOCHS}
+zsq['train']['num_workers'] = 1
 """
 TRAIN = ('train', 'tiny.py', '--resume')
 
