@@ -181,7 +181,7 @@ def test_a_kill_at_any_moment_of_synthesis_changes_nothing(
         seconds = moments.uniform(0, whole.seconds[0])
         time.sleep(seconds)
         run.kill()
-        verdicts[f'{seconds:.2f} s'] = verdict(server, folder, whole)
+        verdicts[f'run {index}, {seconds:.2f} s'] = verdict(server, folder, whole)
     conclude(verdicts, record_property)
 
 
@@ -201,7 +201,7 @@ def test_a_kill_at_any_moment_of_training_changes_nothing(
         seconds = moments.uniform(0, 0.3 * (end - set_there))
         time.sleep(seconds)
         run.kill()
-        verdicts[f'{seconds:.2f} s'] = verdict(server, folder, whole)
+        verdicts[f'run {index}, {seconds:.2f} s'] = verdict(server, folder, whole)
     conclude(verdicts, record_property)
 
 
