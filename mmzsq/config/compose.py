@@ -321,7 +321,9 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
         own: Mapping[str, Any] = next((step for step in own_pipeline if 'LoadAnnotations' in str(step['type'])), {})
         if 'poly2mask' in own:
             annotations['poly2mask'] = own['poly2mask']
-        dataset = dict(type='mmzsq.SeededDataset', dataset=dict(real, pipeline=real_pipeline(cfg, annotations)))
+        dataset: dict[str, Any] = dict(
+            type='mmzsq.SeededDataset', dataset=dict(real, pipeline=real_pipeline(cfg, annotations))
+        )
     else:
         dataset = dict(
             type='mmzsq.CalibrationDataset',

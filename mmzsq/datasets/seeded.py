@@ -26,28 +26,22 @@ class SeededIndex(int):
     """Index of a sample.
 
     Attributes:
-        seed: What the random numbers of its transforms follow from.
+        seed: Numbers of at least 0 that its random transforms follow from.
     """
 
     seed: tuple[int, ...]
 
-    def __new__(cls, index: int, seed: tuple[int, ...]) -> SeededIndex:
-        self = super().__new__(cls, index)
-        self.seed = seed
-        return self
-
-    def __getnewargs__(self) -> tuple[int, tuple[int, ...]]:
-        return int(self), self.seed
-
 
 @DATA_SAMPLERS.register_module()
-class SeededSampler(DefaultSampler):  # type: ignore[misc]
+class SeededSampler(DefaultSampler):
     """MMEngine's ``DefaultSampler``, with a :class:`SeededIndex` for each sample."""
 
     def __iter__(self) -> Iterator[SeededIndex]:
         for position, index in enumerate(super().__iter__()):
             # The position in the order that all processes share.
-            yield SeededIndex(index, (self.seed, self.epoch, position * self.world_size + self.rank))
+            seeded = SeededIndex(index)
+            seeded.seed = (self.seed, self.epoch, position * self.world_size + self.rank)
+            yield seeded
 
 
 @DATASETS.register_module()

@@ -6,8 +6,8 @@ they average it over all parts of the update. Anchor heads divide by a number th
 replaced. Box and mask heads of a RoI head divide by the number of their own regions; their losses are multiplied by the
 ratio of this number to its mean over all parts.
 
-LSQ scales the gradient of a step by the number of quantized elements. In a RoI head this number follows from that of the
-regions, which differs between images. It is exchanged as well.
+LSQ scales the gradient of a step by the number of quantized elements. In a RoI head this number follows from the number
+of regions, which differs between images. It is averaged as well.
 """
 
 from __future__ import annotations

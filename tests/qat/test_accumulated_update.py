@@ -68,9 +68,7 @@ def labels(image: int) -> InstanceData:
     masks = torch.zeros(len(corners), *SIZE, dtype=torch.uint8)
     for mask, ((left, top), (right, bottom)) in zip(masks, corners.int().tolist(), strict=True):
         mask[top : bottom + 1, left : right + 1] = 1
-    return InstanceData(
-        bboxes=corners.flatten(1), labels=torch.arange(image % 4) % 3, masks=masks
-    )
+    return InstanceData(bboxes=corners.flatten(1), labels=torch.arange(image % 4) % 3, masks=masks)
 
 
 def images(first: int = 0, count: int = IMAGES) -> dict[str, Any]:
