@@ -35,7 +35,8 @@ zsq['train']['num_workers'] = 1
 """
 TRAIN = ('train', 'tiny.py', '--resume')
 
-nightly = pytest.mark.nightly
+# Each run takes seconds, and tens of them more than a test may take usually.
+nightly = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 Record = Callable[[str, object], None]
 
