@@ -11,16 +11,13 @@ Batches that are accumulated follow each other, so the first one would have to k
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from mmdet.utils import reduce_mean
 from mmengine.dist import get_world_size
 from torch import Tensor
-
-from mmzsq.patching import patched
 
 
 class UpdateParts:
@@ -85,19 +82,6 @@ class UpdateParts:
         joined = reduce_mean(torch.cat([mean.flatten() for mean in means]))
         parts = joined.split([mean.numel() for mean in means])
         return [part.view_as(mean).to(mean.dtype) for part, mean in zip(parts, means, strict=True)]
-
-
-@contextmanager
-def mmdet_update_means() -> Iterator[None]:
-    """Let the heads of MMDetection that average their divisors over processes average them over all parts.
-
-    They import ``mmdet.utils.reduce_mean`` by name.
-    """
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith('mmdet.models.') and vars(module).get('reduce_mean') is reduce_mean:
-                stack.enter_context(patched(module, 'reduce_mean', update_mean))
-        yield
 
 
 _current: UpdateParts | None = None

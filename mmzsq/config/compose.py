@@ -322,7 +322,9 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
         own: Mapping[str, Any] = next((step for step in own_pipeline if 'LoadAnnotations' in str(step['type'])), {})
         if 'poly2mask' in own:
             annotations['poly2mask'] = own['poly2mask']
-        dataset = dict(real, pipeline=real_pipeline(cfg, annotations))
+        dataset: dict[str, Any] = dict(
+            type='mmzsq.SeededDataset', dataset=dict(real, pipeline=real_pipeline(cfg, annotations))
+        )
     else:
         dataset = dict(
             type='mmzsq.CalibrationDataset',
@@ -341,7 +343,8 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
         batch_size=train.batch_size,
         num_workers=train.num_workers,
         persistent_workers=train.num_workers > 0,
-        sampler=dict(type='mmengine.DefaultSampler', shuffle=True),
+        # A resumed training repeats the random transforms of real images. Synthetic ones have none here.
+        sampler=dict(type='mmengine.DefaultSampler' if real is None else 'mmzsq.SeededSampler', shuffle=True),
         # Only the detection loss reads labels.
         collate_fn=dict(type='mmzsq.stack_images', labels=learns_labels),
         dataset=dataset,

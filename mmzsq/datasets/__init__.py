@@ -4,6 +4,7 @@
 from mmzsq.datasets.calibration import CalibrationDataset
 from mmzsq.datasets.collate import stack_images
 from mmzsq.datasets.first_images import FirstImages
+from mmzsq.datasets.seeded import SeededDataset, SeededSampler
 from mmzsq.datasets.shapes import ShapesDataset
 
-__all__ = ['CalibrationDataset', 'FirstImages', 'ShapesDataset', 'stack_images']
+__all__ = ['CalibrationDataset', 'FirstImages', 'SeededDataset', 'SeededSampler', 'ShapesDataset', 'stack_images']

@@ -242,6 +242,10 @@ class ZeroShotRunner(Runner):
             UserError: Names the setting that cannot be built.
         """
         dataset = self._train_dataloader['dataset']
+        real = self.cfg.zsq.calibration_set.real
+        if real is not None:
+            # Inside of the wrapper that seeds its transforms.
+            dataset = dataset['dataset']
         for where, build in (
             ('zsq.train.optimizer', lambda: self.build_optim_wrapper(copy.deepcopy(self.cfg.optim_wrapper))),
             ('the pipeline of the training data', lambda: Compose(copy.deepcopy(dataset.get('pipeline', [])))),
@@ -252,7 +256,6 @@ class ZeroShotRunner(Runner):
                 raise
             except Exception as error:
                 raise UserError(f'{where} cannot be built: {_text(error)}') from error
-        real = self.cfg.zsq.calibration_set.real
         if real is not None:
             try:
                 DATASETS.build(copy.deepcopy(dataset))

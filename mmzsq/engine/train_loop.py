@@ -83,7 +83,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         batches = iter(self.dataloader)
         for _ in range(skipped):
             next(batches)
-        if resumed and skipped:
+        # A data loader draws when it creates its workers. Persistent ones were there when this epoch began first.
+        if resumed and (skipped or self.dataloader.persistent_workers):
             set_random_state(resumed['now'])
         for index, batch in enumerate(batches, skipped):
             self.run_iter(index, batch)

@@ -12,7 +12,8 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from mmzsq.models.padded_targets import PaddedTargets
-from mmzsq.update_parts import UpdateParts, mmdet_update_means
+from mmzsq.qat.mmdet_divisors import mmdet_update_means
+from mmzsq.update_parts import UpdateParts
 
 
 class Part(NamedTuple):
@@ -69,9 +70,12 @@ class AccumulatedUpdate:
         parts, self.parts = self.parts, []
         update = UpdateParts(len(parts))
         if len(parts) > 1:
-            for part in parts:
-                with optim_wrapper.optim_context(model), update.recording(), mmdet_update_means():
-                    model.run_divisors(part.inputs, part.labels)
+            device = parts[0].inputs.device
+            # Forked once: the losses below draw what their divisors were computed with, such as sampled regions.
+            with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+                for part in parts:
+                    with optim_wrapper.optim_context(model), update.recording(), mmdet_update_means():
+                        model.run_divisors(part.inputs, part.labels)
         logs = []
         images = sum(len(part.inputs) for part in parts)
         for part in parts:

@@ -26,6 +26,7 @@ from mmzsq.qat.accumulated_update import AccumulatedUpdate, Part
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.dry_run import dry_run, dry_run_size
 from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
+from mmzsq.qat.mmdet_divisors import mmdet_update_means, update_regions
 from mmzsq.qat.paired_forward import PairedForward, build_paired_forward
 from mmzsq.qat.teacher import load_teacher
 from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers, quantizers
@@ -347,7 +348,7 @@ class ZeroShotDetector(BaseModel):
             part = Part(self.augment(data['inputs']), labels)
             return self._accumulated_update(self, part, optim_wrapper, average, self.update_ends)
         self.set_update_ratio(get_world_size())
-        with UpdateParts().replaying():
+        with UpdateParts().replaying(), mmdet_update_means():
             return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
 
     @property
@@ -401,7 +402,7 @@ class ZeroShotDetector(BaseModel):
 
     @torch.no_grad()
     def run_divisors(self, inputs: Tensor, data_samples: Any) -> None:
-        """Compute the divisors of all losses in the order of :meth:`losses`, and change nothing.
+        """Compute the divisors of all losses in the order of :meth:`losses`. Only random generators change.
 
         Those of distillation depend on the teacher alone, those of the detection loss also on the student.
 
@@ -409,21 +410,21 @@ class ZeroShotDetector(BaseModel):
             inputs: Images from :meth:`augment`.
             data_samples: As in :meth:`loss`.
         """
-        device = inputs.device
+        outputs = None
+        if self.distillation_losses:
+            # The student's regions will be those of the teacher.
+            with update_regions(self.teacher):
+                outputs = self.paired_forward.teacher_outputs(inputs, data_samples)
         if self.detection_weight:
             # Losses may modify labels, and BatchNorm in train mode its statistics.
             labels = copy.deepcopy(data_samples)
             add_ignored_semantic_labels(self.student, labels)
             buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
-            with (
-                torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []),
-                frozen_train_mode(self.student),
-            ):
+            with frozen_train_mode(self.student), update_regions(self.student):
                 detection_losses(self.student, inputs, labels)
             for buffer, value in buffers:
                 buffer.copy_(value)
-        if self.distillation_losses:
-            outputs = self.paired_forward.teacher_outputs(inputs, data_samples)
+        if outputs is not None:
             for loss in self.distillation_losses:
                 loss(outputs, outputs, self.student)
 
@@ -441,10 +442,11 @@ class ZeroShotDetector(BaseModel):
             add_ignored_semantic_labels(self.student, data_samples)
         if not self.distillation_losses:
             # No loss reads the teacher's outputs.
-            with frozen_train_mode(self.student):
+            with frozen_train_mode(self.student), update_regions(self.student):
                 own = detection_losses(self.student, inputs, data_samples)
             return dict(loss_detection=self.detection_weight * sum_losses(own))
-        outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))
+        with update_regions(self.student):
+            outputs_S, outputs_T, detection = self.paired_forward(inputs, data_samples, bool(self.detection_weight))
         losses: dict[str, Tensor] = {}
         if detection is not None:
             losses['loss_detection'] = self.detection_weight * sum_losses(detection)

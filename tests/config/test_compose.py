@@ -662,7 +662,9 @@ def test_real_images_use_the_test_pipeline_and_no_set_is_made(user: Config) -> N
     ]
     real = dict(type='CocoDataset', data_root='data/x', ann_file='a.json')
     cfg = composed(user, calibration_set=dict(real=real))
-    dataset = cfg.train_dataloader.dataset
+    loader = cfg.train_dataloader
+    assert (loader.dataset.type, loader.sampler.type) == ('mmzsq.SeededDataset', 'mmzsq.SeededSampler')
+    dataset = loader.dataset.dataset
     assert (dataset.type, dataset.data_root, dataset.ann_file) == ('CocoDataset', 'data/x', 'a.json')
     kinds = ['LoadImageFromFile', 'mmdet.LoadAnnotations', 'Resize', 'PackDetInputs']
     assert [step.type for step in dataset.pipeline] == kinds

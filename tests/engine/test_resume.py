@@ -32,6 +32,12 @@ from tests.checkpoint_digest import digest_of_tensors
 NO_EVALUATION = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
 ONE_BY_ONE = {**NO_EVALUATION, 'zsq.train.batch_size': 1}
 """Two epochs of three iterations."""
+RANDOM_PIPELINE = [
+    dict(type='LoadImageFromNDArray'),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
 
 
 class Killed(BaseException):
@@ -136,6 +142,25 @@ def test_checkpoints_and_epochs_do_not_split_an_update(
     assert names() == {'ptq.pth', 'iter_2.pth', 'iter_3.pth'}
     ZeroShotRunner.from_cfg(cfg).train()
     assert digest_of_tensors('out/iter_6.pth') == digest_of_tensors('all/iter_6.pth')
+
+
+@pytest.mark.parametrize('iteration', [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_random_transforms_of_real_images_are_the_same_after_an_interruption(
+    make_config: Any, teacher: Path, iteration: int
+) -> None:
+    """At the end of an epoch and in the middle, in workers that live for the whole training."""
+    options = {
+        **ONE_BY_ONE,
+        **saving(by_epoch=False, max_keep_ckpts=-1),
+        'zsq.calibration_set.real': dict(type='mmzsq.ShapesDataset', num_images=2, image_size=64),
+        'zsq.train.num_workers': 1,
+        'test_dataloader.dataset.pipeline': RANDOM_PIPELINE,
+    }
+    ZeroShotRunner.from_cfg(make_config('out', **options)).train()
+    cfg = make_config(f'from_{iteration}', **options)
+    cfg.zsq.teacher, cfg.resume, cfg.load_from = str(teacher), True, f'out/iter_{iteration}.pth'
+    ZeroShotRunner.from_cfg(cfg).train()
+    assert digest_of_tensors(f'from_{iteration}/iter_4.pth') == digest_of_tensors('out/iter_4.pth')
 
 
 def test_a_training_killed_in_its_first_save_starts_again_and_ends_with_the_same_bits(

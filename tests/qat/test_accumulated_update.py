@@ -36,6 +36,7 @@ Loss = dict[str, Any]
 def build(cfg: Any, distillation: Loss, folder: Path) -> ZeroShotDetector:
     """A student of 4 bits with steps of its own, in fp64: rounding errors then do not move values to other levels."""
     torch.manual_seed(0)
+    take_all(cfg)
     detector = MODELS.build(copy.deepcopy(cfg))
     detector.init_weights()
     # Random maps hardly vary: biases of classes near 0 give each image its own number of soft objects.
@@ -43,6 +44,9 @@ def build(cfg: Any, distillation: Loss, folder: Path) -> ZeroShotDetector:
         for name, weight in detector.named_parameters():
             if 'head' in name:
                 weight.add_(0.3 * torch.randn_like(weight))
+            elif not weight.any() and name.endswith('.weight'):
+                # The last BatchNorm of a residual branch, through which no gradient would pass.
+                weight.fill_(0.5)
     torch.save({'state_dict': detector.state_dict()}, folder / 'teacher.pth')
     quantizer = dict(DISTILLED['quantizer'], w_bits=4, a_bits=4)
     model = ZeroShotDetector(cfg, quantizer, distillation, teacher=str(folder / 'teacher.pth'))
@@ -61,7 +65,10 @@ def labels(image: int) -> InstanceData:
     """Between none and three objects of an image."""
     generator = torch.Generator().manual_seed(image)
     corners = torch.rand(image % 4, 2, 2, generator=generator).sort(1).values * torch.tensor(SIZE[::-1])
-    return InstanceData(bboxes=corners.flatten(1), labels=torch.arange(image % 4) % 3)
+    masks = torch.zeros(len(corners), *SIZE, dtype=torch.uint8)
+    for mask, ((left, top), (right, bottom)) in zip(masks, corners.int().tolist(), strict=True):
+        mask[top : bottom + 1, left : right + 1] = 1
+    return InstanceData(bboxes=corners.flatten(1), labels=torch.arange(image % 4) % 3, masks=masks)
 
 
 def images(first: int = 0, count: int = IMAGES) -> dict[str, Any]:
@@ -108,15 +115,15 @@ def assert_equal(parts: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
     largest = max(float(grad.abs().max()) for name, grad in whole.items() if not name.startswith('log '))
     assert sum(float(grad.abs().max()) > 1e-5 * largest for grad in whole.values()) > 0.6 * len(whole)
     for name, grad in whole.items():
-        own = parts[name]
-        if 'roi_head' in name and '.input_quantizer.' in name and grad.norm() > 1e-6:
-            # Their gradient is scaled by the number of regions, which differs between images.
-            assert 0.6 < float((own * grad).sum() / grad.square().sum()) < 1.6
-            own = own * grad.norm() / own.norm()
         # Losses are computed in fp32.
-        tolerance = 1e-5 * float(grad.abs().max()) + 1e-7 * largest
-        torch.testing.assert_close(own, grad, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f'{name}: {text}')
+        tolerance = 1e-5 * float(grad.abs().max()) + 1e-9 * largest
+        torch.testing.assert_close(
+            parts[name], grad, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f'{name}: {text}'
+        )
 
+
+OWN_LOSS = dict(detection_weight=1.0, losses=[])
+"""The detector's own loss alone, whose divisors and regions depend on the student."""
 
 FAMILIES = {
     # Objectness, classes and boxes by location, and features.
@@ -125,11 +132,26 @@ FAMILIES = {
     'yolov5 paper': PAPER['distillation'],
     # Classes and boxes by location.
     'retinanet_r18': DISTILLED['distillation'],
+    'retinanet_r18 own': OWN_LOSS,
     # Proposals, regions and masks.
     'mask-rcnn_r18': DISTILLED['distillation'],
+    # With regions of the teacher, and of the student for its own loss.
+    'mask-rcnn_r18 both': dict(DISTILLED['distillation'], detection_weight=1.0),
+    'faster-rcnn_r18 own': OWN_LOSS,
     # Stages of a cascade.
     'cascade-rcnn_r18': DISTILLED['distillation'],
+    'cascade-rcnn_r18 own': OWN_LOSS,
 }
+
+
+def take_all(cfg: Any) -> None:
+    """Let a two-stage detector take all anchors and regions. A random choice of them would differ between parts."""
+    if 'rpn_head' not in cfg:
+        return
+    stages = cfg.train_cfg.rcnn if isinstance(cfg.train_cfg.rcnn, list) else [cfg.train_cfg.rcnn]
+    for part in (cfg.train_cfg.rpn, *stages):
+        part.sampler.update(num=10**6, pos_fraction=1.0)
+    cfg.train_cfg.rpn_proposal.update(nms_pre=40, max_per_img=20)
 
 
 @pytest.fixture
@@ -167,7 +189,7 @@ def run_process(rank: int, folder: str, cfgs: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-SHARED = ('yolov5', 'yolov5 paper')
+SHARED = ('yolov5', 'yolov5 paper', 'mask-rcnn_r18 both')
 
 
 def test_two_processes_have_the_gradient_of_one_large_batch(

@@ -47,7 +47,7 @@ class Run:
         path = _points_file(self._output)
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> bool:
+    def wait_for(self, pattern: str, seconds: float = 240) -> bool:
         """Wait until a point matches a regular expression. Returns whether one did before the process ended."""
         deadline = time.monotonic() + seconds
         while not any(re.search(pattern, point) for point in self.points):

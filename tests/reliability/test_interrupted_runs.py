@@ -31,10 +31,12 @@ FINAL = f'out/epoch_{EPOCHS}.pth'
 CONFIG = f"""{TINY}
 val_dataloader = val_evaluator = val_cfg = None
 zsq['presets']['default']['train']['max_epochs'] = {EPOCHS}
+zsq['train']['num_workers'] = 1
 """
 TRAIN = ('train', 'tiny.py', '--resume')
 
-nightly = pytest.mark.nightly
+# Each run takes seconds, and tens of them more than a test may take usually.
+nightly = [pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 Record = Callable[[str, object], None]
 
@@ -180,7 +182,7 @@ def test_a_kill_at_any_moment_of_synthesis_changes_nothing(
         seconds = moments.uniform(0, whole.seconds[0])
         time.sleep(seconds)
         run.kill()
-        verdicts[f'{seconds:.2f} s'] = verdict(server, folder, whole)
+        verdicts[f'run {index}, {seconds:.2f} s'] = verdict(server, folder, whole)
     conclude(verdicts, record_property)
 
 
@@ -200,7 +202,7 @@ def test_a_kill_at_any_moment_of_training_changes_nothing(
         seconds = moments.uniform(0, 0.3 * (end - set_there))
         time.sleep(seconds)
         run.kill()
-        verdicts[f'{seconds:.2f} s'] = verdict(server, folder, whole)
+        verdicts[f'run {index}, {seconds:.2f} s'] = verdict(server, folder, whole)
     conclude(verdicts, record_property)
 
 
