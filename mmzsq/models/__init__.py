@@ -6,6 +6,7 @@ from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
 from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.models.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
+from mmzsq.models.yolov8 import YOLOv8, YOLOv8CSPDarknet, YOLOv8Head, YOLOv8PAFPN
 
 patch_mmdet()
 
@@ -21,4 +22,8 @@ __all__ = [
     'YOLOv5CSPDarknet',
     'YOLOv5Head',
     'YOLOv5PAFPN',
+    'YOLOv8',
+    'YOLOv8CSPDarknet',
+    'YOLOv8Head',
+    'YOLOv8PAFPN',
 ]

@@ -47,6 +47,11 @@ ARCHITECTURES = {
     'yolov5-n': ('w8a8', 128),
     'yolov5-p_shapes': ('w4a4', 128),
     'yolov5-s': ('w6a6', 128),
+    'yolov8-l': ('w6a6', 128),
+    'yolov8-m': ('w8a8', 128),
+    'yolov8-n': ('w4a8', 128),
+    'yolov8-s': ('w6a6', 128),
+    'yolov8-x': ('w8a8', 128),
     'yolox-s': ('w4a8', 128),
 }
 """Bits that each architecture is exported with, and side of the images in pixels."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert an Ultralytics YOLOv5 or YOLO11 checkpoint to mmzsq without executing code from the file.
+"""Convert an Ultralytics YOLO checkpoint to mmzsq without executing code from the file.
 
     python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
 
-Supported are detectors of YOLOv5 v6.0 and later and of YOLO11, of any size and with any classes. The class names are
-stored with the weights.
+Supported are detectors of YOLOv5 v6.0 and later, YOLOv8 and YOLO11, of any size and with any classes. The class
+names are stored with the weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, save_weights
 from mmzsq.converters.ultralytics import read_ultralytics
-from mmzsq.converters.yolo11 import convert_yolo11, is_yolo11
+from mmzsq.converters.yolo11 import YOLO11_FAMILY
 from mmzsq.converters.yolov5 import convert_yolov5
+from mmzsq.converters.yolov8 import YOLOV8_FAMILY
 from mmzsq.errors import UserError
+
+FAMILIES = (YOLO11_FAMILY, YOLOV8_FAMILY)
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,13 +49,13 @@ def convert(checkpoint: Path, out: Path) -> str:
         A one-line summary.
 
     Raises:
-        UserError: If the checkpoint is refused, is neither a YOLOv5 nor a YOLO11 detector, or ``out`` has another
+        UserError: If the checkpoint is refused, is of no supported family, or ``out`` has another
             suffix.
     """
     check_suffix(out)
     source = read_ultralytics(checkpoint)
-    convert_family = convert_yolo11 if is_yolo11(source.tensors) else convert_yolov5
-    converted = convert_family(source.tensors)
+    family = next((family for family in FAMILIES if family.matches(source.tensors)), None)
+    converted = convert_yolov5(source.tensors) if family is None else family.convert(source.tensors)
     if len(source.classes) != converted.num_classes:
         raise UserError(f'{checkpoint} names {len(source.classes)} classes, but its head has {converted.num_classes}')
     save_weights(converted.state_dict, source.classes, out)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from mmzsq.errors import UserError, check_keys
 from mmzsq.models.padded_head import PaddedTargetsHead
 from mmzsq.models.padded_targets import PaddedTargets
-from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_widths
 from mmzsq.models.yolo.post_processing import PostProcessor
 from mmzsq.models.yolo11.decode import decode_bboxes, split_maps
-from mmzsq.models.yolo11.layers import scale_widths
 from mmzsq.models.yolo11.loss import yolo11_loss
 from mmzsq.registry import MODELS
 
@@ -52,6 +51,9 @@ class YOLO11Head(PaddedTargetsHead):
         UserError: If ``strides`` and ``in_channels`` differ in length, or ``reg_max`` or ``topk`` is too small.
     """
 
+    class_conv: type[nn.Module] = DepthwiseSeparableConvModule
+    """Class of the hidden convolutions of the classes."""
+
     def __init__(
         self,
         num_classes: int,
@@ -75,12 +77,12 @@ class YOLO11Head(PaddedTargetsHead):
         super().__init__(init_cfg=init_cfg)
         if len(strides) != len(in_channels):
             raise UserError(
-                f'YOLO11Head needs one entry per scale in strides and in_channels, but got {len(strides)} and '
-                f'{len(in_channels)} entries'
+                f'{type(self).__name__} needs one entry per scale in strides and in_channels, but got '
+                f'{len(strides)} and {len(in_channels)} entries'
             )
         for name, value, least in (('reg_max', reg_max, 2), ('topk', topk, 1)):
             if value < least:
-                raise UserError(f'{name} of YOLO11Head must be at least {least}, not {value}')
+                raise UserError(f'{name} of {type(self).__name__} must be at least {least}, not {value}')
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.reg_max = reg_max
@@ -106,8 +108,8 @@ class YOLO11Head(PaddedTargetsHead):
         )
         self.cls_convs = nn.ModuleList(
             nn.Sequential(
-                DepthwiseSeparableConvModule(width, cls_width, 3, **cfg),
-                DepthwiseSeparableConvModule(cls_width, cls_width, 3, **cfg),
+                self.class_conv(width, cls_width, 3, **cfg),
+                self.class_conv(cls_width, cls_width, 3, **cfg),
                 nn.Conv2d(cls_width, num_classes, 1),
             )
             for width in widths
