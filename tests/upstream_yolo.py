@@ -45,19 +45,33 @@ def randomize(model: nn.Module) -> None:
         norm.running_mean += 0.05 * torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
         norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
     head = model.model[-1]
-    last = [(box[-1], cls[-1]) for box, cls in zip(head.cv2, head.cv3, strict=True)]
+    branches = [(head.cv2, head.cv3)]
+    if hasattr(head, 'one2one_cv2'):
+        branches = [(head.one2one_cv2, head.one2one_cv3)]
+    last = [(box[-1], cls[-1]) for boxes, classes in branches for box, cls in zip(boxes, classes, strict=True)]
     for layer in (layer for layers in last for layer in layers):
         layer.bias.normal_()
     maps = raw_outputs(model(torch.rand(2, 3, *SIZE))).split(PLACES, dim=2)
     for layers, scale_map in zip(last, maps, strict=True):
-        for layer, outputs in zip(layers, scale_map.split((64, CLASSES), dim=1), strict=True):
+        for layer, outputs in zip(layers, scale_map.split((scale_map.shape[1] - CLASSES, CLASSES), dim=1), strict=True):
             layer.weight /= outputs.std(dim=2).mean()
+    if head.reg_max == 1:
+        # Boxes of about five cells around each location, and scores that are neither 0 nor 1.
+        maps = raw_outputs(model(torch.rand(2, 3, *SIZE))).split(PLACES, dim=2)
+        for (box, cls), scale_map in zip(last, maps, strict=True):
+            means = scale_map.mean(dim=(0, 2))
+            box.bias += 2.5 - means[:4]
+            cls.bias -= means[4:]
 
 
 def raw_outputs(outputs: Any) -> Tensor:
-    """Extract the raw outputs from the return value of Ultralytics' forward in eval mode, for any version."""
+    """Extract the raw outputs from the return value of Ultralytics' forward in eval mode, for any version.
+
+    Those of YOLO26 are of the branch with one location per object.
+    """
     raw = outputs[1]
     if isinstance(raw, dict):
+        raw = raw.get('one2one', raw)
         return torch.cat((raw['boxes'], raw['scores']), 1)
     return torch.cat([scale_map.flatten(2) for scale_map in raw], 2)
 

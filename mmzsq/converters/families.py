@@ -49,11 +49,13 @@ class Family:
         name: Name for messages.
         sizes: Settings of each size by its letter, with ``deepen_factor`` and ``widen_factor``.
         layers: Ultralytics' name of each layer by the name in this package.
-        inside: Patterns and replacements for names inside a layer, applied in this order.
         stem_width: Channels of the stem in size l, before scaling.
         stage_depth: Number of blocks in the first stage in size l, before scaling.
         markers: Names of tensors that all detectors of the family have. The first one has an output for each class.
         build: Builds the parts of a detector by attribute name from a size and the number of classes.
+        inside: Patterns and replacements for names inside a layer, applied in this order.
+        unused: Pattern of names that serve training alone and are left out; None: there are none.
+        foreign: Name of a tensor that tells a similar family apart; None: there is none.
     """
 
     name: str
@@ -64,10 +66,12 @@ class Family:
     markers: tuple[str, ...]
     build: Callable[[Any, int], Mapping[str, nn.Module]]
     inside: tuple[tuple[str, str], ...] = INSIDE
+    unused: str | None = None
+    foreign: str | None = None
 
     def matches(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether tensors under Ultralytics' names have the markers of the family."""
-        return all(name in tensors for name in self.markers)
+        """Return whether tensors under Ultralytics' names have the markers of the family, and not the foreign one."""
+        return all(name in tensors for name in self.markers) and self.foreign not in tensors
 
     def convert(self, tensors: Mapping[str, Tensor]) -> ConvertedDetector:
         """Rename Ultralytics' tensors and check them.
@@ -90,6 +94,7 @@ class Family:
             names.get(name, name): tensor
             for name, tensor in tensors.items()
             if not (name == constant and _is_range(tensor))
+            and not (self.unused is not None and re.fullmatch(self.unused, name))
         }
         check_tensors(state_dict, expected, f'{self.name}-{size}')
         return ConvertedDetector(self.name, size, num_classes, to_float32(state_dict))

@@ -55,6 +55,8 @@ LAYERS = {
 
 ATTENTION = 'model.10.m.0.attn.qkv.conv.weight'
 CLASSES = 'model.23.cv3.0.2.weight'
+ONE_TO_ONE_CLASSES = 'model.23.one2one_cv3.0.2.weight'
+"""Only YOLO26 has it."""
 
 
 def build(size: Size, num_classes: int) -> dict[str, nn.Module]:
@@ -72,7 +74,14 @@ def build(size: Size, num_classes: int) -> dict[str, nn.Module]:
 
 
 YOLO11_FAMILY = Family(
-    'YOLO11', SIZES, LAYERS, YOLO11CSPDarknet.stem_width, YOLO11CSPDarknet.depth, (CLASSES, ATTENTION), build
+    'YOLO11',
+    SIZES,
+    LAYERS,
+    YOLO11CSPDarknet.stem_width,
+    YOLO11CSPDarknet.depth,
+    (CLASSES, ATTENTION),
+    build,
+    foreign=ONE_TO_ONE_CLASSES,
 )
 
 

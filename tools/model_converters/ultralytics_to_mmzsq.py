@@ -3,8 +3,8 @@
 
     python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
 
-Supported are detectors of YOLOv5 v6.0 and later, YOLOv8 and YOLO11, of any size and with any classes. The class
-names are stored with the weights.
+Supported are detectors of YOLOv5 v6.0 and later, YOLOv8, YOLO11 and YOLO26, of any size and with any classes. The
+class names are stored with the weights.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ from pathlib import Path
 
 from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, save_weights
+from mmzsq.converters.detectors import convert_detector
 from mmzsq.converters.ultralytics import read_ultralytics
-from mmzsq.converters.yolo11 import YOLO11_FAMILY
-from mmzsq.converters.yolov5 import convert_yolov5
-from mmzsq.converters.yolov8 import YOLOV8_FAMILY
 from mmzsq.errors import UserError
-
-FAMILIES = (YOLO11_FAMILY, YOLOV8_FAMILY)
-
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
@@ -54,8 +49,7 @@ def convert(checkpoint: Path, out: Path) -> str:
     """
     check_suffix(out)
     source = read_ultralytics(checkpoint)
-    family = next((family for family in FAMILIES if family.matches(source.tensors)), None)
-    converted = convert_yolov5(source.tensors) if family is None else family.convert(source.tensors)
+    converted = convert_detector(source.tensors)
     if len(source.classes) != converted.num_classes:
         raise UserError(f'{checkpoint} names {len(source.classes)} classes, but its head has {converted.num_classes}')
     save_weights(converted.state_dict, source.classes, out)
