@@ -59,9 +59,7 @@ def nms_of(head: Any) -> NmsSettings:
     settings = {key: _get(cfg, key) for key in ('nms', 'score_thr', 'max_per_img')}
     without = own is not None and own.nms is None
     nms = dict(settings['nms'] or {})
-    if not without and (
-        nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic')
-    ):
+    if not without and (nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic')):
         raise UserError(
             f"--nms writes class-wise NMS, dict(type='nms', iou_threshold=...), but test_cfg.nms of the detector is "
             f'{nms}: export without --nms and suppress boxes behind the file.'

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection with an exported file alone: its metadata replace the config.
 
-This takes a dense detector whose graph ends at decoded boxes and scores, with class-wise NMS or none. Resizing, normalization
-and the selection of detections follow the entries ``resize``, ``mean``, ``std``, ``bgr_to_rgb`` and ``selection``.
+This takes a dense detector whose graph ends at decoded boxes and scores, with class-wise NMS or none. Resizing,
+normalization and the selection of detections follow the entries ``resize``, ``mean``, ``std``, ``bgr_to_rgb`` and
+``selection``.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def selection_of(head: Any) -> dict[str, Any] | None:
         head: The ``bbox_head`` of a dense detector.
 
     Returns:
-        ``score_thr``, ``iou_threshold`` (None: no NMS), ``max_per_img`` (None: no limit), ``nms_pre`` (candidates before NMS, None:
-        no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether a location yields
+        ``score_thr``, ``iou_threshold`` (None: no NMS), ``max_per_img`` (None: no limit), ``nms_pre`` (candidates before
+        NMS, None: no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether a location yields
         its best class alone), and ``clip`` (whether boxes are clipped to the network's input before NMS). None if NMS
         is another than class-wise NMS with a threshold.
     """

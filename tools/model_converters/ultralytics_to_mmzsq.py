@@ -19,6 +19,7 @@ from mmzsq.converters.detectors import convert_detector
 from mmzsq.converters.ultralytics import read_ultralytics
 from mmzsq.errors import UserError
 
+
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])

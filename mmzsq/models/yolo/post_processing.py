@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-processing of YOLO predictions: score threshold, class-wise NMS if any, and mapping boxes to the original image."""
+"""Post-processing of YOLO predictions: score threshold, class-wise NMS or none, and mapping boxes to the original."""
 
 from __future__ import annotations
 

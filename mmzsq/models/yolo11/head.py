@@ -157,10 +157,13 @@ class YOLO11Head(PaddedTargetsHead):
             targets: Targets of the batch.
 
         Returns:
-            ``loss_cls``, ``loss_bbox`` and :attr:`distance_loss`: weighted scalars that do not grow with the batch size.
+            ``loss_cls``, ``loss_bbox`` and the term named by ``distance_loss``: weighted scalars that do not grow with
+            the batch size.
         """
         outputs = split_maps(maps, self.points, self.reg_max)
-        bbox, cls, distance = yolo11_loss(outputs, targets, self.topk, self.alpha, self.beta, self.final_topk, self.min_side)
+        bbox, cls, distance = yolo11_loss(
+            outputs, targets, self.topk, self.alpha, self.beta, self.final_topk, self.min_side
+        )
         return {
             'loss_cls': self.cls_weight * cls,
             'loss_bbox': self.bbox_weight * bbox,

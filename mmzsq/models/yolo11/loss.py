@@ -52,7 +52,9 @@ def yolo11_loss(
     if targets.labels.shape[1] == 0:
         targets = _padding_alone(targets)
     bboxes = decode_bboxes(outputs)
-    target, score = assign_targets(bboxes, outputs.classes.sigmoid(), outputs.points, targets, topk, alpha, beta, final_topk, min_side)
+    target, score = assign_targets(
+        bboxes, outputs.classes.sigmoid(), outputs.points, targets, topk, alpha, beta, final_topk, min_side
+    )
     total = mean_in_update(score.sum()).clamp(min=1 / part_count(in_update=True))
     image = torch.arange(len(target), device=target.device)[:, None]
     gt_bboxes, gt_labels = targets.bboxes.float()[image, target], targets.labels[image, target]
