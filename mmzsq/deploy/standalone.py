@@ -34,10 +34,10 @@ def selection_of(head: Any) -> dict[str, Any] | None:
         head: The ``bbox_head`` of a dense detector.
 
     Returns:
-        ``score_thr``, ``iou_threshold`` (None: no NMS), ``max_per_img`` (None: no limit), ``nms_pre`` (candidates before
-        NMS, None: no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether a location yields
-        its best class alone), and ``clip`` (whether boxes are clipped to the network's input before NMS). None if NMS
-        is another than class-wise NMS with a threshold.
+        ``score_thr``, ``iou_threshold`` (None: no NMS), ``max_per_img`` (None: no limit), ``nms_pre`` (candidates
+        before NMS, None: no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether
+        a location yields its best class alone), and ``clip`` (whether boxes are clipped to the network's input before
+        NMS). None if NMS is another than class-wise NMS with a threshold.
     """
     own = getattr(head, 'post_processor', None)
     cfg = vars(own) if own is not None else getattr(head, 'test_cfg', None) or {}
