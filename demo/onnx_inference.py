@@ -25,7 +25,8 @@ inputs = np.full((*size, 3), padding, np.float32)
 pixels = cv2.resize(image, new.tolist())[..., :: -1 if to_rgb else 1]
 inputs[top : top + new[1], left : left + new[0]] = (pixels.astype(np.float32) - np.float32(mean)) / np.float32(std)
 boxes, scores = (a[0] for a in session.run(['boxes', 'scores'], {'images': inputs.transpose(2, 0, 1)[None]}))
-# Select by score and by class-wise non-maximum suppression.
+# Select by score and by class-wise non-maximum suppression; without a threshold no box is suppressed.
+max_iou = 1 if selection['iou_threshold'] is None else selection['iou_threshold']
 locations, labels = np.nonzero(scores > 0.3)
 boxes, scores = boxes[locations], scores[locations, labels]
 kept: list[int] = []
@@ -33,7 +34,7 @@ for index in np.argsort(-scores, kind='stable'):
     rivals = boxes[[k for k in kept if labels[k] == labels[index]]].reshape(-1, 4)
     sides = np.minimum(rivals[:, 2:], boxes[index, 2:]) - np.maximum(rivals[:, :2], boxes[index, :2])
     overlap, areas = sides.clip(0).prod(1), (rivals[:, 2:] - rivals[:, :2]).prod(1)
-    if (overlap <= selection['iou_threshold'] * (areas + (boxes[index, 2:] - boxes[index, :2]).prod() - overlap)).all():
+    if (overlap <= max_iou * (areas + (boxes[index, 2:] - boxes[index, :2]).prod() - overlap)).all():
         kept.append(int(index))
         corners = (boxes[index].reshape(2, 2) - [left, top]) / (new / shape)
         print(classes[labels[index]], f'{scores[index]:.3f}', *corners.clip(0, shape).round(1).ravel())

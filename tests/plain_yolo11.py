@@ -17,6 +17,7 @@ class PlainYOLO11:
     """Forward pass and decoding of YOLO11, written from its published layer table."""
 
     strides = STRIDES
+    head = 'model.23'
 
     def __init__(self, depth: float, width: float, limit: int, nested: bool, classes: int) -> None:
         self.repeats = max(round(2 * depth), 1)
@@ -25,7 +26,7 @@ class PlainYOLO11:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return random tensors under the names and with the shapes of the size."""
-        self.found = {'model.23.dfl.conv.weight': torch.arange(float(BINS)).view(1, BINS, 1, 1)}
+        self.found = {f'{self.head}.dfl.conv.weight': torch.arange(float(BINS)).view(1, BINS, 1, 1)}
         self.forward(torch.zeros(1, 3, 32, 32))
         return self.found
 

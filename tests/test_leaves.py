@@ -26,6 +26,8 @@ MMDET = Path(mmdet.__file__).parent / '.mim'
 OWN = {
     'yolov5-p_shapes': 'shapes/yolov5-p_shapes.py',
     **{f'yolov5-{size}': f'yolov5/yolov5-{size}_coco.py' for size in 'nsml'},
+    **{f'yolo26-{size}': f'yolo26/yolo26-{size}_coco.py' for size in 'nsmlx'},
+    **{f'yolov8-{size}': f'yolov8/yolov8-{size}_coco.py' for size in 'nsmlx'},
     **{f'yolo11-{size}': f'yolo11/yolo11-{size}_coco.py' for size in 'nsml'},
 }
 """Configs of this package, under configs/."""
@@ -43,6 +45,8 @@ ORIGINS = {
 BITS = {
     'yolov5-p_shapes': ('w4a4',),
     **{f'yolov5-{size}': ('w8a8', 'w6a6', 'w5a5', 'w4a8', 'w4a4') for size in 'nsml'},
+    **{f'yolo26-{size}': ('w8a8', 'w6a6', 'w4a8') for size in 'nsmlx'},
+    **{f'yolov8-{size}': ('w8a8', 'w6a6', 'w4a8') for size in 'nsmlx'},
     **{f'yolo11-{size}': ('w8a8', 'w6a6', 'w4a8') for size in 'nsml'},
     'mask-rcnn_swin-t': ('w8a8', 'w6a6', 'w4a8'),
     'mask-rcnn_swin-s': ('w8a8', 'w6a6', 'w4a8'),

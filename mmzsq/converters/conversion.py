@@ -19,7 +19,7 @@ class ConvertedDetector(NamedTuple):
     """Weights of a detector under the names of this package.
 
     Attributes:
-        family: ``'YOLOv5'`` or ``'YOLO11'``.
+        family: ``'YOLOv5'``, ``'YOLOv8'``, ``'YOLO11'`` or ``'YOLO26'``.
         size: Letter of the size.
         num_classes: Number of classes.
         state_dict: All tensors of the detector, with floating-point tensors in float32.

@@ -2,7 +2,8 @@
 """Non-maximum suppression as ONNX operators behind the decoded predictions of a dense detector.
 
 The settings are those of the detector's ``test_cfg``, with two differences: there is no limit of candidates before
-suppression (``nms_pre``), and boxes are not clipped to the image.
+suppression (``nms_pre``), and boxes are not clipped to the image. A head without NMS, such as YOLO26's, gets the
+selection of its best scores alone.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class NmsSettings:
     """Settings of the suppression.
 
     Attributes:
-        iou_threshold: A box is dropped if its IoU with a better one of its class is higher.
+        iou_threshold: A box is dropped if its IoU with a better one of its class is higher. None: no box is dropped.
         score_threshold: Scores must be higher.
         max_detections: Largest number of detections of an image.
         one_class: Whether a location yields a detection of its best class alone.
     """
 
-    iou_threshold: float
+    iou_threshold: float | None
     score_threshold: float
     max_detections: int
     one_class: bool
@@ -53,10 +54,12 @@ def nms_of(head: Any) -> NmsSettings:
     Raises:
         UserError: If the detector suppresses boxes in another way than ONNX's operator.
     """
-    cfg = getattr(head, 'post_processor', None) or head.test_cfg
+    own = getattr(head, 'post_processor', None)
+    cfg = own or head.test_cfg
     settings = {key: _get(cfg, key) for key in ('nms', 'score_thr', 'max_per_img')}
+    without = own is not None and own.nms is None
     nms = dict(settings['nms'] or {})
-    if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic'):
+    if not without and (nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic')):
         raise UserError(
             f"--nms writes class-wise NMS, dict(type='nms', iou_threshold=...), but test_cfg.nms of the detector is "
             f'{nms}: export without --nms and suppress boxes behind the file.'
@@ -65,7 +68,8 @@ def nms_of(head: Any) -> NmsSettings:
     if limit is None or limit < 1:
         raise UserError(f'--nms needs a positive test_cfg.max_per_img, but it is {limit}.')
     threshold = settings['score_thr'] or 0.0
-    return NmsSettings(float(nms['iou_threshold']), float(threshold), int(limit), isinstance(head, YOLOXHead))
+    iou_threshold = None if without else float(nms['iou_threshold'])
+    return NmsSettings(iou_threshold, float(threshold), int(limit), isinstance(head, YOLOXHead))
 
 
 def append_nms(model: onnx.ModelProto, settings: NmsSettings) -> None:
@@ -93,21 +97,29 @@ def append_nms(model: onnx.ModelProto, settings: NmsSettings) -> None:
         best = add('ReduceMax', [scores], 'best', axes=[2], keepdims=1)
         is_best = add('Equal', [scores, best], 'is_best')
         candidates = add('Where', [is_best, scores, constant('zero', 0, np.float32)], 'candidates')
-    by_class = add('Transpose', [candidates], 'by_class', perm=[0, 2, 1])
     limit = constant('limit', [settings.max_detections], np.int64)
-    thresholds = [
-        constant('iou_threshold', [settings.iou_threshold], np.float32),
-        constant('score_threshold', [settings.score_threshold], np.float32),
-    ]
-    selected = add('NonMaxSuppression', [boxes, by_class, limit, *thresholds], 'selected')
-    found = add('GatherND', [by_class, selected], 'scores')
-    count = add('Shape', [found], 'count')
-    kept = add('Min', [count, limit], 'kept')
-    add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
-    rows = add('Gather', [selected, 'nms/top_1'], 'rows', axis=0)
-    one = constant('one', 1, np.int64)
-    location = add('Gather', [rows, constant('two', 2, np.int64)], 'location', axis=1)
-    label = add('Cast', [add('Gather', [rows, one], 'class', axis=1)], 'label', to=TensorProto.FLOAT)
+    score_threshold = constant('score_threshold', [settings.score_threshold], np.float32)
+    if settings.iou_threshold is None:
+        found = add('Reshape', [candidates, constant('flat', [-1], np.int64)], 'all_scores')
+        above = add('Cast', [add('Greater', [found, score_threshold], 'is_above')], 'above', to=TensorProto.INT64)
+        count = add('ReduceSum', [above], 'count', keepdims=1)
+        kept = add('Min', [count, limit], 'kept')
+        add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
+        classes = add('Gather', [add('Shape', [scores], 'shape'), constant('two', 2, np.int64)], 'classes', axis=0)
+        location = add('Div', ['nms/top_1', classes], 'location')
+        index = add('Mod', ['nms/top_1', classes], 'class')
+    else:
+        by_class = add('Transpose', [candidates], 'by_class', perm=[0, 2, 1])
+        iou_threshold = constant('iou_threshold', [settings.iou_threshold], np.float32)
+        selected = add('NonMaxSuppression', [boxes, by_class, limit, iou_threshold, score_threshold], 'selected')
+        found = add('GatherND', [by_class, selected], 'scores')
+        count = add('Shape', [found], 'count')
+        kept = add('Min', [count, limit], 'kept')
+        add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
+        rows = add('Gather', [selected, 'nms/top_1'], 'rows', axis=0)
+        location = add('Gather', [rows, constant('two', 2, np.int64)], 'location', axis=1)
+        index = add('Gather', [rows, constant('one', 1, np.int64)], 'class', axis=1)
+    label = add('Cast', [index], 'label', to=TensorProto.FLOAT)
     first = constant('first_axis', [0], np.int64)
     last = constant('last_axis', [1], np.int64)
     located = add('Gather', [add('Squeeze', [boxes, first], 'all_boxes'), location], 'boxes', axis=0)
@@ -134,7 +146,11 @@ def suppress(boxes: Tensor, scores: Tensor, settings: NmsSettings) -> Tensor:
         scores = torch.where(scores == scores.amax(1, keepdim=True), scores, torch.zeros_like(scores))
     locations, labels = (scores > settings.score_threshold).nonzero(as_tuple=True)
     values, candidates = scores[locations, labels], boxes[locations]
-    kept = batched_nms(candidates.double(), values.double(), labels, settings.iou_threshold)[: settings.max_detections]
+    if settings.iou_threshold is None:
+        kept = values.sort(descending=True, stable=True).indices
+    else:
+        kept = batched_nms(candidates.double(), values.double(), labels, settings.iou_threshold)
+    kept = kept[: settings.max_detections]
     return torch.cat((candidates[kept], values[kept, None], labels[kept, None].to(values)), dim=1)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection with an exported file alone: its metadata replace the config.
 
-This takes a dense detector whose graph ends at decoded boxes and scores, with class-wise NMS. Resizing, normalization
-and the selection of detections follow the entries ``resize``, ``mean``, ``std``, ``bgr_to_rgb`` and ``selection``.
+This takes a dense detector whose graph ends at decoded boxes and scores, with class-wise NMS or none. Resizing,
+normalization and the selection of detections follow the entries ``resize``, ``mean``, ``std``, ``bgr_to_rgb`` and
+``selection``.
 """
 
 from __future__ import annotations
@@ -33,21 +34,23 @@ def selection_of(head: Any) -> dict[str, Any] | None:
         head: The ``bbox_head`` of a dense detector.
 
     Returns:
-        ``score_thr``, ``iou_threshold``, ``max_per_img`` (None: no limit), ``nms_pre`` (candidates before NMS, None:
-        no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether a location yields
-        its best class alone), and ``clip`` (whether boxes are clipped to the network's input before NMS). None if NMS
-        is another than class-wise NMS with a threshold.
+        ``score_thr``, ``iou_threshold`` (None: no NMS), ``max_per_img`` (None: no limit), ``nms_pre`` (candidates
+        before NMS, None: no limit), ``per_level`` (whether ``nms_pre`` counts each level alone), ``one_class`` (whether
+        a location yields its best class alone), and ``clip`` (whether boxes are clipped to the network's input before
+        NMS). None if NMS is another than class-wise NMS with a threshold.
     """
     own = getattr(head, 'post_processor', None)
     cfg = vars(own) if own is not None else getattr(head, 'test_cfg', None) or {}
+    without = own is not None and own.nms is None
     nms = dict(cfg.get('nms') or {})
-    if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic'):
+    unknown = nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.get('class_agnostic')
+    if unknown and not without:
         return None
     one_class = isinstance(head, YOLOXHead)
     nms_pre = cfg.get('nms_pre', -1)
     return dict(
         score_thr=cfg.get('score_thr', 0.0),
-        iou_threshold=nms['iou_threshold'],
+        iou_threshold=nms.get('iou_threshold'),
         max_per_img=None if one_class else cfg.get('max_per_img'),
         nms_pre=None if one_class or nms_pre < 1 else nms_pre,
         per_level=own is None and not isinstance(head, YOLOV3Head),
@@ -163,5 +166,9 @@ class StandaloneDetector:
             start += count
         locations, labels = torch.cat(kept, dim=1)
         boxes, values = boxes[locations], scores[locations, labels]
-        chosen = batched_nms(boxes.double(), values.double(), labels, rules['iou_threshold'])[: rules['max_per_img']]
+        if rules['iou_threshold'] is None:
+            chosen = values.sort(descending=True, stable=True).indices
+        else:
+            chosen = batched_nms(boxes.double(), values.double(), labels, rules['iou_threshold'])
+        chosen = chosen[: rules['max_per_img']]
         return boxes[chosen], values[chosen], labels[chosen]

@@ -76,6 +76,24 @@ def test_detections_are_those_of_torchvision(runtime: str, one_class: bool) -> N
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
+def test_without_nms_the_best_scores_are_selected(runtime: str) -> None:
+    boxes, scores = _predictions(0)
+    for threshold, limit in ((0.3, 20), (0.95, 100), (2.0, 5)):
+        settings = NmsSettings(None, threshold, limit, False)
+        rows = [
+            [*boxes[0, place], scores[0, place, label], label]
+            for place, label in np.ndindex(scores.shape[1:])
+            if scores[0, place, label] > threshold
+        ]
+        expected = np.asarray(sorted(rows, key=lambda row: -row[4])[:limit], np.float32).reshape(-1, 6)
+        model = _graph(settings, boxes, scores)
+        assert 'NonMaxSuppression' not in {node.op_type for node in onnx.load_from_string(model).graph.node}
+        np.testing.assert_allclose(Session(model, runtime, threads=1)(boxes, scores)[2], expected, rtol=1e-6)
+        found = suppress(torch.from_numpy(boxes[0]), torch.from_numpy(scores[0]), settings)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
 def test_an_empty_image_has_no_detections(runtime: str) -> None:
     boxes, scores = _predictions(0)
     settings = NmsSettings(0.5, 2.0, 100, False)

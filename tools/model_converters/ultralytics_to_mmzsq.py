@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert an Ultralytics YOLOv5 or YOLO11 checkpoint to mmzsq without executing code from the file.
+"""Convert an Ultralytics YOLO checkpoint to mmzsq without executing code from the file.
 
     python tools/model_converters/ultralytics_to_mmzsq.py yolov5n.pt yolov5-n.safetensors
 
-Supported are detectors of YOLOv5 v6.0 and later and of YOLO11, of any size and with any classes. The class names are
-stored with the weights.
+Supported are detectors of YOLOv5 v6.0 and later, YOLOv8, YOLO11 and YOLO26, of any size and with any classes. The
+class names are stored with the weights.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 
 from mmzsq import cli
 from mmzsq.checkpoint import check_suffix, save_weights
+from mmzsq.converters.detectors import convert_detector
 from mmzsq.converters.ultralytics import read_ultralytics
-from mmzsq.converters.yolo11 import convert_yolo11, is_yolo11
-from mmzsq.converters.yolov5 import convert_yolov5
 from mmzsq.errors import UserError
 
 
@@ -46,13 +45,12 @@ def convert(checkpoint: Path, out: Path) -> str:
         A one-line summary.
 
     Raises:
-        UserError: If the checkpoint is refused, is neither a YOLOv5 nor a YOLO11 detector, or ``out`` has another
+        UserError: If the checkpoint is refused, is of no supported family, or ``out`` has another
             suffix.
     """
     check_suffix(out)
     source = read_ultralytics(checkpoint)
-    convert_family = convert_yolo11 if is_yolo11(source.tensors) else convert_yolov5
-    converted = convert_family(source.tensors)
+    converted = convert_detector(source.tensors)
     if len(source.classes) != converted.num_classes:
         raise UserError(f'{checkpoint} names {len(source.classes)} classes, but its head has {converted.num_classes}')
     save_weights(converted.state_dict, source.classes, out)

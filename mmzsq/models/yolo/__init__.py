@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and post-processing shared by YOLOv5 and YOLO11."""
+"""Layers, backbone and neck structure, and post-processing shared by the YOLO models."""

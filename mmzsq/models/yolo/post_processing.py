@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-processing of YOLO predictions: score threshold, class-wise NMS and mapping boxes to the original image."""
+"""Post-processing of YOLO predictions: score threshold, class-wise NMS or none, and mapping boxes to the original."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class PostProcessor:
 
     Args:
         score_thr: Minimum score in [0, 1]. The score is the objectness times the class probability.
-        nms: ``dict(type='nms', iou_threshold=...)``. NMS is applied to each class separately.
+        nms: ``dict(type='nms', iou_threshold=...)``. NMS is applied to each class separately. None: no NMS, for a head
+            that predicts each object at one location.
         nms_pre: Maximum number of candidates per image before NMS.
         max_per_img: Maximum number of detections per image.
 
@@ -30,18 +31,20 @@ class PostProcessor:
     """
 
     score_thr: float = 0.001
-    nms: Mapping[str, Any] = field(default_factory=lambda: dict(type='nms', iou_threshold=0.6))
+    nms: Mapping[str, Any] | None = field(default_factory=lambda: dict(type='nms', iou_threshold=0.6))
     nms_pre: int = 30000
     max_per_img: int = 300
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if set(self.nms) != {'type', 'iou_threshold'} or self.nms['type'] != 'nms':
-            raise UserError(f"test_cfg.nms must be dict(type='nms', iou_threshold=...), not {dict(self.nms)}")
-        for name, value in (
-            ('score_thr', self.score_thr),
-            ('nms.iou_threshold', self.nms['iou_threshold']),
-        ):
+        fractions = [('score_thr', self.score_thr)]
+        if self.nms is not None:
+            if set(self.nms) != {'type', 'iou_threshold'} or self.nms['type'] != 'nms':
+                raise UserError(
+                    f"test_cfg.nms must be dict(type='nms', iou_threshold=...) or None, not {dict(self.nms)}"
+                )
+            fractions.append(('nms.iou_threshold', self.nms['iou_threshold']))
+        for name, value in fractions:
             if not 0 <= value <= 1:
                 raise UserError(f'test_cfg.{name} must be in [0, 1], not {value}')
         for name, value in (('nms_pre', self.nms_pre), ('max_per_img', self.max_per_img)):
@@ -65,10 +68,12 @@ class PostProcessor:
         scores, order = scores[locations, labels].sort(descending=True, stable=True)
         order = order[: self.nms_pre]
         bboxes, scores, labels = bboxes[locations[order]], scores[: self.nms_pre], labels[order]
-        # torchvision may separate classes by adding offsets to the boxes. In float32 this would round coordinates.
-        kept = batched_nms(bboxes.double(), scores.double(), labels, self.nms['iou_threshold'])
-        kept = kept[: self.max_per_img]
-        return InstanceData(bboxes=bboxes[kept], scores=scores[kept], labels=labels[kept])
+        if self.nms is not None:
+            # torchvision may separate classes by adding offsets to the boxes. In float32 this would round coordinates.
+            kept = batched_nms(bboxes.double(), scores.double(), labels, self.nms['iou_threshold'])
+            bboxes, scores, labels = bboxes[kept], scores[kept], labels[kept]
+        top = slice(self.max_per_img)
+        return InstanceData(bboxes=bboxes[top], scores=scores[top], labels=labels[top])
 
     def process_batch(
         self,

@@ -6,16 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 from mmcv.cnn import ConvModule
-from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import nn
 
-from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, SPPF, scale_depth
-from mmzsq.models.yolo11.layers import C2PSA, C3k2, scale_widths
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, SPPF, scale_depth, scale_widths
+from mmzsq.models.yolo.stages import FourStages
+from mmzsq.models.yolo11.layers import C2PSA, C3k2
 from mmzsq.registry import MODELS
 
 
 @MODELS.register_module()
-class YOLO11CSPDarknet(BaseModule):
+class YOLO11CSPDarknet(FourStages):
     """CSPDarknet with C3k2 blocks, SPPF and C2PSA.
 
     Args:
@@ -34,6 +34,7 @@ class YOLO11CSPDarknet(BaseModule):
     expand_ratios = (0.25, 0.25, 0.5, 0.5)
     c3k = (False, False, True, True)
     depth = 2
+    sppf_residual = False
 
     def __init__(
         self,
@@ -45,12 +46,11 @@ class YOLO11CSPDarknet(BaseModule):
         act_cfg: dict[str, Any] = ACT_CFG,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
-        cfg = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
+        cfg: dict[str, Any] = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         depth = scale_depth(self.depth, deepen_factor)
         (width_in,) = scale_widths((self.stem_width,), widen_factor, max_channels)
         strided, widths = (scale_widths(w, widen_factor, max_channels) for w in (self.strided_widths, self.widths))
-        self.stem = ConvModule(3, width_in, 3, stride=2, padding=1, **cfg)
+        stem = ConvModule(3, width_in, 3, stride=2, padding=1, **cfg)
         stages = []
         for width_strided, width, ratio, c3k in zip(strided, widths, self.expand_ratios, self.c3k, strict=True):
             stages.append(
@@ -60,15 +60,5 @@ class YOLO11CSPDarknet(BaseModule):
                 )
             )
             width_in = width
-        stages[-1].extend((SPPF(width_in, width_in, **cfg), C2PSA(width_in, depth, **cfg)))
-        self.stage1, self.stage2, self.stage3, self.stage4 = stages
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the features of strides 8, 16 and 32.
-
-        Args:
-            x: RGB images in [0, 1], shape (N, 3, H, W) with H and W multiples of 32.
-        """
-        stride8 = self.stage2(self.stage1(self.stem(x)))
-        stride16 = self.stage3(stride8)
-        return stride8, stride16, self.stage4(stride16)
+        stages[-1].extend((SPPF(width_in, width_in, residual=self.sppf_residual, **cfg), C2PSA(width_in, depth, **cfg)))
+        super().__init__(stem, stages, init_cfg)

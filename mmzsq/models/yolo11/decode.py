@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Box decoding of YOLO11 from four distance distributions (Li et al. 2020, arXiv:2006.04388).
+"""Box decoding of YOLOv8 and YOLO11 from four distance distributions (Li et al. 2020, arXiv:2006.04388).
 
 Each location predicts the distances from its center to the four sides of the box. Each distance is a distribution over
-0, 1, ... cells.
+0, 1, ... cells. YOLO26 has a single bin, whose value is the distance in cells itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class RawOutputs(NamedTuple):
     Locations are ordered by scale, row and column; the last varies fastest.
 
     Attributes:
-        distances: Logits of the left, top, right and bottom distances, shape (N, P, 4, R).
+        distances: Logits of the left, top, right and bottom distances, shape (N, P, 4, R); with R = 1 the distances in
+            cells.
         classes: Class logits, shape (N, P, C).
         points: Center x and y of each location in pixels of the network's input, shape (P, 2).
         strides: Stride of each location's scale in pixels, shape (P, 1).
@@ -50,7 +51,7 @@ def split_maps(maps: Sequence[Tensor], generator: MlvlPointGenerator, reg_max: i
 
 
 def decode_bboxes(outputs: RawOutputs) -> Tensor:
-    """Decode the means of the distance distributions to boxes.
+    """Decode the means of the distance distributions, or the distances themselves, to boxes.
 
     Args:
         outputs: Raw outputs of all locations.
@@ -58,7 +59,12 @@ def decode_bboxes(outputs: RawOutputs) -> Tensor:
     Returns:
         Boxes in xyxy pixels of the network's input, shape (N, P, 4), not clipped.
     """
-    cells = torch.arange(outputs.distances.shape[-1], device=outputs.distances.device)
+    bins = outputs.distances.shape[-1]
+    if bins == 1:
+        # Not distance2bbox: OpenVINO 2026.4 cannot compile the graph of its indexing behind this reshape.
+        low, high = (outputs.distances.flatten(-2) * outputs.strides).split(2, dim=-1)
+        return torch.cat((outputs.points - low, outputs.points + high), dim=-1)
+    cells = torch.arange(bins, device=outputs.distances.device)
     # A sum instead of a matrix product, which autocast would compute in 16 bits.
     means = (outputs.distances.softmax(-1) * cells).sum(-1)
     return distance2bbox(outputs.points, means * outputs.strides)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from mmzsq.errors import UserError, check_keys
 from mmzsq.models.padded_head import PaddedTargetsHead
 from mmzsq.models.padded_targets import PaddedTargets
-from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_widths
 from mmzsq.models.yolo.post_processing import PostProcessor
 from mmzsq.models.yolo11.decode import decode_bboxes, split_maps
-from mmzsq.models.yolo11.layers import scale_widths
 from mmzsq.models.yolo11.loss import yolo11_loss
 from mmzsq.registry import MODELS
 
@@ -52,6 +51,19 @@ class YOLO11Head(PaddedTargetsHead):
         UserError: If ``strides`` and ``in_channels`` differ in length, or ``reg_max`` or ``topk`` is too small.
     """
 
+    class_conv: type[nn.Module] = DepthwiseSeparableConvModule
+    """Class of the hidden convolutions of the classes."""
+    min_reg_max = 2
+    """Smallest allowed ``reg_max``."""
+    distance_loss = 'loss_dfl'
+    """Name of the distance term of the loss."""
+    distance_bias = 1.0
+    """Last bias of the distances after :meth:`init_weights`."""
+    final_topk: int | None = None
+    """See :func:`~mmzsq.models.yolo11.assignment.assign_targets`."""
+    min_side = 0.0
+    """See :func:`~mmzsq.models.yolo11.assignment.assign_targets`."""
+
     def __init__(
         self,
         num_classes: int,
@@ -75,12 +87,12 @@ class YOLO11Head(PaddedTargetsHead):
         super().__init__(init_cfg=init_cfg)
         if len(strides) != len(in_channels):
             raise UserError(
-                f'YOLO11Head needs one entry per scale in strides and in_channels, but got {len(strides)} and '
-                f'{len(in_channels)} entries'
+                f'{type(self).__name__} needs one entry per scale in strides and in_channels, but got '
+                f'{len(strides)} and {len(in_channels)} entries'
             )
-        for name, value, least in (('reg_max', reg_max, 2), ('topk', topk, 1)):
+        for name, value, least in (('reg_max', reg_max, self.min_reg_max), ('topk', topk, 1)):
             if value < least:
-                raise UserError(f'{name} of YOLO11Head must be at least {least}, not {value}')
+                raise UserError(f'{name} of {type(self).__name__} must be at least {least}, not {value}')
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.reg_max = reg_max
@@ -106,8 +118,8 @@ class YOLO11Head(PaddedTargetsHead):
         )
         self.cls_convs = nn.ModuleList(
             nn.Sequential(
-                DepthwiseSeparableConvModule(width, cls_width, 3, **cfg),
-                DepthwiseSeparableConvModule(cls_width, cls_width, 3, **cfg),
+                self.class_conv(width, cls_width, 3, **cfg),
+                self.class_conv(cls_width, cls_width, 3, **cfg),
                 nn.Conv2d(cls_width, num_classes, 1),
             )
             for width in widths
@@ -117,7 +129,7 @@ class YOLO11Head(PaddedTargetsHead):
         """Initialize the last biases to equal distance logits and to about 5 objects in 640x640 pixels."""
         super().init_weights()
         for box_convs, cls_convs, stride in zip(self.box_convs, self.cls_convs, self.strides, strict=True):
-            box_convs.get_parameter('2.bias').data.fill_(1.0)
+            box_convs.get_parameter('2.bias').data.fill_(self.distance_bias)
             cls_convs.get_parameter('2.bias').data.fill_(math.log(5 / self.num_classes / (640 / stride) ** 2))
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor]]:
@@ -145,15 +157,18 @@ class YOLO11Head(PaddedTargetsHead):
             targets: Targets of the batch.
 
         Returns:
-            ``loss_cls``, ``loss_bbox`` and ``loss_dfl``: weighted scalars that do not grow with the batch size.
+            ``loss_cls``, ``loss_bbox`` and the term named by ``distance_loss``: weighted scalars that do not grow with
+            the batch size.
         """
         outputs = split_maps(maps, self.points, self.reg_max)
-        bbox, cls, dfl = yolo11_loss(outputs, targets, self.topk, self.alpha, self.beta)
-        return dict(
-            loss_cls=self.cls_weight * cls,
-            loss_bbox=self.bbox_weight * bbox,
-            loss_dfl=self.dfl_weight * dfl,
+        bbox, cls, distance = yolo11_loss(
+            outputs, targets, self.topk, self.alpha, self.beta, self.final_topk, self.min_side
         )
+        return {
+            'loss_cls': self.cls_weight * cls,
+            'loss_bbox': self.bbox_weight * bbox,
+            self.distance_loss: self.dfl_weight * distance,
+        }
 
     def dense_predictions(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Decode every cell. Differentiable; computed in float32 for any dtype of the maps.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of YOLO11: C3k2, which concatenates the outputs of all its blocks, and C2PSA, which uses attention.
+"""Blocks of YOLO11: C3k2, a C2f block with C3k blocks or bottlenecks inside, and C2PSA, which uses attention.
 
 The size of a YOLO11 model is given by ``deepen_factor`` and ``widen_factor`` as in YOLOv5, an upper limit of the
 channels before scaling, and whether all C3k2 consist of C3k blocks.
@@ -14,45 +14,10 @@ from mmcv.cnn import ConvModule
 from mmdet.models.layers import CSPLayer
 from torch import Tensor, nn
 
-from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_width
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, Bottleneck, C2f
 
 HEAD_CHANNELS = 64
 """Channels per attention head."""
-
-
-def scale_widths(widths: tuple[int, ...], widen_factor: float, max_channels: int) -> list[int]:
-    """Limit ``widths`` to ``max_channels`` and scale them.
-
-    Args:
-        widths: Channels in size l without the limit.
-        widen_factor: Scale factor.
-        max_channels: Upper limit before scaling.
-
-    Example:
-        >>> scale_widths((256, 1024), 0.5, 512)
-        [128, 256]
-    """
-    return [scale_width(min(width, max_channels), widen_factor) for width in widths]
-
-
-class Bottleneck(nn.Module):
-    """Two 3x3 convolutions with a residual connection.
-
-    Args:
-        channels: Channels of input and output.
-        hidden: Channels between the convolutions.
-        norm_cfg: Normalization of both convolutions.
-        act_cfg: Activation of both convolutions.
-    """
-
-    def __init__(self, channels: int, hidden: int, norm_cfg: dict[str, Any], act_cfg: dict[str, Any]) -> None:
-        super().__init__()
-        self.conv1 = ConvModule(channels, hidden, 3, padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.conv2 = ConvModule(hidden, channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=act_cfg)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape."""
-        return x + self.conv2(self.conv1(x))
 
 
 class C3k(CSPLayer):
@@ -70,14 +35,14 @@ class C3k(CSPLayer):
         self.blocks.extend(Bottleneck(hidden, hidden, norm_cfg, act_cfg) for _ in range(2))
 
 
-class C3k2(nn.Module):
-    """Cross stage partial block that concatenates both halves of its first convolution and the output of each block.
+class C3k2(C2f):
+    """A C2f block whose inner blocks halve their channels.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         num_blocks: Number of chained blocks.
-        c3k: Whether the blocks are :class:`C3k` instead of :class:`Bottleneck`.
+        c3k: Whether the blocks are :class:`C3k` instead of :class:`~mmzsq.models.yolo.layers.Bottleneck`.
         expand_ratio: Channels of one half as a fraction of ``out_channels``.
         norm_cfg: Normalization of every convolution.
         act_cfg: Activation of every convolution.
@@ -93,21 +58,12 @@ class C3k2(nn.Module):
         norm_cfg: dict[str, Any] = NORM_CFG,
         act_cfg: dict[str, Any] = ACT_CFG,
     ) -> None:
-        super().__init__()
-        half = int(out_channels * expand_ratio)
-        self.main_conv = ConvModule(in_channels, 2 * half, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.blocks = nn.ModuleList(
-            C3k(half, norm_cfg, act_cfg) if c3k else Bottleneck(half, half // 2, norm_cfg, act_cfg)
-            for _ in range(num_blocks)
-        )
-        self.final_conv = ConvModule((2 + num_blocks) * half, out_channels, 1, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        def block(channels: int) -> nn.Module:
+            if c3k:
+                return C3k(channels, norm_cfg, act_cfg)
+            return Bottleneck(channels, channels // 2, norm_cfg, act_cfg)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H, W)."""
-        parts = list(self.main_conv(x).chunk(2, dim=1))
-        for block in self.blocks:
-            parts.append(block(parts[-1]))
-        return self.final_conv(torch.cat(parts, dim=1))
+        super().__init__(in_channels, out_channels, num_blocks, block, expand_ratio, norm_cfg, act_cfg)
 
 
 class SpatialAttention(nn.Module):

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from mmcv.cnn import ConvModule
-from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import nn
 
-from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_depth
-from mmzsq.models.yolo11.layers import C3k2, scale_widths
+from mmzsq.models.yolo.layers import ACT_CFG, NORM_CFG, scale_depth, scale_widths
+from mmzsq.models.yolo.stages import PathAggregation
+from mmzsq.models.yolo11.layers import C3k2
 from mmzsq.registry import MODELS
 
 
 @MODELS.register_module()
-class YOLO11PAFPN(BaseModule):
+class YOLO11PAFPN(PathAggregation):
     """Path aggregation network for three scales, first top-down, then bottom-up.
 
     Args:
@@ -43,31 +41,32 @@ class YOLO11PAFPN(BaseModule):
         act_cfg: dict[str, Any] = ACT_CFG,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
         cfg: dict[str, Any] = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         depth = scale_depth(self.depth, deepen_factor)
-        in8, in16, in32 = scale_widths(self.widths_in, widen_factor, max_channels)
-        fine, middle, coarse = scale_widths(self.widths, widen_factor, max_channels)
-        self.top_down_middle = C3k2(in32 + in16, middle, depth, c3k_everywhere, **cfg)
-        self.top_down_fine = C3k2(middle + in8, fine, depth, c3k_everywhere, **cfg)
-        self.downsample_fine = ConvModule(fine, fine, 3, stride=2, padding=1, **cfg)
-        self.bottom_up_middle = C3k2(fine + middle, middle, depth, c3k_everywhere, **cfg)
-        self.downsample_middle = ConvModule(middle, middle, 3, stride=2, padding=1, **cfg)
-        self.bottom_up_coarse = C3k2(middle + in32, coarse, depth, c3k=True, **cfg)
-        self.upsample = nn.Upsample(scale_factor=2, mode='nearest')
 
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Fuse the scales.
+        def block(in_channels: int, out_channels: int, coarsest: bool) -> nn.Module:
+            return self.make_block(in_channels, out_channels, depth, c3k_everywhere, coarsest, cfg)
+
+        super().__init__(
+            scale_widths(self.widths_in, widen_factor, max_channels),
+            scale_widths(self.widths, widen_factor, max_channels),
+            block,
+            init_cfg=init_cfg,
+            **cfg,
+        )
+
+    @staticmethod
+    def make_block(
+        in_channels: int, out_channels: int, depth: int, c3k_everywhere: bool, coarsest: bool, cfg: dict[str, Any]
+    ) -> nn.Module:
+        """Build the block behind a concatenation.
 
         Args:
-            inputs: Features of strides 8, 16 and 32.
-
-        Returns:
-            Features of the same strides.
+            in_channels: Channels of its input.
+            out_channels: Channels of its output.
+            depth: Number of inner blocks.
+            c3k_everywhere: See the class.
+            coarsest: Whether it makes the coarsest output.
+            cfg: ``norm_cfg`` and ``act_cfg``.
         """
-        stride8, stride16, stride32 = inputs
-        middle = self.top_down_middle(torch.cat((self.upsample(stride32), stride16), dim=1))
-        out8 = self.top_down_fine(torch.cat((self.upsample(middle), stride8), dim=1))
-        out16 = self.bottom_up_middle(torch.cat((self.downsample_fine(out8), middle), dim=1))
-        out32 = self.bottom_up_coarse(torch.cat((self.downsample_middle(out16), stride32), dim=1))
-        return out8, out16, out32
+        return C3k2(in_channels, out_channels, depth, c3k_everywhere or coarsest, **cfg)

@@ -47,7 +47,7 @@ class YOLOv5CSPDarknet(BaseModule):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        cfg = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
+        cfg: dict[str, Any] = dict(norm_cfg=norm_cfg, act_cfg=act_cfg)
         widths = [scale_width(width, widen_factor) for width in self.widths]
         self.stem = ConvModule(3, widths[0], 6, stride=2, padding=2, **cfg)
         stages = []

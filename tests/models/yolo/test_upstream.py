@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each size equals Ultralytics' own model, if the package ``ultralytics`` is installed.
+"""Each size of YOLOv8 and YOLO11 equals Ultralytics' own model, if the package ``ultralytics`` is installed.
 
 Both hold the same weights: random ones, with BatchNorm statistics near those of random images, so that every layer
 matters. Tried with ultralytics 8.3.40 and 8.4.190.
@@ -8,8 +8,9 @@ matters. Tried with ultralytics 8.3.40 and 8.4.190.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,14 +20,30 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from upstream_yolo import CLASSES, PLACES, SIZE, instances, raw_outputs, upstream_batch, upstream_model
 
-from mmzsq.converters.yolo11 import SIZES, convert_yolo11
+from mmzsq.converters import yolo11, yolov8
+from mmzsq.converters.yolo11 import convert_yolo11
+from mmzsq.converters.yolov8 import convert_yolov8
 from mmzsq.models.padded_targets import pad_targets
 
-SIZE = (64, 96)  # height, width in pixels
-CLASSES = 5
-PLACES = [SIZE[0] // stride * (SIZE[1] // stride) for stride in (8, 16, 32)]
 TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Family:
+    """Converter, sizes and configs of a family."""
+
+    convert: Callable[..., Any]
+    sizes: Any
+    upstream: str
+    config: str
+
+
+FAMILIES = {
+    'yolov8': Family(convert_yolov8, yolov8.SIZES, 'yolov8{}', 'yolov8/yolov8-{}_coco.py'),
+    'yolo11': Family(convert_yolo11, yolo11.SIZES, 'yolo11{}', 'yolo11/yolo11-{}_coco.py'),
+}
 
 
 class Pair(NamedTuple):
@@ -50,80 +67,21 @@ def ultralytics(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return pytest.importorskip('ultralytics')
 
 
-@pytest.fixture(scope='module', params=list(SIZES))
+@pytest.fixture(scope='module', params=[(name, size) for name, family in FAMILIES.items() for size in family.sizes])
 def pair(request: pytest.FixtureRequest, ultralytics: Any, repo: Path) -> Pair:
-    from ultralytics.nn.tasks import DetectionModel
-
-    size = request.param
-    torch.manual_seed(0)
-    upstream = DetectionModel(f'yolo11{size}.yaml', nc=CLASSES, verbose=False)
-    upstream.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
-    with torch.no_grad():
-        randomize(upstream)
+    name, size = request.param
+    family = FAMILIES[name]
+    upstream = upstream_model(family.upstream.format(size))
     register_all_modules()
-    cfg = Config.fromfile(repo / f'configs/yolo11/yolo11-{size}_coco.py').model
+    cfg = Config.fromfile(repo / 'configs' / family.config.format(size)).model
     cfg.bbox_head.num_classes = CLASSES
     ours = MODELS.build(cfg).eval()
-    converted = convert_yolo11(upstream.state_dict())
+    converted = family.convert(upstream.state_dict())
     assert (converted.size, converted.num_classes) == (size, CLASSES)
     ours.load_state_dict(converted.state_dict)
     images = torch.rand(2, 3, *SIZE)
     outputs = upstream(images)
     return Pair(upstream, ours, images, outputs, raw_outputs(outputs))
-
-
-def randomize(model: nn.Module) -> None:
-    """Set BatchNorm layers to random parameters and statistics that give raw outputs a deviation of about 1."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.1)
-        norm.momentum = None
-        norm.reset_running_stats()
-    model.train()(torch.rand(8, 3, *SIZE))
-    model.eval()
-    for norm in norms:
-        norm.running_mean += 0.05 * torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
-        norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
-    head = model.model[-1]
-    last = [(box[-1], cls[-1]) for box, cls in zip(head.cv2, head.cv3, strict=True)]
-    for layer in (layer for layers in last for layer in layers):
-        layer.bias.normal_()
-    maps = raw_outputs(model(torch.rand(2, 3, *SIZE))).split(PLACES, dim=2)
-    for layers, scale_map in zip(last, maps, strict=True):
-        for layer, outputs in zip(layers, scale_map.split((64, CLASSES), dim=1), strict=True):
-            layer.weight /= outputs.std(dim=2).mean()
-
-
-def raw_outputs(outputs: Any) -> Tensor:
-    """Extract the raw outputs from the return value of Ultralytics' forward in eval mode, for any version."""
-    raw = outputs[1]
-    if isinstance(raw, dict):
-        return torch.cat((raw['boxes'], raw['scores']), 1)
-    return torch.cat([scale_map.flatten(2) for scale_map in raw], 2)
-
-
-def instances(smallest: float) -> list[InstanceData]:
-    """Draw targets inside two images, with sides of at least ``smallest`` pixels."""
-    result = []
-    for count in (3, 6):
-        size = torch.tensor([SIZE[1], SIZE[0]], dtype=torch.float32)
-        sides = smallest + torch.rand(count, 2) * (size - smallest)
-        low = torch.rand(count, 2) * (size - sides)
-        labels = torch.randint(CLASSES, (count,))
-        result.append(InstanceData(bboxes=torch.cat((low, low + sides), 1), labels=labels))
-    return result
-
-
-def upstream_batch(wanted: list[InstanceData]) -> dict[str, Tensor]:
-    """Convert targets to the format of Ultralytics' loss: centers and sides relative to the image size."""
-    bboxes = torch.cat([image.bboxes for image in wanted])
-    shares = torch.cat(((bboxes[:, :2] + bboxes[:, 2:]) / 2, bboxes[:, 2:] - bboxes[:, :2]), 1)
-    return dict(
-        batch_idx=torch.cat([torch.full((len(image),), float(index)) for index, image in enumerate(wanted)]),
-        cls=torch.cat([image.labels for image in wanted]).float()[:, None],
-        bboxes=shares / torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]]),
-    )
 
 
 def check_loss(pair: Pair, wanted: list[InstanceData]) -> None:
@@ -153,7 +111,7 @@ def test_the_number_of_parameters_is_the_same(pair: Pair) -> None:
 def test_raw_outputs_are_the_same(pair: Pair) -> None:
     with torch.no_grad():
         (maps,) = pair.ours(pair.images, mode='tensor')
-    assert all(0.5 < scale_map.std(dim=2).mean() < 2 for scale_map in pair.raw.split(PLACES, dim=2))
+    assert all(0.5 < scale_map.std(dim=2).mean() < 4 for scale_map in pair.raw.split(PLACES, dim=2))
     assert (torch.cat([m.flatten(2) for m in maps], 2) - pair.raw).abs().max() < TOLERANCE
 
 

@@ -1,0 +1,2 @@
+_base_ = ['../yolov8/yolov8-m_coco.py', '../_base_/zsq_w8a8.py']
+load_from = 'checkpoints/yolov8m.safetensors'  # written by tools/model_converters/ultralytics_to_mmzsq.py
