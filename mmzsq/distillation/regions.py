@@ -103,7 +103,10 @@ def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
         return False
     if head.bbox_coder.encode_size != 4:
         return False
-    return head.with_cls and len(outputs) == 1 + head.with_reg and all(output.dim() == 2 for output in outputs)
+    # SABLHead derives from BBoxHead, but predicts buckets instead of deltas and has none of these flags.
+    if not getattr(head, 'with_cls', False):
+        return False
+    return len(outputs) == 1 + head.with_reg and all(output.dim() == 2 for output in outputs)
 
 
 def is_query_output(head: nn.Module, outputs: list[Tensor]) -> bool:

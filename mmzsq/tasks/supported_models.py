@@ -19,10 +19,6 @@ REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
         'its categories are texts that a language model reads at run time. Use a detector with fixed categories',
     ),
     (
-        (detectors.MaskFormer,),
-        'its queries predict masks without boxes. Use an instance segmentation model with boxes, such as Mask R-CNN',
-    ),
-    (
         (detectors.TwoStagePanopticSegmentor,),
         'its loss needs a category for every pixel, and synthesis labels objects only. Use an instance segmentation '
         'model',
