@@ -103,6 +103,9 @@ MASKFORMER_OF_OBJECTS = {
     'model.panoptic_fusion_head.num_stuff_classes': 0,
     'model.test_cfg.panoptic_on': False,
     'model.test_cfg.instance_on': True,
+    'val_dataloader.dataset.type': 'CocoDataset',
+    'test_dataloader.dataset.type': 'CocoDataset',
+    'train_dataloader.dataset.type': 'CocoDataset',
 }
 MASK_QUERIES = (
     Family(
@@ -132,7 +135,7 @@ MULTI_STAGE = (
     Family('Libra R-CNN', 'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py'),
     Family('Grid R-CNN', 'grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py'),
     Family('SABL Cascade R-CNN', 'sabl/sabl-cascade-rcnn_r50_fpn_1x_coco.py', changes=RESNET_18),
-    Family('CrowdDet', 'crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py', changes={}),
+    Family('CrowdDet', 'crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py'),
     Family('Double-Head R-CNN', 'double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py'),
     Family('HTC', 'htc/htc_r50_fpn_1x_coco.py'),
     Family('PointRend', 'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py'),
