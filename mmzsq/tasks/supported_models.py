@@ -26,12 +26,12 @@ REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
     (
         (detectors.SemiBaseDetector,),
         "it holds a teacher and a student of its own. Take the detector inside: use the config that its model.detector "
-        'comes from, and the weights under `student.` or `teacher.` of its checkpoint, without this prefix',
+        'comes from, and save the weights under `student.` or `teacher.` of its checkpoint alone',
     ),
     (
         (detectors.LAD,),
-        'it holds the teacher of its own training, model.teacher_ckpt. Use type PAA without the teacher_* keys of its '
-        'model; load_from can stay the checkpoint of LAD',
+        'it holds the teacher of its own training, model.teacher_ckpt. Use type PAA, bbox_head.type PAAHead and no '
+        'teacher_* keys in its model, and save its checkpoint without the weights under teacher_model',
     ),
     (
         (detectors.KnowledgeDistillationSingleStageDetector,),
