@@ -25,7 +25,7 @@ REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
     ),
     (
         (detectors.SemiBaseDetector,),
-        "it holds a teacher and a student of its own. Take the detector inside: use the config that its model.detector "
+        'it holds a teacher and a student of its own. Take the detector inside: use the config that its model.detector '
         'comes from, and save the weights under `student.` or `teacher.` of its checkpoint alone',
     ),
     (
