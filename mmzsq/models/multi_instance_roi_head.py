@@ -23,7 +23,8 @@ class SparseMultiInstanceRoIHead(MultiInstanceRoIHead):
     """MMDetection's ``MultiInstanceRoIHead`` whose loss also takes images with few or no objects.
 
     Missing objects become ignored boxes outside of the image. Their overlap with every proposal is 0, so that the
-    proposals have no further object, and the ignored boxes themselves are no examples.
+    proposals have no further object, and the ignored boxes themselves are no examples. A batch without any object adds
+    nothing to the loss, because MMDetection's loss of boxes is not defined for it.
     """
 
     def loss(self, x: Any, rpn_results_list: Any, batch_data_samples: list[DetDataSample]) -> dict[str, Any]:
@@ -37,6 +38,8 @@ class SparseMultiInstanceRoIHead(MultiInstanceRoIHead):
         Returns:
             The loss terms by name.
         """
+        if not any(len(sample.gt_instances) for sample in batch_data_samples):
+            return dict(loss_rcnn_emd=x[0].new_zeros(()))
         samples = [with_ignored_boxes(sample, self.bbox_assigner.num_instance) for sample in batch_data_samples]
         return dict(super().loss(x, rpn_results_list, samples))
 
