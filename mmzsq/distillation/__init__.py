@@ -10,7 +10,7 @@ from mmzsq.distillation.location_outputs import LocationOutputs
 from mmzsq.distillation.locations import LocationPredictionLoss
 from mmzsq.distillation.prediction_kl import PredictionKLLoss
 from mmzsq.distillation.predictions import PredictionLoss
-from mmzsq.distillation.queries import QueryPredictionLoss
+from mmzsq.distillation.queries import MaskQueryPredictionLoss, QueryPredictionLoss
 from mmzsq.distillation.recorder import Recorder, flatten_tensors
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import (
@@ -31,6 +31,7 @@ __all__ = [
     'LocationOutputs',
     'LocationPredictionLoss',
     'Outputs',
+    'MaskQueryPredictionLoss',
     'PredictionKLLoss',
     'PredictionLoss',
     'QueryPredictionLoss',

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from mmdet.models.detectors import MaskFormer
 from mmengine.logging import print_log
 from torch import nn
 
@@ -11,7 +12,7 @@ from mmzsq.distillation.dense import DensePredictionLoss, has_dense_predictions
 from mmzsq.distillation.location_readers import LocationReader, location_reader
 from mmzsq.distillation.locations import LocationPredictionLoss
 from mmzsq.distillation.prediction_kl import KL_WEIGHT, PredictionKLLoss
-from mmzsq.distillation.queries import QueryPredictionLoss, queries_unsupported_reason
+from mmzsq.distillation.queries import MaskQueryPredictionLoss, QueryPredictionLoss, queries_unsupported_reason
 from mmzsq.distillation.regions import RegionPredictionLoss, regions_unsupported_reason
 from mmzsq.distillation.two_stage import TwoStagePredictionLoss, two_stage_unsupported_reason
 from mmzsq.registry import MODELS
@@ -26,6 +27,7 @@ class PredictionLoss(DistillationLoss):
     * A two-stage detector with other heads in its second stage, such as a cascade:
       :class:`~mmzsq.distillation.regions.RegionPredictionLoss`. The log gives the reason.
     * A transformer: :class:`~mmzsq.distillation.queries.QueryPredictionLoss`.
+    * MaskFormer or Mask2Former: :class:`~mmzsq.distillation.queries.MaskQueryPredictionLoss`.
     * Another dense head of MMDetection, or a subclass of one:
       :class:`~mmzsq.distillation.locations.LocationPredictionLoss`. The log gives what it compares.
     * Any other detector: :class:`~mmzsq.distillation.prediction_kl.PredictionKLLoss` with the paper's temperature and,
@@ -55,6 +57,13 @@ class PredictionLoss(DistillationLoss):
                 logger='current',
             )
             return QueryPredictionLoss(loss_weight=self.loss_weight)
+        if isinstance(detector, MaskFormer):
+            print_log(
+                f'PredictionLoss: {type(detector).__name__}: MaskQueryPredictionLoss compares classes and masks of '
+                'each query and decoder layer',
+                logger='current',
+            )
+            return MaskQueryPredictionLoss(loss_weight=self.loss_weight)
         reader = location_reader(detector)
         if reader is not None:
             print_log(f'PredictionLoss: {_describe(reader, detector)}', logger='current')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of transformers query by query: categories and boxes of each decoder layer.
+"""Distillation of transformers query by query: categories, and boxes or masks, of each decoder layer.
 
 A query of the student is compared with the query of the same index of the teacher. :mod:`mmzsq.qat.paired_forward`
 makes both detectors select the same queries.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from mmdet.models.dense_heads import DETRHead
-from mmdet.models.detectors import DetectionTransformer
+from mmdet.models.detectors import DetectionTransformer, MaskFormer
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ from mmzsq.errors import UserError
 from mmzsq.registry import MODELS
 
 QUERY_HEAD = 'bbox_head'
+MASK_QUERY_HEAD = 'panoptic_head'
+"""Attribute of MaskFormer and Mask2Former with the head whose queries predict masks."""
 
 
 def generalized_iou(bboxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
@@ -183,3 +185,107 @@ def _layers(outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pair the class logits and the boxes of each decoder layer."""
     count = len(outputs) // 2
     return [(classes.float(), boxes.float()) for classes, boxes in zip(outputs[:count], outputs[count:], strict=True)]
+
+
+def mask_distances(masks: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances of paired masks: the pixel-wise divergence, and the Dice distance of their probabilities.
+
+    Args:
+        masks: Mask logits of the student, (..., H, W).
+        target_masks: Mask logits of the teacher, of the same shape.
+
+    Returns:
+        The mean KL divergence of the pixels; and ``1 - (2 sum(st) + 1) / (sum(s^2) + sum(t^2) + 1)`` of the
+        probabilities s and t (V-Net, Milletari et al. 2016, arXiv:1606.04797), which is 0 for equal masks, unlike the
+        naive form with ``sum(s) + sum(t)``. Both have shape (...).
+
+    Example:
+        >>> bce, dice = mask_distances(torch.full((1, 2, 2), 9.0), torch.full((1, 2, 2), 9.0))
+        >>> float(bce), float(dice)
+        (0.0, 0.0)
+    """
+    pixels = binary_kl(masks, target_masks).flatten(-2).mean(-1)
+    prob, target = masks.sigmoid().flatten(-2), target_masks.sigmoid().flatten(-2)
+    overlap = (prob * target).sum(-1)
+    total = prob.square().sum(-1) + target.square().sum(-1)
+    return pixels, 1 - (2 * overlap + 1) / (total + 1)
+
+
+def mask_query_terms(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences of one decoder layer whose queries predict masks.
+
+    Args:
+        student: Class logits (N, Q, C + 1), with the background last, and mask logits (N, Q, H, W).
+        teacher: The same of the teacher, without gradient.
+
+    Returns:
+        The divergence of categories of all queries; the pixel-wise divergence and the Dice distance of masks
+        (:func:`mask_distances`), both weighted by the teacher's score. All are divided by the sum of these scores.
+    """
+    (classes_S, masks_S), (classes_T, masks_T) = student, teacher
+    weight = query_scores(classes_T, softmax=True)
+    total = soft_object_count(weight)
+    pixels, apart = mask_distances(masks_S, masks_T)
+    classes = class_divergence(classes_S, classes_T, True, total)
+    return classes, (weight * pixels).sum() / total, (weight * apart).sum() / total
+
+
+@MODELS.register_module()
+class MaskQueryPredictionLoss(WeightedTermsLoss):
+    """Divergences of the categories and masks of each query of MaskFormer or Mask2Former, averaged over the layers.
+
+    See :func:`mask_query_terms`. The default weights are those of Mask2Former's loss (Cheng et al. 2022,
+    arXiv:2112.01527), divided by that of its categories.
+
+    Args:
+        loss_weight: Factor of the whole loss.
+        class_weight: Factor of the category term.
+        mask_weight: Factor of the pixel-wise divergence of masks.
+        dice_weight: Factor of the Dice distance of masks.
+
+    Raises:
+        UserError: From :meth:`taps`, if the queries of the detector predict no masks.
+    """
+
+    def __init__(
+        self, loss_weight: float = 1.0, class_weight: float = 1.0, mask_weight: float = 2.5, dice_weight: float = 2.5
+    ) -> None:
+        super().__init__(loss_weight, classes=class_weight, masks=mask_weight, dice=dice_weight)
+
+    def taps(self, detector: nn.Module) -> list[str]:
+        """Return the name of the head.
+
+        Raises:
+            UserError: If the queries of the detector predict no masks.
+        """
+        if not isinstance(detector, MaskFormer):
+            raise UserError(
+                f'MaskQueryPredictionLoss does not support this detector: {type(detector).__name__} is not a '
+                "MaskFormer. Use dict(type='mmzsq.PredictionLoss') in zsq.distillation.losses, which chooses a "
+                'supported loss'
+            )
+        return [MASK_QUERY_HEAD]
+
+    def forward(self, student: Outputs, teacher: Outputs, detector: nn.Module) -> Tensor:
+        """Return the weighted loss, a scalar.
+
+        Args:
+            student: By the name of the head, class logits (N, Q, C + 1) of all decoder layers, then mask logits
+                (N, Q, H, W) of all layers; or both stacked, (L, N, Q, C + 1) and (L, N, Q, H, W), as MaskFormer does.
+            teacher: The same of the teacher, without gradient.
+            detector: The student.
+        """
+        with torch.autocast(teacher[MASK_QUERY_HEAD][0].device.type, enabled=False):
+            layers_S, layers_T = (_layers(unstacked(outputs[MASK_QUERY_HEAD])) for outputs in (student, teacher))
+            layers = [mask_query_terms(s, t) for s, t in zip(layers_S, layers_T, strict=True)]
+            classes, pixels, apart = (torch.stack(terms).mean() for terms in zip(*layers, strict=True))
+            weights = self.weights
+            total = weights['classes'] * classes + weights['masks'] * pixels + weights['dice'] * apart
+            return self.loss_weight * total
+
+
+def unstacked(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return class logits of each layer, then mask logits of each layer, whether they are stacked or not."""
+    if len(outputs) == 2 and outputs[0].dim() == 4:
+        return [layer for stacked in outputs for layer in stacked.unbind()]
+    return list(outputs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from mmdet.models.detectors import TwoStageDetector
-from mmdet.models.roi_heads.bbox_heads import BBoxHead, DIIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, DIIHead, MultiInstanceBBoxHead
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from torch import Tensor, nn
 
@@ -103,7 +103,29 @@ def is_box_output(head: nn.Module, outputs: list[Tensor]) -> bool:
         return False
     if head.bbox_coder.encode_size != 4:
         return False
-    return head.with_cls and len(outputs) == 1 + head.with_reg and all(output.dim() == 2 for output in outputs)
+    # SABLHead derives from BBoxHead, but predicts buckets instead of deltas and has none of these flags.
+    if not getattr(head, 'with_cls', False):
+        return False
+    return len(outputs) == 1 + head.with_reg and all(output.dim() == 2 for output in outputs)
+
+
+def predictions_of_instances(outputs: list[Tensor], head: Any) -> list[tuple[Tensor, Tensor]]:
+    """Split the outputs of CrowdDet's head into the predictions of one object per region.
+
+    Args:
+        outputs: Class logits (R, K (C + 1)) of K objects per region, the background first, and box deltas (R, 4KC) or
+            (R, 4K); the same of the refinement, if there is one.
+        head: The ``MultiInstanceBBoxHead`` that returned them.
+
+    Returns:
+        Class logits (R, C + 1), the background last, and box deltas of each object, as
+        :func:`~mmzsq.distillation.two_stage.box_head_terms` takes them.
+    """
+    predictions = []
+    for logits, deltas in zip(outputs[::2], outputs[1::2], strict=True):
+        for of_class, of_box in zip(*(o.chunk(head.num_instance, 1) for o in (logits, deltas)), strict=True):
+            predictions.append((of_class.roll(-1, 1), of_box))
+    return predictions
 
 
 def is_query_output(head: nn.Module, outputs: list[Tensor]) -> bool:
@@ -202,6 +224,12 @@ class RegionPredictionLoss(WeightedTermsLoss):
                     rpn_predictions(outputs_S, coder), rpn_predictions(outputs_T, coder)
                 )
                 maps.append(objectness + proposals)
+            elif isinstance(head, MultiInstanceBBoxHead):
+                predictions = zip(*(predictions_of_instances(o, head) for o in (outputs_S, outputs_T)), strict=True)
+                for prediction_S, prediction_T in predictions:
+                    class_term, box_term = box_head_terms(prediction_S, prediction_T, head.bbox_coder)
+                    classes.append(class_term)
+                    boxes.append(box_term)
             elif is_box_output(head, outputs_T):
                 class_term, box_term = box_head_terms(outputs_S, outputs_T, head.bbox_coder)
                 classes.append(class_term)

@@ -21,6 +21,7 @@ from mmzsq.checkpoint import file_sha256
 from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
+from mmzsq.models.multi_instance_roi_head import accept_few_objects
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
 from mmzsq.qat.accumulated_update import AccumulatedUpdate, Part
 from mmzsq.qat.captured_step import CapturedStep
@@ -122,6 +123,7 @@ class ZeroShotDetector(BaseModel):
         if bn == 'frozen':
             speed_up_frozen_batch_norm(student)
         replace_max_iou_assigners(student)
+        accept_few_objects(student)
         self._unfreeze_quantized_layers()
         distillation = distillation or dict(losses=[])
         self.detection_weight = distillation.get('detection_weight', 0.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.models.detectors import MaskFormer
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData, PixelData
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.errors import UserError
 from mmzsq.masks import mask_boxes
+from mmzsq.models.multi_instance_roi_head import accept_few_objects
 from mmzsq.models.train_eval_modes import frozen_train_mode, single_process
 from mmzsq.synthesis.label_samplers import LabelPrior
 from mmzsq.tasks.label_prior import label_prior
@@ -44,7 +46,7 @@ def num_classes(detector: nn.Module) -> int:
     Raises:
         UserError: If no head has an attribute ``num_classes``.
     """
-    for path in ('bbox_head', 'roi_head.bbox_head', 'mask_head'):
+    for path in ('bbox_head', 'roi_head.bbox_head', 'mask_head', 'panoptic_head'):
         head: Any = detector
         for name in path.split('.'):
             head = getattr(head, name, None)
@@ -66,9 +68,11 @@ def known_num_classes(detector: nn.Module) -> int | None:
 def needs_masks(detector: nn.Module) -> bool:
     """Return whether the loss of a detector needs instance masks.
 
-    It does if the detector has a mask head, either its own, in its RoI head, or (RTMDet-Ins) inside its box head.
+    It does if the detector has a mask head, either its own, in its RoI head, or (RTMDet-Ins) inside its box head, or if
+    its queries predict masks (MaskFormer).
     """
-    return bool(getattr(detector, 'with_mask', False)) or hasattr(getattr(detector, 'bbox_head', None), 'mask_head')
+    inside_box_head = hasattr(getattr(detector, 'bbox_head', None), 'mask_head')
+    return inside_box_head or bool(getattr(detector, 'with_mask', False)) or isinstance(detector, MaskFormer)
 
 
 def data_samples(
@@ -205,6 +209,7 @@ class DetectionTask:
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector: Any = detector.eval().requires_grad_(False)
+        accept_few_objects(detector)
         self.loss_precision = LossPrecision(self.detector)
         self._needs_standard_layout = False
         self.note: str | None = None

@@ -19,17 +19,24 @@ REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
         'its categories are texts that a language model reads at run time. Use a detector with fixed categories',
     ),
     (
-        (detectors.MaskFormer,),
-        'its queries predict masks without boxes. Use an instance segmentation model with boxes, such as Mask R-CNN',
-    ),
-    (
         (detectors.TwoStagePanopticSegmentor,),
         'its loss needs a category for every pixel, and synthesis labels objects only. Use an instance segmentation '
         'model',
     ),
     (
         (detectors.SemiBaseDetector,),
-        'it holds a teacher and a student of its own. Use the config of its detector and the weights of its teacher',
+        'it holds a teacher and a student of its own. Take the detector inside: use the config that its model.detector '
+        'comes from, and save the weights under `student.` or `teacher.` of its checkpoint alone',
+    ),
+    (
+        (detectors.LAD,),
+        'it holds the teacher of its own training, model.teacher_ckpt. Use type PAA, bbox_head.type PAAHead and no '
+        'teacher_* keys in its model, and save its checkpoint without the weights under teacher_model',
+    ),
+    (
+        (detectors.KnowledgeDistillationSingleStageDetector,),
+        'it holds the teacher of its own training, model.teacher_config. Use the config of its student, such as GFL '
+        'for LD',
     ),
     ((detectors.FastRCNN,), 'it needs proposals from a file for every image. Use Faster R-CNN'),
     (
@@ -38,6 +45,8 @@ REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
     ),
 )
 """Unsupported classes, including their subclasses, and the reason."""
+
+COLOR_CHANNELS = 3
 
 
 def check_supported(model: Mapping[str, Any]) -> None:
@@ -55,3 +64,45 @@ def check_supported(model: Mapping[str, Any]) -> None:
     for classes, reason in REASONS:
         if issubclass(cls, classes):
             raise UserError(f'{cls.__name__} is not supported: {reason}')
+    if issubclass(cls, detectors.MaskFormer):
+        _check_instances_only(cls.__name__, model)
+    _check_input_channels(cls.__name__, model)
+
+
+def _check_instances_only(name: str, model: Mapping[str, Any]) -> None:
+    """Check that MaskFormer or Mask2Former segments instances.
+
+    Raises:
+        UserError: If it also has "stuff" categories, or predicts no instances.
+    """
+    head, test_cfg = (model.get(key) or {} for key in ('panoptic_head', 'test_cfg'))
+    if head.get('num_stuff_classes', 53):
+        raise UserError(
+            f'{name} with "stuff" categories (panoptic_head.num_stuff_classes) is not supported: its loss needs a '
+            'category for every pixel, and synthesis labels objects only. Use a config for instance segmentation'
+        )
+    if not test_cfg.get('instance_on', False):
+        raise UserError(
+            f'{name} is not supported with test_cfg.instance_on=False: it predicts no instances. Set '
+            'model.test_cfg.instance_on=True'
+        )
+
+
+def _check_input_channels(name: str, model: Mapping[str, Any]) -> None:
+    """Check that a detector reads color images, if its config gives the number of channels.
+
+    Raises:
+        UserError: If it does not.
+    """
+    backbone, preprocessor = (model.get(key) or {} for key in ('backbone', 'data_preprocessor'))
+    counts = {'backbone.in_channels': backbone.get('in_channels')}
+    mean = preprocessor.get('mean')
+    # A single value normalizes the three channels of a color image alike.
+    if isinstance(mean, (list, tuple)) and len(mean) > 1:
+        counts['data_preprocessor.mean'] = len(mean)
+    for key, count in counts.items():
+        if isinstance(count, int) and count != COLOR_CHANNELS:
+            raise UserError(
+                f'{name} is not supported with images of {count} channel{"s" * (count > 1)} (model.{key}): synthesis '
+                'makes color images. Use a detector of images with 3 channels'
+            )

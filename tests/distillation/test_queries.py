@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet.models.losses import GIoULoss, L1Loss
+from mmdet.models.losses import DiceLoss, GIoULoss, L1Loss
 from mmdet.models.roi_heads.bbox_heads import DIIHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
@@ -19,7 +19,7 @@ from torch.distributions import kl_divergence as reference_kl
 from torchvision.ops import generalized_box_iou
 
 from mmzsq.boxes import complete_iou
-from mmzsq.distillation import QueryPredictionLoss, RegionPredictionLoss
+from mmzsq.distillation import MaskQueryPredictionLoss, QueryPredictionLoss, RegionPredictionLoss
 from mmzsq.distillation.queries import generalized_iou
 from mmzsq.distillation.regions import query_head_terms
 from mmzsq.distillation.two_stage import decode_on_unit_box
@@ -126,3 +126,47 @@ def test_queries_of_sparse_rcnn_are_compared_by_class_and_box() -> None:
 def test_error_for_another_detector_names_an_alternative() -> None:
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
         QueryPredictionLoss().taps(nn.Conv2d(1, 1, 1))
+
+
+def mask_outputs(seed: int) -> list[Tensor]:
+    """Class logits, background last, of all layers, then mask logits of all layers."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = [torch.randn(2, 5, 4, generator=generator) for _ in range(LAYERS)]
+    return [*classes, *(torch.randn(2, 5, 6, 7, generator=generator) for _ in range(LAYERS))]
+
+
+def test_each_layer_of_masks_is_compared_by_classes_pixels_and_dice() -> None:
+    student, teacher = mask_outputs(0), mask_outputs(1)
+    expected = torch.zeros(())
+    for layer in range(LAYERS):
+        classes_S, classes_T = student[layer], teacher[layer]
+        masks_S, masks_T = (o[LAYERS + layer] for o in (student, teacher))
+        weight = classes_T.softmax(-1)[..., :-1].amax(-1)
+        classes = reference_kl(Categorical(logits=classes_T), Categorical(logits=classes_S)).sum()
+        pixels = reference_kl(Bernoulli(logits=masks_T), Bernoulli(logits=masks_S)).mean((2, 3))
+        # The form of V-Net has 1 in numerator and denominator, MMDetection's has half of it in the denominator.
+        dice = DiceLoss(reduction='none', eps=0.5)
+        apart = torch.stack([dice(s.flatten(1), t.flatten(1).sigmoid()) for s, t in zip(masks_S, masks_T, strict=True)])
+        union = (masks_S.sigmoid() ** 2 + masks_T.sigmoid() ** 2).sum((2, 3)) + 1
+        apart = apart - 1 / union
+        expected += (2 * classes + 3 * (weight * pixels).sum() + 4 * (weight * apart).sum()) / weight.sum() / LAYERS
+    loss = MaskQueryPredictionLoss(loss_weight=0.5, class_weight=2.0, mask_weight=3.0, dice_weight=4.0)
+    found = loss({'panoptic_head': student}, {'panoptic_head': teacher}, nn.Identity())
+    torch.testing.assert_close(found, 0.5 * expected)
+    stacked = [{'panoptic_head': [torch.stack(o[:LAYERS]), torch.stack(o[LAYERS:])]} for o in (student, teacher)]
+    torch.testing.assert_close(loss(*stacked, nn.Identity()), found)
+
+
+def test_loss_of_masks_is_zero_where_student_is_teacher_and_pulls_the_student_to_it() -> None:
+    teacher = {'panoptic_head': mask_outputs(1)}
+    student = {'panoptic_head': [m.clone().requires_grad_() for m in mask_outputs(0)]}
+    loss = MaskQueryPredictionLoss()
+    assert float(loss(teacher, teacher, nn.Identity())) == pytest.approx(0, abs=1e-5)
+    loss(student, teacher, nn.Identity()).backward()
+    stepped = {'panoptic_head': [m.detach() - 0.1 * m.grad for m in student['panoptic_head']]}
+    assert float(loss(stepped, teacher, nn.Identity())) < float(loss(student, teacher, nn.Identity()))
+
+
+def test_error_of_the_loss_of_masks_names_an_alternative() -> None:
+    with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
+        MaskQueryPredictionLoss().taps(nn.Conv2d(1, 1, 1))

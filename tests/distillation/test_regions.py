@@ -10,11 +10,13 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
+from mmzsq.boxes import complete_iou
 from mmzsq.distillation import RegionPredictionLoss, TwoStagePredictionLoss
 from mmzsq.distillation.divergence import relative_errors
 from mmzsq.distillation.features import mean_squared_error
+from mmzsq.distillation.recorder import flatten_tensors
 from mmzsq.distillation.regions import region_heads, regions_unsupported_reason
-from mmzsq.distillation.two_stage import box_head_terms, two_stage_unsupported_reason
+from mmzsq.distillation.two_stage import box_head_terms, decode_on_unit_box, two_stage_unsupported_reason
 from mmzsq.errors import UserError
 
 
@@ -86,3 +88,57 @@ def test_error_for_a_one_stage_detector_names_an_alternative(tiny_cfg: Callable[
     assert regions_unsupported_reason(detector) == 'RetinaNet is not a TwoStageDetector'
     with pytest.raises(UserError, match='mmzsq.PredictionLoss'):
         RegionPredictionLoss().taps(detector)
+
+
+def tiny_head(kind: str, **settings: Any) -> Any:
+    sizes = dict(num_classes=1, in_channels=4, fc_out_channels=8, roi_feat_size=2, num_shared_fcs=2)
+    losses = dict(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, reduction='none'))
+    return MODELS.build(dict(type=kind, bbox_coder=dict(type='DeltaXYWHBBoxCoder'), **sizes, **losses, **settings))
+
+
+@pytest.mark.parametrize('refines', [False, True])
+def test_each_object_of_a_region_of_crowddet_is_compared(refines: bool) -> None:
+    detector = torch.nn.Module()
+    detector.roi_head = torch.nn.Module()
+    head = detector.roi_head.bbox_head = tiny_head('MultiInstanceBBoxHead', with_refine=refines)
+    loss = RegionPredictionLoss(class_weight=2.0, box_weight=3.0)
+    name = 'roi_head.bbox_head'
+    loss.taps = lambda _: [name]  # type: ignore[method-assign]
+    # Two objects per region, each with a background and an object class, in this order.
+    outputs_S, outputs_T = (
+        [torch.randn(5, 4), 0.1 * torch.randn(5, 8)] * (1 + refines) for _ in range(2)
+    )  # fmt: skip
+    expected = torch.zeros(())
+    for place in range(2):
+        (logits_S, deltas_S), (logits_T, deltas_T) = (
+            (o[0][:, 2 * place : 2 * place + 2], o[1][:, 4 * place : 4 * place + 4]) for o in (outputs_S, outputs_T)
+        )
+        score = logits_T.softmax(1)[:, 1]
+        divergence = torch.nn.functional.kl_div(
+            logits_S.log_softmax(1), logits_T.log_softmax(1), reduction='sum', log_target=True
+        )
+        ious = complete_iou(*(decode_on_unit_box(head.bbox_coder, deltas) for deltas in (deltas_S, deltas_T)))
+        expected += (2 * divergence + 3 * (score * (1 - ious)).sum()) / score.sum().clamp(min=1) / 2
+    torch.testing.assert_close(loss({name: outputs_S}, {name: outputs_T}, detector), expected)
+
+
+def test_buckets_of_sabl_are_compared_by_their_error() -> None:
+    head = MODELS.build(
+        dict(
+            type='SABLHead', num_classes=3, reg_in_channels=8, cls_in_channels=8, cls_out_channels=8,
+            reg_offset_out_channels=8, reg_cls_out_channels=8, roi_feat_size=7, reg_feat_up_ratio=2,
+            bbox_coder=dict(type='BucketingBBoxCoder', num_buckets=14, scale_factor=1.7),
+        )
+    )  # fmt: skip
+    detector = torch.nn.Module()
+    detector.roi_head = torch.nn.Module()
+    detector.roi_head.bbox_head = head
+    name = 'roi_head.bbox_head'
+    loss = RegionPredictionLoss(other_weight=5.0)
+    loss.taps = lambda _: [name]  # type: ignore[method-assign]
+    with torch.no_grad():
+        outputs_T = flatten_tensors(head(torch.randn(2, 8, 7, 7)))
+        outputs_S = [output + 1 for output in outputs_T]
+    assert len(outputs_T) == 3
+    expected = 5 * torch.stack([1 / (t**2).mean() for t in outputs_T]).mean()
+    torch.testing.assert_close(loss({name: outputs_S}, {name: outputs_T}, detector), expected)

@@ -92,6 +92,36 @@ TRANSFORMERS = (
     Family('DINO', 'dino/dino-4scale_r50_8xb2-12e_coco.py', shrink=1, changes=FEW_LAYERS),
     Family('DDQ', 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py', shrink=1, changes=FEW_LAYERS),
 )
+SMALL_MASK_QUERIES = {
+    'model.panoptic_head.num_queries': 20,
+    'model.panoptic_head.pixel_decoder.encoder.num_layers': 1,
+    'model.panoptic_head.transformer_decoder.num_layers': 2,
+}
+MASKFORMER_OF_OBJECTS = {
+    'model.panoptic_head.num_stuff_classes': 0,
+    'model.panoptic_head.loss_cls.class_weight': [1.0] * 80 + [0.1],
+    'model.panoptic_fusion_head.num_stuff_classes': 0,
+    'model.test_cfg.panoptic_on': False,
+    'model.test_cfg.instance_on': True,
+    'val_dataloader.dataset.type': 'CocoDataset',
+    'test_dataloader.dataset.type': 'CocoDataset',
+    'train_dataloader.dataset.type': 'CocoDataset',
+}
+MASK_QUERIES = (
+    Family(
+        'Mask2Former',
+        'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+        shrink=1,
+        changes=SMALL_MASK_QUERIES | {'model.train_cfg.num_points': 1024},
+    ),
+    Family(
+        'MaskFormer',
+        'maskformer/maskformer_r50_ms-16xb1-75e_coco.py',
+        shrink=1,
+        changes=SMALL_MASK_QUERIES | MASKFORMER_OF_OBJECTS,
+        needs='no "stuff" categories and `test_cfg.instance_on=True`',
+    ),
+)
 LEARNED_PROPOSALS = {'model.rpn_head.proposal_feature_channel': 64, 'model.rpn_head.num_proposals': 20}
 # Small offsets, as a trained detector predicts: MMDetection cannot paste masks on the CPU if no box is in the image.
 SMALL_MOVES = {f'model.roi_head.bbox_head.{stage}.bbox_coder.target_stds': [0.02] * 4 for stage in range(6)}
@@ -104,6 +134,8 @@ MULTI_STAGE = (
     Family('Dynamic R-CNN', 'dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py'),
     Family('Libra R-CNN', 'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py'),
     Family('Grid R-CNN', 'grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py'),
+    Family('SABL Cascade R-CNN', 'sabl/sabl-cascade-rcnn_r50_fpn_1x_coco.py', changes=RESNET_18),
+    Family('CrowdDet', 'crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py'),
     Family('Double-Head R-CNN', 'double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py'),
     Family('HTC', 'htc/htc_r50_fpn_1x_coco.py'),
     Family('PointRend', 'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py'),
@@ -151,7 +183,7 @@ BACKBONES = (
         needs='zsq.synthesis.require_feature_prior=False: it has no BatchNorm',
     ),
 )
-FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MULTI_STAGE, *BACKBONES)
+FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MASK_QUERIES, *MULTI_STAGE, *BACKBONES)
 FULL_SIZE = (
     Family('VFNet R50', 'vfnet/vfnet_r50_fpn_1x_coco.py', size=640, shrink=1),
     Family('TOOD R50', 'tood/tood_r50_fpn_1x_coco.py', size=640, shrink=1),
