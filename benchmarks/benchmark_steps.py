@@ -174,7 +174,7 @@ def measure_training(cfg: Config, settings: Settings) -> dict[str, Any]:
     result: dict[str, Any] = dict(
         image_size=list(size),
         batch_size=batch_size,
-        precision='bf16' if cfg.optim_wrapper.type == 'AmpOptimWrapper' else 'fp32',
+        precision='bf16' if cfg.optim_wrapper.type == 'mmengine.AmpOptimWrapper' else 'fp32',
         utilization=watch.mean_utilization,
         steps=steps,
     )
@@ -489,9 +489,9 @@ def training_models(
             models[name] = model
             # All models use the same memory format, for a fair comparison.
             plain.to(memory_format=model.memory_format)
-    if settings.device.type != 'cuda' and cfg.optim_wrapper.type == 'AmpOptimWrapper':
+    if settings.device.type != 'cuda' and cfg.optim_wrapper.type == 'mmengine.AmpOptimWrapper':
         sys.stderr.write('no GPU: training is measured in fp32\n')
-        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.optim_wrapper.type = 'mmengine.OptimWrapper'
         cfg.optim_wrapper.pop('dtype')
     return models, cfg
 

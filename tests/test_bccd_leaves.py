@@ -67,7 +67,7 @@ def test_a_comparison_differs_in_the_setting_of_its_name_only(detector: str) -> 
             dataset = cfg.train_dataloader.dataset
             # The images and labels that the teacher learned from, without augmentation.
             assert {**dataset, 'pipeline': None} == {**teacher.train_dataloader.dataset, 'pipeline': None}
-            kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
+            kinds = ['LoadImageFromFile', 'mmdet.LoadAnnotations', 'Resize', 'PackDetInputs']
             assert [step.type for step in dataset.pipeline] == kinds
             assert dataset.pipeline[1].with_mask == (kind == '_lsq-real')
             assert dataset.pipeline[1].poly2mask == teacher.train_dataloader.dataset.pipeline[1].poly2mask is False

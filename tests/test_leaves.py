@@ -125,7 +125,7 @@ def test_a_leaf_is_mmdets_config_with_our_bits(detector: str) -> None:
             assert _without_scope(cfg[key]) == _without_scope(_without_choice(origin)[key])
         assert class_names(cfg) is not None
         assert len(class_names(cfg)) == 80
-        assert cfg.optim_wrapper.type == 'OptimWrapper'
+        assert cfg.optim_wrapper.type == 'mmengine.OptimWrapper'
         assert (cfg.optim_wrapper.optimizer.type == 'AdamW') == ('swin' in detector)
         stages = [cfg.zsq.synthesis[name] for name in ('relabel', 'refine', 'synthesize')]
         assert [(stage.image_size, stage.batch_size) for stage in stages if stage is not None] == STAGES[detector]

@@ -306,7 +306,7 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
     learns_labels = bool(section.distillation.detection_weight)
     # Only the detection loss reads masks. Decoding them takes about half as long as reading the image.
     annotations = dict(
-        type='LoadAnnotations', with_bbox=True, with_mask=learns_labels and has_masks(cfg.model.detector)
+        type='mmdet.LoadAnnotations', with_bbox=True, with_mask=learns_labels and has_masks(cfg.model.detector)
     )
     real = plain['calibration_set']['real']
     if real is not None:
@@ -327,11 +327,11 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
             type='mmzsq.CalibrationDataset',
             data_root=plain['calibration_set']['dir'],
             pipeline=[
-                dict(type='LoadImageFromFile'),
+                dict(type='mmengine.LoadImageFromFile'),
                 annotations,
                 *_resize(train.image_size),
                 dict(
-                    type='PackDetInputs',
+                    type='mmdet.PackDetInputs',
                     meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
                 ),
             ],
@@ -340,7 +340,7 @@ def _train_dataloader(cfg: Config, section: ZsqSection, plain: Mapping[str, Any]
         batch_size=train.batch_size,
         num_workers=train.num_workers,
         persistent_workers=train.num_workers > 0,
-        sampler=dict(type='DefaultSampler', shuffle=True),
+        sampler=dict(type='mmengine.DefaultSampler', shuffle=True),
         # Only the detection loss reads labels.
         collate_fn=dict(type='mmzsq.stack_images', labels=learns_labels),
         dataset=dataset,
@@ -351,7 +351,7 @@ def _resize(image_size: int | tuple[int, int] | None) -> list[dict[str, Any]]:
     if image_size is None:
         return []
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return [dict(type='Resize', scale=(width, height), keep_ratio=False)]
+    return [dict(type='mmdet.Resize', scale=(width, height), keep_ratio=False)]
 
 
 def real_pipeline(cfg: Config, annotations: dict[str, Any]) -> list[dict[str, Any]]:
@@ -379,7 +379,7 @@ def _optim_wrapper(train: TrainConfig, optimizer: Mapping[str, Any]) -> dict[str
     optimizer = dict(dict(weight_decay=0.0), **optimizer)
     multiplier = 1.0 if train.step_lr is None else train.step_lr / train.optimizer.lr
     wrapper = dict(
-        type='AmpOptimWrapper' if train.amp else 'OptimWrapper',
+        type='mmengine.AmpOptimWrapper' if train.amp else 'mmengine.OptimWrapper',
         constructor='mmzsq.GroupedOptimWrapperConstructor',
         optimizer=optimizer,
         accumulative_counts=train.accumulate,
@@ -402,9 +402,16 @@ def _param_scheduler(train: TrainConfig) -> list[dict[str, Any]]:
         return []
     common = dict(begin=0, end=train.max_epochs, by_epoch=True, convert_to_iter_based=True)
     if train.schedule == 'cosine':
-        return [dict(type='CosineAnnealingLR', T_max=train.max_epochs, eta_min_ratio=train.final_lr_ratio, **common)]
+        return [
+            dict(
+                type='mmengine.CosineAnnealingLR',
+                T_max=train.max_epochs,
+                eta_min_ratio=train.final_lr_ratio,
+                **common,
+            )
+        ]
     if train.schedule == 'linear':
-        return [dict(type='LinearLR', start_factor=1.0, end_factor=train.final_lr_ratio, **common)]
+        return [dict(type='mmengine.LinearLR', start_factor=1.0, end_factor=train.final_lr_ratio, **common)]
     return []
 
 
@@ -435,8 +442,8 @@ def _custom_hooks(
         batches = section.train.accumulate
         own.append(
             dict(
-                type='EMAHook',
-                ema_type='ExpMomentumEMA',
+                type='mmengine.EMAHook',
+                ema_type='mmdet.ExpMomentumEMA',
                 momentum=1 - section.train.ema,
                 gamma=2000 * batches,
                 interval=batches,

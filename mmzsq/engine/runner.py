@@ -74,9 +74,9 @@ class ZeroShotRunner(Runner):
             if cfg.zsq.get('teacher') is None:
                 cfg.zsq.teacher = teacher
         cfg = compose(cfg)
-        if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        if cfg.optim_wrapper.type == 'mmengine.AmpOptimWrapper' and not torch.cuda.is_available():
             print_log('no GPU: zsq.train.amp is off', logger='current', level=logging.WARNING)
-            cfg.optim_wrapper.type = 'OptimWrapper'
+            cfg.optim_wrapper.type = 'mmengine.OptimWrapper'
             cfg.optim_wrapper.pop('dtype', None)
         # Images then move to the GPU while it still works on the batch before.
         cfg.train_dataloader.pin_memory = torch.cuda.is_available()

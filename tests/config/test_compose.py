@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 
 from mmzsq.config.compose import class_names, complete_section, compose, merge
 from mmzsq.errors import UserError
@@ -126,7 +128,7 @@ def test_float_training_settings_are_replaced_completely(user: Config) -> None:
     assert 'batch_sampler' not in cfg.train_dataloader
     assert cfg.train_dataloader.dataset.type == 'mmzsq.CalibrationDataset'
     assert 'momentum' not in cfg.optim_wrapper.optimizer
-    assert types(cfg.param_scheduler) == ['CosineAnnealingLR']
+    assert types(cfg.param_scheduler) == ['mmengine.CosineAnnealingLR']
     assert cfg.auto_scale_lr.enable is False
 
 
@@ -170,9 +172,9 @@ def test_values_of_the_section_reach_the_runner(user: Config) -> None:
     train = dict(batch_size=3, max_epochs=7, ema=0.99, bn='train', clip_grad=None, amp=True, schedule='constant')
     cfg = composed(user, train=train, calibration_set=dict(seed=5))
     assert (cfg.train_dataloader.batch_size, cfg.train_cfg.max_epochs, cfg.model.bn) == (3, 7, 'train')
-    assert cfg.custom_hooks[-1].type == 'EMAHook'
+    assert cfg.custom_hooks[-1].type == 'mmengine.EMAHook'
     assert cfg.custom_hooks[-1].momentum == pytest.approx(0.01)
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.type == 'mmengine.AmpOptimWrapper'
     assert 'clip_grad' not in cfg.optim_wrapper
     assert cfg.param_scheduler == []
     assert cfg.randomness.seed == 5
@@ -202,7 +204,7 @@ def test_gradients_accumulate_and_the_average_follows_optimizer_steps(user: Conf
     cfg = composed(user, train=dict(accumulate=4, ema=0.99))
     assert cfg.optim_wrapper.accumulative_counts == 4
     average = cfg.custom_hooks[-1]
-    assert (average.type, average.interval, average.gamma) == ('EMAHook', 4, 4 * 2000)
+    assert (average.type, average.interval, average.gamma) == ('mmengine.EMAHook', 4, 4 * 2000)
 
 
 def test_quantizer_steps_have_a_separate_rate_and_no_decay(user: Config) -> None:
@@ -230,7 +232,7 @@ def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: d
     user.model = model
     for weight, read in ((0.1, learned), (0.0, False)):
         cfg = composed(user, distillation=dict(detection_weight=weight))
-        [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'LoadAnnotations']
+        [load] = [step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'mmdet.LoadAnnotations']
         assert load.with_mask is read
         assert load.with_bbox is True
         # Only the detection loss reads masks.
@@ -596,8 +598,8 @@ def test_training_images_are_resized_if_configured(user: Config, image_size: Any
     plain = composed(user).train_dataloader.dataset.pipeline
     pipeline = composed(user, train=dict(image_size=image_size)).train_dataloader.dataset.pipeline
     # After the labels are loaded, so that they are resized too.
-    resize = dict(type='Resize', scale=scale, keep_ratio=False)
-    assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'LoadAnnotations'
+    resize = dict(type='mmdet.Resize', scale=scale, keep_ratio=False)
+    assert pipeline == [*plain[:2], resize, *plain[2:]] and plain[1]['type'] == 'mmdet.LoadAnnotations'
     for wrong in (0, 'large', [640], [640, 480.0]):
         with pytest.raises(
             UserError, match=r'zsq.train.image_size.* is .*, but must be (one side of a square|an integer)'
@@ -609,6 +611,43 @@ def test_a_run_without_any_loss_is_refused(user: Config) -> None:
     with pytest.raises(UserError, match='nothing to learn from: zsq.distillation.losses is empty'):
         composed(user, distillation=dict(losses=[]))
     composed(user, distillation=dict(losses=[], detection_weight=1.0))
+
+
+EXAMPLES = dict(
+    LoadImageFromFile=TRANSFORMS, Resize=TRANSFORMS, LoadAnnotations=TRANSFORMS, EMAHook=HOOKS, ExpMomentumEMA=MODELS
+)
+
+
+def test_everything_that_compose_writes_names_its_scope(user: Config) -> None:
+    """A project with a scope of its own may register classes of the same names."""
+    user.model = dict(type='mine.Detector')
+    user.default_hooks = dict()
+    user.custom_hooks = []
+    kept = ('val_cfg', 'val_dataloader', 'val_evaluator', 'test_cfg', 'test_dataloader', 'test_evaluator')
+    for key in (*kept, 'visualizer'):
+        user.pop(key)
+    for amp, schedule in ((False, 'linear'), (True, 'cosine')):
+        cfg = composed(user, train=dict(amp=amp, image_size=64, ema=0.999, schedule=schedule))
+        # Optimizers are the user's choice.
+        cfg.optim_wrapper.pop('optimizer')
+        cfg.zsq.train.pop('optimizer')
+        written = list(types_in(cfg.to_dict()))
+        assert len(written) > 20
+        assert [kind for kind in written if '.' not in kind] == []
+        for kind, registry in EXAMPLES.items():
+            [name] = {name for name in written if name.endswith(f'.{kind}')}
+            assert registry.get(name).__name__ == kind
+
+
+def types_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ('type', 'ema_type'):
+                yield inner
+            yield from types_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from types_in(inner)
 
 
 # Real images, for comparison.
@@ -625,7 +664,7 @@ def test_real_images_use_the_test_pipeline_and_no_set_is_made(user: Config) -> N
     cfg = composed(user, calibration_set=dict(real=real))
     dataset = cfg.train_dataloader.dataset
     assert (dataset.type, dataset.data_root, dataset.ann_file) == ('CocoDataset', 'data/x', 'a.json')
-    kinds = ['LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackDetInputs']
+    kinds = ['LoadImageFromFile', 'mmdet.LoadAnnotations', 'Resize', 'PackDetInputs']
     assert [step.type for step in dataset.pipeline] == kinds
     assert 'mmzsq.CalibrationSetHook' not in types(cfg.custom_hooks)
     assert 'mmzsq.QuantizerInitHook' in types(cfg.custom_hooks)

@@ -259,4 +259,4 @@ def test_values_reach_the_runner() -> None:
     assert cfg.param_scheduler == []
     assert cfg.custom_hooks[-1].momentum == pytest.approx(1e-4)
     [linear] = _paper('yolov5-m_w6a6').param_scheduler
-    assert (linear.type, linear.start_factor, linear.end_factor, linear.end) == ('LinearLR', 1.0, 0.01, 100)
+    assert (linear.type, linear.start_factor, linear.end_factor, linear.end) == ('mmengine.LinearLR', 1.0, 0.01, 100)
