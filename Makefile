@@ -54,8 +54,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: setup.py requirements/runtime.txt requirements/deploy.txt requirements/mmcv-lite.txt | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[deploy]'
+$(VENV)/.runtime: setup.py $(addprefix requirements/,runtime.txt stock.txt deploy.txt mmcv-lite.txt) | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[stock,deploy]'
 	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install -r requirements/mmcv-lite.txt
 	touch $@
 
