@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo test-reliability benchmark lint format clean
+.PHONY: demo test test-zoo test-reliability test-environments benchmark lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -33,6 +33,11 @@ test-zoo: $(VENV)/.tests
 test-reliability: export OMP_NUM_THREADS = 1
 test-reliability: $(VENV)/.tests
 	$(BIN)/python benchmarks/reliability.py
+
+# Installs and rehearses the package on each Python that is here, with stock OpenMMLab, OneDL's forks and MMYOLO. Takes a few
+# GB and about ten minutes for each; others are skipped. For single ones: make test-environments ENVIRONMENTS='onedl mmyolo'
+test-environments:
+	$(PYTHON) benchmarks/environments.py $(ENVIRONMENTS)
 
 # Compares a GPU with the goals of docs/performance.md. Without a GPU, only the checks that need none run.
 benchmark: $(VENV)/.tests
