@@ -146,7 +146,8 @@ class ZeroShotDetector(BaseModel):
         self._update_ratio = 1.0
         self._target_capacity = TargetCapacity()
         self._register_state_dict_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        # The public name of this method is not there before torch 2.5.
+        self._register_load_state_dict_pre_hook(_add_prefix, with_module=True)
 
     @property
     def teacher(self) -> nn.Module:
