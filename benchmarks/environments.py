@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install and rehearse the package in a matrix of environments: Python, PyTorch, stock OpenMMLab, OneDL, MMYOLO.
 
-Each environment is a virtual environment of its own. There, the package is installed as the README says, imported, composes
-its configs, and runs small detectors from synthesis to the test of the student. Environments whose Python is not on this
-machine are skipped with a line that says so::
+Each environment is a virtual environment of its own. There, the package is installed as the README says, imported,
+composes its configs, and runs small detectors from synthesis to the results. The student of the demo's detector is also
+tested. Environments whose Python is not on this machine are skipped with a line that says so::
 
     python benchmarks/environments.py                     # all, a few GB of disk and ten minutes each
     python benchmarks/environments.py stock-3.12 onedl    # these only
@@ -75,9 +75,7 @@ MATRIX = {
     'stock-3.12': Environment('3.12', ('{repo}[lite]',)),
     'stock-3.13': Environment('3.13', ('{repo}[lite]',)),
     'onedl': Environment('3.11', ('{repo}[onedl]',), ('mmcv-lite==2.1.0',)),
-    'mmyolo': Environment(
-        '3.11', ('{repo}[stock]', 'mmcv-lite==2.0.1', 'mmyolo==0.6.0'), detectors=MMYOLO_DETECTORS
-    ),
+    'mmyolo': Environment('3.11', ('{repo}[stock]', 'mmcv-lite==2.0.1', 'mmyolo==0.6.0'), detectors=MMYOLO_DETECTORS),
 }
 
 
@@ -124,7 +122,7 @@ def call(command: Sequence[str | Path], log: Path, **options: Any) -> str:
 def install(environment: Environment, folder: Path, python: str, log: Path) -> None:
     """Make the virtual environment and install its packages."""
     call([python, '-m', 'venv', folder], log)
-    pip = [folder / 'bin' / 'python', '-m', 'pip', 'install', '--disable-pip-version-check', '-q']
+    pip: list[str | Path] = [folder / 'bin' / 'python', '-m', 'pip', 'install', '--disable-pip-version-check', '-q']
     call([*pip, *(package.format(repo=REPO) for package in environment.packages)], log)
     if environment.alone:
         call([*pip, '--no-deps', *environment.alone], log)
@@ -159,7 +157,7 @@ def check(name: str, environment: Environment, root: Path, installs: bool) -> di
     if not installs:
         variables['PYTHONPATH'] = str(REPO)
     row: dict[str, Any] = dict(name=name, rehearsed={})
-    inside = [python, Path(__file__).resolve(), '--inside']
+    inside: list[str | Path] = [python, Path(__file__).resolve(), '--inside']
     try:
         if interpreter is not None and installs:
             install(environment, folder, interpreter, log)
@@ -172,11 +170,19 @@ def check(name: str, environment: Environment, root: Path, installs: bool) -> di
             call([*inside, 'leaf', detector, leaf], log, **options)
             changes = [*SMALL_RUN, *(SMALL_SHAPES if detector == DEMO else ())]
             out = f'work_dirs/{Path(leaf).stem}'
-            call(
-                [python, '-m', 'mmzsq.train', leaf, '--work-dir', out, '--cfg-options', *changes],
-                *(log,),
-                **options,
-            )
+            train: list[str | Path] = [python, '-m', 'mmzsq.train', leaf, '--work-dir', out, '--cfg-options', *changes]
+            call(train, log, **options)
+            if detector == DEMO:
+                test: list[str | Path] = [
+                    python,
+                    '-m',
+                    'mmzsq.test',
+                    leaf,
+                    f'{out}/epoch_1.pth',
+                    '--cfg-options',
+                    *SMALL_SHAPES,
+                ]
+                call(test, log, **options)
             results = json.loads((work_dir / out / 'results.json').read_text(encoding='utf-8'))
             if not results.get('model_mb'):
                 raise StepFailed(f'{detector}: results.json has no model sizes')
@@ -191,9 +197,10 @@ def versions() -> str:
     import mmcv
     import mmdet
     import mmengine
-    import mmzsq.models
     import numpy
     import torch
+
+    import mmzsq.models
 
     modules = (torch, numpy, mmdet, mmengine, mmcv)
     found = {module.__name__: module.__version__ for module in modules}
@@ -217,7 +224,7 @@ def compose_all() -> int:
 
 
 def write_leaf(base: str, path: str) -> None:
-    """Write a leaf that quantizes a detector with random weights to W4A8; one with its own teacher is only inherited."""
+    """Write a leaf that quantizes a detector with random weights to W4A8. The demo has a teacher of its own."""
     import torch
     from mmdet.registry import MODELS
     from mmengine.config import Config
@@ -244,12 +251,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines.append(f'| {" | ".join(["---"] * (len(packages) + 3))} |')
     for row in rows:
         found = row.get('versions', {})
-        rehearsed = ', '.join(f'{Path(leaf).stem} ({seconds:.0f} s)' for leaf, seconds in row.get('rehearsed', {}).items())
+        rehearsed = ', '.join(
+            f'{Path(leaf).stem} ({seconds:.0f} s)' for leaf, seconds in row.get('rehearsed', {}).items()
+        )
         if 'skipped' in row:
             rehearsed = f'skipped: {row["skipped"]}'
         if 'failed' in row:
             rehearsed = f'{rehearsed}; **failed**: {row["failed"]}'.removeprefix('; ')
-        cells = [row['name'], *(found.get(package, '') for package in packages), str(row.get('composed', '')), rehearsed]
+        cells = [
+            row['name'],
+            *(found.get(package, '') for package in packages),
+            str(row.get('composed', '')),
+            rehearsed,
+        ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

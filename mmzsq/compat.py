@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapt released OpenMMLab packages to current PyTorch and Python.
 
-The package uses MMEngine, MMDetection and MMCV as released, stock or of the OneDL forks. :func:`install` runs when ``mmzsq``
-is imported. It may run more than once and changes nothing that already works:
+The package uses MMEngine, MMDetection and MMCV as released, stock or of the OneDL forks. :func:`install` runs when
+``mmzsq`` is imported. It may run more than once and changes nothing that already works:
 
 * :func:`provide_mmcv_ops` makes ``mmcv.ops`` work without compiled operators.
 * :func:`allow_mmengine_checkpoints` and :mod:`mmzsq.checkpoint` make checkpoints load with ``weights_only=True``.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check that the packages of OpenMMLab are here, in versions that this package works with.
 
-They are extras of the distribution, not requirements, because several distributions provide the same import packages:
-``mmdet`` comes from ``mmdet`` or ``onedl-mmdetection``, ``mmengine`` from ``mmengine`` or ``onedl-mmengine``, ``mmcv`` from
-``mmcv``, ``mmcv-lite`` or ``onedl-mmcv``. A requirement on one of them would let pip write its files over those of another.
+They are extras of the distribution, not requirements, because several distributions provide the same import packages.
+``mmdet`` comes from ``mmdet`` or ``onedl-mmdetection``, ``mmengine`` from ``mmengine`` or ``onedl-mmengine``, and
+``mmcv`` from ``mmcv``, ``mmcv-lite`` or ``onedl-mmcv``. A requirement on one of them would let pip write its files over
+those of another.
 """
 
 from __future__ import annotations

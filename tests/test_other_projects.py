@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projects built on MMDetection with a scope of their own run whole: one made here, and MMYOLO where it is installed."""
+"""Projects with a scope of their own run whole: one made here, and MMYOLO where it is installed."""
 
 from __future__ import annotations
 

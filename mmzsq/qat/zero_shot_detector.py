@@ -478,8 +478,8 @@ def _build(detector: dict[str, Any]) -> Any:
 def _preprocess(preprocessor: nn.Module, batch: Any) -> dict[str, Any]:
     """Normalize and pad a batch for training, with a list of data samples as labels.
 
-    In its training mode, MMDetection's ``DetDataPreprocessor`` also pads masks. Preprocessors of other projects, such as
-    MMYOLO's, want another format of batches in that mode, and return labels in another format. All of them accept a
+    In its training mode, MMDetection's ``DetDataPreprocessor`` also pads masks. Preprocessors of other projects, such
+    as MMYOLO's, want another format of batches in that mode, and return labels in another format. All of them accept a
     list of data samples outside of it.
     """
     data: dict[str, Any] = preprocessor(batch, False)

@@ -20,7 +20,9 @@ def test_the_matrix_covers_all_promised_pythons_and_distributions(repo: Path) ->
     assert {row.python for row in environments.MATRIX.values()} == set(promised)
     packages = ' '.join(' '.join(row.packages) for row in environments.MATRIX.values())
     assert all(extra in packages for extra in ('[lite]', '[onedl]', 'mmyolo=='))
-    oldest = next(line for line in (repo / 'requirements' / 'runtime.txt').read_text().splitlines() if 'torch>=' in line)
+    oldest = next(
+        line for line in (repo / 'requirements' / 'runtime.txt').read_text().splitlines() if 'torch>=' in line
+    )
     assert oldest.replace('>=', '==') + '.0' in packages
 
 
