@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import environments
+import numpy as np
 import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS, Registry, init_default_scope
+from mmengine.structures import InstanceData, PixelData
 
 from mmzsq import train
+from mmzsq.qat.zero_shot_detector import _preprocess
 
 SCOPE = 'other_project'
 OTHER_MODELS = Registry('model', parent=MODELS, scope=SCOPE)
@@ -109,3 +114,27 @@ def test_detectors_of_mmyolo_run_whole(base: str, repo: Path, tmp_path: Path) ->
     tested = subprocess.run(test, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     # COCO's annotations are not here.
     assert 'instances_val2017.json' in tested.stdout + tested.stderr
+
+
+def test_batches_are_preprocessed_as_mmdetection_does_in_training() -> None:
+    def batch() -> dict[str, Any]:
+        samples = []
+        for height, width in ((40, 64), (64, 33)):
+            masks = BitmapMasks([np.ones((height, width), np.uint8)], height, width)
+            sample = DetDataSample(metainfo=dict(img_shape=(height, width)))
+            sample.gt_instances = InstanceData(masks=masks, bboxes=torch.zeros(1, 4))
+            sample.gt_sem_seg = PixelData(sem_seg=torch.ones(1, height, width))
+            samples.append(sample)
+        images = [torch.full((3, *sample.img_shape), 100, dtype=torch.uint8) for sample in samples]
+        return dict(inputs=images, data_samples=samples)
+
+    preprocessor = DetDataPreprocessor(
+        mean=[1, 2, 3], std=[4, 5, 6], pad_size_divisor=32, pad_mask=True, pad_seg=True, seg_pad_value=255
+    )
+    ours, stock = _preprocess(preprocessor, batch()), preprocessor(batch(), True)
+    assert torch.equal(ours['inputs'], stock['inputs'])
+    for mine, theirs in zip(ours['data_samples'], stock['data_samples'], strict=True):
+        assert np.array_equal(mine.gt_instances.masks.masks, theirs.gt_instances.masks.masks)
+        assert mine.gt_instances.masks.masks.shape == (1, 64, 64)
+        assert torch.equal(mine.gt_sem_seg.sem_seg, theirs.gt_sem_seg.sem_seg)
+        assert mine.batch_input_shape == theirs.batch_input_shape
