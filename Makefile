@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo test-reliability benchmark lint format site clean
+.PHONY: demo test test-zoo test-reliability test-environments benchmark lint format site clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -34,6 +34,11 @@ test-reliability: export OMP_NUM_THREADS = 1
 test-reliability: $(VENV)/.tests
 	$(BIN)/python benchmarks/reliability.py
 
+# Installs and rehearses the package on each Python that is here, with stock OpenMMLab, OneDL's forks and MMYOLO. Takes a few
+# GB and about ten minutes for each; others are skipped. For single ones: make test-environments ENVIRONMENTS='onedl mmyolo'
+test-environments:
+	$(PYTHON) benchmarks/environments.py $(ENVIRONMENTS)
+
 # Compares a GPU with the goals of docs/performance.md. Without a GPU, only the checks that need none run.
 benchmark: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark
@@ -60,8 +65,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: setup.py requirements/runtime.txt requirements/deploy.txt requirements/mmcv-lite.txt | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[deploy]'
+$(VENV)/.runtime: setup.py $(addprefix requirements/,runtime.txt stock.txt deploy.txt mmcv-lite.txt) | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[stock,deploy]'
 	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install -r requirements/mmcv-lite.txt
 	touch $@
 

@@ -56,7 +56,9 @@ setup(
     install_requires=requirements('runtime'),
     extras_require={
         'deploy': requirements('deploy'),
-        'lite': requirements('mmcv-lite'),
+        'lite': [*requirements('stock'), *requirements('mmcv-lite')],
+        'onedl': requirements('onedl'),
+        'stock': requirements('stock'),
         'tests': requirements('tests'),
     },
     zip_safe=False,

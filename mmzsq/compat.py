@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapt released OpenMMLab packages to current PyTorch and Python.
 
-The package uses MMEngine 0.10.7, MMDetection 3.3.0 and MMCV 2.1.0 as released, without forks. :func:`install` runs when
+The package uses MMEngine, MMDetection and MMCV as released, stock or of the OneDL forks. :func:`install` runs when
 ``mmzsq`` is imported. It may run more than once and changes nothing that already works:
 
 * :func:`provide_mmcv_ops` makes ``mmcv.ops`` work without compiled operators.
@@ -39,11 +39,7 @@ HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def install() -> None:
-    """Apply all patches of this module except those of :func:`patch_mmdet`.
-
-    Raises:
-        UserError: If MMCV is not installed.
-    """
+    """Apply all patches of this module except those of :func:`patch_mmdet`."""
     provide_mmcv_ops()
     allow_mmengine_checkpoints()
     register_checkpoint_loaders()
@@ -57,14 +53,9 @@ def provide_mmcv_ops() -> None:
     ``import mmdet.models`` imports ``mmcv.ops``, whose files look up their operators in the compiled module
     ``mmcv._ext``. ``mmcv-lite`` does not contain this module, and compiling the full package takes over half an hour.
     An existing compiled module is never replaced, even if it fails to load.
-
-    Raises:
-        UserError: If MMCV is not installed.
     """
     if EXTENSION in sys.modules:
         return
-    if importlib.util.find_spec('mmcv') is None:
-        raise UserError('mmcv is not installed. Install it without a compiler: pip install mmcv-lite==2.1.0')
     if importlib.util.find_spec(EXTENSION) is None:
         sys.modules[EXTENSION] = TorchvisionOps()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 WAITING = ('local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'aten.equal', 'is_nonzero')
 
@@ -22,7 +22,7 @@ class NoCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        kinds = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        kinds = {leaf.device.type for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, torch.Tensor)}
         if kinds == {'cpu', 'cuda'} and func is not torch.ops.aten.fill_.Tensor:
             self.copies.add(str(func))
         return result
@@ -42,12 +42,13 @@ class NoValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         masks = 'aten.index' in name and any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1])
+            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8)
+            for leaf in tree_flatten(args[1])[0]
         )
         if masks or any(part in name for part in WAITING):
             raise AssertionError(f'{name} waits for the device')
         result = func(*args, **(kwargs or {}))
-        self.calls.append((name, [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]))
+        self.calls.append((name, [leaf.shape for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]))
         return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import mmcv.ops
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -142,10 +143,14 @@ def test_a_compiled_mmcv_that_does_not_load_is_not_hidden(tmp_path: Path, repo: 
 
 def test_a_missing_mmcv_is_reported_with_the_command_to_run(repo: Path) -> None:
     result = python("sys.modules['mmcv'] = None\nimport mmzsq", repo)
-    assert 'UserError: mmcv is not installed' in result.stderr
-    assert 'pip install mmcv-lite==2.1.0' in result.stderr
+    assert 'mmcv is not installed' in result.stderr.splitlines()[-1]
+    assert 'pip install --no-deps mmcv-lite==2.1.0' in result.stderr
 
 
+@pytest.mark.skipif(
+    mmengine.__version__ != '0.10.7',
+    reason="OneDL's MMEngine takes every mmcv._ext for compiled, and then imports only what mmcv-lite has",
+)
 def test_mmengine_sees_that_the_operators_are_not_compiled() -> None:
     from mmengine.utils.dl_utils import mmcv_full_available
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,13 +60,23 @@ def test_benchmarks_and_their_results_are_left_out(archive: ZipFile, repo: Path)
     assert not [name for name in names if name.endswith(('.json', '.png', '.jpg'))]
 
 
-def test_no_mmcv_is_required(archive: ZipFile) -> None:
-    """``mmcv-lite`` would overwrite a compiled ``mmcv``, so it is an extra."""
+def test_no_package_of_openmmlab_is_required(archive: ZipFile) -> None:
+    """pip would write their files over those of other distributions, so they are extras."""
     [name] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
     metadata = message_from_string(archive.read(name).decode())
-    wanted = metadata.get_all('Requires-Dist') or []
-    assert any(line.startswith('mmdet') for line in wanted)
-    assert [line for line in wanted if line.startswith('mmcv')] == ['mmcv-lite==2.1.0; extra == "lite"']
+    extras: dict[str, set[str]] = {}
+    for line in metadata.get_all('Requires-Dist') or []:
+        requirement, _, condition = line.partition(';')
+        extra = condition.partition('==')[2].strip(' "')
+        extras.setdefault(extra, set()).add(re.split(r'[<>=! ]', requirement)[0].replace('_', '-'))
+    assert 'torch' in extras['']
+    openmmlab = {extra: {name for name in names if re.match('mm[cde]|onedl', name)} for extra, names in extras.items()}
+    assert {extra: names for extra, names in openmmlab.items() if names} == {
+        'stock': {'mmengine', 'mmdet'},
+        'lite': {'mmengine', 'mmdet', 'mmcv-lite'},
+        # mmcv-lite requires the stock mmengine.
+        'onedl': {'onedl-mmengine', 'onedl-mmdetection'},
+    }
     assert metadata['License'] == 'Apache-2.0' or metadata['License-Expression'] == 'Apache-2.0'
 
 

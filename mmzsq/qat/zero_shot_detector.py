@@ -151,7 +151,8 @@ class ZeroShotDetector(BaseModel):
         self._update_ratio = 1.0
         self._target_capacity = TargetCapacity()
         self._register_state_dict_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        # The public name of this method is not there before torch 2.5.
+        self._register_load_state_dict_pre_hook(_add_prefix, with_module=True)
 
     @property
     def teacher(self) -> nn.Module:
@@ -337,7 +338,7 @@ class ZeroShotDetector(BaseModel):
         Returns:
             Each loss, and their sum as ``'loss'``; empty if the batch waits for others.
         """
-        data = self.data_preprocessor(data, True)
+        data = _preprocess(self.data_preprocessor, data)
         capturable = not self.distillation_losses or self.paired_forward.capturable
         targets = None
         if self.detection_weight and takes_padded_targets(self.student):
@@ -483,6 +484,20 @@ def _build(detector: dict[str, Any]) -> Any:
         raise UserError(
             f'model of the config cannot be built: {type(error).__name__}: {error}. Correct its arguments.'
         ) from error
+
+
+def _preprocess(preprocessor: nn.Module, batch: Any) -> dict[str, Any]:
+    """Normalize and pad a batch for training, with a list of data samples as labels.
+
+    In its training mode, MMDetection's ``DetDataPreprocessor`` also pads masks. Preprocessors of other projects, such
+    as MMYOLO's, want another format of batches in that mode, and return labels in another format. All of them accept a
+    list of data samples outside of it.
+    """
+    data: dict[str, Any] = preprocessor(batch, False)
+    for wanted, pad in (('pad_mask', 'pad_gt_masks'), ('pad_seg', 'pad_gt_sem_seg')):
+        if getattr(preprocessor, wanted, False) and data['data_samples'] is not None:
+            getattr(preprocessor, pad)(data['data_samples'])
+    return data
 
 
 def _summarize_names(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmzsq.models.train_eval_modes import frozen_train_mode
 from mmzsq.tasks.detection_task import DetectionTask
@@ -71,8 +71,9 @@ class OneStageTask(DetectionTask):
         if samples.targets is None or samples.image_size != image_size:
             return False
         on_device = self._on_device(labels)
-        old = tree_leaves(samples.targets)
-        new = tree_leaves(self._assign(on_device, samples.map_sizes, image_size))
+        # Not tree_leaves, which torch 2.1 lacks.
+        old, _ = tree_flatten(samples.targets)
+        new, _ = tree_flatten(self._assign(on_device, samples.map_sizes, image_size))
         pairs = [(was, now) for was, now in zip(old, new, strict=True) if isinstance(was, Tensor)]
         if any(was.shape != now.shape for was, now in pairs):
             return False
