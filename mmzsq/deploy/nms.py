@@ -101,13 +101,16 @@ def append_nms(model: onnx.ModelProto, settings: NmsSettings) -> None:
     score_threshold = constant('score_threshold', [settings.score_threshold], np.float32)
     if settings.iou_threshold is None:
         found = add('Reshape', [candidates, constant('flat', [-1], np.int64)], 'all_scores')
-        above = add('Cast', [add('Greater', [found, score_threshold], 'is_above')], 'above', to=TensorProto.INT64)
-        count = add('ReduceSum', [above], 'count', keepdims=1)
-        kept = add('Min', [count, limit], 'kept')
-        add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
+        kept = add('Min', [add('Shape', [found], 'count'), limit], 'kept')
+        add('TopK', [found, kept], 'candidate', outputs=2, axis=0, largest=1, sorted=1)
+        # A TopK of zero elements crashes OpenVINO, so that the threshold comes second.
+        above = add('NonZero', [add('Greater', ['nms/candidate', score_threshold], 'is_above')], 'above')
+        rows = add('Squeeze', [above, constant('only', [0], np.int64)], 'rows')
+        top = add('Gather', ['nms/candidate', rows], 'top', axis=0)
+        place = add('Gather', ['nms/candidate_1', rows], 'place', axis=0)
         classes = add('Gather', [add('Shape', [scores], 'shape'), constant('two', 2, np.int64)], 'classes', axis=0)
-        location = add('Div', ['nms/top_1', classes], 'location')
-        index = add('Mod', ['nms/top_1', classes], 'class')
+        location = add('Div', [place, classes], 'location')
+        index = add('Mod', [place, classes], 'class')
     else:
         by_class = add('Transpose', [candidates], 'by_class', perm=[0, 2, 1])
         iou_threshold = constant('iou_threshold', [settings.iou_threshold], np.float32)
@@ -115,7 +118,7 @@ def append_nms(model: onnx.ModelProto, settings: NmsSettings) -> None:
         found = add('GatherND', [by_class, selected], 'scores')
         count = add('Shape', [found], 'count')
         kept = add('Min', [count, limit], 'kept')
-        add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
+        top = add('TopK', [found, kept], 'top', outputs=2, axis=0, largest=1, sorted=1)
         rows = add('Gather', [selected, 'nms/top_1'], 'rows', axis=0)
         location = add('Gather', [rows, constant('two', 2, np.int64)], 'location', axis=1)
         index = add('Gather', [rows, constant('one', 1, np.int64)], 'class', axis=1)
@@ -123,7 +126,7 @@ def append_nms(model: onnx.ModelProto, settings: NmsSettings) -> None:
     first = constant('first_axis', [0], np.int64)
     last = constant('last_axis', [1], np.int64)
     located = add('Gather', [add('Squeeze', [boxes, first], 'all_boxes'), location], 'boxes', axis=0)
-    columns = [add('Unsqueeze', [value, last], f'{value[4:]}_column') for value in ('nms/top', label)]
+    columns = [add('Unsqueeze', [value, last], f'{value[4:]}_column') for value in (top, label)]
     nodes.append(helper.make_node('Concat', [located, *columns], [DETECTIONS], name='nms/detections', axis=1))
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(constants)
