@@ -8,6 +8,7 @@ named ``mmzsq::...`` too, because this package is imported before the config is 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from mmengine.config import Config
 
@@ -15,9 +16,13 @@ from mmzsq import cli
 from mmzsq.errors import NotEvaluatedError, UserError
 
 
-def main() -> None:
-    """Parse the command line and train."""
-    args = _parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train.
+
+    Args:
+        arguments: The command line, None: that of the process.
+    """
+    args = _parse_args(arguments)
     cfg = cli.load_config(args)
     if args.amp:
         _enable_amp(cfg)
@@ -34,7 +39,7 @@ def main() -> None:
         raise NotEvaluatedError(failed)
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = cli.parser('Train a detector, or quantize one if the config has a zsq section.')
     options.add_argument('--amp', action='store_true', help='train in mixed precision')
     options.add_argument(
@@ -49,7 +54,7 @@ def _parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='continue from this checkpoint, or from the last one in the work directory',
     )
-    return options.parse_args()
+    return options.parse_args(arguments)
 
 
 def _enable_amp(cfg: Config) -> None:
