@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmzsq import cli, export, train
 from mmzsq.atomic_files import make_directory, write_atomically
@@ -49,22 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_atomically(config, text.encode())
     converted = detector.converted
     sys.stdout.write(f'{converted.family}-{converted.size}, {converted.num_classes} classes: {weights}, {config}\n')
-    run = [str(config), '--work-dir', str(work_dir)]
+    # MMEngine writes the composed config under the name of the leaf.
+    run_dir = work_dir / 'run'
+    run = ['--work-dir', str(run_dir)]
     options = [] if not args.cfg_options else ['--cfg-options', *args.cfg_options]
-    resume = ['--resume'] if last_student(work_dir) is not None else []
-    train.main([*run, *resume, *options])
-    student = last_student(work_dir)
+    resume = ['--resume'] if last_student(run_dir) is not None else []
+    train.main([str(config), *run, *resume, *options])
+    student = last_student(run_dir)
     if student is None:
-        raise UserError(f'training left no checkpoint in {work_dir}: do not disable the checkpoint hook')
+        raise UserError(f'training left no checkpoint in {run_dir}: do not disable the checkpoint hook')
+    size = [] if args.size is None else ['--size', *map(str, args.size)]
     out = work_dir / f'{args.file.stem}_{args.bits}.onnx'
-    command = [*run, str(student), '--verify', str(VERIFIED_IMAGES), '--out', str(out)]
-    if args.size is not None:
-        command += ['--size', *map(str, args.size)]
-    command += options
+    checks = ['--verify', str(VERIFIED_IMAGES), '--out', str(out)]
+    command = [str(config), str(student), *run, '--target', args.target or TARGETS[0], *checks, *size, *options]
     if args.target is None:
         sys.stdout.write(f'student: {student}. To export it:\npython -m mmzsq.export {shlex.join(command)}\n')
-        return
-    export.main([str(config), str(student), *command[3:], '--work-dir', str(work_dir), '--target', args.target])
+    else:
+        export.main(command)
 
 
 def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -122,18 +124,18 @@ def leaf_config(detector: ForeignDetector, weights: Path, bits: str, preset: str
 def _own_classes(detector: ForeignDetector) -> list[str]:
     """Set the number of classes, their names, and where data to evaluate on may lie."""
     names = json.dumps(list(detector.classes), ensure_ascii=False)
-    lines = [f'classes = {names}', '# COCO data with these classes is evaluated on if it is here.', "data_root = 'data/own/'"]
+    model: dict[str, Any] = {}
     for head in detector.heads:
-        nested = f'dict(num_classes={detector.converted.num_classes})'
-        for key in reversed(head.split('.')):
-            nested = f'dict({key}={nested})'
-        lines.append(f'model = {nested}')
-    if len(detector.heads) > 1:
-        heads = ', '.join(
-            f'{head.split(".")[-1]}=dict(num_classes={detector.converted.num_classes})' for head in detector.heads
-        )
-        lines = [line for line in lines if not line.startswith('model = ')]
-        lines.append(f'model = dict(roi_head=dict({heads}))')
+        section = model
+        for key in head.split('.'):
+            section = section.setdefault(key, {})
+        section['num_classes'] = detector.converted.num_classes
+    lines = [
+        f'classes = {names}',
+        f'model = {model!r}',
+        '# The student is evaluated on COCO data with these classes if it is here.',
+        "data_root = 'data/own/'",
+    ]
     for part in ('val', 'test'):
         lines.append(f'{part}_dataloader = dict(dataset=dict(metainfo=dict(classes=classes), data_root=data_root))')
         lines.append(f"{part}_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')")
