@@ -20,22 +20,45 @@ from mmzsq.errors import UserError
 
 SMALL = (
     *('zsq.calibration_set.num_images=2', 'zsq.train.init_batches=1', 'zsq.train.num_workers=0'),
-    *('zsq.train.batch_size=2', 'zsq.synthesis.synthesize.image_size=64'),
-    *('test_dataloader.dataset.pipeline.1.scale=(64,64)', 'val_dataloader.dataset.pipeline.1.scale=(64,64)'),
+    'zsq.train.batch_size=2',
 )
 
 
+def sized(pixels: int) -> list[str]:
+    """Return settings for square images."""
+    scale = f'dataset.pipeline.1.scale=({pixels},{pixels})'
+    return [
+        *SMALL,
+        f'zsq.synthesis.synthesize.image_size={pixels}',
+        f'test_dataloader.{scale}',
+        f'val_dataloader.{scale}',
+    ]
+
+
+def test_without_a_target_it_stops_after_the_student_and_prints_the_export(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantize.export, 'main', lambda _: pytest.fail('it exports'))
+    quantize.main([str(shared / 'weights/yolov5n.pt'), '--preset', 'instant', '--cfg-options', *sized(64)])
+    out = tmp_path / 'work_dirs/yolov5n_w8a8'
+    leaf = (out / 'yolov5n_w8a8.py').read_text()
+    assert leaf.startswith("_base_ = ['mmzsq::yolov5/yolov5-n_coco.py', 'mmzsq::_base_/zsq_w8a8.py']\nload_from = ")
+    assert len(leaf.splitlines()) == 3
+    assert quantize.last_student(out / 'run') == out / 'run/epoch_0.pth'
+    command = 'python -m mmzsq.export work_dirs/yolov5n_w8a8/yolov5n_w8a8.py work_dirs/yolov5n_w8a8/run/epoch_0.pth'
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.nightly
 def test_one_command_from_an_ultralytics_file_to_a_verified_onnx_file(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip('onnxruntime')
     monkeypatch.chdir(tmp_path)
     weights = str(shared / 'weights/yolov5n.pt')
-    quantize.main([weights, '--preset', 'instant', '--target', 'onnxruntime', '--cfg-options', *SMALL])
+    quantize.main([weights, '--preset', 'instant', '--target', 'onnxruntime', '--cfg-options', *sized(256)])
     out = tmp_path / 'work_dirs/yolov5n_w8a8'
-    leaf = (out / 'yolov5n_w8a8.py').read_text()
-    assert leaf.startswith("_base_ = ['mmzsq::yolov5/yolov5-n_coco.py', 'mmzsq::_base_/zsq_w8a8.py']\nload_from = ")
-    assert len(leaf.splitlines()) == 3
     assert (out / 'yolov5n_w8a8.onnx').is_file()
     (entry,) = json.loads((out / 'deploy.json').read_text()).values()
     assert entry['runtimes']['onnxruntime']
