@@ -77,7 +77,7 @@ def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument('--preset', choices=sorted(PRESETS), default='default', help='recipe (default: default)')
     options.add_argument('--work-dir', type=Path, help='folder of all output (default: ./work_dirs/<file>_<bits>)')
     options.add_argument(
-        '--size', type=int, nargs=2, metavar=('H', 'W'), help='size of exported images in pixels (default: test pipeline)'
+        '--size', type=int, nargs=2, metavar=('H', 'W'), help='size of exported images (default: test pipeline)'
     )
     options.add_argument('--classes', type=Path, metavar='FILE', help='text file with one class name a line')
     options.add_argument(

@@ -66,9 +66,7 @@ def test_one_command_from_an_ultralytics_file_to_a_verified_onnx_file(
 
 @pytest.mark.parametrize('own_classes', [False, True])
 def test_the_config_of_torchvision_weights_fits_them(tmp_path: Path, own_classes: bool) -> None:
-    model = detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3 if own_classes else 91
-    )
+    model = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3 if own_classes else 91)
     path = tmp_path / 'mask.pth'
     torch.save({'model': model.state_dict(), 'epoch': 1}, path)
     detector = convert_file(path, ['cell', 'nucleus'] if own_classes else None)

@@ -91,9 +91,7 @@ def _read_state_dict(path: Path) -> tuple[Mapping[str, Tensor], Sequence[str]]:
     for key in ('model', 'state_dict'):
         if isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    return {
-        name.removeprefix('module.'): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)
-    }, ()
+    return {name.removeprefix('module.'): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}, ()
 
 
 TORCHVISION_CONFIGS = {

@@ -3,8 +3,8 @@
 
 from mmzsq.compat import patch_mmdet
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
-from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.torchvision_anchors import TorchvisionAnchorGenerator
+from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.models.yolov5 import YOLOv5, YOLOv5CSPDarknet, YOLOv5Head, YOLOv5PAFPN
 

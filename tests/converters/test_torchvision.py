@@ -109,7 +109,8 @@ def both(repo: Path, family: str, num_classes: int = 4, frozen: bool = True) -> 
 
 @pytest.mark.parametrize(
     # Mask R-CNN has all parts of Faster R-CNN.
-    'family', [pytest.param('Faster R-CNN', marks=pytest.mark.nightly), 'Mask R-CNN', 'RetinaNet']
+    'family',
+    [pytest.param('Faster R-CNN', marks=pytest.mark.nightly), 'Mask R-CNN', 'RetinaNet'],
 )
 def test_detections_and_raw_outputs_are_those_of_torchvision(repo: Path, family: str) -> None:
     with torch.no_grad():
