@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's ``fasterrcnn_resnet50_fpn`` in MMDetection's classes; ``python -m mmzsq.quantize`` converts its weights."""
+"""torchvision's ``fasterrcnn_resnet50_fpn`` in MMDetection's classes, for ``python -m mmzsq.quantize``."""
 
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's ``maskrcnn_resnet50_fpn`` in MMDetection's classes; ``python -m mmzsq.quantize`` converts its weights."""
+"""torchvision's ``maskrcnn_resnet50_fpn`` in MMDetection's classes, for ``python -m mmzsq.quantize``."""
 
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
