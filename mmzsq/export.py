@@ -74,9 +74,13 @@ class Student:
         return list(((self.cfg.get('test_dataloader') or {}).get('dataset') or {}).get('pipeline') or [])
 
 
-def main() -> None:
-    """Parse the command line, export, and verify."""
-    args = _parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, export, and verify.
+
+    Args:
+        arguments: The command line, None: that of the process.
+    """
+    args = _parse_args(arguments)
     _return_memory()
     # Its import fails with a message if onnx is not installed.
     from mmzsq import deploy
@@ -122,7 +126,7 @@ def main() -> None:
         record(path, None)
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = cli.parser('Export a quantized checkpoint to ONNX with its trained integers, and verify the file.')
     options.add_argument('checkpoint', help='path or URL of the .pth or .safetensors that training wrote')
     options.add_argument('--target', default='openvino', help='openvino (default), onnxruntime or tensorrt')
@@ -151,7 +155,7 @@ def _parse_args() -> argparse.Namespace:
         metavar='N',
         help='with --verify: also compare AP of checkpoint and files on the first N images of the test data',
     )
-    args = options.parse_args()
+    args = options.parse_args(arguments)
     for name in ('verify', 'ap'):
         if getattr(args, name) < 0:
             raise UserError(f'--{name} is {getattr(args, name)}, but must be a number of images.')

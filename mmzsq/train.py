@@ -9,6 +9,7 @@ at toy size first.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from mmengine.config import Config
 
@@ -17,9 +18,13 @@ from mmzsq.engine.rehearsal import rehearse
 from mmzsq.errors import NotEvaluatedError, UserError
 
 
-def main() -> None:
-    """Parse the command line and train."""
-    args = _parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train.
+
+    Args:
+        arguments: The command line, None: that of the process.
+    """
+    args = _parse_args(arguments)
     if args.rehearse and args.resume is not None:
         raise UserError('--rehearse starts from the teacher: leave out --resume')
     cfg = cli.load_config(args)
@@ -41,7 +46,7 @@ def main() -> None:
         raise NotEvaluatedError(failed)
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = cli.parser('Train a detector, or quantize one if the config has a zsq section.')
     options.add_argument('--amp', action='store_true', help='train in mixed precision')
     options.add_argument(
@@ -62,7 +67,7 @@ def _parse_args() -> argparse.Namespace:
         help='run all stages of a zsq section at toy size in WORK_DIR/rehearsal, and say what they exercised and what '
         'the whole run will take',
     )
-    return options.parse_args()
+    return options.parse_args(arguments)
 
 
 def _enable_amp(cfg: Config) -> None:

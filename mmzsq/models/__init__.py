@@ -3,6 +3,7 @@
 
 from mmzsq.compat import patch_mmdet
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
+from mmzsq.models.torchvision_anchors import TorchvisionAnchorGenerator
 from mmzsq.models.window_attention import QuantWindowMSA
 from mmzsq.models.yolo11 import YOLO11, YOLO11PAFPN, QuantSpatialAttention, YOLO11CSPDarknet, YOLO11Head
 from mmzsq.models.yolo26 import YOLO26, YOLO26PAFPN, YOLO26CSPDarknet, YOLO26Head
@@ -16,6 +17,7 @@ __all__ = [
     'SyncFreeMaxIoUAssigner',
     'QuantSpatialAttention',
     'QuantWindowMSA',
+    'TorchvisionAnchorGenerator',
     'YOLO11CSPDarknet',
     'YOLO11Head',
     'YOLO11PAFPN',

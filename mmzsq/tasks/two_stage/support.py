@@ -18,12 +18,13 @@ from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIo
 from torch import nn
 
 from mmzsq.models.max_iou_assigner import SyncFreeMaxIoUAssigner
+from mmzsq.models.torchvision_anchors import TorchvisionAnchorGenerator
 from mmzsq.tasks.elementwise_losses import L1_LOSSES
 from mmzsq.tasks.support import unsupported_components, unsupported_settings
 
 COMPONENTS: dict[str, tuple[type, ...]] = {
     'rpn_head': (RPNHead,),
-    'rpn_head.prior_generator': (AnchorGenerator,),
+    'rpn_head.prior_generator': (AnchorGenerator, TorchvisionAnchorGenerator),
     'rpn_head.bbox_coder': (DeltaXYWHBBoxCoder,),
     'rpn_head.sampler': (RandomSampler,),
     'rpn_head.loss_cls': (CrossEntropyLoss,),
