@@ -22,8 +22,8 @@ from mmzsq.converters.ultralytics import read_ultralytics
 from mmzsq.errors import UserError
 
 SUPPORTED = (
-    "a .pt file of Ultralytics' YOLOv5, YOLOv8, YOLO11 or YOLO26, or a state dict of torchvision's fasterrcnn_resnet50_fpn, "
-    'maskrcnn_resnet50_fpn or retinanet_resnet50_fpn'
+    "a .pt file of Ultralytics' YOLOv5, YOLOv8, YOLO11 or YOLO26, or a state dict of torchvision's "
+    'fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn or retinanet_resnet50_fpn'
 )
 """Supported files, for messages."""
 
