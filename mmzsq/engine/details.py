@@ -143,7 +143,8 @@ def _detections(runner: Runner, detector: ZeroShotDetector, folder: Path) -> dic
     source, images = _compared_images(runner)
     teacher, student = (_image_detector(network, runner) for network in (detector.load_teacher(), detector.student))
     shown = [index * len(images) // SHOWN_IMAGES for index in range(SHOWN_IMAGES)] if images else []
-    rows, pairs = [], []
+    rows: list[dict[str, Any]] = []
+    pairs: list[tuple[float, float]] = []
     scores: dict[str, list[float]] = dict(float=[], quantized=[])
     for index, image in enumerate(images):
         boxes = dict(float=_boxes(teacher, image), quantized=_boxes(student, image))

@@ -184,7 +184,10 @@ class SynthesisProgress:
         if done < 1 and done - share < 1 / FORMING_STATES:
             return
         self._forming = (first, done)
-        tiles = [cv2.resize(image, (FORMING_SIDE,) * 2, interpolation=cv2.INTER_AREA) for image in _pixels(step.images[:FORMING_IMAGES])]
+        tiles = [
+            cv2.resize(image, (FORMING_SIDE,) * 2, interpolation=cv2.INTER_AREA)
+            for image in _pixels(step.images[:FORMING_IMAGES])
+        ]
         row = np.concatenate(tiles, axis=1)[..., ::-1]
         content = cv2.imencode('.jpg', row, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
         folder = self.folder / 'forming'

@@ -30,7 +30,7 @@ def write_card(work_dir: str | Path) -> Path:
     """
     run = Run.load(work_dir)
     # The values are written as JSON, which is YAML.
-    environment = Environment(  # noqa: S701
+    environment = Environment(
         loader=PackageLoader('mmzsq.report'), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     environment.filters['yaml'] = _yaml

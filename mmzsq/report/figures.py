@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -27,7 +28,7 @@ CYCLE = (STUDENT, PTQ, GAINED, LOST, '#8e4ec6', '#00a2c7', FLOAT)
 WORST_CLASSES = 10
 LISTED_CLASSES = 24
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     'font.family': 'sans-serif',
     'font.sans-serif': ['DejaVu Sans'],
     'font.size': 9,
@@ -50,7 +51,7 @@ STYLE: dict[str, Any] = {
     'ytick.color': INK,
     'legend.frameon': False,
     'lines.linewidth': 1.6,
-    'axes.prop_cycle': matplotlib.cycler(color=CYCLE),
+    'axes.prop_cycle': cycler(color=CYCLE),
 }
 
 
@@ -245,9 +246,12 @@ def _box_sizes(run: Run) -> Drawing | None:
     if not run.labels.get('sizes'):
         return None
     real = (run.details.get('real_labels') or {}).get('sizes')
-    bins = np.linspace(0, 1, 26)
+    bins = [float(edge) for edge in np.linspace(0, 1, 26)]
     with _axes(4.4, 2.9) as (figure, (axis,)):
-        for title, sizes, color in (('calibration set', run.labels['sizes'], STUDENT), ('evaluation data', real, FLOAT)):
+        for title, sizes, color in (
+            ('calibration set', run.labels['sizes'], STUDENT),
+            ('evaluation data', real, FLOAT),
+        ):
             if sizes:
                 weights = np.full(len(sizes), 100 / len(sizes))
                 axis.hist(sizes, bins, weights=weights, histtype='stepfilled', color=color, alpha=0.3)

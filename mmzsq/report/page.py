@@ -97,7 +97,7 @@ def render(
         metrics=main_metrics(run),
         rows=[row for row in ROWS if row != 'zero_shot' or run.last_row == 'zero_shot'],
         row_titles=ROWS,
-        figures={name: Markup(drawing.inline()) for name, drawing in drawings.items()},  # noqa: S704
+        figures={name: Markup(drawing.inline()) for name, drawing in drawings.items()},
         captions={name: drawing.caption for name, drawing in drawings.items()},
         thresholds=figures.thresholds(run),
         source=detections.get('source'),
@@ -107,11 +107,11 @@ def render(
         settings=flatten(dict(quantizer=run.results['quantizer'], **run.results['settings'])),
         differences=differences(runs),
         # Text from files must not end the script element.
-        data=Markup(json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')),  # noqa: S704
+        data=Markup(json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')),
         has=dict(layers=bool(data['layers']), images=bool(data['images']), gallery=bool(data['gallery']),
                  forming=bool(data['forming'])),
-        style=Markup(loader.get_source(environment, 'report.css')[0]),  # noqa: S704
-        script=Markup(loader.get_source(environment, 'report.js')[0]),  # noqa: S704
+        style=Markup(loader.get_source(environment, 'report.css')[0]),
+        script=Markup(loader.get_source(environment, 'report.js')[0]),
     )  # fmt: skip
     return environment.get_template('report.html').render(context).encode()
 

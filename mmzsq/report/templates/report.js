@@ -186,8 +186,8 @@
           element('td', {}, box), element('td', { textContent: layer.name }),
           element('td', {}, element('span', { className: 'bits', textContent: bits })),
           meter('bytes', layer.bytes, `${number(layer.bytes / 1000)} kB`),
-          meter('error', layer.error, quantized ? `${(100 * layer.error).toFixed(1)} %` : '–'),
-          meter('clipped', layer.clipped, quantized ? `${(100 * layer.clipped).toFixed(2)} %` : '–'));
+          meter('error', layer.error, layer.weight ? `${(100 * layer.error).toFixed(1)} %` : '–'),
+          meter('clipped', layer.clipped, layer.weight ? `${(100 * layer.clipped).toFixed(2)} %` : '–'));
         row.onclick = () => { open = open === layer.name ? null : layer.name; render(); };
         table.append(row);
         if (open === layer.name && (layer.weight || layer.input)) {
