@@ -146,8 +146,10 @@ class SynthesisProgress:
         )
         self.bar.update(self.task, completed=self.done, description=text)
         finished = step.iteration == step.iterations
-        self._keep_losses(shard, stage, step, same_batch)
-        self._keep_state(shard, stage, step)
+        # Calls are evenly spaced, and the last one may come before the last iteration.
+        last = step.iteration + steps > step.iterations
+        self._keep_losses(shard, stage, step, same_batch, last)
+        self._keep_state(shard, stage, step, last)
         if now - self.logged < self.log_seconds and not finished:
             return
         self.logged = now
@@ -159,18 +161,18 @@ class SynthesisProgress:
         labels, classes = step.labels[:PREVIEW_IMAGES], self.calibration_set.classes
         self._write_preview(lambda: save_gallery(self.folder / name, images, labels, classes))
 
-    def _keep_losses(self, shard: int, stage: Stage, step: StepProgress, same_batch: bool) -> None:
+    def _keep_losses(self, shard: int, stage: Stage, step: StepProgress, same_batch: bool, last: bool) -> None:
         """Collect the losses of a stage, and write them at its end."""
         if not same_batch:
             self._losses = dict(iteration=[])
         self._losses['iteration'].append(step.iteration)
         for name, value in step.losses.items():
             self._losses.setdefault(name, []).append(float(f'{value:.5g}'))
-        if step.iteration == step.iterations:
+        if last:
             path = self.folder / f'shard_{shard:05d}_{stage.name}.json'
             self._write_preview(lambda: write_atomically(path, to_json(self._losses)))
 
-    def _keep_state(self, shard: int, stage: Stage, step: StepProgress) -> None:
+    def _keep_state(self, shard: int, stage: Stage, step: StepProgress, last: bool) -> None:
         """Write images of the first batch of this run, evenly spaced over the iterations of a stage."""
         if self._forming is None:
             self._forming = (shard, 0.0)
@@ -181,7 +183,7 @@ class SynthesisProgress:
         if done < share:
             # The next stage.
             share = 0.0
-        if done < 1 and done - share < 1 / FORMING_STATES:
+        if not last and done - share < 1 / FORMING_STATES:
             return
         self._forming = (first, done)
         tiles = [

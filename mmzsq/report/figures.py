@@ -25,6 +25,7 @@ FLOAT, PTQ, STUDENT = '#8a94a3', '#e09f3e', '#2f81f7'
 LOST, GAINED = '#e5484d', '#30a46c'
 ROW_COLORS = dict(float=FLOAT, ptq=PTQ, zero_shot=STUDENT)
 CYCLE = (STUDENT, PTQ, GAINED, LOST, '#8e4ec6', '#00a2c7', FLOAT)
+PIXELS_PER_INCH = 118
 WORST_CLASSES = 10
 LISTED_CLASSES = 24
 
@@ -68,29 +69,38 @@ class Drawing:
         self.name = name
         self.caption = caption
         self.figure = figure
+        self._svg: bytes | None = None
 
     def svg(self) -> bytes:
         """Return the SVG."""
+        if self._svg is not None:
+            return self._svg
         with matplotlib.rc_context({**STYLE, 'svg.hashsalt': self.name}):
             FigureCanvasSVG(self.figure)
             buffer = io.BytesIO()
             metadata = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
             self.figure.savefig(buffer, format='svg', transparent=True, metadata=metadata)
-        return buffer.getvalue()
+        # The layout takes long, and is the same in all formats.
+        self.figure.set_layout_engine('none')
+        self._svg = buffer.getvalue()
+        return self._svg
 
     def png(self) -> bytes:
         """Return the PNG on white."""
         with matplotlib.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
             buffer = io.BytesIO()
-            self.figure.savefig(buffer, format='png', dpi=160, facecolor='white')
+            self.figure.savefig(buffer, format='png', dpi=140, facecolor='white')
         return buffer.getvalue()
 
     def inline(self) -> str:
         """Return the SVG for a page: its text and axes have the color of the text around it."""
         text = self.svg().decode()
         text = text[text.index('<svg') :].replace(INK, 'currentColor')
-        return text.replace('<svg ', f'<svg role="img" aria-label="{self.name.replace("_", " ")}" ', 1)
+        # Text keeps its size: a chart in a wide place stays as it is.
+        width = round(self.figure.get_figwidth() * PIXELS_PER_INCH)
+        label = self.name.replace('_', ' ')
+        return text.replace('<svg ', f'<svg role="img" aria-label="{label}" style="max-width:{width}px" ', 1)
 
 
 def draw_all(run: Run) -> dict[str, Drawing]:
@@ -142,7 +152,7 @@ def _classes(run: Run) -> Drawing | None:
     if not names:
         return None
     total, names = len(names), names[:WORST_CLASSES]
-    with _axes(4.6, 0.9 + 0.28 * len(names)) as (figure, (axis,)):
+    with _axes(3.8, 1.0 + 0.27 * max(len(names), 5)) as (figure, (axis,)):
         places = range(len(names))
         axis.hlines(places, [after[n] for n in names], [before[n] for n in names], color=LOST, alpha=0.45, lw=3)
         axis.plot([before[n] for n in names], places, 'o', color=FLOAT, label='full precision')
@@ -334,6 +344,6 @@ def _layers(run: Run) -> Drawing | None:
             axis.bar(places + offset, [100 * layer[key]['error'] for layer in layers], 0.4, color=color, label=key)
         axis.set(xlim=(-0.8, len(layers) - 0.2), xlabel='quantized layers from input to output', ylabel='error in %')
         axis.grid(axis='x', visible=False)
-        axis.legend(ncols=2)
+        figure.legend(loc='outside upper left', ncols=2)
     caption = 'Rounding error of weights and inputs, relative to their root mean square.'
     return Drawing('layers', caption, figure)
