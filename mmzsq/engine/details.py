@@ -296,6 +296,7 @@ def _observed(student: Any, measured: dict[str, dict[str, Any]]) -> Iterator[Non
             handle.remove()
 
 
+@torch.no_grad()
 def describe_values(quantizer: LSQ, x: Tensor, rounded: Tensor) -> dict[str, Any]:
     """Describe real values and the grid that they are rounded to.
 

@@ -275,7 +275,7 @@ def _synthesis(run: Run) -> Drawing | None:
     stages = run.stages()
     if not stages:
         return None
-    with _axes(3.7 * len(stages), 2.9, len(stages)) as (figure, axes):
+    with _axes(max(3.7 * len(stages), 5.2), 2.9, len(stages)) as (figure, axes):
         for axis, (name, curves) in zip(axes, stages.items(), strict=True):
             for loss, values in curves.items():
                 if loss != 'iteration' and any(value > 0 for value in values):

@@ -92,8 +92,8 @@ def render(
         runs=runs,
         groups=[(group_name(group), group) for group in groups],
         single=len(runs) == 1,
-        verdict=verdict(run, groups[0]),
-        title=f'{config_name(run)} at {run.bits}',
+        verdict=best_verdict(groups),
+        title=f'{config_name(run)} at {run.bits}' if len(groups) == 1 else f'{len(runs)} runs',
         metrics=main_metrics(run),
         rows=[row for row in ROWS if row != 'zero_shot' or run.last_row == 'zero_shot'],
         row_titles=ROWS,
@@ -150,6 +150,19 @@ def verdict(run: Run, group: Group) -> str:
     if run.trained_on_real:
         return f'{text}; this run learned from real images, as a comparison.'
     return f'{text}; no image of yours was read to quantize it.'
+
+
+def best_verdict(groups: Sequence[Group]) -> str:
+    """Return the verdict of the only group, or of the one with the best accuracy, by its name."""
+    if len(groups) == 1:
+        return verdict(groups[0].runs[0], groups[0])
+
+    def accuracy(group: Group) -> float:
+        spread = group.spread(group.runs[0].last_row, groups[0].runs[0].metric)
+        return -1.0 if spread is None else spread[0]
+
+    best = max(groups, key=accuracy)
+    return f'Best of {len(groups)}, {group_name(best)}: {verdict(best.runs[0], best)}'
 
 
 def gallery(run: Run, count: int) -> list[dict[str, Any]]:

@@ -174,6 +174,7 @@ def test_seeds_become_one_row_with_their_spread(tmp_path: Path) -> None:
     out = tmp_path / 'out.html'
     page = write_report([*folders, other], out).read_text()
     assert '0.410 <small>± 0.014' in page
+    assert 'Best of 2, detector_w4a4 (2 seeds): W4A4 keeps 82% of the accuracy' in page
     assert (tmp_path / 'out_figures' / 'comparison.png').is_file()
 
 
