@@ -20,13 +20,19 @@ from mmzsq.report import Run
 
 def test_run_writes_its_report(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, 'write_details', write_details)
-    runner = make_runner()
+    runner = make_runner(**{'val_evaluator.classwise': False})
     runner.train()
     page = Path('out/report.html').read_text()
     run = Run.load('out')
     for row in run.results['metrics'].values():
         assert f'<td>{row["coco/bbox_mAP"]:.3f}' in page
     written = run.details
+    # AP of classes is no metric of the run.
+    assert not [name for row in run.results['metrics'].values() for name in row if name.endswith('_precision')]
+    assert set() < set(written['class_ap']['float']) <= set(run.classes)
+    assert written['class_ap'].keys() == {'float', 'ptq', 'zero_shot'}
+    assert all(0 <= value <= 1 for row in written['class_ap'].values() for value in row.values())
+    assert '| category' not in ''.join(path.read_text() for path in Path('out').glob('*/*.log'))
     assert written['set_dir'] == 'calibration_set'
     # Two epochs of two batches.
     assert written['losses']['loss']['iterations'] == [1, 2, 3, 4]
