@@ -52,7 +52,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmzsq', 'mmzsq.*']),
-    package_data={'mmzsq': ['assets/*', *mim_files()]},
+    package_data={'mmzsq': ['assets/*', 'report/templates/*', *mim_files()]},
     install_requires=requirements('runtime'),
     extras_require={
         'deploy': requirements('deploy'),

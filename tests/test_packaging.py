@@ -49,6 +49,13 @@ def test_shipped_weights_are_packaged(archive: ZipFile, repo: Path) -> None:
         assert archive.read(f'mmzsq/assets/{path.name}') == path.read_bytes()
 
 
+def test_templates_of_the_report_are_packaged(archive: ZipFile, repo: Path) -> None:
+    templates = list((repo / 'mmzsq' / 'report' / 'templates').iterdir())
+    assert len(templates) == 4
+    for path in templates:
+        assert archive.read(f'mmzsq/report/templates/{path.name}') == path.read_bytes()
+
+
 def test_nothing_else_is_packaged(archive: ZipFile) -> None:
     tops = {name.split('/')[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'mmzsq'}

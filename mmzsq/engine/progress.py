@@ -8,18 +8,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import cv2
+import numpy as np
 from mmengine.dist import get_rank
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
-from mmzsq.atomic_files import make_directory
+from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, StepProgress
 from mmzsq.visualization import save_gallery
 
 PREVIEW_IMAGES = 8
+
+FORMING_IMAGES = 6
+"""Images of the first batch whose states are kept."""
+
+FORMING_STATES = 7
+"""States of a stage that are kept at most."""
+
+FORMING_SIDE = 144
+"""Side of these images, in pixels."""
 
 MEASURING = dict(bits='initializing each number of bits', layers='measuring layers')
 """What happens in each phase of :func:`~mmzsq.qat.sensitivity.measure_sensitivity`."""
@@ -94,7 +106,8 @@ class SynthesisProgress:
         generator: The generator of the images.
         calibration_set: The calibration set that receives the images.
         shards: Indices of the shards that this process generates.
-        folder: Folder of the previews, one PNG per shard and stage, updated while the stage runs.
+        folder: Folder of the previews, one PNG per shard and stage, updated while the stage runs. It also gets the
+            losses of each stage as JSON and, in ``forming``, some images of the first batch in several states.
         log_seconds: Minimum time between two log lines, and between two previews of a stage, in seconds.
         share: Share of the images that is synthesized.
     """
@@ -118,6 +131,8 @@ class SynthesisProgress:
         self.done = 0.0
         self._last = (-1, '', 0)
         self._previews = True
+        self._losses: dict[str, list[float]] = {}
+        self._forming: tuple[int, float] | None = None
         console = Console()
         self.bar = Progress(
             TextColumn('[bold]synthesis'),
@@ -163,16 +178,59 @@ class SynthesisProgress:
         )
         self.bar.update(self.task, completed=self.done, description=text)
         finished = step.iteration == step.iterations
+        # Calls are evenly spaced, and the last one may come before the last iteration.
+        last = step.iteration + steps > step.iterations
+        self._keep_losses(shard, stage, step, same_batch, last)
+        self._keep_state(shard, stage, step, last)
         if now - self.logged < self.log_seconds and not finished:
             return
         self.logged = now
         if self.bar.disable:
             left = (self.total - self.done) / rate
             self.logger.info(f'synthesis: {text}, {self.done / self.total:.0%}, {left:.0f} s left')
-        images = (step.images[:PREVIEW_IMAGES].float().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        images = _pixels(step.images[:PREVIEW_IMAGES])
         name = f'shard_{shard:05d}_{stage.name}.png'
         labels, classes = step.labels[:PREVIEW_IMAGES], self.calibration_set.classes
         self._write_preview(lambda: save_gallery(self.folder / name, images, labels, classes))
+
+    def _keep_losses(self, shard: int, stage: Stage, step: StepProgress, same_batch: bool, last: bool) -> None:
+        """Collect the losses of a stage, and write them at its end."""
+        if not same_batch:
+            self._losses = dict(iteration=[])
+        self._losses['iteration'].append(step.iteration)
+        for name, value in step.losses.items():
+            self._losses.setdefault(name, []).append(float(f'{value:.5g}'))
+        if last:
+            path = self.folder / f'shard_{shard:05d}_{stage.name}.json'
+            self._write_preview(lambda: write_atomically(path, to_json(self._losses)))
+
+    def _keep_state(self, shard: int, stage: Stage, step: StepProgress, last: bool) -> None:
+        """Write images of the first batch of this run, evenly spaced over the iterations of a stage."""
+        if self._forming is None:
+            self._forming = (shard, 0.0)
+        first, share = self._forming
+        done = step.iteration / step.iterations
+        if get_rank() != 0 or shard != first:
+            return
+        if done < share:
+            # The next stage.
+            share = 0.0
+        if not last and done - share < 1 / FORMING_STATES:
+            return
+        self._forming = (first, done)
+        tiles = [
+            cv2.resize(image, (FORMING_SIDE,) * 2, interpolation=cv2.INTER_AREA)
+            for image in _pixels(step.images[:FORMING_IMAGES])
+        ]
+        row = np.concatenate(tiles, axis=1)[..., ::-1]
+        content = cv2.imencode('.jpg', row, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+        folder = self.folder / 'forming'
+
+        def write() -> None:
+            make_directory(folder)
+            write_atomically(folder / f'{stage.name}_{step.iteration:05d}.jpg', content)
+
+        self._write_preview(write)
 
     def _write_preview(self, write: Callable[[], None]) -> None:
         """Write a preview, or warn once: a run does not need it."""
@@ -183,3 +241,9 @@ class SynthesisProgress:
         except UserError as error:
             self._previews = False
             self.logger.warning(f'no more previews: {error}')
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """Convert images (N, 3, H, W) in [0, 1] to (N, H, W, 3), uint8."""
+    pixels: np.ndarray = (images.float().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import load_from_local, read_checkpoint
+from mmzsq.engine.details import class_accuracy, write_details
 from mmzsq.engine.evaluation import (
     absent_data,
     build_evaluation,
@@ -79,7 +80,8 @@ def report_results(
     """
     metrics: Metrics = {}
     evaluation_seconds: dict[str, float] = {}
-    problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent)
+    class_ap: Metrics = {}
+    problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent, class_ap)
     reason = f'{damaged_image(runner._val_loop)}{describe(problem)}' if isinstance(problem, BaseException) else problem
     if isinstance(problem, str):
         runner.logger.warning(f'accuracy is not measured: {problem}')
@@ -116,6 +118,8 @@ def report_results(
         # The table first: it is then in the log if the file cannot be written.
         runner.logger.info(f'results in {path}\n{format_table(results)}')
         write_atomically(path, to_json(results, indent=2))
+    if not isinstance(problem, BaseException) or isinstance(problem, Exception):
+        write_details(runner, detector, class_ap)
     if not isinstance(problem, BaseException):
         return None
     if not isinstance(problem, Exception):
@@ -206,7 +210,12 @@ def _summarize_calibration_set(runner: Runner) -> dict[str, Any]:
 
 
 def _evaluate_if_possible(
-    runner: Runner, detector: ZeroShotDetector, metrics: Metrics, seconds: dict[str, float], absent: str | None
+    runner: Runner,
+    detector: ZeroShotDetector,
+    metrics: Metrics,
+    seconds: dict[str, float],
+    absent: str | None,
+    class_ap: Metrics,
 ) -> BaseException | str | None:
     """Evaluate, and add metrics and times of the rows that are done.
 
@@ -220,7 +229,7 @@ def _evaluate_if_possible(
         return f'the evaluation data is not here ({missing})'
     try:
         build_evaluation(runner)
-        _evaluate_all(runner, detector, metrics, seconds)
+        _evaluate_all(runner, detector, metrics, seconds, class_ap)
     except FileNotFoundError as error:
         if absent is not None:
             return f'the evaluation data is not here ({error.filename or error})'
@@ -230,20 +239,31 @@ def _evaluate_if_possible(
     return None
 
 
-def _evaluate_all(runner: Runner, detector: ZeroShotDetector, metrics: Metrics, seconds: dict[str, float]) -> None:
-    with _timed(seconds, 'evaluate_float'), detector.predict_with_teacher():
+def _evaluate_all(
+    runner: Runner,
+    detector: ZeroShotDetector,
+    metrics: Metrics,
+    seconds: dict[str, float],
+    class_ap: Metrics,
+) -> None:
+    @contextmanager
+    def row(name: str) -> Iterator[None]:
+        with _timed(seconds, f'evaluate_{name}'), class_accuracy(runner, class_ap.setdefault(name, {})):
+            yield
+
+    with row('float'), detector.predict_with_teacher():
         metrics['float'] = evaluate(runner)
     if not runner.max_iters:
         # Without training, the student is the PTQ baseline.
-        with _timed(seconds, 'evaluate_ptq'):
+        with row('ptq'):
             metrics['ptq'] = evaluate(runner)
         return
     ptq = Path(runner.work_dir) / PTQ_FILE
     if ptq.is_file():
-        with _timed(seconds, 'evaluate_ptq'), _loaded_weights(detector, ptq):
+        with row('ptq'), _loaded_weights(detector, ptq):
             metrics['ptq'] = evaluate(runner)
     # The Runner's own loop calls the hooks, and EMAHook swaps in the averaged weights.
-    with _timed(seconds, 'evaluate_zero_shot'):
+    with row('zero_shot'):
         metrics['zero_shot'] = scalar_metrics(runner.val_loop.run())
 
 

@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from mmzsq.engine import ZeroShotRunner
+from mmzsq.engine import ZeroShotRunner, report
 
 TINY = {
     'load_from': 'teacher.pth',
@@ -87,6 +87,8 @@ def make_config(configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     # Same content without layout: MMEngine formats a config by yapf six times a run, a second each.
     monkeypatch.setattr(Config, 'pretty_text', property(plain_text))
+    # Figures take seconds a run: test_details.py writes a report.
+    monkeypatch.setattr(report, 'write_details', lambda *args: None)
     return lambda work_dir='out', **options: configure(tmp_path / work_dir, **options)
 
 
