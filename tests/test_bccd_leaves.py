@@ -64,7 +64,8 @@ def test_a_comparison_differs_in_the_setting_of_its_name_only(detector: str) -> 
         ours = compose(leaf(f'{detector}_{bits}'))
         for kind in KINDS:
             cfg = compose(leaf(f'{detector}_{bits}{kind}'))
-            dataset = cfg.train_dataloader.dataset
+            assert cfg.train_dataloader.dataset.type == 'mmzsq.SeededDataset'
+            dataset = cfg.train_dataloader.dataset.dataset
             # The images and labels that the teacher learned from, without augmentation.
             assert {**dataset, 'pipeline': None} == {**teacher.train_dataloader.dataset, 'pipeline': None}
             kinds = ['LoadImageFromFile', 'mmdet.LoadAnnotations', 'Resize', 'PackDetInputs']

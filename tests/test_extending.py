@@ -61,7 +61,7 @@ def test_a_sampler_draws_a_row_inside_the_image_from_the_generator_alone(example
 
 def test_a_loss_compares_directions(example: Any) -> None:
     example('loss')
-    loss = MODELS.build(dict(type='DirectionLoss', loss_weight=3.0))
+    loss = MODELS.build(dict(type='mmzsq.DirectionLoss', loss_weight=3.0))
     features = [torch.randn(2, 4, 3, 3) for _ in range(2)]
     taps = loss.taps(nn.Module())
     teacher = {taps[0]: features}

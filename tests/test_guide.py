@@ -24,6 +24,7 @@ from mmengine.dataset import base_dataset
 from PIL import Image
 
 from mmzsq import base, cli
+from mmzsq.report import __main__ as report
 
 GUIDE = Path(__file__).resolve().parents[1] / 'docs' / 'your_detector.md'
 TOOLS = ('mmzsq.train', 'mmzsq.test', 'mmzsq.generate', 'mmzsq.export')
@@ -126,6 +127,10 @@ def test_all_commands_of_the_guide_run_in_order(
     for words in commands():
         if words[2] in TOOLS:
             run(words)
+        elif words[2] == 'mmzsq.report':
+            # There is no run with 4-bit activations here.
+            monkeypatch.setattr(sys, 'argv', [word.replace('_w4a4', '_w4a8') for word in words[2:]])
+            cli.run(report.main)
         elif words[2] == 'mmzsq.base':
             monkeypatch.setattr(sys, 'argv', words[2:])
             cli.run(base.main)
@@ -175,7 +180,7 @@ def test_all_commands_of_the_guide_run_in_order(
 def test_messages_in_the_guide_match_the_package(repo: Path) -> None:
     table = GUIDE.read_text().split('## Messages')[1]
     messages = [row.split('|')[1].strip() for row in table.splitlines() if row.startswith('| ')][2:]
-    assert len(messages) == 13
+    assert len(messages) == 14
     source = ' '.join(path.read_text() for path in (repo / 'mmzsq').rglob('*.py'))
     joined = re.sub(r"['\"]\s*\n?\s*f?['\"]", '', source)
     for message in messages:

@@ -113,7 +113,9 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
             cli.run(COMMANDS[command].main)
         except SystemExit as end:
             return int(end.code or 0), capsys.readouterr().err
-        return 0, ''.join(path.read_text() for path in Path('work').glob('*/*.log'))
+        # In the order of the runs.
+        logs = sorted(Path('work').glob('*/*.log'), key=lambda path: path.stat().st_mtime_ns)
+        return 0, ''.join(path.read_text() for path in logs)
 
     return run
 
