@@ -79,8 +79,8 @@ def section() -> str:
     return '\n'.join(lines)
 
 
-def _order(entry: tuple[str, str]) -> str:
-    return entry[0].lstrip('… .:').lower()
+def _order(entry: tuple[str, str]) -> tuple[str, ...]:
+    return entry[0].lstrip('… .:').lower(), *entry
 
 
 def main() -> None:
