@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class OtherPreprocessor(DetDataPreprocessor):
         if training:
             assert isinstance(data['data_samples'], dict)
         return super().forward(data, training)
+
+
+@pytest.fixture(autouse=True)
+def mmdetections_scope() -> Iterator[None]:
+    """Leave MMDetection's scope to the tests that follow."""
+    yield
+    init_default_scope('mmdet')
 
 
 def write_leaf(folder: Path, teacher: str, preprocessor: str) -> Path:
