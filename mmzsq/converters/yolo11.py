@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmzsq.converters.conversion import ConvertedDetector
 from mmzsq.converters.families import Family
 from mmzsq.models.yolo11.backbone import YOLO11CSPDarknet
 from mmzsq.models.yolo11.head import YOLO11Head
@@ -84,23 +82,5 @@ YOLO11_FAMILY = Family(
     foreign=ONE_TO_ONE_CLASSES,
 )
 
-
-def is_yolo11(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors under Ultralytics' names have the attention and the head of a YOLO11."""
-    return YOLO11_FAMILY.matches(tensors)
-
-
-def convert_yolo11(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
-    """Rename Ultralytics' tensors and check them.
-
-    Args:
-        tensors: Parameters and buffers under Ultralytics' names, with separate batch norms.
-
-    Returns:
-        Weights of a :class:`~mmzsq.models.yolo11.YOLO11`; ``size`` is a key of :data:`SIZES`.
-
-    Raises:
-        UserError: If they are not the weights of a YOLO11. The message lists tensors that are missing, unexpected or of
-            the wrong shape.
-    """
-    return YOLO11_FAMILY.convert(tensors)
+is_yolo11 = YOLO11_FAMILY.matches
+convert_yolo11 = YOLO11_FAMILY.convert

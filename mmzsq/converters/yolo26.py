@@ -7,11 +7,8 @@ object serves training alone and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from torch import nn
 
-from torch import Tensor, nn
-
-from mmzsq.converters.conversion import ConvertedDetector
 from mmzsq.converters.families import INSIDE, Family
 from mmzsq.converters.yolo11 import ATTENTION, LAYERS, ONE_TO_ONE_CLASSES, SIZES, Size
 from mmzsq.models.yolo26.backbone import YOLO26CSPDarknet
@@ -48,23 +45,5 @@ YOLO26_FAMILY = Family(
     unused=r'model\.23\.cv[23]\.\d\..+',
 )
 
-
-def is_yolo26(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors under Ultralytics' names have the attention and the head of a YOLO26."""
-    return YOLO26_FAMILY.matches(tensors)
-
-
-def convert_yolo26(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
-    """Rename Ultralytics' tensors and check them.
-
-    Args:
-        tensors: Parameters and buffers under Ultralytics' names, with separate batch norms.
-
-    Returns:
-        Weights of a :class:`~mmzsq.models.yolo26.YOLO26`; ``size`` is a key of :data:`SIZES`.
-
-    Raises:
-        UserError: If they are not the weights of a YOLO26. The message lists tensors that are missing, unexpected or of
-            the wrong shape.
-    """
-    return YOLO26_FAMILY.convert(tensors)
+is_yolo26 = YOLO26_FAMILY.matches
+convert_yolo26 = YOLO26_FAMILY.convert

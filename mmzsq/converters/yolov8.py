@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmzsq.converters.conversion import ConvertedDetector
 from mmzsq.converters.families import Family
 from mmzsq.models.yolov8.backbone import YOLOv8CSPDarknet
 from mmzsq.models.yolov8.head import YOLOv8Head
@@ -73,23 +71,5 @@ YOLOV8_FAMILY = Family(
     'YOLOv8', SIZES, LAYERS, YOLOv8CSPDarknet.stem_width, YOLOv8CSPDarknet.depths[0], (CLASSES, BLOCK), build
 )
 
-
-def is_yolov8(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors under Ultralytics' names have the first stage and the head of a YOLOv8."""
-    return YOLOV8_FAMILY.matches(tensors)
-
-
-def convert_yolov8(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
-    """Rename Ultralytics' tensors and check them.
-
-    Args:
-        tensors: Parameters and buffers under Ultralytics' names, with separate batch norms.
-
-    Returns:
-        Weights of a :class:`~mmzsq.models.yolov8.YOLOv8`; ``size`` is a key of :data:`SIZES`.
-
-    Raises:
-        UserError: If they are not the weights of a YOLOv8. The message lists tensors that are missing, unexpected or of
-            the wrong shape.
-    """
-    return YOLOV8_FAMILY.convert(tensors)
+is_yolov8 = YOLOV8_FAMILY.matches
+convert_yolov8 = YOLOV8_FAMILY.convert
