@@ -227,7 +227,10 @@ def test_ssd512_of_mmdetection_gets_stages_that_it_takes() -> None:
     cfg = Config.fromfile(CONFIGS / 'ssd/ssd512_coco.py')
     cfg.model.backbone.init_cfg = None
     torch.manual_seed(0)
-    task = build_detection_task(MODELS.build(cfg.model))
+    detector = MODELS.build(cfg.model)
+    # SSD's normalization has no values before.
+    detector.init_weights()
+    task = build_detection_task(detector)
     synthesis = complete_section(dict(synthesis=dict(require_feature_prior=False)))['synthesis']
     chosen, _ = choose_stages(task, synthesis, SAMPLER, 32, 0, pipeline_of(cfg))
     [coarse, fine, full] = (chosen[name]['image_size'] for name in ('relabel', 'refine', 'synthesize'))
