@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -102,18 +102,25 @@ class _ScalarDivisors(TorchFunctionMode):
         # Means of constants, such as logged values, stay as they are.
         if not (is_recording() or result.requires_grad):
             return result
-        divisor: Any
-        if func in MEANS or (func in MEAN_LOSSES and (kwargs or {}).get('reduction', 'mean') == 'mean'):
-            divisor = args[0].numel() if args and isinstance(args[0], Tensor) else None
-        else:
-            divisor = args[1] if func in DIVISIONS and len(args) == 2 and isinstance(args[0], Tensor) else None
-        mean = _mean_of(_place(sys._getframe(1)), divisor)
+        divisor = _divisor(func, args, kwargs or {})
+        mean = None if divisor is None else _mean_of(_place(sys._getframe(1)), divisor)
         return result if mean is None else result * (float(divisor) / mean)
 
 
+def _divisor(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the number that a function divides by: a number or a tensor, or None if it does not divide."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    if func in DIVISIONS:
+        return args[1] if len(args) == 2 else None
+    averages = func in MEANS or (func in MEAN_LOSSES and kwargs.get('reduction', 'mean') == 'mean')
+    # The mean of a scalar is the scalar.
+    return args[0].numel() if averages and args[0].dim() else None
+
+
 def _mean_of(name: str, divisor: Any) -> float | None:
-    """Return the mean of a divisor over all parts, or None if it is no number, zero, or equal to its mean."""
-    if divisor is None or isinstance(divisor, Tensor) and (divisor.numel() != 1 or divisor.requires_grad):
+    """Return the mean of a divisor over all parts, or None if they are equal or it has none."""
+    if isinstance(divisor, Tensor) and (divisor.numel() != 1 or divisor.requires_grad):
         return None
     own = float(divisor)
     if not math.isfinite(own):
@@ -140,12 +147,14 @@ def _averaged(name: str, module: nn.Module) -> Callable[..., Any]:
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
-        reduction = call.arguments.get('reduction_override') or getattr(module, 'reduction', None)
+        divisor = call.arguments.get('avg_factor')
+        # A module that takes a divisor averages, unless it can do otherwise.
+        default = None if divisor is None else 'mean'
+        reduction = call.arguments.get('reduction_override') or getattr(module, 'reduction', default)
         if _unchanged or reduction != 'mean':
             with unchanged_divisors():
                 return forward(*args, **kwargs)
         place = f'{name} at {_place(sys._getframe(1))}'
-        divisor = call.arguments.get('avg_factor')
         own = _number_of_elements(module, *call.args[:2]) if divisor is None else divisor
         mean = _mean_of(place, own)
         with unchanged_divisors():
