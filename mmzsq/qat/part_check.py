@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from mmdet.models.task_modules.samplers import BaseSampler
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode, single_process
+from mmzsq.models.train_eval_modes import eval_mode, frozen_train_mode, kept_buffers, single_process
 from mmzsq.patching import patched
 from mmzsq.tasks.detection_task import add_ignored_semantic_labels, sum_losses
 from mmzsq.tasks.training_losses import detection_losses
@@ -44,15 +46,15 @@ def log_part_check(detector: nn.Module, inputs: Tensor, data_samples: Sequence[A
         print_log('update in parts: not compared with one batch, which takes two images with objects', logger='current')
         return
     try:
-        differences, random = part_differences(detector, inputs[chosen], [data_samples[index] for index in chosen])
+        differences, changing = part_differences(detector, inputs[chosen], [data_samples[index] for index in chosen])
     except Exception as error:
         # Training does not need the check, and may never see a batch of one image.
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         print_log(f'update in parts: not compared with one batch ({reason})', logger='current', level=logging.WARNING)
         return
-    wrong = {name: value for name, value in differences.items() if value > TOLERANCE and name not in random}
-    if random:
-        names = ', '.join(sorted(random))
+    wrong = {name: value for name, value in differences.items() if value > TOLERANCE and name not in changing}
+    if changing:
+        names = ', '.join(sorted(changing))
         print_log(f'update in parts: random losses are not compared with one batch: {names}', logger='current')
     if wrong:
         print_log(
@@ -64,7 +66,7 @@ def log_part_check(detector: nn.Module, inputs: Tensor, data_samples: Sequence[A
             level=logging.WARNING,
         )
     else:
-        names = ', '.join(sorted(differences.keys() - random)) or 'none'
+        names = ', '.join(sorted(differences.keys() - changing)) or 'none'
         print_log(f'update in parts: these detection losses are those of one batch: {names}', logger='current')
 
 
@@ -93,9 +95,8 @@ def part_differences(
         add_ignored_semantic_labels(detector, labels)
         return _values(detection_losses(detector, inputs[images], labels))
 
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(devices), single_process(), eval_mode(detector, keep=()), frozen_train_mode(detector):
-        with _taking_all(detector), torch.no_grad():
+    with _kept_random_state(inputs.device), single_process(), kept_buffers(detector), eval_mode(detector, keep=()):
+        with frozen_train_mode(detector), _taking_all(detector), torch.no_grad():
             whole, again = run(slice(2)), run(slice(2))
             for image in range(2):
                 with update.recording(images=1):
@@ -107,8 +108,8 @@ def part_differences(
                     parts.append(run(slice(image, image + 1)))
     names = sorted({name for losses in (whole, *parts) for name in losses})
     means = {name: sum(losses.get(name, 0.0) for losses in parts) / 2 for name in names}
-    random = {name for name in names if _difference(whole.get(name, 0.0), again.get(name, 0.0)) > TOLERANCE}
-    return {name: _difference(whole.get(name, 0.0), means[name]) for name in names}, random
+    changing = {name for name in names if _difference(whole.get(name, 0.0), again.get(name, 0.0)) > TOLERANCE}
+    return {name: _difference(whole.get(name, 0.0), means[name]) for name in names}, changing
 
 
 def _two_images(data_samples: Sequence[Any]) -> list[int] | None:
@@ -116,6 +117,18 @@ def _two_images(data_samples: Sequence[Any]) -> list[int] | None:
     counts = [len(sample.gt_instances) for sample in data_samples]
     order = sorted((index for index, count in enumerate(counts) if count), key=lambda index: counts[index])
     return [order[0], order[-1]] if len(order) > 1 else None
+
+
+@contextmanager
+def _kept_random_state(device: torch.device) -> Iterator[None]:
+    """Restore all random generators at the end of the block: samplers of MMDetection also draw from NumPy's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.multi_instance_roi_head import accept_few_objects
-from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
+from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode, kept_buffers
 from mmzsq.qat.accumulated_update import AccumulatedUpdate, Part
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.dry_run import dry_run, dry_run_size
@@ -425,11 +425,8 @@ class ZeroShotDetector(BaseModel):
             # Losses may modify labels, and BatchNorm in train mode its statistics.
             labels = copy.deepcopy(data_samples)
             add_ignored_semantic_labels(self.student, labels)
-            buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
-            with frozen_train_mode(self.student), update_regions(self.student):
+            with kept_buffers(self.student), frozen_train_mode(self.student), update_regions(self.student):
                 detection_losses(self.student, inputs, labels)
-            for buffer, value in buffers:
-                buffer.copy_(value)
         if outputs is not None:
             for loss in self.distillation_losses:
                 loss(outputs, outputs, self.student)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,12 +49,14 @@ def hide_divisor(detector: Any) -> Any:
 
 def test_losses_of_mmdetection_are_those_of_one_batch(detector: Any, inputs: torch.Tensor, samples: list[Any]) -> None:
     before, state = [len(sample.gt_instances) for sample in samples], torch.get_rng_state()
+    buffers = copy.deepcopy(dict(detector.named_buffers()))
     differences, random = part_differences(detector, inputs[:2], samples[:2])
     assert differences.keys() == {'loss_cls', 'loss_bbox'}
     assert max(differences.values()) < 1e-4
     assert random == set()
     assert [len(sample.gt_instances) for sample in samples] == before
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in detector.named_buffers())
 
 
 def test_a_loss_with_an_unknown_divisor_is_named(
