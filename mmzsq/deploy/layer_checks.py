@@ -37,6 +37,8 @@ from mmzsq.quantization import QuantizedLayer, quantizers
 
 TOLERANCE = 1e-5
 """Largest difference of a piece's output, relative to its largest value."""
+PROBABILITIES = {'scores': 0.1, 'factors': 0.1}
+"""Least value to which a difference is relative, of outputs in [0, 1]: sigmoids of engines are off by up to 1e-7."""
 QUANTIZED_TOLERANCE = 1e-4
 """Largest mean difference, relative to the mean, of a piece that holds quantizers, such as those of attention."""
 EXACT = 1e-6
@@ -238,14 +240,16 @@ class _Pieces:
         failures = []
         for name, value in zip(self.part.output_names, expected, strict=True):
             try:
-                fault = self._check_between(name, value, None)[1]
+                fault = self._check_between(name, value, None, PROBABILITIES.get(name, 0.0))[1]
             except PieceError as error:
                 fault = str(error)
             if fault:
                 failures.append(f'output {name} of {self.part.name}: the values behind the last layers {fault}')
         return failures
 
-    def _check_between(self, value: str, expected: Tensor, grid: ActivationGrid | None) -> tuple[float, str | None]:
+    def _check_between(
+        self, value: str, expected: Tensor, grid: ActivationGrid | None, least: float = 0.0
+    ) -> tuple[float, str | None]:
         """Compute a value of the file from outputs of layers, and compare it with PyTorch's.
 
         Quantizers with the grid ``grid`` that reach the value through operators that keep values are left out: they
@@ -265,7 +269,7 @@ class _Pieces:
                 if on_grid <= QUANTIZED_TOLERANCE:
                     return on_grid, None
             return difference, fault
-        difference = relative_difference(expected.cpu().numpy(), given)
+        difference = relative_difference(expected.cpu().numpy(), given, least)
         fault = f'differ from PyTorch by {difference:.1e} of the largest.'
         if difference <= TOLERANCE:
             return difference, None
@@ -397,8 +401,8 @@ class _Pieces:
         return session(*(value.contiguous().cpu().numpy() for value in feeds.values()))[0]
 
 
-def relative_difference(expected: np.ndarray, given: np.ndarray) -> float:
-    """Return the largest difference relative to the largest expected value.
+def relative_difference(expected: np.ndarray, given: np.ndarray, least: float = 0.0) -> float:
+    """Return the largest difference relative to the largest expected value, or to ``least`` if that is larger.
 
     It is infinite for unlike shapes, and where only one of both is infinite or NaN. Boxes of untrained detectors may
     be infinite in both.
@@ -409,7 +413,7 @@ def relative_difference(expected: np.ndarray, given: np.ndarray) -> float:
     if not np.array_equal(expected[~finite], given[~finite], equal_nan=True) or not np.isfinite(given[finite]).all():
         return float('inf')
     expected, given = expected[finite], given[finite]
-    largest = float(np.abs(expected).max(initial=0.0))
+    largest = max(float(np.abs(expected).max(initial=0.0)), least)
     difference = float(np.abs(expected - given).max(initial=0.0))
     return difference / largest if largest else difference
 

@@ -108,3 +108,27 @@ def test_values_that_are_rounded_for_all_readers_or_constant_are_no_fault(model:
     assert [check.reason for check in checks] == [None] * len(checks)
     assert len(checks) == len(list(quantized_layers(model)))
     assert not failures
+
+
+class _UnlikelyScores(nn.Module):
+    """Scores that are tiny everywhere, as those of a detector of one category on noise."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.conv, self.error = nn.Conv2d(3, 2, 1), error
+        nn.init.constant_(self.conv.bias, -18.0)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        exporting = torch.jit.is_tracing()
+        return (self.conv(x).sigmoid() + self.error * exporting,)
+
+
+@pytest.mark.parametrize(('error', 'same'), [(0.0, True), (1e-5, False)])
+def test_the_tail_of_an_engines_sigmoid_is_no_fault(error: float, same: bool) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    model = _UnlikelyScores(error)
+    quantized(model, x)
+    part = Part('detector', Flat(model), x, 'images', ['scores'], 0, [])
+    content = lowered(model, x, 'onnxruntime', output_names=['scores']).model.SerializeToString()
+    _, failures = check_layers(model, part, content, x, 'onnxruntime', 'onnxruntime')
+    assert bool(failures) != same
