@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.checkpoint import file_sha256
 from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
+from mmzsq.models.gradient_checkpointing import turn_off_checkpointing
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.multi_instance_roi_head import accept_few_objects
 from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode, kept_buffers
@@ -102,6 +103,7 @@ class ZeroShotDetector(BaseModel):
             raise UserError(f"zsq.train.bn must be 'frozen' or 'train', but is {bn!r}")
         # A copy, because building may modify the config: DETR's head does so with its class weights.
         student: Any = _build(copy.deepcopy(detector))
+        turn_off_checkpointing(student)
         # Such as YOLOX's random resizing of batches, which is for float training only.
         student.data_preprocessor.batch_augments = None
         # With pinned images, the host prepares a step while the GPU runs the previous one.
@@ -173,6 +175,7 @@ class ZeroShotDetector(BaseModel):
         """
         if self._teacher.detector is None:
             teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
+            turn_off_checkpointing(teacher)
             self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint, self._expected_teacher_sha256)
             self.teacher_sha256 = file_sha256(str(self.teacher_checkpoint))
             device = next(self.student.parameters()).device
