@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,10 +20,8 @@ from mmzsq.cli import Interruption
 from mmzsq.config import compose
 from mmzsq.converters.conversion import ConvertedDetector
 from mmzsq.converters.files import COCO, ForeignDetector, convert_file
-from mmzsq.engine.hooks.quantizer_init_hook import QuantizerInitHook
 from mmzsq.errors import NotEvaluatedError, UserError
 from mmzsq.pipelines import Frame, frame_of
-from mmzsq.synthesis import CalibrationSet
 
 SMALL = (
     *('zsq.calibration_set.num_images=2', 'zsq.train.init_batches=1', 'zsq.train.num_workers=0'),
@@ -262,42 +259,3 @@ def test_a_size_holds_for_the_whole_run(tmp_path: Path, letterbox: bool) -> None
     for loader in (cfg.test_dataloader, cfg.val_dataloader):
         assert frame_of(loader.dataset.pipeline, 32) == expected
         assert [transform.type for transform in loader.dataset.pipeline][0] == 'LoadImageFromFile'
-
-
-def kill(*_: Any, **__: Any) -> None:
-    raise Interruption
-
-
-def kill_in_the_second_epoch(_: Any, runner: Any) -> None:
-    if runner.epoch == 1:
-        raise Interruption
-
-
-# The name in the package is that of the function.
-EXPORT = importlib.import_module('mmzsq.deploy.export')
-
-
-@pytest.mark.nightly
-def test_killed_runs_end_with_the_same_file(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip('openvino')
-    options = [*SMALL, 'zsq.train.max_epochs=2']
-    weights = str(shared / 'weights/yolov5n.pt')
-    command = [weights, '--preset', 'instant', '--target', 'openvino', '--size', '64', '64', '--cfg-options', *options]
-    points = (
-        (CalibrationSet, 'merge', kill),
-        (QuantizerInitHook, 'before_train', kill),
-        (QuantizerInitHook, 'before_train_epoch', kill_in_the_second_epoch),
-        (EXPORT, 'build_part', kill),
-    )
-    files = []
-    for name in ('whole', 'killed'):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        for owner, attribute, action in points if name == 'killed' else ():
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, attribute, action, raising=False)
-                with pytest.raises(Interruption):
-                    quantize.main(command)
-        quantize.main(command)
-        files.append((tmp_path / name / 'work_dirs/yolov5n_w8a8/yolov5n_w8a8.onnx').read_bytes())
-    assert files[0] == files[1]
