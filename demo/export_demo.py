@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmzsq import cli
 from mmzsq.config.compose import class_names, detector_section
 from mmzsq.deploy import RUNTIMES, DeployReport, Session, export, export_float, verify
+from mmzsq.deploy.agreement import References
 from mmzsq.engine.prediction import load_predictor
 from mmzsq.errors import UserError
 from mmzsq.image_detector import pipelines_of
@@ -49,10 +50,11 @@ def main() -> None:
     samples = [load(dict(img_path=str(path), img_id=index)) for index, path in enumerate(paths)]
     with torch.no_grad():
         images = student.data_preprocessor(dict(inputs=[sample['inputs'] for sample in samples]))['inputs']
+    references = References(student, samples)
     verified = True
     for runtime in RUNTIMES:
         checks = verify(
-            *(student, exported, images, runtime, detector_section(cfg), samples, THREADS),
+            *(student, exported, images, runtime, detector_section(cfg), references, THREADS),
             classes=class_names(cfg),
             pipeline=letterbox,
         )

@@ -285,6 +285,7 @@ def synthetic_images(student: Student, count: int) -> tuple[list[str | np.ndarra
 def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argparse.Namespace) -> None:
     """Compare the files with PyTorch in all runtimes, write ``deploy.json``, and exit with 1 if a check fails."""
     from mmzsq.deploy import verify
+    from mmzsq.deploy.agreement import References
     from mmzsq.image_detector import pipelines_of
 
     images, source = synthetic_images(student, args.verify)
@@ -307,6 +308,7 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
         runtimes={},
     )
     failures: list[str] = []
+    references = References(student.detector.student, samples)
     for runtime in runtimes:
         report = verify(
             student.detector,
@@ -314,7 +316,7 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
             first,
             runtime,
             student.cfg.model.detector,
-            samples,
+            references,
             threads=torch.get_num_threads(),
             classes=student.classes,
             pipeline=student.pipeline,

@@ -19,16 +19,18 @@ class ConvertedDetector(NamedTuple):
     """Weights of a detector under the names of this package.
 
     Attributes:
-        family: ``'YOLOv5'``, ``'YOLOv8'``, ``'YOLO11'`` or ``'YOLO26'``.
-        size: Letter of the size.
+        family: Name of the family, such as ``'YOLO11'`` or ``'RetinaNet'``.
+        size: Letter of the size, or name of the backbone.
         num_classes: Number of classes.
         state_dict: All tensors of the detector, with floating-point tensors in float32.
+        note: An assumption about the weights that the file does not confirm, and how to change it; else empty.
     """
 
     family: str
     size: str
     num_classes: int
     state_dict: dict[str, Tensor]
+    note: str = ''
 
 
 def tensor_shapes(parts: Mapping[str, nn.Module]) -> dict[str, torch.Size]:

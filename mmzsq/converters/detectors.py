@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -12,9 +13,18 @@ from mmzsq.converters.yolo11 import YOLO11_FAMILY
 from mmzsq.converters.yolo26 import YOLO26_FAMILY
 from mmzsq.converters.yolov5 import convert_yolov5
 from mmzsq.converters.yolov8 import YOLOV8_FAMILY
+from mmzsq.errors import UserError
 
 FAMILIES = (YOLOV8_FAMILY, YOLO11_FAMILY, YOLO26_FAMILY)
-"""Families that their tensors identify. All other tensors are taken for those of a YOLOv5."""
+"""Families that their tensors identify, beside YOLOv5, which has anchors."""
+
+OTHER_HEADS = (
+    (r'model\.\d+\.proto\.', 'a segmentation model'),
+    (r'model\.\d+\.cv4\.\d', 'a model of poses, rotated boxes or open vocabularies'),
+    (r'model\.\d+\.linear\.', 'a classifier'),
+    (r'model\.\d+\.decoder\.', 'an RT-DETR'),
+)
+"""Patterns of tensor names of models for other tasks."""
 
 
 def convert_detector(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
@@ -26,5 +36,12 @@ def convert_detector(tensors: Mapping[str, Tensor]) -> ConvertedDetector:
     Raises:
         UserError: If they are not the weights of such a detector.
     """
+    head = next((name for pattern, name in OTHER_HEADS if any(re.match(pattern, tensor) for tensor in tensors)), None)
+    if head is not None:
+        raise UserError(f'these weights have the head of {head}, but only detectors of upright boxes are supported')
     family = next((family for family in FAMILIES if family.matches(tensors)), None)
-    return convert_yolov5(tensors) if family is None else family.convert(tensors)
+    if family is not None:
+        return family.convert(tensors)
+    if not any(name.endswith('.anchors') for name in tensors):
+        raise UserError('these are not the weights of a YOLOv8, YOLO11, YOLO26, or YOLOv5 with anchors')
+    return convert_yolov5(tensors)

@@ -9,7 +9,7 @@ class, and the class scores of its R-CNNs have it last. The configs are in ``con
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -49,46 +49,58 @@ RENAMED = (
 )
 """Patterns of torchvision's names, at their beginning, and MMDetection's names."""
 
+OTHER_DETECTORS = (
+    (r'backbone\.features\.', 'an SSD'),
+    (r'head\.regression_head\.bbox_ctrness', 'an FCOS'),
+    (r'roi_heads\.keypoint', 'a Keypoint R-CNN'),
+    # These heads have two convolutions, or norms.
+    (r'rpn\.head\.conv\.1\.|roi_heads\.box_head\.0\.', 'a fasterrcnn_resnet50_fpn_v2 or maskrcnn_resnet50_fpn_v2'),
+    (r'head\.classification_head\.conv\.0\.1\.', 'a retinanet_resnet50_fpn_v2'),
+)
+"""Patterns of tensor names of detectors that are not supported."""
+
+MAX_GAIN = 1e4
+"""Largest gain of a batch norm that an epsilon of 0 may imply. Above it, the model had an epsilon."""
+
 RETINANET_ANCHORS = 9
 """Anchors of torchvision's RetinaNet at a location: three sizes with three ratios."""
 
 
-def is_torchvision(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors have the names of a detector of torchvision with a ResNet and an FPN."""
-    return 'backbone.body.conv1.weight' in tensors and any(name.startswith('backbone.fpn.') for name in tensors)
-
-
-def convert_torchvision(tensors: Mapping[str, Tensor], num_names: int | None = None) -> ConvertedDetector:
+def convert_torchvision(
+    tensors: Mapping[str, Tensor], num_names: int | None = None, eps: float | None = None
+) -> ConvertedDetector:
     """Rename the tensors of a detector of torchvision, and move or remove its background class.
 
     COCO's 91 outputs become its 80 classes. The softmax of an R-CNN then lacks the ten categories without a name,
     which trained weights never predict.
 
-    Batch norms are frozen in torchvision if the state dict has no ``num_batches_tracked``. They have an epsilon of 0
-    then, as in torchvision's COCO weights, and 1e-5 otherwise. The weight of the batch norm holds the difference.
+    MMDetection's batch norms have an epsilon of 1e-5. The weight of a batch norm holds the difference to another one.
 
     Args:
         tensors: Parameters and buffers under torchvision's names.
         num_names: Number of class names that the user gave; None: unknown. As many as outputs keep all outputs of a
             RetinaNet, whose class 0 may be a class of objects.
+        eps: Epsilon of the batch norms; None: derived from the tensors, or else that of torchvision's COCO weights.
 
     Returns:
         The weights. ``family`` is ``'Faster R-CNN'``, ``'Mask R-CNN'`` or ``'RetinaNet'``, and ``size`` is ``'R50'``.
 
     Raises:
-        UserError: If they are the weights of another detector.
+        UserError: If they are the weights of another detector, or the epsilon does not suit them.
     """
     family = _family(tensors)
-    frozen = not any(name.endswith('num_batches_tracked') for name in tensors)
     renamed = {_rename(name): tensor for name, tensor in to_float32(tensors).items()}
-    for name in [name for name in renamed if name.endswith('running_var')]:
-        norm = name.removesuffix('running_var')
+    norms = [name.removesuffix('running_var') for name in renamed if name.endswith('running_var')]
+    eps, note = (eps, '') if eps is not None else _assumed_eps(renamed, norms)
+    for norm in norms:
         renamed.setdefault(f'{norm}num_batches_tracked', torch.tensor(0))
-        if frozen:
-            variance = renamed[name].double()
-            # A variance of 0 with an epsilon of 0 has no finite output; the channel is constant.
-            factor = torch.sqrt((variance + EPS) / variance.clamp(min=torch.finfo(torch.float).tiny))
-            renamed[f'{norm}weight'] = (renamed[f'{norm}weight'].double() * factor).float()
+        if eps != EPS:
+            weight, variance = (renamed[f'{norm}{name}'].double() for name in ('weight', 'running_var'))
+            if not bool((_gain(weight, variance, eps)).isfinite().all()):
+                raise UserError(f'{norm}running_var holds 0, which does not go with an epsilon of {eps:g}')
+            factor = torch.sqrt((variance + EPS) / (variance + eps))
+            # A channel with a weight of 0 is constant, whatever its variance.
+            renamed[f'{norm}weight'] = torch.where(weight == 0, 0.0, weight * factor).float()
     outputs = _num_outputs(renamed, family)
     if family == 'RetinaNet' and num_names == outputs:
         objects = list(range(outputs))
@@ -97,34 +109,53 @@ def convert_torchvision(tensors: Mapping[str, Tensor], num_names: int | None = N
     else:
         objects = list(range(1, outputs))
     check_num_classes(len(objects))
-    return ConvertedDetector(family, 'R50', len(objects), _select_classes(renamed, family, objects, outputs))
+    return ConvertedDetector(family, 'R50', len(objects), _select_classes(renamed, family, objects, outputs), note)
+
+
+def _gain(weight: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """Return by how much a batch norm multiplies each channel."""
+    return torch.where(weight == 0, 0.0, weight.abs() / torch.sqrt(variance + eps))
+
+
+def _assumed_eps(tensors: Mapping[str, Tensor], norms: Sequence[str]) -> tuple[float, str]:
+    """Choose the epsilon of batch norms, with a sentence if the tensors do not tell it.
+
+    ``BatchNorm2d`` has 1e-5 and counts its batches. ``FrozenBatchNorm2d`` does not count them. It has 1e-5 too, except
+    in models made with torchvision's COCO weights, where it has 0.
+    """
+    if any(f'{norm}num_batches_tracked' in tensors for norm in norms):
+        return EPS, ''
+    gains = [_gain(tensors[f'{norm}weight'].double(), tensors[f'{norm}running_var'].double(), 0.0) for norm in norms]
+    largest = max((float(gain.max()) for gain in gains), default=0.0)
+    if not largest <= MAX_GAIN:
+        return EPS, ''
+    return 0.0, (
+        "The epsilon of the frozen batch norms is taken to be 0, as in models made with torchvision's COCO weights. If "
+        'the model was made with weights_backbone alone, give --batch-norm-eps 1e-5.'
+    )
 
 
 def _family(tensors: Mapping[str, Tensor]) -> str:
     """Tell the supported detectors apart, and refuse all others by name."""
-    supported = 'fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and retinanet_resnet50_fpn of torchvision are supported'
-    if 'backbone.body.layer1.0.conv3.weight' not in tensors or 'backbone.body.layer3.6.conv1.weight' in tensors:
-        raise UserError(f'these weights have another backbone than ResNet-50: {supported}')
-    if tensors['backbone.body.layer1.0.conv2.weight'].shape != (64, 64, 3, 3):
-        raise UserError(f'these weights have another backbone than ResNet-50: {supported}')
-    if any(name.startswith('head.regression_head.bbox_ctrness') for name in tensors):
-        raise UserError(f'these are the weights of an FCOS: {supported}')
-    if any(name.startswith(('rpn.head.conv.1.', 'roi_heads.box_head.0.')) for name in tensors):
-        raise UserError(f'these are the weights of a _v2 detector of torchvision, which is not supported: {supported}')
-    if any(name.startswith('roi_heads.keypoint') for name in tensors):
-        raise UserError(f'these are the weights of a Keypoint R-CNN: {supported}')
+    for pattern, kind in OTHER_DETECTORS:
+        if any(re.match(pattern, name) for name in tensors):
+            raise UserError(f'these are the weights of {kind} of torchvision')
+    width = tensors.get('backbone.body.layer1.0.conv2.weight')
+    bottlenecks = (
+        'backbone.body.layer1.0.conv3.weight' in tensors and 'backbone.body.layer3.6.conv1.weight' not in tensors
+    )
+    if not bottlenecks or width is None or width.shape != (64, 64, 3, 3):
+        raise UserError('these weights have another backbone than ResNet-50')
+    if not any(name.startswith('backbone.fpn.') for name in tensors):
+        raise UserError('these weights have no FPN')
     if 'head.classification_head.cls_logits.weight' in tensors:
-        if 'backbone.fpn.extra_blocks.p6.weight' not in tensors:
-            raise UserError(f'these weights have a RetinaNet head, but not its FPN: {supported}')
-        # The v2 model computes P6 from the last stage, and has group norms in its head.
-        if (
-            tensors['backbone.fpn.extra_blocks.p6.weight'].shape[1] != 256
-            or 'head.classification_head.conv.0.1.weight' in tensors
-        ):
-            raise UserError(f'these are the weights of retinanet_resnet50_fpn_v2, which is not supported: {supported}')
+        # The v2 model computes P6 from the last stage.
+        p6 = tensors.get('backbone.fpn.extra_blocks.p6.weight')
+        if p6 is None or p6.shape[1] != 256:
+            raise UserError('these weights have a RetinaNet head, but not the FPN of retinanet_resnet50_fpn')
         return 'RetinaNet'
     if 'roi_heads.box_predictor.cls_score.weight' not in tensors:
-        raise UserError(f'these weights have no box head: {supported}')
+        raise UserError('these weights have no box head')
     return 'Mask R-CNN' if 'roi_heads.mask_predictor.mask_fcn_logits.weight' in tensors else 'Faster R-CNN'
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the tensors of an Ultralytics checkpoint without importing or executing anything that it names.
+"""Read the tensors of a pickled model without importing or executing anything that the file names.
 
-Such a file is a zip archive with one record per storage and a pickle of the whole model object. The pickle names
-classes of packages that are not installed here, and unpickling it without restrictions could run any code.
-:func:`read_ultralytics` resolves every name itself: storages, tensors and plain containers are built here, classes of
-known packages become empty shells that only hold their state, and all other names are rejected.
+A checkpoint of Ultralytics is a zip archive with one record per storage and a pickle of the whole model object. The
+pickle names classes of packages that are not installed here, and unpickling it without restrictions could run any code.
+:func:`read_archive` resolves every name itself: storages, tensors and plain containers are built here, classes of known
+packages become empty shells that only hold their state, and all other names are rejected.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ DTYPES = {
     'ByteStorage': torch.uint8,
     'BoolStorage': torch.bool,
 }
-# Packages of the classes in an Ultralytics model, and the functions that its loss and numpy scalars need.
-SHELL_PACKAGES = ('models.', 'ultralytics.', 'torch.nn.modules.')
+# Packages of the classes in a model of Ultralytics or torchvision, and the functions that its loss and numpy scalars
+# need. torchvision's training script stores its arguments.
+SHELL_PACKAGES = ('models.', 'ultralytics.', 'torch.nn.modules.', 'torch.nn.parallel.', 'torchvision.')
 SHELL_NAMES = {
+    ('argparse', 'Namespace'),
     ('torch', 'device'),
     ('_codecs', 'encode'),
     ('numpy', 'dtype'),
@@ -78,27 +80,53 @@ class Shell:
 
 
 @dataclass(frozen=True)
-class UltralyticsCheckpoint:
-    """Tensors and class names of a model in an Ultralytics checkpoint.
+class ForeignModel:
+    """Tensors of a model of another project, and what a pickled module says beside them.
 
     Attributes:
-        tensors: Parameters and buffers under Ultralytics' names, such as ``model.0.conv.weight``.
-        classes: Class names.
+        tensors: Parameters and buffers under the model's own names, such as ``model.0.conv.weight``.
+        classes: Class names, empty if it has none.
+        kind: Name of its class, such as ``'DetectionModel'``; empty for a state dict.
+        source: File that Ultralytics built it from, such as ``'yolo11n.yaml'``; empty if it names none.
+        epsilons: Epsilons of its batch norms; empty for a state dict.
     """
 
-    tensors: dict[str, Tensor]
-    classes: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    classes: tuple[str, ...] = ()
+    kind: str = ''
+    source: str = ''
+    epsilons: frozenset[float] = frozenset()
 
 
-def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
-    """Read the model of a checkpoint, or its EMA if there is one.
+def read_ultralytics(path: Path) -> ForeignModel:
+    """Read the model of an Ultralytics checkpoint, or its EMA if there is one.
 
     Args:
         path: A ``.pt`` file written by the training of YOLOv5 or Ultralytics.
 
     Raises:
         UserError: If the file is missing, damaged or of another kind, or if it names anything except tensors, plain
-            containers and classes of Ultralytics and torch.nn.
+            containers and classes of Ultralytics, torchvision and torch.nn.
+    """
+    checkpoint = read_archive(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a dict')
+    ema = checkpoint.get('ema')
+    model = checkpoint.get('model') if ema is None else ema
+    if not is_model(model):
+        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a model object')
+    return model_of(model, path)
+
+
+def read_archive(path: Path) -> Any:
+    """Read a file of ``torch.save``, with shells in place of the objects of known packages.
+
+    Args:
+        path: A zip archive as written by torch >= 1.6.
+
+    Raises:
+        UserError: If the file is missing, damaged or of another kind, or if it names anything except tensors, plain
+            containers and classes of Ultralytics, torchvision and torch.nn.
     """
     if not path.is_file():
         raise UserError(f'checkpoint {path} does not exist')
@@ -107,7 +135,7 @@ def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
         # Sizes are compared before anything is read: a compressed record may be of any size.
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            return _model_of(_Unpickler.open(archive).load(), path)
+            return _Unpickler.open(archive).load()
     except UserError:
         raise
     except zipfile.BadZipFile as error:
@@ -119,15 +147,39 @@ def read_ultralytics(path: Path) -> UltralyticsCheckpoint:
         raise UserError(f'checkpoint {path} is damaged: {shorten(describe_error(error), SHOWN_LENGTH)}') from error
 
 
-def _model_of(checkpoint: Any, path: Path) -> UltralyticsCheckpoint:
-    """Take the tensors and class names out of the content of a checkpoint."""
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a dict')
-    ema = checkpoint.get('ema')
-    model = checkpoint.get('model') if ema is None else ema
-    if not isinstance(model, Shell) or not isinstance(model.state, dict):
-        raise UserError(f'checkpoint {path} is not an Ultralytics checkpoint: it does not contain a model object')
-    return UltralyticsCheckpoint(dict(_named_tensors(model, path)), _class_names(model.state, path))
+def is_model(value: Any) -> TypeGuard[Shell]:
+    """Return whether a value of :func:`read_archive` is a module."""
+    return isinstance(value, Shell) and isinstance(value.state, dict) and '_modules' in value.state
+
+
+def model_of(model: Shell, path: Path) -> ForeignModel:
+    """Take the tensors, the class names and the kind out of a module.
+
+    Args:
+        model: A module as :func:`read_archive` returns it; a wrapper for several devices is removed.
+        path: Its file, for messages.
+
+    Raises:
+        UserError: If the module is damaged.
+    """
+    children = model.state.get('_modules')
+    if 'Parallel' in type(model).__name__ and isinstance(children, Mapping) and is_model(children.get('module')):
+        model = children['module']
+    try:
+        modules = list(_modules(model, path))
+        architecture = model.state.get('yaml')
+        source = architecture.get('yaml_file', '') if isinstance(architecture, Mapping) else ''
+        return ForeignModel(
+            dict(_named_tensors(modules)),
+            _class_names(model.state, path),
+            type(model).__name__,
+            Path(source).name if isinstance(source, str) else '',
+            frozenset(_epsilons(modules)),
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'checkpoint {path} is damaged: {shorten(describe_error(error), SHOWN_LENGTH)}') from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -187,9 +239,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _refuse(archive: zipfile.ZipFile, name: str) -> NoReturn:
+    # Fused models of Ultralytics bind another forward.
+    hint = '. If it is a fused model, give the file that training wrote' if name.endswith('.getattr') else ''
     raise UserError(
         f'checkpoint {archive.filename} refers to {name}, which the weights of a detector do not need. It could run '
-        'code, so the file is rejected'
+        f'code, so the file is rejected{hint}'
     )
 
 
@@ -208,8 +262,8 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _named_tensors(model: Shell, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers under the names of ``nn.Module.state_dict``."""
+def _modules(model: Shell, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the prefix and the state of each module, in the order of ``nn.Module.named_modules``."""
     # Modules that are still to be visited, with their ancestors: a module may occur twice, but not in itself.
     stack: list[tuple[str, Shell, tuple[int, ...]]] = [('', model, ())]
     visited = 0
@@ -228,12 +282,25 @@ def _named_tensors(model: Shell, path: Path) -> Iterator[tuple[str, Tensor]]:
                     f'checkpoint {path} is damaged: {kind} of its module {prefix or "model"} is a '
                     f'{type(state[kind]).__name__}, not a dict'
                 )
+        yield prefix, state
+        children = [(name, child) for name, child in state.get('_modules', {}).items() if isinstance(child, Shell)]
+        stack += [(f'{prefix}{name}.', child, (*ancestors, id(module))) for name, child in reversed(children)]
+
+
+def _named_tensors(modules: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers under the names of ``nn.Module.state_dict``."""
+    for prefix, state in modules:
         for kind in ('_parameters', '_buffers'):
             for name, tensor in state.get(kind, {}).items():
                 if isinstance(tensor, Tensor):
                     yield f'{prefix}{name}', tensor
-        children = [(name, child) for name, child in state.get('_modules', {}).items() if isinstance(child, Shell)]
-        stack += [(f'{prefix}{name}.', child, (*ancestors, id(module))) for name, child in reversed(children)]
+
+
+def _epsilons(modules: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[float]:
+    """Yield the epsilons of modules with a running variance."""
+    for _, state in modules:
+        if 'running_var' in state.get('_buffers', {}) and isinstance(state.get('eps'), int | float):
+            yield float(state['eps'])
 
 
 def _class_names(state: Mapping[str, Any], path: Path) -> tuple[str, ...]:

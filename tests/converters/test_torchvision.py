@@ -15,6 +15,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from mmzsq.converters.files import TORCHVISION_CONFIGS
 from mmzsq.converters.torchvision import UNNAMED, convert_torchvision
@@ -204,3 +205,58 @@ def test_other_detectors_are_refused_by_name(build: Any, message: str) -> None:
         model = build(weights=None, weights_backbone=None)
     with pytest.raises(UserError, match=message):
         convert_torchvision(model.state_dict())
+
+
+def smallest(variance: float, counted: bool) -> dict[str, Tensor]:
+    """The tensors that tell a RetinaNet, with one batch norm of which a channel has a variance."""
+    torch.manual_seed(0)
+    tensors = {
+        'backbone.body.layer1.0.conv2.weight': torch.zeros(64, 64, 3, 3),
+        'backbone.body.layer1.0.conv3.weight': torch.zeros(1),
+        'backbone.fpn.extra_blocks.p6.weight': torch.zeros(1, 256),
+        'head.classification_head.cls_logits.weight': torch.zeros(27, 1),
+        'head.classification_head.cls_logits.bias': torch.zeros(27),
+        'backbone.body.bn1.weight': torch.tensor([0.5, 0.1, 0.0]),
+        'backbone.body.bn1.bias': torch.randn(3),
+        'backbone.body.bn1.running_mean': torch.randn(3),
+        'backbone.body.bn1.running_var': torch.tensor([0.8, variance, 1e-12]),
+    }
+    if counted:
+        tensors['backbone.body.bn1.num_batches_tracked'] = torch.tensor(7)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ('variance', 'counted', 'given', 'eps', 'assumed'),
+    [
+        # As in torchvision's COCO weights, which a state dict does not tell.
+        (2e-5, False, None, 0.0, True),
+        # BatchNorm2d counts its batches.
+        (2e-5, True, None, 1e-5, False),
+        # The gain would be 1e5.
+        (1e-12, False, None, 1e-5, False),
+        (0.0, False, None, 1e-5, False),
+        (2e-5, False, 1e-5, 1e-5, False),
+        (2e-5, True, 1e-3, 1e-3, False),
+    ],
+)
+def test_batch_norms_have_the_epsilon_of_the_model(
+    variance: float, counted: bool, given: float | None, eps: float, assumed: bool
+) -> None:
+    tensors = smallest(variance, counted)
+    converted = convert_torchvision(tensors, eps=given)
+    assert ('--batch-norm-eps 1e-5' in converted.note) == assumed
+    reference = FrozenBatchNorm2d(3, eps=eps)
+    own = nn.BatchNorm2d(3).eval()
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    reference.load_state_dict({name: tensors[f'backbone.body.bn1.{name}'] for name in names})
+    own.load_state_dict(
+        {name: converted.state_dict[f'backbone.bn1.{name}'] for name in (*names, 'num_batches_tracked')}
+    )
+    images = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(own(images), reference(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_epsilon_without_a_finite_output_is_refused() -> None:
+    with pytest.raises(UserError, match='running_var holds 0'):
+        convert_torchvision(smallest(0.0, False), eps=0.0)

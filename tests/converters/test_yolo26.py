@@ -65,6 +65,8 @@ def test_the_family_is_found(plain: type[PlainYOLO11]) -> None:
     assert (is_yolo11(tensors), is_yolo26(tensors)) == (plain is PlainYOLO11, plain is PlainYOLO26)
 
 
-def test_other_tensors_are_taken_for_those_of_a_yolov5() -> None:
+def test_tensors_with_anchors_are_taken_for_those_of_a_yolov5() -> None:
     with pytest.raises(UserError, match='not a YOLOv5 detector'):
+        convert_detector({'model.0.conv.weight': torch.zeros(16, 3, 6, 6), 'model.24.anchors': torch.zeros(3, 3, 2)})
+    with pytest.raises(UserError, match='or YOLOv5 with anchors'):
         convert_detector({'model.0.conv.weight': torch.zeros(16, 3, 6, 6)})

@@ -17,8 +17,8 @@ from torch import nn
 
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.deploy import DeployReport, OnnxDetector, Session, detector_of, export, verify
+from mmzsq.deploy.agreement import agreement, detect
 from mmzsq.deploy.heads import parts_of
-from mmzsq.deploy.verify import agreement
 from mmzsq.errors import UserError
 from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
 
@@ -68,7 +68,7 @@ def test_predictions_equal_those_of_the_checkpoint(demo: Any, tmp_path: Path, ru
     export(detector, tmp_path / 'demo.onnx', size=(256, 256), raw=raw, classes=['a', 'b'])
     deployed = OnnxDetector(tmp_path / 'demo.onnx', cfg, runtime, threads=1)
     samples = [deployed._prepare(draw_scene(1, index).image) for index in range(3)]
-    assert agreement(detector, deployed.detector, samples) > 0.9
+    assert agreement(detect(detector, samples), detect(deployed.detector, samples)) > 0.9
     found = deployed([draw_scene(1, 0).image])[0].pred_instances
     assert len(found[found.scores > 0.3]) > 0
     assert deployed.detector.dataset_meta == dict(classes=('a', 'b'))
