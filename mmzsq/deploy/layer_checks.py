@@ -100,7 +100,13 @@ class _Call:
 
 @torch.no_grad()
 def check_layers(
-    detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
+    detector: nn.Module,
+    part: Part,
+    content: bytes,
+    inputs: Tensor,
+    runtime: str,
+    target: str,
+    on_check: Callable[[str], None] = lambda layer: None,
 ) -> tuple[list[LayerCheck], list[str]]:
     """Check every quantized layer of one file, and what lies between the layers.
 
@@ -111,6 +117,7 @@ def check_layers(
         inputs: Input of the part.
         runtime: The engine.
         target: Target that the file was written for.
+        on_check: Called with the name of a layer after each call of it was checked.
 
     Returns:
         One entry for each call of a layer, in the order of PyTorch's calls, and one sentence for each failure that
@@ -118,7 +125,12 @@ def check_layers(
     """
     pieces = _Pieces(detector, part, content, inputs, runtime, target)
     failures = pieces.check_quantizers()
-    with _watching(detector, pieces.check):
+
+    def check(call: _Call) -> None:
+        pieces.check(call)
+        on_check(call.name)
+
+    with _watching(detector, check):
         expected = part.module(inputs)
     failures += pieces.check_outputs(expected)
     return pieces.checks, failures

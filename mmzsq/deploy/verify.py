@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,6 +131,7 @@ def verify(
     threads: int = 0,
     classes: Sequence[str] | None = None,
     pipeline: Sequence[Mapping[str, Any]] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> VerifyReport:
     """Compare exported files with the detector they come from.
 
@@ -145,6 +146,8 @@ def verify(
         threads: Number of threads; 0 lets the runtime decide.
         classes: Class names as they were given to the export.
         pipeline: Test pipeline as it was given to the export.
+        on_progress: Called with a phase, the number of its steps that are done, and their total number: ``'layers'``
+            that were checked alone, and passes over the samples to compare ``'detections'``.
 
     Returns:
         The report; it names what fails.
@@ -153,6 +156,16 @@ def verify(
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     report = VerifyReport(runtime)
+    unchecked = {name for name, _ in quantized_layers(detector)}
+    total = len(unchecked)
+    on_progress('layers', 0, total)
+
+    def note(layer: str) -> None:
+        # A layer may run several times.
+        if layer in unchecked:
+            unchecked.remove(layer)
+            on_progress('layers', total - len(unchecked), total)
+
     try:
         generator = torch.Generator().manual_seed(0)
         if images is None:
@@ -162,7 +175,7 @@ def verify(
             content = Path(exported.files[part.name]).read_bytes()
             inputs = images if part.input_name == 'images' else torch.rand(part.example.shape, generator=generator)
             report.failures += check_metadata(detector, exported, content, classes, pipeline)
-            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target)
+            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target, note)
             report.layers += layers
             report.failures += failures
             session = Session(content, runtime, threads)
@@ -173,16 +186,20 @@ def verify(
                 report.float_layers += float_layers(session, content)
         _check_complete(detector, report)
         if samples and model is not None:
+            on_progress('detections', 0, NOISE_DRAWS + 2)
             deployed = detector_of(next(iter(exported.files.values())), model, runtime, threads)
             report.agreement, report.detections = compare_detections(detector, deployed, samples)
             report.images = len(samples)
+            on_progress('detections', 1, NOISE_DRAWS + 2)
             twin = copy.deepcopy(detector).to(memory_format=torch.channels_last)
             agreements = [agreement(detector, twin, samples)]
+            on_progress('detections', 2, NOISE_DRAWS + 2)
             for seed in range(NOISE_DRAWS):
                 disturbed = torch.Generator().manual_seed(seed)
                 rounded = _rounding_biases(twin, disturbed) if runtime == 'onnxruntime' else nullcontext()
                 with _disturbing(twin, disturbed), rounded:
                     agreements.append(agreement(detector, twin, samples))
+                on_progress('detections', seed + 3, NOISE_DRAWS + 2)
             report.self_agreement = min(agreements)
     finally:
         for module, training in modes.items():
