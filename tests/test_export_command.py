@@ -133,7 +133,8 @@ def test_verification_writes_its_numbers_and_passes(call: Tool, students: Path, 
 def test_a_benchmark_measures_the_file_beside_its_float_network(
     call: Tool, students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmzsq.deploy import speed
+    from mmzsq import deploy
+    from mmzsq.deploy import VerifyReport, speed
 
     # The float network comes first in each pair.
     times = iter(range(10**6))
@@ -142,7 +143,10 @@ def test_a_benchmark_measures_the_file_beside_its_float_network(
     monkeypatch.setattr(speed, '_run', lambda sessions, inputs: 30.0 if next(times) % 2 == 0 else 10.0)
     checkpoint = tmp_path / 'epoch_60.pth'
     checkpoint.write_bytes((students / 'w4.pth').read_bytes())
-    assert call(students / 'w4.py', checkpoint, '--size', 128, 128, '--verify', 1, '--benchmark') == 0
+    # Other tests verify.
+    monkeypatch.setattr(deploy, 'verify', lambda *args, **options: VerifyReport(args[3]))
+    teacher = ('--cfg-options', 'load_from=mmzsq://yolov5-p_shapes.safetensors')
+    assert call(students / 'w4.py', checkpoint, '--size', 128, 128, '--verify', 1, '--benchmark', *teacher) == 0
     entry = json.loads((tmp_path / 'deploy.json').read_text())['models']['epoch_60.onnx']['speed']
     assert (entry['float_ms'], entry['quantized_ms'], entry['ratio']) == (30.0, 10.0, 3.0)
     assert (entry['runtime'], entry['pairs'], entry['size']) == ('openvino', 2, [128, 128])
