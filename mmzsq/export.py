@@ -368,7 +368,7 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
 def _speed(student: Student, teacher: Any, exported: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Export the teacher beside the student, and measure both in the runtime of the target."""
     from mmzsq.deploy import export_float
-    from mmzsq.deploy.speed import measure_speed
+    from mmzsq.deploy.latency import measure_speed
 
     path = Path(next(iter(exported.files.values())))
     with _progress('full precision: ') as progress:

@@ -134,22 +134,22 @@ def test_a_benchmark_measures_the_file_beside_its_float_network(
     call: Tool, students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmzsq import deploy
-    from mmzsq.deploy import VerifyReport, speed
+    from mmzsq.deploy import VerifyReport, latency
 
     # The float network comes first in each pair.
     times = iter(range(10**6))
-    monkeypatch.setattr(speed, 'PAIRS', 2)
-    monkeypatch.setattr(speed, 'WARM_UP', 1)
-    monkeypatch.setattr(speed, '_run', lambda sessions, inputs: 30.0 if next(times) % 2 == 0 else 10.0)
+    monkeypatch.setattr(latency, 'PAIRS', 2)
+    monkeypatch.setattr(latency, 'WARM_UP', 1)
+    monkeypatch.setattr(latency, '_run', lambda sessions, inputs: 30.0 if next(times) % 2 == 0 else 10.0)
     checkpoint = tmp_path / 'epoch_60.pth'
     checkpoint.write_bytes((students / 'w4.pth').read_bytes())
     # Other tests verify.
     monkeypatch.setattr(deploy, 'verify', lambda *args, **options: VerifyReport(args[3]))
     teacher = ('--cfg-options', 'load_from=mmzsq://yolov5-p_shapes.safetensors')
-    assert call(students / 'w4.py', checkpoint, '--size', 128, 128, '--verify', 1, '--benchmark', *teacher) == 0
+    assert call(students / 'w4.py', checkpoint, '--verify', 1, '--benchmark', *teacher) == 0
     entry = json.loads((tmp_path / 'deploy.json').read_text())['models']['epoch_60.onnx']['speed']
     assert (entry['float_ms'], entry['quantized_ms'], entry['ratio']) == (30.0, 10.0, 3.0)
-    assert (entry['runtime'], entry['pairs'], entry['size']) == ('openvino', 2, [128, 128])
+    assert (entry['runtime'], entry['pairs'], entry['size']) == ('openvino', 2, [256, 256])
     plain = onnx.load(tmp_path / 'epoch_60.float.onnx')
     assert 'QuantizeLinear' not in {node.op_type for node in plain.graph.node}
 

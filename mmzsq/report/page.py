@@ -159,7 +159,7 @@ def speed_phrase(speed: Mapping[str, Any]) -> str:
     """Return a measured speed in a few words.
 
     Args:
-        speed: See :class:`mmzsq.deploy.speed.Speed`.
+        speed: See :class:`mmzsq.deploy.latency.Speed`.
     """
     ratio = speed['ratio']
     runtime = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')[speed['runtime']]

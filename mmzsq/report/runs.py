@@ -146,7 +146,7 @@ class Run:
 
     @cached_property
     def speed(self) -> dict[str, Any] | None:
-        """Speed of an exported file of the final model, see :class:`mmzsq.deploy.speed.Speed`; None if not measured.
+        """Speed of an exported file of the final model, see :class:`mmzsq.deploy.latency.Speed`; None if not measured.
 
         A file counts only as long as it is the one that was measured. It lies in the work_dir or the folder above.
         """
