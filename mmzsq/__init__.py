@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zero-shot quantization of object detectors: a plugin for MMDetection 3.x."""
 
-from mmzsq.requirements import check_packages
+import sys
+
+from mmzsq.requirements import MissingPackageError, check_packages
 from mmzsq.version import __version__
 
 # Before compat, which imports them.
-check_packages()
+try:
+    check_packages()
+except MissingPackageError as error:
+    # Python imports the package of `python -m mmzsq.train` under this name. A command ends with one message.
+    if sys.argv[:1] != ['-m']:
+        raise
+    sys.stderr.write(f'error: {error}\n')
+    sys.exit(2)
 
-from mmzsq import compat  # noqa: E402
+from mmzsq import compat
 
 compat.install()
 

@@ -30,24 +30,27 @@ from mmdet.registry import DATASETS, METRICS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 
 from mmzsq import cli
 from mmzsq.atomic_files import sha256, to_json, write_atomically
 from mmzsq.class_names import check_built_dataset, check_data, choose_classes
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
+from mmzsq.engine.console import PhaseProgress
 from mmzsq.errors import UserError
 from mmzsq.pipelines import frame_of
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.qat.student_checkpoint import load_student
 from mmzsq.registry import MODELS
+from mmzsq.report import write_report
+from mmzsq.report.runs import DEPLOY_FILE, RESULTS_FILE
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.tasks.detection_task import known_num_classes
 from mmzsq.version import __version__
 
-DEPLOY_FILE = 'deploy.json'
-"""File beside the exported ones with the numbers of their verification."""
+PHASES = dict(graphs='export', layers='verification of layers', detections='verification of detections', pairs='speed')
+"""Titles of the phases of export, verification and measurement."""
 M_MMAP_THRESHOLD = -3
 """Parameter of glibc's ``mallopt``, from malloc.h."""
 LARGE_BLOCK = 2**20
@@ -98,20 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     student = load(cfg, args.checkpoint)
     size = image_size(student) if args.size is None else (args.size[0], args.size[1])
     _log(f'size: {size[0]}x{size[1]} pixels (height x width){"" if args.size else ", from the test pipeline"}')
+    # A teacher that is missing ends the command before minutes go into the export.
+    teacher = student.detector.load_teacher() if args.benchmark else None
     start = time.perf_counter()
-    report = deploy.export(
-        student.detector,
-        path,
-        args.target,
-        size,
-        raw=args.raw,
-        dynamic_batch=args.dynamic_batch,
-        int4=args.int4,
-        nms=args.nms,
-        exporter=args.exporter,
-        classes=student.classes,
-        pipeline=student.pipeline,
-    )
+    with _progress() as progress:
+        report = deploy.export(
+            student.detector,
+            path,
+            args.target,
+            size,
+            raw=args.raw,
+            dynamic_batch=args.dynamic_batch,
+            int4=args.int4,
+            nms=args.nms,
+            exporter=args.exporter,
+            classes=student.classes,
+            pipeline=student.pipeline,
+            on_progress=progress.update,
+        )
     for name, file in report.files.items():
         _log(f'{file}: {report.bytes[name] / 1e6:.2f} MB')
     folded = sum(layer.batch_norm == 'folded' for layer in report.layers)
@@ -120,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f'{time.perf_counter() - start:.1f} s'
     )
     if args.verify:
-        _verify(student, report, runtimes, args)
+        _verify(student, report, runtimes, args, teacher)
     elif path.with_name(DEPLOY_FILE).is_file():
         # Its numbers may be those of the file that was replaced.
         record(path, None)
@@ -155,12 +162,25 @@ def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar='N',
         help='with --verify: also compare AP of checkpoint and files on the first N images of the test data',
     )
+    options.add_argument(
+        '--benchmark',
+        action='store_true',
+        help='with --verify: also export the teacher as NAME.float.onnx, and compare the speed of both on this CPU',
+    )
     args = options.parse_args(arguments)
     for name in ('verify', 'ap'):
         if getattr(args, name) < 0:
             raise UserError(f'--{name} is {getattr(args, name)}, but must be a number of images.')
     if args.ap and not args.verify:
         raise UserError('--ap belongs to --verify: give both, such as --verify 8 --ap 200.')
+    if args.benchmark and not args.verify:
+        raise UserError('--benchmark belongs to --verify: give both, such as --verify 8 --benchmark.')
+    if args.benchmark and args.nms:
+        raise UserError('--benchmark compares the networks alone: leave out --nms.')
+    if args.benchmark and args.target == 'tensorrt':
+        raise UserError(
+            '--benchmark measures on this CPU, but TensorRT runs on a GPU: leave it out, or give another --target.'
+        )
     return args
 
 
@@ -282,7 +302,12 @@ def synthetic_images(student: Student, count: int) -> tuple[list[str | np.ndarra
     return list(noise), f'images of random noise, because there is no calibration set in {root}'
 
 
-def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argparse.Namespace) -> None:
+def _progress(prefix: str = '') -> PhaseProgress:
+    titles = {phase: f'{prefix}{title}' for phase, title in PHASES.items()}
+    return PhaseProgress(MMLogger.get_current_instance(), titles, 'steps')
+
+
+def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argparse.Namespace, teacher: Any) -> None:
     """Compare the files with PyTorch in all runtimes, write ``deploy.json``, and exit with 1 if a check fails."""
     from mmzsq.deploy import verify
     from mmzsq.deploy.agreement import References
@@ -310,29 +335,62 @@ def _verify(student: Student, exported: Any, runtimes: Sequence[str], args: argp
     failures: list[str] = []
     references = References(student.detector.student, samples)
     for runtime in runtimes:
-        report = verify(
-            student.detector,
-            exported,
-            first,
-            runtime,
-            student.cfg.model.detector,
-            references,
-            threads=torch.get_num_threads(),
-            classes=student.classes,
-            pipeline=student.pipeline,
-        )
+        with _progress(f'{runtime}: ') as progress:
+            report = verify(
+                student.detector,
+                exported,
+                first,
+                runtime,
+                student.cfg.model.detector,
+                references,
+                threads=torch.get_num_threads(),
+                classes=student.classes,
+                pipeline=student.pipeline,
+                on_progress=progress.update,
+            )
         results['runtimes'][runtime] = report.to_dict()
         failures += [f'{runtime}: {failure}' for failure in report.failures]
         _log(_summary(runtime, report))
     if args.ap:
         results['ap'] = _accuracies(student, main, runtimes, args.ap)
+    if teacher is not None:
+        results['speed'] = _speed(student, teacher, exported, args)
     results['passed'] = not failures
     _log(f'numbers in {record(Path(main), results)}')
+    folder = Path(args.checkpoint).parent
+    if teacher is not None and (folder / RESULTS_FILE).is_file():
+        _log(f'report with the speed: {write_report([folder])}')
     if failures:
         shown = '\n'.join(f'  {failure}' for failure in failures[:20])
         sys.stderr.write(f'error: verification of {main} failed:\n{shown}\n')
         sys.exit(1)
     _log('verified')
+
+
+def _speed(student: Student, teacher: Any, exported: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Export the teacher beside the student, and measure both in the runtime of the target."""
+    from mmzsq.deploy import export_float
+    from mmzsq.deploy.latency import measure_speed
+
+    path = Path(next(iter(exported.files.values())))
+    with _progress('full precision: ') as progress:
+        plain = export_float(
+            teacher,
+            path.with_name(f'{path.stem}.float.onnx'),
+            exported.size,
+            raw=args.raw,
+            dynamic_batch=args.dynamic_batch,
+            exporter=args.exporter,
+            classes=student.classes,
+            pipeline=student.pipeline,
+            on_progress=progress.update,
+        )
+    with _progress() as progress:
+        speed = measure_speed(
+            student.detector, exported, plain, exported.target, torch.get_num_threads(), progress.update
+        )
+    _log(f'{speed}')
+    return speed.to_dict()
 
 
 def record(main: Path, results: Mapping[str, Any] | None) -> Path:

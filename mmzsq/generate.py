@@ -21,8 +21,8 @@ from mmengine.logging import MMLogger
 from mmzsq import cli
 from mmzsq.config.compose import detector_section
 from mmzsq.datasets.set_formats import Preprocessing, check_format, write_format
+from mmzsq.engine.console import ConsoleProgress
 from mmzsq.engine.forecast import forecast
-from mmzsq.engine.progress import PictureProgress
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, ProceduralGenerator
 from mmzsq.version import __version__
@@ -109,8 +109,10 @@ def _draw(args: argparse.Namespace) -> None:
     )
     with made.lock(lambda: logger.warning(f'another run makes the pictures in {made.root}: waiting until it ends')):
         missing = made.missing_shards()
-        progress = PictureProgress(logger, sum(map(made.shard_length, missing)))
-        generator.generate(made, missing, lambda shard: progress.update(made.shard_length(shard)))
+        with ConsoleProgress(
+            logger, 'procedural pictures', sum(map(made.shard_length, missing)), 'pictures'
+        ) as progress:
+            generator.generate(made, missing, lambda shard: progress.advance(made.shard_length(shard)))
         made.merge()
     logger.info(f'{args.procedural} pictures are in {made.root}')
     if out is not None:

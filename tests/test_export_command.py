@@ -130,6 +130,30 @@ def test_verification_writes_its_numbers_and_passes(call: Tool, students: Path, 
         assert all(layer['integers_equal'] and layer['difference'] < 1e-5 for layer in report['layers'])
 
 
+def test_a_benchmark_measures_the_file_beside_its_float_network(
+    call: Tool, students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmzsq import deploy
+    from mmzsq.deploy import VerifyReport, latency
+
+    # The float network comes first in each pair.
+    times = iter(range(10**6))
+    monkeypatch.setattr(latency, 'PAIRS', 2)
+    monkeypatch.setattr(latency, 'WARM_UP', 1)
+    monkeypatch.setattr(latency, '_run', lambda sessions, inputs: 30.0 if next(times) % 2 == 0 else 10.0)
+    checkpoint = tmp_path / 'epoch_60.pth'
+    checkpoint.write_bytes((students / 'w4.pth').read_bytes())
+    # Other tests verify.
+    monkeypatch.setattr(deploy, 'verify', lambda *args, **options: VerifyReport(args[3]))
+    teacher = ('--cfg-options', 'load_from=mmzsq://yolov5-p_shapes.safetensors')
+    assert call(students / 'w4.py', checkpoint, '--verify', 1, '--benchmark', *teacher) == 0
+    entry = json.loads((tmp_path / 'deploy.json').read_text())['models']['epoch_60.onnx']['speed']
+    assert (entry['float_ms'], entry['quantized_ms'], entry['ratio']) == (30.0, 10.0, 3.0)
+    assert (entry['runtime'], entry['pairs'], entry['size']) == ('openvino', 2, [256, 256])
+    plain = onnx.load(tmp_path / 'epoch_60.float.onnx')
+    assert 'QuantizeLinear' not in {node.op_type for node in plain.graph.node}
+
+
 def test_a_file_that_fails_ends_with_code_1_and_names_the_layer(
     call: Tool, students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +231,12 @@ MISTAKES = {
     'exporter': (('w4.py', 'w4.pth', '--exporter', 'torchskript'), "Did you mean 'torchscript'?"),
     'NMS of raw maps': (('w4.py', 'w4.pth', '--nms', '--raw'), 'export without --raw'),
     'AP without verification': (('w4.py', 'w4.pth', '--ap', '9'), '--ap belongs to --verify'),
+    'speed without verification': (('w4.py', 'w4.pth', '--benchmark'), '--benchmark belongs to --verify'),
+    'speed with NMS': (('w4.py', 'w4.pth', '--benchmark', '--verify', '1', '--nms'), 'leave out --nms'),
+    'speed of TensorRT': (
+        ('w4.py', 'w4.pth', '--benchmark', '--verify', '1', '--target', 'tensorrt'),
+        '--benchmark measures on this CPU',
+    ),
     'negative number': (('w4.py', 'w4.pth', '--verify', '-1'), '--verify is -1, but must be a number of images'),
 }
 

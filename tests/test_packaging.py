@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from email import message_from_string
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
@@ -69,8 +70,7 @@ def test_benchmarks_and_their_results_are_left_out(archive: ZipFile, repo: Path)
 
 def test_no_package_of_openmmlab_is_required(archive: ZipFile) -> None:
     """pip would write their files over those of other distributions, so they are extras."""
-    [name] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-    metadata = message_from_string(archive.read(name).decode())
+    metadata = read_metadata(archive)
     extras: dict[str, set[str]] = {}
     for line in metadata.get_all('Requires-Dist') or []:
         requirement, _, condition = line.partition(';')
@@ -102,6 +102,51 @@ def test_mmengine_alone_finds_the_pure_python_bases(installed: Path, tmp_path: P
         'assert "mmzsq" not in sys.modules; print(cfg.zsq.quantizer.w_bits, cfg.runner_type)'
     )
     assert run_python(installed, tmp_path, '-c', code) == '5 mmzsq.ZeroShotRunner'
+
+
+def test_the_commands_of_an_installed_wheel_run(installed: Path, repo: Path, tmp_path: Path) -> None:
+    """Without the repository: in an empty folder, from the files of the wheel alone."""
+    environment = run_python(installed, tmp_path, '-m', 'mmzsq.env')
+    assert f'mmzsq: {version_of(repo)}' in environment.splitlines()
+    assert '--rehearse' in run_python(installed, tmp_path, '-m', 'mmzsq.train', '--help')
+    (tmp_path / 'leaf.py').write_text(
+        "_base_ = ['mmzsq::shapes/yolov5-p_shapes.py', 'mmzsq::_base_/zsq_w4a4.py']\n"
+        "load_from = 'mmzsq://yolov5-p_shapes.safetensors'\n"
+    )
+    code = (
+        'import mmzsq; from mmengine.config import Config; from mmzsq.config import compose; '
+        'cfg = compose(Config.fromfile("leaf.py")); print(mmzsq.__file__, cfg.model.type, cfg.model.quantizer.w_bits)'
+    )
+    expected = f'{installed / "mmzsq" / "__init__.py"} mmzsq.ZeroShotDetector 4'
+    assert run_python(installed, tmp_path, '-c', code) == expected
+
+
+def test_a_command_without_mmdetection_ends_with_one_message(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / 'mmdet.py').write_text("raise ModuleNotFoundError('no module', name='mmdet')")
+    paths = os.pathsep.join(map(str, (tmp_path, installed)))
+    ended = subprocess.run(
+        [sys.executable, '-m', 'mmzsq.env'], env=dict(os.environ, PYTHONPATH=paths), capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and 'Traceback' not in ended.stderr
+    assert ended.stderr.startswith('error: mmdet is not installed.') and "pip install 'mmzsq[lite]'" in ended.stderr
+
+
+def test_the_long_description_is_the_readme(archive: ZipFile, repo: Path) -> None:
+    metadata = read_metadata(archive)
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+    assert metadata.get_payload().strip() == (repo / 'README.md').read_text().strip()
+    assert metadata['Version'] == version_of(repo)
+    pythons = {text.rpartition(' ')[2] for text in metadata.get_all('Classifier') or [] if ':: Python :: 3.' in text}
+    assert pythons == {'3.10', '3.11', '3.12', '3.13'} and metadata['Requires-Python'] == '>=3.10'
+
+
+def version_of(repo: Path) -> str:
+    return re.search("__version__ = '(.*)'", (repo / 'mmzsq' / 'version.py').read_text())[1]  # type: ignore[index]
+
+
+def read_metadata(archive: ZipFile) -> Any:
+    [name] = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
+    return message_from_string(archive.read(name).decode())
 
 
 def run_python(installed: Path, folder: Path, *arguments: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def export(
     exporter: str = 'torchscript',
     classes: Sequence[str] | None = None,
     pipeline: Sequence[Mapping[str, Any]] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> DeployReport:
     """Write a quantized detector as ONNX.
 
@@ -114,6 +115,7 @@ def export(
         exporter: ``'torchscript'`` or ``'dynamo'``.
         classes: Class names for the metadata. If None, they are read from ``detector.dataset_meta``.
         pipeline: Test pipeline of the config, for the metadata.
+        on_progress: Called with ``'graphs'``, the number of graphs that are traced and lowered, and their total number.
 
     Returns:
         Files, sizes and layers.
@@ -130,7 +132,9 @@ def export(
     if int4:
         _check_int4(detector)
     settings = _nms_settings(detector, raw, dynamic_batch) if nms else None
-    return _export(detector, path, target, size, raw, dynamic_batch, int4, exporter, classes, pipeline, settings)
+    return _export(
+        detector, path, target, size, raw, dynamic_batch, int4, exporter, classes, pipeline, settings, on_progress
+    )
 
 
 def export_float(
@@ -143,6 +147,7 @@ def export_float(
     exporter: str = 'torchscript',
     classes: Sequence[str] | None = None,
     pipeline: Sequence[Mapping[str, Any]] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> DeployReport:
     """Write a float detector as ONNX with the same inputs and outputs, to compare size, speed and detections.
 
@@ -155,6 +160,7 @@ def export_float(
         exporter: As of :func:`export`.
         classes: As of :func:`export`.
         pipeline: As of :func:`export`.
+        on_progress: As of :func:`export`.
 
     Returns:
         The report, with the target ``'float'`` and without layers.
@@ -165,7 +171,9 @@ def export_float(
     if any(True for _ in quantized_layers(detector)):
         raise UserError('The detector is quantized: use export, or build the detector of the float config.')
     check_exporter(exporter)
-    return _export(detector, path, FLOAT, size, raw, dynamic_batch, False, exporter, classes, pipeline, None)
+    return _export(
+        detector, path, FLOAT, size, raw, dynamic_batch, False, exporter, classes, pipeline, None, on_progress
+    )
 
 
 def _export(
@@ -180,6 +188,7 @@ def _export(
     classes: Sequence[str] | None,
     pipeline: Sequence[Mapping[str, Any]] | None,
     settings: NmsSettings | None,
+    on_progress: Callable[[str, int, int], None],
 ) -> DeployReport:
     path = Path(path)
     if path.suffix != '.onnx':
@@ -193,7 +202,8 @@ def _export(
     contents: dict[str, bytes] = {}
     layers: list[LayerExport] = []
     slow: list[str] = []
-    for part in parts:
+    on_progress('graphs', 0, len(parts))
+    for done, part in enumerate(parts, 1):
         built = build_part(detector, part, target, dynamic_batch, int4, exporter, common)
         if settings is not None:
             append_nms(built.model, settings)
@@ -211,6 +221,7 @@ def _export(
             )
             for use in built.uses
         ]
+        on_progress('graphs', done, len(parts))
     _warn_if_slow(target, slow, len(layers))
     make_directory(path.parent)
     # The main file, which names the others, comes last.

@@ -104,7 +104,13 @@ class _Call:
 
 @torch.no_grad()
 def check_layers(
-    detector: nn.Module, part: Part, content: bytes, inputs: Tensor, runtime: str, target: str
+    detector: nn.Module,
+    part: Part,
+    content: bytes,
+    inputs: Tensor,
+    runtime: str,
+    target: str,
+    on_check: Callable[[str], None] = lambda layer: None,
 ) -> tuple[list[LayerCheck], list[str]]:
     """Check every quantized layer of one file, and what lies between the layers.
 
@@ -115,6 +121,7 @@ def check_layers(
         inputs: Input of the part.
         runtime: The engine.
         target: Target that the file was written for.
+        on_check: Called with the name of a layer after each call of it was checked.
 
     Returns:
         One entry for each call of a layer, in the order of PyTorch's calls, and one sentence for each failure that
@@ -122,7 +129,12 @@ def check_layers(
     """
     pieces = _Pieces(detector, part, content, inputs, runtime, target)
     failures = pieces.check_quantizers()
-    with _watching(detector, pieces.check):
+
+    def check(call: _Call) -> None:
+        pieces.check(call)
+        on_check(call.name)
+
+    with _watching(detector, check):
         expected = part.module(inputs)
     failures += pieces.check_outputs(expected)
     return pieces.checks, failures
@@ -273,7 +285,7 @@ class _Pieces:
             return difference, fault
         difference = relative_difference(expected.cpu().numpy(), given, least)
         fault = f'differ from PyTorch by {difference:.1e} of the largest.'
-        if difference <= TOLERANCE or difference <= self._rounding(nodes, found, value, given):
+        if difference <= TOLERANCE or difference <= self._rounding(nodes, found, value, given, least):
             return difference, None
         if grid is not None and mean_difference(expected, _on_grid(expected, grid)) <= TOLERANCE:
             # PyTorch rounded the value to this grid already, for all its readers.
@@ -282,7 +294,9 @@ class _Pieces:
                 return on_grid, None
         return difference, fault
 
-    def _rounding(self, nodes: Sequence[NodeProto], found: Sequence[str], value: str, given: np.ndarray) -> float:
+    def _rounding(
+        self, nodes: Sequence[NodeProto], found: Sequence[str], value: str, given: np.ndarray, least: float
+    ) -> float:
         """Difference that the rounding of float32 explains: what it changes if all that enters is rounded once more.
 
         The softmax of attention amplifies the rounding of large products of queries and keys.
@@ -293,7 +307,7 @@ class _Pieces:
             name: x * (1 + rounding * torch.randint(-1, 2, x.shape, generator=generator).to(x))
             for name, x in ((name, self.values[name]) for name in found)
         }
-        return ROUNDING_FACTOR * relative_difference(given, self._run(nodes, changed, value))
+        return ROUNDING_FACTOR * relative_difference(given, self._run(nodes, changed, value), least)
 
     def _between(self, value: str, grid: ActivationGrid | None) -> tuple[list[NodeProto], list[str], bool]:
         """Collect the nodes between a value and outputs of layers.

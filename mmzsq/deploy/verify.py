@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -46,6 +46,8 @@ NOISE_FLOOR = 1e-5
 """Difference, relative to the mean, that is always allowed."""
 MAX_DISAGREEMENT = 0.1
 """Largest shortfall of the agreement on detections behind that of PyTorch with itself."""
+DETECTION_PASSES = NOISE_DRAWS + 2
+"""Passes over the samples that compare detections: of the file, and of PyTorch with other roundings."""
 WEIGHTED_KINDS = ('Convolution', 'GroupConvolution', 'Deconvolution', 'FullyConnected', 'MatMul')
 """Types of OpenVINO's executed operators that multiply by a weight."""
 
@@ -135,6 +137,7 @@ def verify(
     threads: int = 0,
     classes: Sequence[str] | None = None,
     pipeline: Sequence[Mapping[str, Any]] | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> VerifyReport:
     """Compare exported files with the detector they come from.
 
@@ -150,6 +153,8 @@ def verify(
         threads: Number of threads; 0 lets the runtime decide.
         classes: Class names as they were given to the export.
         pipeline: Test pipeline as it was given to the export.
+        on_progress: Called with a phase, the number of its steps that are done, and their total number: ``'layers'``
+            that were checked alone, and passes over the samples to compare ``'detections'``.
 
     Returns:
         The report; it names what fails.
@@ -158,6 +163,16 @@ def verify(
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     report = VerifyReport(runtime)
+    unchecked = {name for name, _ in quantized_layers(detector)}
+    total = len(unchecked)
+    on_progress('layers', 0, total)
+
+    def note(layer: str) -> None:
+        # A layer may run several times.
+        if layer in unchecked:
+            unchecked.remove(layer)
+            on_progress('layers', total - len(unchecked), total)
+
     try:
         generator = torch.Generator().manual_seed(0)
         if images is None:
@@ -167,7 +182,7 @@ def verify(
             content = Path(exported.files[part.name]).read_bytes()
             inputs = images if part.input_name == 'images' else torch.rand(part.example.shape, generator=generator)
             report.failures += check_metadata(detector, exported, content, classes, pipeline)
-            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target)
+            layers, failures = check_layers(detector, part, content, inputs, runtime, exported.target, note)
             report.layers += layers
             report.failures += failures
             session = Session(content, runtime, threads)
@@ -178,8 +193,10 @@ def verify(
                 report.float_layers += float_layers(session, content)
         _check_complete(detector, report)
         if references is not None and model is not None:
+            on_progress('detections', 0, DETECTION_PASSES)
             deployed = detector_of(next(iter(exported.files.values())), model, runtime, threads)
-            _compare_detections(report, references, detect(deployed, references.samples))
+            found = detect(deployed, references.samples)
+            _compare_detections(report, references, found, on_progress)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -200,17 +217,24 @@ def verify(
     return report
 
 
-def _compare_detections(report: VerifyReport, references: References, found: Sequence[InstanceData]) -> None:
+def _compare_detections(
+    report: VerifyReport,
+    references: References,
+    found: Sequence[InstanceData],
+    on_progress: Callable[[str, int, int], None],
+) -> None:
     """Enter the agreement on detections, and that of PyTorch with itself by as many draws as decide the check."""
     report.agreement = agreement(references.own, found)
     report.detections = sum(map(len, (*references.own, *found)))
     report.images = len(found)
     report.self_agreement = 1.0
     for draw in range(1 + NOISE_DRAWS):
+        on_progress('detections', draw + 1, DETECTION_PASSES)
         other = references.disturbed(draw, rounds_biases=report.runtime == 'onnxruntime')
         report.self_agreement = min(agreement(references.own, other), report.self_agreement)
         if report.agrees:
             break
+    on_progress('detections', DETECTION_PASSES, DETECTION_PASSES)
 
 
 def _check_complete(detector: nn.Module, report: VerifyReport) -> None:

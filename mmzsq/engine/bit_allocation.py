@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, master_only
 from torch import Tensor
 
-from mmzsq.engine.progress import AllocationProgress
+from mmzsq.atomic_files import to_json, write_atomically
+from mmzsq.engine.console import PhaseProgress
 from mmzsq.qat.sensitivity import measure_sensitivity
 from mmzsq.quantization.allocation import Budget, size_and_operations
 from mmzsq.quantization.config import Bits
+from mmzsq.report.runs import SENSITIVITY_FILE
+
+MEASURING = dict(bits='bits: initializing each number of bits', layers='bits: measuring layers')
+"""Titles of the phases of :func:`~mmzsq.qat.sensitivity.measure_sensitivity`."""
 
 
 def allocate_bits(runner: Any, measured_layers: int | None = None) -> None:
@@ -38,8 +44,11 @@ def allocate_bits(runner: Any, measured_layers: int | None = None) -> None:
     before = size_and_operations(detector.report, {})
     count = len(budget.layers[:measured_layers])
     runner.logger.info(f'bits: measuring {count} layers with each of {budget.candidates} bits')
-    progress = AllocationProgress(runner.logger)
-    bits, _ = allocate_within_budget(runner, budget, config.allocate.batches, progress.update, measured_layers)
+    with PhaseProgress(runner.logger, MEASURING, 'steps') as progress:
+        bits, sensitivity = allocate_within_budget(
+            runner, budget, config.allocate.batches, progress.update, measured_layers
+        )
+    _save_sensitivity(runner, budget, sensitivity[:measured_layers])
     detector.assign_bits(bits)
     after = size_and_operations(detector.report, {})
     runner.logger.info(
@@ -90,3 +99,19 @@ def allocate_within_budget(
     all_reduce(sensitivity, op='mean')
     chosen = budget.allocate(sensitivity)
     return {layer.name: bits for layer, bits in zip(budget.layers, chosen, strict=True)}, sensitivity
+
+
+@master_only
+def _save_sensitivity(runner: Any, budget: Budget, sensitivity: Tensor) -> None:
+    """Write how much the loss grows with each number of bits of each measured layer.
+
+    Args:
+        runner: The runner, whose work_dir gets the file.
+        budget: Layers and candidate bits.
+        sensitivity: Growth (L, C) of the loss for the first L layers and all C candidates.
+    """
+    rows = {
+        layer.name: {str(bits): float(f'{value:.4g}') for bits, value in zip(budget.candidates, row, strict=True)}
+        for layer, row in zip(budget.layers, sensitivity.tolist(), strict=False)
+    }
+    write_atomically(Path(runner.work_dir) / SENSITIVITY_FILE, to_json(dict(inputs=budget.inputs, layers=rows)))

@@ -26,6 +26,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from mmzsq.checkpoint import describe_error
+from mmzsq.engine.console import ConsoleProgress
 from mmzsq.engine.shared_errors import raise_on_all_ranks
 from mmzsq.errors import UserError
 
@@ -53,7 +54,7 @@ def check_evaluation(runner: Runner) -> str | None:
         return None
     absent = absent_data(runner)
     if absent is None:
-        with raise_on_all_ranks(), _unchanged_random_state():
+        with raise_on_all_ranks(), _unchanged_random_state(), _without_prints():
             try:
                 dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
                 if hasattr(dataset, 'full_init'):
@@ -170,7 +171,7 @@ def build_evaluation(runner: Runner) -> None:
     Args:
         runner: A runner with the config of a validation loop.
     """
-    with raise_on_all_ranks():
+    with raise_on_all_ranks(), _without_prints():
         runner._val_loop = runner.build_val_loop(runner._val_loop)
     _share_failures(runner.val_loop.evaluator)
 
@@ -193,7 +194,8 @@ def _share_failures(evaluator: Any) -> None:
         metric.compute_metrics = compute_metrics
 
     def evaluate(size: int) -> dict[str, Any]:
-        metrics = original(size)
+        with _without_prints():
+            metrics = original(size)
         if caught:
             raise caught[0]
         for name, value in metrics.items():
@@ -206,12 +208,24 @@ def _share_failures(evaluator: Any) -> None:
     evaluator.evaluate = evaluate
 
 
+def evaluation_progress(runner: Runner, title: str) -> ConsoleProgress:
+    """Return the progress of an evaluation, which counts batches.
+
+    Args:
+        runner: A runner with a built validation loop.
+        title: Name of the evaluation on the console.
+    """
+    dataloader = runner.val_loop.dataloader
+    return ConsoleProgress(runner.logger, title, len(dataloader), 'images', len(dataloader.dataset))
+
+
 @torch.no_grad()
-def evaluate(runner: Runner) -> dict[str, float]:
+def evaluate(runner: Runner, title: str = 'evaluation') -> dict[str, float]:
     """Evaluate the current model on the validation data, without calling hooks.
 
     Args:
         runner: A runner with a built validation loop.
+        title: Name of this evaluation on the console.
 
     Returns:
         Metrics by name.
@@ -222,12 +236,15 @@ def evaluate(runner: Runner) -> dict[str, float]:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.eval()
     loop = runner.val_loop
-    with raise_on_all_ranks():
-        for batch in loop.dataloader:
+    with raise_on_all_ranks(), evaluation_progress(runner, title) as progress:
+        for batch in progress.each(loop.dataloader):
             loop.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-    # pycocotools prints thirty lines for each model; the metrics are in the log and in the table of the run.
-    with redirect_stdout(io.StringIO()):
-        return scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+    return scalar_metrics(loop.evaluator.evaluate(len(loop.dataloader.dataset)))
+
+
+def _without_prints() -> redirect_stdout[io.StringIO]:
+    """Drop what pycocotools prints inside the block: some thirty lines a model, which log and results have too."""
+    return redirect_stdout(io.StringIO())
 
 
 def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

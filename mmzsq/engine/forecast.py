@@ -25,6 +25,7 @@ from mmengine.structures import InstanceData
 
 from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.datasets.collate import stack_images
+from mmzsq.engine.console import duration
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
 from mmzsq.errors import UserError
 from mmzsq.qat.student_checkpoint import uninitialized
@@ -308,11 +309,3 @@ def _peak_mb(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes, hours or days, for a message."""
-    for unit, length, longest in (('s', 1, 90), ('min', 60, 5400), ('h', 3600, 48 * 3600)):
-        if seconds < longest:
-            return f'{seconds / length:.{1 if unit == "h" else 0}f} {unit}'
-    return f'{seconds / 86400:.0f} days'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of a run: losses, throughput and previews of the synthesis, and the layers that bit allocation measures."""
+"""Progress of the synthesis: losses and throughput on the console, and previews on disk and in visualizer backends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from types import TracebackType
 import cv2
 import numpy as np
 from mmengine.dist import get_rank
-from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mmzsq.atomic_files import make_directory, to_json, write_atomically
+from mmzsq.engine.backends import Backends
+from mmzsq.engine.console import ConsoleProgress
 from mmzsq.errors import UserError
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, StepProgress
-from mmzsq.visualization import save_gallery
+from mmzsq.visualization import draw_gallery, save_gallery
 
 PREVIEW_IMAGES = 8
 
@@ -33,71 +32,9 @@ FORMING_STATES = 7
 FORMING_SIDE = 144
 """Side of these images, in pixels."""
 
-MEASURING = dict(bits='initializing each number of bits', layers='measuring layers')
-"""What happens in each phase of :func:`~mmzsq.qat.sensitivity.measure_sensitivity`."""
-
-
-class AllocationProgress:
-    """Logs how many layers bit allocation has measured, and the time that the others will take.
-
-    Args:
-        logger: Receives the lines.
-        log_seconds: Minimum time between two lines of a phase, in seconds.
-    """
-
-    def __init__(self, logger: MMLogger, log_seconds: float = 15.0) -> None:
-        self.logger = logger
-        self.log_seconds = log_seconds
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        """Log if it is time to, or if the phase has ended.
-
-        Args:
-            phase: A key of :data:`MEASURING`.
-            done: Steps of the phase that are done; 0 when it begins.
-            total: All steps of the phase.
-        """
-        now = time.perf_counter()
-        if done == 0:
-            self.start = self.logged = now
-        elif now - self.logged >= self.log_seconds or done == total:
-            self.logged = now
-            left = (now - self.start) / done * (total - done)
-            self.logger.info(f'bits: {MEASURING[phase]}, {done}/{total}, {done / total:.0%}, {left:.0f} s left')
-
-
-class PictureProgress:
-    """Logs how many procedural pictures are drawn.
-
-    Args:
-        logger: Receives the lines.
-        total: Number of pictures that this process draws.
-        log_seconds: Minimum time between two lines, in seconds.
-    """
-
-    def __init__(self, logger: MMLogger, total: int, log_seconds: float = 15.0) -> None:
-        self.logger = logger
-        self.total = total
-        self.log_seconds = log_seconds
-        self.done = 0
-        self.start = self.logged = time.perf_counter()
-
-    def update(self, pictures: int) -> None:
-        """Count pictures, and log if it is time to.
-
-        Args:
-            pictures: Number of pictures drawn since the last call.
-        """
-        self.done += pictures
-        now = time.perf_counter()
-        if now - self.logged >= self.log_seconds or self.done == self.total:
-            self.logged = now
-            rate = self.done / (now - self.start)
-            self.logger.info(f'procedural pictures: {self.done}/{self.total}, {rate:.3g} pictures/s')
-
 
 class SynthesisProgress:
-    """A progress bar on a terminal, log lines elsewhere, and previews on disk.
+    """Progress on the console, and previews on disk and in the visualizer backends of the run.
 
     Progress is measured in pixels times iterations, so that a step at 640 px counts as much as 16 steps at 160 px.
 
@@ -108,7 +45,7 @@ class SynthesisProgress:
         shards: Indices of the shards that this process generates.
         folder: Folder of the previews, one PNG per shard and stage, updated while the stage runs. It also gets the
             losses of each stage as JSON and, in ``forming``, some images of the first batch in several states.
-        log_seconds: Minimum time between two log lines, and between two previews of a stage, in seconds.
+        preview_seconds: Minimum time between two previews of a stage, in seconds.
         share: Share of the images that is synthesized.
     """
 
@@ -119,42 +56,34 @@ class SynthesisProgress:
         calibration_set: CalibrationSet,
         shards: Sequence[int],
         folder: Path,
-        log_seconds: float = 15.0,
+        preview_seconds: float = 15.0,
         share: float = 1.0,
     ) -> None:
         self.logger = runner.logger
+        self.backends = Backends(runner)
         self.calibration_set = calibration_set
         self.folder = folder
-        self.log_seconds = log_seconds
-        self.images = share * sum(calibration_set.shard_length(shard) for shard in shards)
-        self.total = self.images * sum(stage.work for stage in generator.stages)
-        self.done = 0.0
+        self.preview_seconds = preview_seconds
+        images = share * sum(calibration_set.shard_length(shard) for shard in shards)
+        total = images * sum(stage.work for stage in generator.stages)
+        self.progress = ConsoleProgress(runner.logger, 'synthesis', total, 'images', images)
         self._last = (-1, '', 0)
         self._previews = True
         self._losses: dict[str, list[float]] = {}
         self._forming: tuple[int, float] | None = None
-        console = Console()
-        self.bar = Progress(
-            TextColumn('[bold]synthesis'),
-            BarColumn(),
-            TextColumn('{task.percentage:>3.0f}% {task.description}'),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal or get_rank() != 0,
-        )
+        self._first_shard = shards[0] if shards else None
+        self._steps: dict[str, int] = {}
 
     def __enter__(self) -> SynthesisProgress:
-        self.start = self.logged = time.perf_counter()
+        self._previewed = time.perf_counter()
         self._write_preview(lambda: make_directory(self.folder))
-        self.bar.start()
-        self.task = self.bar.add_task('', total=self.total)
+        self.progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self.progress.__exit__(kind, error, trace)
 
     def update(self, shard: int, stage: Stage, step: StepProgress) -> None:
         """Update the progress bar, the log and the preview after some iterations of a batch.
@@ -168,30 +97,38 @@ class SynthesisProgress:
         same_batch = (last_shard, last_stage) == (shard, stage.name) and last_iteration < step.iteration
         steps = step.iteration - (last_iteration if same_batch else 0)
         self._last = (shard, stage.name, step.iteration)
-        self.done += steps * len(step.images) * stage.work / stage.iterations
-        now = time.perf_counter()
-        rate = self.done / (now - self.start)
-        losses = ' '.join(f'{name}={value:.4g}' for name, value in step.losses.items())
-        text = (
-            f'shard {shard} {stage.name} {step.iteration}/{step.iterations} {losses} '
-            f'{rate / self.total * self.images:.3g} images/s'
+        self.progress.advance(
+            steps * len(step.images) * stage.work / stage.iterations,
+            lambda: ' '.join(
+                (
+                    f'shard {shard} {stage.name} {step.iteration}/{step.iterations}',
+                    *(f'{name}={value:.4g}' for name, value in step.losses.items()),
+                )
+            ),
         )
-        self.bar.update(self.task, completed=self.done, description=text)
-        finished = step.iteration == step.iterations
-        # Calls are evenly spaced, and the last one may come before the last iteration.
-        last = step.iteration + steps > step.iterations
+        self._add_losses(stage, step, steps)
+        last = step.iteration == step.iterations
         self._keep_losses(shard, stage, step, same_batch, last)
         self._keep_state(shard, stage, step, last)
-        if now - self.logged < self.log_seconds and not finished:
+        now = time.perf_counter()
+        if now - self._previewed < self.preview_seconds and not last:
             return
-        self.logged = now
-        if self.bar.disable:
-            left = (self.total - self.done) / rate
-            self.logger.info(f'synthesis: {text}, {self.done / self.total:.0%}, {left:.0f} s left')
+        self._previewed = now
         images = _pixels(step.images[:PREVIEW_IMAGES])
         name = f'shard_{shard:05d}_{stage.name}.png'
         labels, classes = step.labels[:PREVIEW_IMAGES], self.calibration_set.classes
         self._write_preview(lambda: save_gallery(self.folder / name, images, labels, classes))
+        if last and shard == self._first_shard:
+            self.backends.add_image(
+                f'synthesis_{stage.name}', lambda: draw_gallery(images, labels, classes), step.iteration
+            )
+
+    def _add_losses(self, stage: Stage, step: StepProgress, steps: int) -> None:
+        """Add the losses to the backends, in one curve over all batches of a stage."""
+        position = self._steps[stage.name] = self._steps.get(stage.name, 0) + steps
+        self.backends.add_scalars(
+            {f'synthesis/{stage.name}_{name}': value for name, value in step.losses.items()}, position
+        )
 
     def _keep_losses(self, shard: int, stage: Stage, step: StepProgress, same_batch: bool, last: bool) -> None:
         """Collect the losses of a stage, and write them at its end."""

@@ -26,7 +26,8 @@ from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.checkpoint import describe_error
 from mmzsq.config import compose
 from mmzsq.config.rehearsal import EVALUATION_IMAGES, rehearsal_config
-from mmzsq.engine.forecast import StepCost, cost_lines, duration, stage_cost, train_cost
+from mmzsq.engine.console import duration
+from mmzsq.engine.forecast import StepCost, cost_lines, stage_cost, train_cost
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook, Source
 from mmzsq.engine.report import RESULTS_FILE
 from mmzsq.errors import UserError

@@ -30,11 +30,13 @@ from mmzsq.engine.evaluation import (
     damaged_image,
     describe,
     evaluate,
+    evaluation_progress,
     log_traceback,
     scalar_metrics,
 )
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
 from mmzsq.errors import UserError
+from mmzsq.patching import patched
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
@@ -252,19 +254,34 @@ def _evaluate_all(
             yield
 
     with row('float'), detector.predict_with_teacher():
-        metrics['float'] = evaluate(runner)
+        metrics['float'] = evaluate(runner, 'evaluation of the teacher')
     if not runner.max_iters:
         # Without training, the student is the PTQ baseline.
         with row('ptq'):
-            metrics['ptq'] = evaluate(runner)
+            metrics['ptq'] = evaluate(runner, 'evaluation of PTQ')
         return
     ptq = Path(runner.work_dir) / PTQ_FILE
     if ptq.is_file():
         with row('ptq'), _loaded_weights(detector, ptq):
-            metrics['ptq'] = evaluate(runner)
+            metrics['ptq'] = evaluate(runner, 'evaluation of PTQ')
     # The Runner's own loop calls the hooks, and EMAHook swaps in the averaged weights.
-    with row('zero_shot'):
+    with row('zero_shot'), _counted_batches(runner, 'evaluation of the student'):
         metrics['zero_shot'] = scalar_metrics(runner.val_loop.run())
+
+
+@contextmanager
+def _counted_batches(runner: Runner, title: str) -> Iterator[None]:
+    """Show the progress of MMEngine's validation loop inside the block."""
+    loop: Any = runner.val_loop
+    run_iter = loop.run_iter
+    with evaluation_progress(runner, title) as progress:
+
+        def run_and_count(*args: Any, **kwargs: Any) -> None:
+            run_iter(*args, **kwargs)
+            progress.advance(1)
+
+        with patched(loop, 'run_iter', run_and_count):
+            yield
 
 
 @contextmanager

@@ -11,8 +11,14 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
 
+from mmzsq.engine.backends import Backends
+from mmzsq.engine.console import ConsoleProgress
 from mmzsq.engine.random_state import random_state, set_random_state
 from mmzsq.registry import LOOPS
+from mmzsq.visualization import draw_steps
+
+SHOWN_STEPS = 4
+"""Histograms of the steps that visualizer backends get, evenly spaced over the training."""
 
 
 @LOOPS.register_module()
@@ -30,6 +36,24 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._batch = 0
         self._epoch_start: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
+
+    def run(self) -> Any:
+        """Train, and show the progress: the losses are read only when they are shown."""
+        self._backends = Backends(self.runner)
+        with ConsoleProgress(
+            self.runner.logger, 'training', self._max_iters, 'iterations', start=self._iter
+        ) as self._progress:
+            return super().run()
+
+    def _state(self) -> str:
+        """Return the epoch and the latest losses."""
+        latest = {
+            name.removeprefix('train/'): buffer.current()
+            for name, buffer in self.runner.message_hub.log_scalars.items()
+            if name.startswith('train/') and 'loss' in name
+        }
+        losses = (f'{name}={value:.4g}' for name, value in latest.items())
+        return ' '.join((f'epoch {self._epoch + 1}/{self._max_epochs}', *losses))
 
     def position(self) -> dict[str, Any]:
         """Return the position between two iterations. All processes must call this together.
@@ -90,6 +114,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             self.run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+        if self._epoch % max(self._max_epochs // SHOWN_STEPS, 1) == 0:
+            self._backends.add_image('steps', lambda: draw_steps(self.runner.detector.student), self._iter)
 
     def run_iter(self, idx: int, data_batch: Sequence[dict[str, Any]]) -> None:
         """Train on one batch.
@@ -102,3 +128,4 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         # As with one large batch, no update mixes two epochs, and a checkpoint of an epoch splits none.
         self.runner.detector.update_ends = self._batch == len(self.dataloader)
         super().run_iter(idx, data_batch)
+        self._progress.update(self._iter, self._state)

@@ -217,24 +217,32 @@ class ZeroShotDetector(BaseModel):
         self.assign_bits({name: bits for name, bits in found.items() if bits is not None})
 
     @torch.no_grad()
-    def initialize_quantizers(self, batches: Iterable[Any]) -> None:
+    def initialize_quantizers(
+        self,
+        batches: Iterable[Any],
+        on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    ) -> None:
         """Initialize the steps of uninitialized quantizers, see :func:`~mmzsq.quantization.calibrating`.
 
         Args:
             batches: Batches of the data loader. They run in eval mode.
+            on_progress: Called with a phase, the number of its steps that are done, and their total number:
+                ``'batches'`` that ran, input ``'factors'`` of layers, and ``'steps'`` of quantizers.
         """
         batches = list(batches)
 
         def run() -> None:
-            for batch in batches:
+            on_progress('batches', 0, len(batches))
+            for done, batch in enumerate(batches, 1):
                 data = self.data_preprocessor(batch, False)
                 self.student(data['inputs'], data['data_samples'], mode='tensor')
+                on_progress('batches', done, len(batches))
 
         training = self.training
         self.eval()
         if self.quantization_config.equalize:
-            equalize(self.student, run)
-        with calibrating(self.student):
+            equalize(self.student, run, on_progress)
+        with calibrating(self.student, on_progress):
             run()
         self.train(training)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -51,7 +51,9 @@ def step_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(
+    model: nn.Module, on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+) -> Iterator[None]:
     """Initialize quantizers from the batches that run through the model inside the block.
 
     Inside the block, uninitialized quantizers pass their input on in float and collect its statistics. At the end of
@@ -61,6 +63,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A prepared model, the same on every rank. All ranks must enter and leave the block.
+        on_progress: Called with ``'steps'``, the number of quantizers whose steps are set, and their total number, at
+            the end of the block.
 
     Raises:
         UserError: If a layer received no input on any rank, or an input that is not finite.
@@ -95,12 +99,14 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             f'The input of {", ".join(not_finite)} was infinite or NaN while calibrating: check the '
             'checkpoint and the images, or run without autocast.'
         )
-    for name, quantizer in pending.items():
+    on_progress('steps', 0, len(pending))
+    for done, (name, quantizer) in enumerate(pending.items(), 1):
         if quantizer in layer_of:
             grid = quantizer.initial_weight_grid(layer_of[quantizer].filters())
         else:
             grid = quantizer.initial_activation_grid(statistics.pop(name))
         quantizer.set_grid(_broadcast(grid))
+        on_progress('steps', done, len(pending))
 
 
 def _owners(names: Iterable[str]) -> list[str]:

@@ -130,7 +130,11 @@ def constant_input_scales(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
+def equalize(
+    model: nn.Module,
+    run: Callable[[], Any],
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> None:
     """Choose the input factors of all uninitialized layers that have some, and multiply their weights by them.
 
     All processes get the factors of rank 0.
@@ -138,6 +142,7 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
     Args:
         model: A prepared model with the weights of the float model.
         run: Runs images through the model.
+        on_progress: Called with ``'factors'``, the number of layers whose factors are chosen, and their total number.
     """
     layers = [
         layer
@@ -155,7 +160,8 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
         for layer in layers:
             undo.enter_context(_sampling(layer, samples[layer], generator))
         run()
-    for layer in layers:
+    on_progress('factors', 0, len(layers))
+    for done, layer in enumerate(layers, 1):
         rows = samples.pop(layer)
         scale = best_scale(layer, torch.cat(rows)[:MAX_ROWS]) if rows else torch.ones_like(_scale_of(layer))
         if dist.is_available() and dist.is_initialized():
@@ -167,6 +173,7 @@ def equalize(model: nn.Module, run: Callable[[], Any]) -> None:
         else:
             _scale_of(layer).mul_(scale)
             layer.weight.copy_(scaled_weight(layer, scale))
+        on_progress('factors', done, len(layers))
 
 
 @torch.no_grad()

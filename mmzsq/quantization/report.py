@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -151,6 +152,13 @@ class QuantizationReport:
         if self.float_values:
             model['float_values'] = self.float_values
         return {'model': model, 'layers': layers}
+
+    def summary(self) -> str:
+        """Return one line: how many layers have which bits, and the size of the model."""
+        layers = [layer for layer in self.layers if layer.type != 'Parameter']
+        counts = Counter(f'W{layer.w_bits}A{layer.a_bits}' if layer.quantized else 'float' for layer in layers)
+        bits = ', '.join(f'{count} {name}' for name, count in counts.most_common())
+        return f'{len(layers)} layers ({bits}), {self.size_before:.2f} MB -> {self.size_after:.2f} MB'
 
     def to_table(self) -> str:
         """Return the report as text: a header, one line per layer, and one or two lines about the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ def render(
     loader: Any = environment.loader
     run = runs[0]
     detections = run.details.get('detections') or {}
-    data = dict(
+    data: dict[str, Any] = dict(
         classes=run.classes,
         layers=run.layers,
+        paste=paste_header(run),
         images=[_compared(run, row) for row in detections.get('images', [])],
         gallery=gallery(run, gallery_images),
         forming=[dict(stage=stage, iteration=step, src=jpeg_uri(file)) for stage, step, file in run.forming()],
@@ -109,7 +110,7 @@ def render(
         # Text from files must not end the script element.
         data=Markup(json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')),
         has=dict(layers=bool(data['layers']), images=bool(data['images']), gallery=bool(data['gallery']),
-                 forming=bool(data['forming'])),
+                 forming=bool(data['forming']), sensitivity=any('sensitivity' in layer for layer in data['layers'])),
         style=Markup(loader.get_source(environment, 'report.css')[0]),
         script=Markup(loader.get_source(environment, 'report.js')[0]),
     )  # fmt: skip
@@ -147,9 +148,44 @@ def verdict(run: Run, group: Group) -> str:
         text = f'{run.bits} has {size}; its accuracy was not measured'
     else:
         text = f'{run.bits} keeps {after[0] / before[0]:.0%} of the accuracy at {size}'
+    if run.speed is not None:
+        text = f'{text}; {speed_phrase(run.speed)}'
     if run.trained_on_real:
         return f'{text}; this run learned from real images, as a comparison.'
     return f'{text}; no image of yours was read to quantize it.'
+
+
+def speed_phrase(speed: Mapping[str, Any]) -> str:
+    """Return a measured speed in a few words.
+
+    Args:
+        speed: See :class:`mmzsq.deploy.latency.Speed`.
+    """
+    ratio = speed['ratio']
+    runtime = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')[speed['runtime']]
+    if 0.95 < ratio < 1.05:
+        return f'as fast as float on this CPU in {runtime}'
+    return (
+        f'{ratio:.1f}x faster on this CPU in {runtime}'
+        if ratio > 1
+        else (f'{1 / ratio:.1f}x slower on this CPU in {runtime}')
+    )
+
+
+def paste_header(run: Run) -> list[str]:
+    """Return the first and the last lines of a config that inherits from that of a run and keeps layers at 8 bits.
+
+    The lines of the layers go between them, such as ``'backbone.conv1': 8,``.
+    """
+    config = Path(run.results.get('config') or 'config.py')
+    try:
+        pure_python = 'read_base()' in config.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError):
+        pure_python = False
+    if pure_python:
+        base = f'from mmengine.config import read_base\n\nwith read_base():\n    from .{config.stem} import *\n\n'
+        return [f'{base}zsq.merge(dict(quantizer=dict(overrides={{', '})))']
+    return [f'_base_ = {[f"./{config.name}"]!r}\nzsq = dict(quantizer=dict(overrides={{', '}))']
 
 
 def best_verdict(groups: Sequence[Group]) -> str:
@@ -225,6 +261,9 @@ def provenance(run: Run) -> dict[str, str]:
         'checkpoint': results.get('checkpoint'),
         'device': results.get('device'),
         'images of the evaluation': results.get('evaluation_images'),
+        'speed': run.speed
+        and f'{run.speed["file"]}, {run.speed["pairs"]} alternating pairs with float, '
+        f'{run.speed["size"][0]}x{run.speed["size"][1]} pixels, {run.speed["threads"]} threads, {run.speed["cpu"]}',
         **results['versions'],
     }
     return {name: str(value) for name, value in rows.items() if value not in (None, '')}

@@ -13,10 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmzsq.atomic_files import sha256
 from mmzsq.errors import UserError
 from mmzsq.report.boxes_of_sets import set_labels
 
 RESULTS_FILE = 'results.json'
+DEPLOY_FILE = 'deploy.json'
+"""File beside exported ones with the numbers of their verification."""
+SENSITIVITY_FILE = 'sensitivity.json'
+"""File in the work_dir with how much the loss grows with each number of bits of each layer, if bits were allocated."""
 FOLDER = 'report'
 DETAILS_FILE = 'details.json'
 ROWS = dict(float='Full precision', ptq='PTQ', zero_shot='Student')
@@ -125,11 +130,37 @@ class Run:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Layers of the student; without measurements if the run made none."""
-        if self.details.get('layers'):
-            return list(self.details['layers'])
-        rows = _read(self.path / 'quantization_report.json').get('layers', [])
-        return [{key: row[key] for key in row if key not in ('weight', 'input', 'output')} for row in rows]
+        """Layers of the student; without measurements if the run made none.
+
+        Layers whose sensitivity was measured, to allocate bits, have ``sensitivity``: growth of the loss by bits.
+        """
+        rows = [dict(row) for row in self.details.get('layers') or []]
+        if not rows:
+            report = _read(self.path / 'quantization_report.json').get('layers', [])
+            rows = [{key: row[key] for key in row if key not in ('weight', 'input', 'output')} for row in report]
+        measured = _read(self.path / SENSITIVITY_FILE).get('layers', {})
+        for row in rows:
+            if row['name'] in measured:
+                row['sensitivity'] = measured[row['name']]
+        return rows
+
+    @cached_property
+    def speed(self) -> dict[str, Any] | None:
+        """Speed of an exported file of the final model, see :class:`mmzsq.deploy.latency.Speed`; None if not measured.
+
+        A file counts only as long as it is the one that was measured. It lies in the work_dir or the folder above.
+        """
+        for folder in (self.path, self.path.resolve().parent):
+            for name, entry in (_read(folder / DEPLOY_FILE).get('models') or {}).items():
+                if entry.get('speed') and self._is_final(entry) and _digest(folder / name) == entry.get('sha256'):
+                    return dict(entry['speed'], file=name)
+        return None
+
+    def _is_final(self, entry: Mapping[str, Any]) -> bool:
+        """Return whether a file was exported from the checkpoint of the results."""
+        checkpoint = Path(str(entry.get('checkpoint')))
+        same_folder = checkpoint.resolve().parent == self.path.resolve()
+        return same_folder and checkpoint.name == self.results.get('checkpoint')
 
     @property
     def last_row(self) -> str:
@@ -172,6 +203,10 @@ class Run:
             place = known.index(stage) if stage in known else 10 + order.get(stage, 9)
             found.append((place, int(iteration), stage, path))
         return [(stage, iteration, path) for _, iteration, stage, path in sorted(found)]
+
+
+def _digest(path: Path) -> str | None:
+    return sha256(path.read_bytes()) if path.is_file() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -238,7 +238,8 @@ class Synthesizer:
             start: Initial images in [0, 1], (N, 3, any height, any width), which are resized; None: noise.
             lr: Learning rate; None: that of the synthesizer.
             sampler: If given and adaptive, corrects the labels by the detector's predictions during optimization.
-            on_progress: Called about twenty times, or never if ``iterations`` is 0.
+            on_progress: Called about twenty times, the last time after the last iteration, or never if ``iterations``
+                is 0.
 
         Returns:
             The finished batch.
@@ -295,6 +296,7 @@ class Synthesizer:
         counts = asdict(RelabelCounts())
         best_loss = torch.full((), math.inf, device=self.task.device)
         best_images = step.images.detach().clone() if self.keep == 'best' else None
+        losses: dict[str, float] = {}
         for iteration in range(iterations):
             if sampler is not None and sampler.adaptive and sampler.should_relabel(iteration):
                 labels, relabeled = sampler.relabel(labels, self.predict(step.images), image_size)
@@ -314,12 +316,12 @@ class Synthesizer:
                 total = torch.stack(list(step.losses.values())).sum()
                 best_images = torch.where(total < best_loss, before, best_images)
                 best_loss = torch.minimum(total, best_loss)
-            if (iteration + 1) % max(iterations // 20, 1) == 0:
+            done = iteration + 1
+            if done % max(iterations // 20, 1) == 0 or done == iterations:
                 losses = self._finite_losses(step, iteration)
                 if on_progress is not None:
-                    on_progress(StepProgress(iteration + 1, iterations, losses, step.images.detach(), labels))
+                    on_progress(StepProgress(done, iterations, losses, step.images.detach(), labels))
         result = step.images.detach() if best_images is None else best_images
-        losses = self._finite_losses(step, iterations)
         seconds = time.perf_counter() - start
         factors = {} if step.balance is None else step.balance.values()
         return SynthesisResult(result.clamp(0, 1), labels, losses, seconds, step.captured, counts, factors)

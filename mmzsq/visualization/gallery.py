@@ -79,13 +79,30 @@ def draw_mask(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int])
     canvas[outline] = color
 
 
+def draw_gallery(
+    images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[InstanceData], classes: Sequence[str]
+) -> np.ndarray:
+    """Draw all images in order, on a grid about twice as wide as high.
+
+    Args:
+        images: uint8 RGB, (H, W, 3) each.
+        labels: One entry for each image, see :func:`draw_labels`.
+        classes: Category names.
+
+    Returns:
+        uint8 RGB, (H', W', 3).
+    """
+    tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
+    return _sheet(tiles, min(len(tiles), math.ceil(math.sqrt(2 * len(tiles)))))
+
+
 def save_gallery(
     path: str | os.PathLike[str],
     images: Sequence[np.ndarray] | np.ndarray,
     labels: Sequence[InstanceData],
     classes: Sequence[str],
 ) -> None:
-    """Write a PNG with all images in order, on a grid about twice as wide as high.
+    """Write a PNG with all images, see :func:`draw_gallery`.
 
     Args:
         path: The file; replaced atomically.
@@ -96,8 +113,7 @@ def save_gallery(
     Raises:
         UserError: If the file cannot be written.
     """
-    tiles = [draw_labels(image, instances, classes) for image, instances in zip(images, labels, strict=True)]
-    _save(path, _sheet(tiles, min(len(tiles), math.ceil(math.sqrt(2 * len(tiles))))))
+    _save(path, draw_gallery(images, labels, classes))
 
 
 def save_set_gallery(path: str | os.PathLike[str], root: str | os.PathLike[str], indices: Iterable[int]) -> None:

@@ -209,7 +209,7 @@ def test_rows_that_were_measured_are_kept(make_config: Any, call: Any, monkeypat
 
     rows: list[dict[str, float]] = []
 
-    def fail_second(runner: Any) -> dict[str, float]:
+    def fail_second(runner: Any, title: str) -> dict[str, float]:
         if rows:
             raise MemoryError
         rows.append(evaluate(runner))
@@ -228,7 +228,7 @@ def test_rows_that_were_measured_are_kept(make_config: Any, call: Any, monkeypat
 def test_ctrl_c_in_the_evaluation_leaves_the_results(make_runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmzsq.engine import report
 
-    def interrupt(runner: Any) -> None:
+    def interrupt(runner: Any, title: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, 'evaluate', interrupt)

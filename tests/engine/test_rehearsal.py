@@ -22,7 +22,6 @@ from mmzsq.datasets import FirstImages
 from mmzsq.engine import ZeroShotRunner
 from mmzsq.engine import rehearsal as module
 from mmzsq.engine.hooks.calibration_set_hook import CalibrationSetHook
-from mmzsq.engine.progress import AllocationProgress
 from mmzsq.engine.rehearsal import rehearse
 from mmzsq.errors import UserError
 from mmzsq.synthesis.priors import BNStatisticsPrior, TotalVariationPrior
@@ -84,7 +83,9 @@ def test_a_rehearsal_runs_all_stages_and_leaves_the_run_alone(make_config: Any) 
     assert written['estimate']['num_images'] == 100 and len(written['checks']) == len(made.checks)
     [log] = Path('out/rehearsal').glob('*/*.log')
     text = log.read_text()
-    assert 'bits: measuring layers, 2/2, 100%, 0 s left' in text
+    assert 'bits: measuring layers: 2/2, ' in text
+    measured = json.loads(Path('out/rehearsal/sensitivity.json').read_text())['layers']
+    assert len(measured) == 2 and all(growth.keys() == {'2', '8'} for growth in measured.values())
     assert 'whole run: 100 images and training in about' in text and 'not part of a rehearsal' in text
 
 
@@ -211,15 +212,3 @@ def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_first_images_of_any_data_set() -> None:
     assert list(FirstImages(range(5), 2)) == [0, 1] and len(FirstImages(range(5), 2)) == 2
     assert list(FirstImages(range(1), 2, seed=3)) == [0]
-
-
-def test_allocation_logs_its_progress_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr('mmzsq.engine.progress.time.perf_counter', lambda: now[0])
-    lines: list[str] = []
-    progress = AllocationProgress(SimpleNamespace(info=lines.append), log_seconds=15.0)  # type: ignore[arg-type]
-    for done in range(5):
-        now[0] = 10.0 * done
-        progress.update('layers', done, 4)
-    # After 20 seconds, not after 10 or 30; and at the end.
-    assert lines == ['bits: measuring layers, 2/4, 50%, 20 s left', 'bits: measuring layers, 4/4, 100%, 0 s left']

@@ -18,10 +18,15 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from torch import tensor
 from torchvision.ops import box_iou
 
+from mmzsq.atomic_files import sha256
+from mmzsq.config import compose
 from mmzsq.errors import UserError
+from mmzsq.registry import MODELS
 from mmzsq.report import Run, write_card, write_report
 from mmzsq.report.boxes_of_sets import relative_size
 from mmzsq.report.figures import thresholds
@@ -186,6 +191,57 @@ def test_verdict(tmp_path: Path) -> None:
     assert 'no image of yours' not in verdict(run, Group([run]))
 
 
+SPEED = dict(
+    runtime='openvino', float_ms=10.0, quantized_ms=4.8, ratio=2.1, pairs=50, threads=1, cpu='A CPU', size=[640, 640]
+)
+
+
+def write_speed(folder: Path, checkpoint: Path, **changes: Any) -> None:
+    """Write an exported file and the numbers that ``mmzsq.export --benchmark`` leaves beside it."""
+    (folder / 'student.onnx').write_bytes(b'file')
+    entry = dict(sha256=sha256(b'file'), checkpoint=str(checkpoint), passed=True, speed=dict(SPEED, **changes))
+    (folder / 'deploy.json').write_text(json.dumps(dict(passed=True, models={'student.onnx': entry})))
+
+
+@pytest.mark.parametrize('place', ['.', '..'])
+def test_verdict_has_the_measured_speed(tmp_path: Path, place: str) -> None:
+    folder = make_run(tmp_path / 'run')
+    write_speed(folder / place, folder / 'epoch_2.pth')
+    page = write_report([folder]).read_text()
+    assert 'at 1/6.4 of the size; 2.1x faster on this CPU in OpenVINO; no image of yours' in page
+    assert '4.80 ms' in page and 'from 10.00 ms' in page and 'A CPU' in page
+    assert '2.1x faster' in write_card(folder).read_text()
+
+
+@pytest.mark.parametrize(('ratio', 'words'), [(0.5, '2.0x slower'), (1.02, 'as fast as float')])
+def test_a_file_that_is_not_faster_is_said_to_be_so(tmp_path: Path, ratio: float, words: str) -> None:
+    folder = make_run(tmp_path / 'run')
+    write_speed(folder, folder / 'epoch_2.pth', ratio=ratio)
+    assert words in verdict(Run.load(folder), Group([Run.load(folder)]))
+
+
+def test_the_speed_of_another_file_or_checkpoint_does_not_count(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / 'run')
+    write_speed(folder, folder / 'epoch_1.pth')
+    assert Run.load(folder).speed is None
+    write_speed(folder, tmp_path / 'other' / 'epoch_2.pth')
+    assert Run.load(folder).speed is None
+    write_speed(folder, folder / 'epoch_2.pth')
+    assert Run.load(folder).speed == dict(SPEED, file='student.onnx')
+    (folder / 'student.onnx').write_bytes(b'exported again')
+    assert Run.load(folder).speed is None
+
+
+def test_layers_have_the_sensitivity_that_an_allocation_measured(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / 'run')
+    assert '<th>sensitivity</th>' not in write_report([folder]).read_text()
+    growth = {'2': 0.5, '8': 0.001}
+    (folder / 'sensitivity.json').write_text(json.dumps(dict(inputs=True, layers={'backbone.0': growth})))
+    layers = {layer['name']: layer for layer in Run.load(folder).layers}
+    assert layers['backbone.0']['sensitivity'] == growth and 'sensitivity' not in layers['head']
+    assert '<th>sensitivity</th>' in write_report([folder]).read_text()
+
+
 def test_card_has_valid_front_matter(tmp_path: Path) -> None:
     card = write_card(make_run(tmp_path / 'run')).read_text()
     front = yaml.safe_load(card.split('---\n')[1])
@@ -312,3 +368,67 @@ def test_page_fits_its_window(tmp_path: Path, browse: Callable[..., tuple[str, l
     pixels = cv2.imread(str(picture))
     assert pixels.shape == (900, width, 3)
     assert pixels.std() > 10
+
+
+SELECT_WORST = "<script>document.querySelector('#worst').click();</script></body>"
+
+
+class _Paste(HTMLParser):
+    """Collects the block to paste."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ''
+        self.depth = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == 'div':
+            self.depth = self.depth + 1 if self.depth or dict(attrs).get('id') == 'paste' else 0
+        self.in_pre = tag == 'pre'
+
+    def handle_endtag(self, tag: str) -> None:
+        self.depth -= tag == 'div' and self.depth > 0
+        self.in_pre = False
+
+    def handle_data(self, data: str) -> None:
+        if self.depth and self.in_pre:
+            self.text += data
+
+
+@pytest.mark.parametrize('is_pure_python', [False, True])
+def test_pasting_the_block_keeps_the_layers_at_8_bits(
+    tmp_path: Path, browse: Callable[..., tuple[str, list[str]]], is_pure_python: bool
+) -> None:
+    config = tmp_path / 'leaf_w4a4.py'
+    if is_pure_python:
+        config.write_text(
+            'from mmengine.config import read_base\n\nwith read_base():\n    from mmzsq.configs.zsq_w4a4 import *\n'
+        )
+    else:
+        overrides = "zsq = dict(quantizer=dict(overrides={'backbone.stage*': 5}))"
+        bases = "['mmzsq::shapes/yolov5-p_shapes.py', 'mmzsq::_base_/zsq_w4a4.py']"
+        config.write_text(f'_base_ = {bases}\n{overrides}\n')
+    run = make_run(tmp_path / 'run')
+    content = dict(results(), config=str(config))
+    (run / 'results.json').write_text(json.dumps(content))
+    names = ['backbone.stage1.0.conv', 'bbox_head.convs.0']
+    measured = DETAILS['layers'][0]  # type: ignore[index]
+    rows = [dict(measured, name=name) for name in names]
+    kept = [dict(measured, name='backbone.stem.conv', w_bits=8, a_bits=8), DETAILS['layers'][1]]  # type: ignore[index]
+    (run / 'report' / 'details.json').write_text(json.dumps(dict(DETAILS, layers=[*rows, *kept])))
+    page = write_report([run])
+    page.write_text(page.read_text().replace('</body>', SELECT_WORST))
+    parser = _Paste()
+    parser.feed(browse(page, '--dump-dom')[0])
+    (tmp_path / 'pasted.py').write_text(parser.text)
+    cfg = Config.fromfile(tmp_path / 'pasted.py')
+    assert cfg.zsq.quantizer.w_bits == 4
+    overrides = dict(cfg.zsq.quantizer.overrides)
+    assert {name: overrides[name] for name in names} == dict.fromkeys(names, 8)
+    # Neither a layer that has 8 bits nor one that is float.
+    assert overrides.keys() - set(names) == (set() if is_pure_python else {'backbone.stage*'})
+    if not is_pure_python:
+        register_all_modules()
+        layers = {layer.name: layer for layer in MODELS.build(compose(cfg).model).report.layers}
+        assert (layers[names[0]].w_bits, layers[names[0]].a_bits) == (8, 8)
+        assert layers['backbone.stage1.1.main_conv.conv'].w_bits == 5

@@ -171,6 +171,14 @@ def test_progress_reports_iterations_losses_and_images() -> None:
     assert seen[-1].losses == result.losses and torch.equal(seen[-1].images, result.images)
 
 
+def test_the_last_progress_is_the_state_after_the_last_iteration() -> None:
+    """Also if the iterations are no multiple of the distance between two reports."""
+    seen = []
+    result = Synthesizer(BrightBoxes(), []).run(LABELS, SIZE, 47, seed=0, on_progress=seen.append)
+    assert [step.iteration for step in seen] == [*range(2, 47, 2), 47]
+    assert seen[-1].losses == result.losses and torch.equal(seen[-1].images, result.images)
+
+
 def test_a_non_finite_loss_stops_with_advice() -> None:
     task = BrightBoxes()
     task.loss = lambda images, samples: images.sum() * math.nan  # type: ignore[method-assign]

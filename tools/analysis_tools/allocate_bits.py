@@ -32,13 +32,12 @@ from typing import Any
 
 from mmengine.config import Config
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from mmzsq import cli
-from mmzsq.engine.bit_allocation import allocate_within_budget
-from mmzsq.engine.progress import MEASURING
+from mmzsq.engine.bit_allocation import MEASURING, allocate_within_budget
+from mmzsq.engine.console import PhaseProgress
 from mmzsq.errors import UserError
 from mmzsq.quantization.allocation import Budget, overrides_for, overrides_to_dict, size_and_operations
 from mmzsq.quantization.config import AllocationSettings, Bits
@@ -67,13 +66,8 @@ def main() -> None:
     runner.generate()
     detector.init_weights()
     console = Console(width=WIDTH)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task('')
-
-        def show(phase: str, done: int, total: int) -> None:
-            progress.update(task, description=MEASURING[phase], completed=done, total=total)
-
-        bits, sensitivity = allocate_within_budget(runner, budget, args.batches, show)
+    with PhaseProgress(runner.logger, MEASURING, 'steps') as progress:
+        bits, sensitivity = allocate_within_budget(runner, budget, args.batches, progress.update)
     uniform = budget.uniform()
     same = {layer.name: budget.bits_of(layer, uniform) for layer in budget.layers}
     summary = (

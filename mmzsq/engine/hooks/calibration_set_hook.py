@@ -26,7 +26,9 @@ from torch import nn
 
 from mmzsq.class_names import check_same_classes, choose_classes
 from mmzsq.config.plain_types import stable_text
-from mmzsq.engine.progress import PictureProgress, SynthesisProgress
+from mmzsq.engine.backends import Backends
+from mmzsq.engine.console import ConsoleProgress
+from mmzsq.engine.progress import SynthesisProgress
 from mmzsq.engine.shared_errors import on_main, raise_on_all_ranks
 from mmzsq.errors import UserError
 from mmzsq.pipelines import pipeline_of
@@ -47,7 +49,7 @@ from mmzsq.synthesis.stage_sizes import choose_stages, full_size
 from mmzsq.tasks import DetectionTask, build_detection_task
 from mmzsq.tasks.detection_task import num_classes
 from mmzsq.version import __version__
-from mmzsq.visualization import save_set_gallery
+from mmzsq.visualization import draw_gallery, save_set_gallery
 from mmzsq.visualization.gallery import load_labeled_images
 
 GALLERY_IMAGES = 16
@@ -227,19 +229,23 @@ class CalibrationSetHook(Hook):
     ) -> None:
         generator = source.generator
         if isinstance(generator, ProceduralGenerator):
-            progress = PictureProgress(runner.logger, sum(map(calibration_set.shard_length, shards)))
-            generator.generate(
-                calibration_set, shards, lambda shard: progress.update(calibration_set.shard_length(shard))
-            )
+            count = sum(map(calibration_set.shard_length, shards))
+            with ConsoleProgress(runner.logger, 'procedural pictures', count, 'pictures') as progress:
+                generator.generate(
+                    calibration_set, shards, lambda shard: progress.advance(calibration_set.shard_length(shard))
+                )
         else:
             self._synthesize(runner, source, generator, calibration_set, shards)
 
     def _save_gallery(self, runner: Runner) -> None:
         """Write the gallery, or warn: a run does not need it."""
+        shown = range(min(GALLERY_IMAGES, self.num_images))
         try:
-            save_set_gallery(self.root / 'gallery.png', self.root, range(min(GALLERY_IMAGES, self.num_images)))
+            save_set_gallery(self.root / 'gallery.png', self.root, shown)
         except UserError as error:
             runner.logger.warning(f'no gallery: {error}')
+        backends = Backends(runner)
+        backends.add_image('calibration_set', lambda: draw_gallery(*load_labeled_images(self.root, shown)), 0)
 
     def build_source(self, runner: Runner, teacher: nn.Module) -> Source:
         """Build what makes the images. Pictures alone need neither priors, a label sampler nor a detection loss.

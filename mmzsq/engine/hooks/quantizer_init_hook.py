@@ -18,8 +18,11 @@ from mmzsq.atomic_files import delete_unfinished, to_json, write_atomically
 from mmzsq.checkpoint import check_structure
 from mmzsq.class_names import choose_classes
 from mmzsq.config.compose import class_names
+from mmzsq.engine.backends import Backends
+from mmzsq.engine.console import FILE_ONLY, PhaseProgress
 from mmzsq.qat.student_checkpoint import check_initialized, check_student, uninitialized
 from mmzsq.registry import HOOKS
+from mmzsq.visualization import draw_steps
 
 PTQ_FILE = 'ptq.pth'
 """File in the work_dir with the student right after initialization: the post-training quantization baseline."""
@@ -29,6 +32,11 @@ LAST_CHECKPOINT = 'last_checkpoint'
 
 REPORT_FILE = 'quantization_report.json'
 """File in the work_dir that lists every layer: bits, scheme and initial steps, or why it stays float."""
+
+CALIBRATING = dict(
+    batches='calibration: batches', factors='calibration: input factors of layers', steps='calibration: steps'
+)
+"""Titles of the phases of :meth:`~mmzsq.qat.ZeroShotDetector.initialize_quantizers`."""
 
 
 @HOOKS.register_module()
@@ -57,8 +65,16 @@ class QuantizerInitHook(Hook):
         detector = runner.detector
         if not uninitialized(detector.student):
             return
-        detector.initialize_quantizers(itertools.islice(runner.train_dataloader, self.num_batches))
-        runner.logger.info(f'quantizers initialized on {self.num_batches} batches\n{detector.report.to_table()}')
+        with PhaseProgress(runner.logger, CALIBRATING, 'steps') as progress:
+            batches = itertools.islice(runner.train_dataloader, self.num_batches)
+            detector.initialize_quantizers(batches, progress.update)
+        report = detector.report
+        runner.logger.info(report.to_table(), extra=FILE_ONLY)
+        runner.logger.info(
+            f'quantizers initialized on {self.num_batches} batches: {report.summary()}. All layers: '
+            f'{Path(runner.work_dir) / REPORT_FILE}, and the log file'
+        )
+        Backends(runner).add_image('steps', lambda: draw_steps(detector.student), 0)
         self._save(runner)
 
     @master_only

@@ -142,9 +142,13 @@
     const number = (value) => Number(value.toPrecision(3)).toString();
     const largest = (layer, key) => Math.max(...['weight', 'input'].map((part) => layer[part]?.[key] ?? 0));
     const layers = data.layers.map((layer, index) => ({ ...layer, index, error: largest(layer, 'error'),
-      clipped: largest(layer, 'clipped'), bytes: (layer.weights * layer.w_bits) / 8, chosen: false }));
+      clipped: largest(layer, 'clipped'), bytes: (layer.weights * layer.w_bits) / 8, chosen: false,
+      // Of all layers with as many bits, so that they compare: the fewest that were measured.
+      sensitivity: layer.sensitivity ? layer.sensitivity[Math.min(...Object.keys(layer.sensitivity).map(Number))] : 0,
+      growth: layer.sensitivity }));
+    const measured = layers.some((layer) => layer.growth);
     const max = (key) => Math.max(...layers.map((layer) => layer[key]), 1e-9);
-    const limits = { bytes: max('bytes'), error: max('error'), clipped: max('clipped') };
+    const limits = { bytes: max('bytes'), error: max('error'), clipped: max('clipped'), sensitivity: max('sensitivity') };
     const meter = (kind, value, text) => {
       const bar = element('i');
       bar.style.width = `${(100 * value) / limits[kind]}%`;
@@ -168,8 +172,9 @@
     };
     const paste = () => {
       const lines = layers.filter((layer) => layer.chosen).map((layer) => `    '${layer.name}': 8,`);
+      const [before, after] = data.paste;
       $('#paste').hidden = !lines.length;
-      $('#paste pre').textContent = `zsq = dict(quantizer=dict(overrides={\n${lines.join('\n')}\n}))`;
+      $('#paste pre').textContent = `${before}\n${lines.join('\n')}\n${after}\n`;
     };
     let open = null;
     const render = () => {
@@ -179,7 +184,7 @@
       for (const layer of sorted) {
         const quantized = layer.w_bits < 32;
         const box = element('input', { type: 'checkbox', checked: layer.chosen, ariaLabel: `keep ${layer.name} at 8 bits` });
-        box.disabled = quantized && layer.w_bits >= 8 && layer.a_bits >= 8;
+        box.disabled = !quantized || (layer.w_bits >= 8 && layer.a_bits >= 8);
         box.onclick = (event) => { event.stopPropagation(); layer.chosen = box.checked; paste(); };
         const bits = quantized ? `W${layer.w_bits}A${layer.a_bits}` : 'float';
         const row = element('tr', { title: [layer.type, layer.role, layer.reason].filter(Boolean).join(', ') },
@@ -187,19 +192,26 @@
           element('td', {}, element('span', { className: 'bits', textContent: bits })),
           meter('bytes', layer.bytes, `${number(layer.bytes / 1000)} kB`),
           meter('error', layer.error, layer.weight ? `${(100 * layer.error).toFixed(1)} %` : '–'),
-          meter('clipped', layer.clipped, layer.weight ? `${(100 * layer.clipped).toFixed(2)} %` : '–'));
+          meter('clipped', layer.clipped, layer.weight ? `${(100 * layer.clipped).toFixed(2)} %` : '–'),
+          ...(measured ? [meter('sensitivity', Math.max(layer.sensitivity, 0), layer.growth ? number(layer.sensitivity) : '–')] : []));
         row.onclick = () => { open = open === layer.name ? null : layer.name; render(); };
         table.append(row);
-        if (open === layer.name && (layer.weight || layer.input)) {
+        if (open === layer.name && (layer.weight || layer.input || layer.growth)) {
           const parts = ['weight', 'input'].filter((part) => layer[part]).map((part) => histogram(part, layer[part]));
-          table.append(element('tr', {}, element('td', { colSpan: 6 }, element('div', { className: 'histograms' }, ...parts))));
+          if (layer.growth) {
+            const values = Object.entries(layer.growth).map(([bits, growth]) => `${bits} bits: ${number(growth)}`);
+            parts.push(element('p', { className: 'hint', textContent: `growth of the loss with ${values.join(', ')}` }));
+          }
+          table.append(element('tr', {}, element('td', { colSpan: measured ? 7 : 6 }, element('div', { className: 'histograms' }, ...parts))));
         }
       }
     };
     $('#order').onchange = render;
     $('#worst').onclick = () => {
-      const free = layers.filter((layer) => layer.weight && (layer.w_bits < 8 || layer.a_bits < 8));
-      free.sort((a, b) => b.error - a.error).slice(0, 5).forEach((layer) => { layer.chosen = true; });
+      const free = layers.filter((layer) => (measured ? layer.growth : layer.weight) && layer.w_bits < 32
+        && (layer.w_bits < 8 || layer.a_bits < 8));
+      const key = measured ? 'sensitivity' : 'error';
+      free.sort((a, b) => b[key] - a[key]).slice(0, 5).forEach((layer) => { layer.chosen = true; });
       render();
       paste();
     };
