@@ -26,7 +26,7 @@ import torch
 from markdown_pages import markdown_table, read_text, renew
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmzsq.config.compose import compose, detector_section
@@ -155,7 +155,7 @@ def measure(path: str, device: str, size: int, batch_size: int, steps: int) -> d
     drop_downloads(cfg.model)
     cfg.merge_from_dict(dict(zsq=dict(quantizer=dict(w_bits=4, a_bits=8)), load_from='none.pth', work_dir='work_dirs'))
     section = compose(cfg).zsq.to_dict()
-    detector = MMDET_MODELS.build(ConfigDict(detector_section(cfg)))
+    detector = MMDET_MODELS.build(detector_section(cfg))
     detector.init_weights()
     task = build_detection_task(detector.to(device))
     synthesis = section['synthesis']

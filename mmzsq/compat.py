@@ -131,6 +131,7 @@ def patch_mmdet() -> None:
     patch_point_assigner()
     patch_reppoints_head()
     patch_deformable_attention()
+    patch_masked_convolution()
 
 
 def patch_ssd_head() -> None:
@@ -218,6 +219,20 @@ def patch_deformable_attention() -> None:
 
     function.forward = staticmethod(forward)
     module.multi_scale_deformable_attn_pytorch = attend
+
+
+def patch_masked_convolution() -> None:
+    """Let MMCV's ``MaskedConv2d``, which only guided anchors use, convolve everywhere.
+
+    Its mask saves time in prediction: these heads drop their outputs outside of it. MMCV's operator takes one image at
+    a time and is not in mmcv-lite.
+    """
+    from mmcv.ops import MaskedConv2d
+
+    def convolve(layer: torch.nn.Conv2d, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.Conv2d.forward(layer, x)
+
+    MaskedConv2d.forward = convolve
 
 
 def package_configs(package: str) -> Path | None:

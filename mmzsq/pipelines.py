@@ -50,7 +50,7 @@ def frame_of(pipeline: Sequence[Mapping[str, Any]], divisor: int = 1) -> Frame |
     """
     frame: Frame | None = None
     for transform in pipeline:
-        name = _name(transform)
+        name = transform_name(transform)
         if name == 'Pad' and transform.get('pad_to_square') and frame is not None:
             frame = Frame(max(frame[:2]), max(frame[:2]), True)
             continue
@@ -81,7 +81,7 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """
     found: dict[str, Any] | None = None
     for transform in pipeline:
-        name = _name(transform)
+        name = transform_name(transform)
         if name == 'LetterResize':
             found = dict(mode='letterbox', scale=list(transform['scale']), pad_value=transform.get('pad_val', 114))
         elif name in ('Resize', 'FixScaleResize'):
@@ -94,6 +94,7 @@ def resize_of(pipeline: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return found
 
 
-def _name(transform: Mapping[str, Any]) -> str:
+def transform_name(transform: Mapping[str, Any]) -> str:
+    """Return the class name of a transform, without a scope."""
     kind = transform.get('type')
     return str(kind if isinstance(kind, str) else getattr(kind, '__name__', kind)).rpartition('.')[2]

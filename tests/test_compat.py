@@ -253,6 +253,30 @@ def test_ssd_predicts(zero_weights: None) -> None:
     assert len(found) > 0 and torch.isfinite(found.scores).all()
 
 
+def test_guided_anchors_predict_several_images_as_each_alone() -> None:
+    """Unpatched, MMCV's masked convolution takes one image."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    from mmzsq.tasks.detection_task import DetectionTask
+
+    register_all_modules()
+    cfg = Config.fromfile(compat.package_configs('mmdet') / 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py')
+    cfg.model.backbone.update(depth=18, base_channels=8, stem_channels=8, init_cfg=None)
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
+    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2)
+    cfg.model.test_cfg.update(score_thr=0.0, max_per_img=5)
+    torch.manual_seed(0)
+    detector = MODELS.build(cfg.model)
+    detector.init_weights()
+    images = torch.rand(2, 3, 64, 64)
+    together = DetectionTask(detector).predict(images)
+    alone = [DetectionTask(detector).predict(image[None])[0] for image in images]
+    for found, expected in zip(together, alone, strict=True):
+        assert len(found) == 5
+        torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-4, atol=1e-3)
+
+
 def test_point_assigner_creates_its_tensors_on_the_device_of_the_points() -> None:
     """With points on a device of their own, tensors on the CPU cannot be indexed by those of the points."""
     from mmdet.models.task_modules import PointAssigner

@@ -24,6 +24,7 @@ from mmzsq.config.presets import INSTANT, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
+from mmzsq.pipelines import pipeline_of, transform_name
 from mmzsq.registry import LABEL_SAMPLERS, MODELS, PRIORS, build_part, resolve_class
 from mmzsq.tasks.supported_models import check_supported
 from mmzsq.typed_section import describe, nearest, section_classes
@@ -165,6 +166,7 @@ def compose(cfg: Config) -> Config:
         return cfg
     _check_other_sections(cfg)
     check_supported(cfg.model)
+    _check_normalization(cfg)
     section, plain = read_section(zsq)
     check_parts(plain)
     # With `resume`, `load_from` is the checkpoint to continue from.
@@ -245,6 +247,17 @@ def _check_other_sections(cfg: Config) -> None:
         raise UserError(f'randomness.seed is {seed!r}, but must be an integer from 0 to {2**32 - 1} or None.')
 
 
+def _check_normalization(cfg: Config) -> None:
+    """Refuse a pipeline that normalizes: the detector would get synthetic images with other values."""
+    transform = next((step for step in pipeline_of(cfg) if transform_name(step) == 'Normalize'), None)
+    if transform is not None:
+        raise UserError(
+            f'the test pipeline normalizes images ({transform["type"]}), but synthetic images pass '
+            'model.data_preprocessor alone: remove the transform from all pipelines, and set mean, std and '
+            'bgr_to_rgb (its to_rgb) in model.data_preprocessor.'
+        )
+
+
 def _digest(section: Mapping[str, Any]) -> str:
     """SHA-256 of a section. It survives writing the section to a file and reading it again."""
     content = {key: value for key, value in section.items() if key != 'composed'}
@@ -269,7 +282,7 @@ def _replace(cfg: Config, key: str, value: Any) -> None:
     cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
 
 
-def detector_section(cfg: Config) -> dict[str, Any]:
+def detector_section(cfg: Config) -> ConfigDict:
     """Return the config of the float detector.
 
     Args:
@@ -280,7 +293,8 @@ def detector_section(cfg: Config) -> dict[str, Any]:
     # MMEngine's Runner hands it to the model likewise.
     if cfg.get('data_preprocessor') is not None:
         section.setdefault('data_preprocessor', plain_section(cfg.data_preprocessor))
-    return section
+    # Heads read the attributes of their test_cfg.
+    return ConfigDict(section)
 
 
 def drop_training_hooks(hooks: Sequence[Mapping[str, Any]] | None) -> list[Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmzsq.deploy.markers import marking
 from mmzsq.errors import UserError
 from mmzsq.patching import patched
+from mmzsq.quantization import quantized_layers
 
 DETECTOR, FEATURES, BOX_HEAD, MASK_HEAD = 'detector', 'features', 'box_head', 'mask_head'
 Decoder = Callable[[Any, Any], tuple[Tensor, ...]]
@@ -311,6 +312,7 @@ def _two_stage_parts(detector: Any, images: Tensor) -> list[Part]:
             f'roi_head ({type(roi_head).__name__}) cannot be exported: StandardRoIHead and CascadeRoIHead can, '
             'without a shared head.'
         )
+    _check_extractors(roi_head)
     size = (images.shape[2], images.shape[3])
     features = _Features(detector)
     nested = _without_values(detector, images)
@@ -333,6 +335,16 @@ def _two_stage_parts(detector: Any, images: Tensor) -> list[Part]:
             outputs = [f'{name}_output{number}' for number in range(len(flat))]
             parts.append(Part(name, _Head(head), regions, 'regions', outputs, nesting, []))
     return parts
+
+
+def _check_extractors(roi_head: Any) -> None:
+    for name in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        extractor = getattr(roi_head, name, None)
+        if extractor is not None and any(True for _ in quantized_layers(extractor)):
+            raise UserError(
+                f'roi_head.{name} ({type(extractor).__name__}) cannot be exported: RoIAlign runs between the files, '
+                'and this one has layers.'
+            )
 
 
 class _NestedFeatures(nn.Module):

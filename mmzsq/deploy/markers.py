@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ import onnx
 import torch
 from onnx import NodeProto
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmzsq.deploy.graph import Graph, attribute
 from mmzsq.errors import UserError
@@ -219,7 +221,7 @@ def export_marked(
         The marked graph, with copies of integers and steps.
 
     Raises:
-        UserError: If an operator has no counterpart in ONNX, or the exporter is unknown.
+        UserError: If an operator has no counterpart in ONNX, or the exporter fails or is unknown.
     """
     check_exporter(exporter)
     root = module if root is None else root
@@ -232,14 +234,15 @@ def export_marked(
         stack.enter_context(patched(torch.onnx, 'is_in_onnx_export', lambda: False))
         # The TorchScript exporter writes it as a loop over a sequence, which no runtime loads.
         stack.enter_context(patched(torch.Tensor, 'tensor_split', _split_at))
-        stack.enter_context(marking(root))
         trace = _trace_torchscript if exporter == 'torchscript' else _trace_dynamo
-        model = trace(module, inputs, input_name, output_names, dynamic_batch, opset)
+        model = trace(module, root, inputs, input_name, output_names, dynamic_batch, opset)
+    _check_domains(model)
     return MarkedGraph(model, weights, activations)
 
 
 def _trace_torchscript(
     module: nn.Module,
+    root: nn.Module,
     inputs: Tensor,
     input_name: str,
     output_names: Sequence[str] | None,
@@ -249,7 +252,7 @@ def _trace_torchscript(
     # torch.onnx.export takes files too, but its annotation names only paths.
     file: Any = io.BytesIO()
     names = list(output_names or ())
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(input_names=[input_name], output_names=names or None, opset_version=opset)
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
         options['dynamo'] = False
     # The exporter warns of a domain that the graph does not use, as that of a float detector.
@@ -258,24 +261,41 @@ def _trace_torchscript(
     if dynamic_batch:
         options['dynamic_axes'] = {name: {0: 'batch'} for name in (input_name, *names)}
     try:
-        torch.onnx.export(
-            module,
-            (inputs,),
-            file,
-            input_names=[input_name],
-            output_names=names or None,
-            opset_version=opset,
-            **options,
-        )
-    except torch.onnx.errors.UnsupportedOperatorError as error:
-        raise UserError(f'{type(module).__name__} cannot be exported: {str(error).splitlines()[0]}') from error
+        try:
+            with marking(root):
+                torch.onnx.export(module, (inputs,), file, **options)
+        except torch.onnx.errors.SymbolicValueError:
+            if dynamic_batch:
+                raise
+            file = io.BytesIO()
+            with marking(root), _ConstantSizes():
+                torch.onnx.export(module, (inputs,), file, **options)
+    except UserError:
+        raise
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
+        # The module has run on these inputs before, so the exporter, or code that it traces, is the cause.
+        advice = ' Try it without --dynamic-batch.' if dynamic_batch and input_name == 'images' else ''
+        raise UserError(
+            f"The network cannot be exported: PyTorch's exporter does not take it ({_reason(error)}).{advice}"
+        ) from error
     content: bytes = file.getvalue()
     file.close()
     return onnx.load_from_string(content)
 
 
+def _reason(error: Exception) -> str:
+    """Return the reason of an error of the exporter, in one line."""
+    if isinstance(error, torch.onnx.errors.SymbolicValueError):
+        # The scope of the node is a path of CLASS::NAME.
+        scope = re.search(r'scope: (?:\S*/)?(\S+)::', str(error))
+        place = f'a number that {scope[1].rpartition(".")[2]} computes' if scope else 'a number'
+        return f'{place} is not constant'
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _trace_dynamo(
     module: nn.Module,
+    root: nn.Module,
     inputs: Tensor,
     input_name: str,
     output_names: Sequence[str] | None,
@@ -285,17 +305,34 @@ def _trace_dynamo(
     shapes = ({0: torch.export.Dim('batch')},) if dynamic_batch else None
     # Sizes 0 and 1 are constants for this exporter.
     example = torch.cat((inputs, inputs)) if dynamic_batch and len(inputs) == 1 else inputs
-    program: Any = torch.onnx.export(
-        module,
-        (example,),
-        input_names=[input_name],
-        output_names=list(output_names) if output_names else None,
-        dynamic_shapes=shapes,
-        dynamo=True,
-        optimize=True,
-        verbose=False,
-    )
+    with marking(root):
+        program: Any = torch.onnx.export(
+            module,
+            (example,),
+            input_names=[input_name],
+            output_names=list(output_names) if output_names else None,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
     return program.model_proto
+
+
+class _ConstantSizes(TorchFunctionMode):
+    """Make sizes of tensors plain numbers, as in a run.
+
+    A traced size is a tensor, and numbers that a module computes from it, such as the kernel size of a pooling layer,
+    are not always constant for the exporter.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.shape.__get__, torch.Tensor.size):  # type: ignore[attr-defined]
+            return torch.Size(map(int, result)) if isinstance(result, tuple) else int(result)
+        return result
 
 
 class _Marker(torch.autograd.Function):
@@ -338,6 +375,15 @@ def _check_ready(name: str, quantizer: LSQ) -> None:
             f'{name} has no step: the detector is not quantized yet. Export a checkpoint that '
             '`python -m mmzsq.train` has written.'
         )
+
+
+def _check_domains(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.domain not in ('', 'ai.onnx', DOMAIN):
+            raise UserError(
+                f'The network cannot be exported: {node.name.strip("/") or "it"} needs the operator '
+                f'{node.domain}::{node.op_type}, which ONNX does not have.'
+            )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mmdet.models.dense_heads import YOLOV3Head, YOLOXHead
 from mmdet.models.utils import filter_scores_and_topk
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import get_box_tensor
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,8 +54,8 @@ def detector_of(
     path = Path(path)
     runtime = runtime_for(path, runtime)
     main = Session(path, runtime, threads, precision)
-    # Building changes a config.
-    detector: Any = MODELS.build(copy.deepcopy(dict(model))).eval()
+    # Building changes a config, and heads read attributes of their test_cfg.
+    detector: Any = MODELS.build(ConfigDict(copy.deepcopy(dict(model)))).eval()
     if type(detector).__name__ != main.metadata['detector']:
         raise UserError(
             f'{path} holds a {main.metadata["detector"]}, but the config describes a {type(detector).__name__}.'

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from mmcv.cnn.bricks import DropPath
 from mmdet.models.layers import DropBlock
 from mmengine.logging import MessageHub
@@ -74,6 +75,22 @@ def eval_mode(detector: nn.Module, keep: tuple[type[nn.Module], ...] = (_BatchNo
     finally:
         for module in switched:
             module.training = True
+
+
+@contextmanager
+def kept_buffers(detector: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a detector at the end of the block, such as statistics that a loss updates.
+
+    Args:
+        detector: Any detector.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in detector.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 @contextmanager

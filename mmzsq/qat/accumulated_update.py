@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight update from several batches, equal to that of one batch with all their images."""
+"""Weight update from several batches or processes, equal to that of one batch with all their images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from mmzsq.models.padded_targets import PaddedTargets
-from mmzsq.qat.mmdet_divisors import mmdet_update_means
+from mmzsq.qat.part_check import log_part_check
 from mmzsq.update_parts import UpdateParts
 
 
@@ -34,10 +34,14 @@ class AccumulatedUpdate:
     The losses divide by numbers that depend on all images of the update. A first pass without gradients therefore
     records these numbers for each batch; see :class:`~mmzsq.update_parts.UpdateParts`. It runs the teacher, and the
     student only for the detection loss. Meanwhile the batches wait on the device.
+
+    With one batch in each process, only the detection loss needs this pass. Losses of distillation average their
+    divisors over processes as they compute them.
     """
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
+        self._checked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AccumulatedUpdate:
         return type(self)()
@@ -69,19 +73,25 @@ class AccumulatedUpdate:
             return {}
         parts, self.parts = self.parts, []
         update = UpdateParts(len(parts))
-        if len(parts) > 1:
+        # The losses of heads that take padded targets are written for parts.
+        detection = bool(model.detection_weight) and not isinstance(parts[0].labels, PaddedTargets)
+        in_parts = len(parts) * get_world_size() > 1
+        if detection and in_parts and not self._checked:
+            log_part_check(model.student, *parts[0])
+            self._checked = True
+        if len(parts) > 1 or (detection and in_parts):
             device = parts[0].inputs.device
             # Forked once: the losses below draw what their divisors were computed with, such as sampled regions.
             with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
                 for part in parts:
-                    with optim_wrapper.optim_context(model), update.recording(), mmdet_update_means():
-                        model.run_divisors(part.inputs, part.labels)
+                    with optim_wrapper.optim_context(model), update.recording(len(part.inputs)):
+                        model.run_divisors(part.inputs, part.labels, distillation=len(parts) > 1)
         logs = []
         images = sum(len(part.inputs) for part in parts)
         for part in parts:
             model.set_update_ratio(get_world_size() * images / len(part.inputs))
             with update.replaying():
-                with optim_wrapper.optim_context(model), mmdet_update_means():
+                with optim_wrapper.optim_context(model):
                     losses = model.losses(part.inputs, part.labels)
                 total, log_vars = model.parse_losses(losses)
                 optim_wrapper.backward(total / len(parts))

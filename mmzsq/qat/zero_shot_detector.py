@@ -20,16 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmzsq.checkpoint import file_sha256
 from mmzsq.distillation import BatchAugmentation, DistillationLoss
 from mmzsq.errors import UserError
+from mmzsq.models.gradient_checkpointing import turn_off_checkpointing
 from mmzsq.models.max_iou_assigner import replace_max_iou_assigners
 from mmzsq.models.multi_instance_roi_head import accept_few_objects
-from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode
+from mmzsq.models.train_eval_modes import RANDOM_MODULES, frozen_train_mode, kept_buffers
 from mmzsq.qat.accumulated_update import AccumulatedUpdate, Part
 from mmzsq.qat.captured_step import CapturedStep
 from mmzsq.qat.dry_run import dry_run, dry_run_size
 from mmzsq.qat.frozen_batch_norm import speed_up_frozen_batch_norm
-from mmzsq.qat.mmdet_divisors import mmdet_update_means, update_regions
 from mmzsq.qat.paired_forward import PairedForward, build_paired_forward
 from mmzsq.qat.teacher import load_teacher
+from mmzsq.qat.update_regions import update_regions
 from mmzsq.quantization import QuantizationConfig, calibrating, equalize, prepare, quantized_layers, quantizers
 from mmzsq.quantization.allocation import assign_bits, overrides_for, overrides_to_dict
 from mmzsq.quantization.config import Bits
@@ -102,6 +103,7 @@ class ZeroShotDetector(BaseModel):
             raise UserError(f"zsq.train.bn must be 'frozen' or 'train', but is {bn!r}")
         # A copy, because building may modify the config: DETR's head does so with its class weights.
         student: Any = _build(copy.deepcopy(detector))
+        turn_off_checkpointing(student)
         # Such as YOLOX's random resizing of batches, which is for float training only.
         student.data_preprocessor.batch_augments = None
         # With pinned images, the host prepares a step while the GPU runs the previous one.
@@ -173,6 +175,7 @@ class ZeroShotDetector(BaseModel):
         """
         if self._teacher.detector is None:
             teacher = MMDET_MODELS.build(copy.deepcopy(self.detector_cfg))
+            turn_off_checkpointing(teacher)
             self.teacher_meta = load_teacher(teacher, self.teacher_checkpoint, self._expected_teacher_sha256)
             self.teacher_sha256 = file_sha256(str(self.teacher_checkpoint))
             device = next(self.student.parameters()).device
@@ -326,7 +329,8 @@ class ZeroShotDetector(BaseModel):
     ) -> dict[str, Tensor]:
         """Take one training step, as a CUDA graph if all shapes are fixed.
 
-        If gradients are accumulated, the batch waits until all batches of the update are there.
+        If gradients are accumulated, the batch waits until all batches of the update are there. A detection loss in
+        several processes takes the same path, which averages its divisors over them.
 
         Labels have a fixed shape if the head takes padded targets. Proposals of a two-stage detector have none.
 
@@ -346,12 +350,13 @@ class ZeroShotDetector(BaseModel):
             targets = self._target_capacity.pad(instances, fixed=self._captured_step.graph is not None)
         elif self.detection_weight:
             capturable = False
-        if optim_wrapper._accumulative_counts > 1:
+        own_divisors = bool(self.detection_weight) and targets is None and get_world_size() > 1
+        if optim_wrapper._accumulative_counts > 1 or own_divisors:
             labels = data['data_samples'] if targets is None else targets
             part = Part(self.augment(data['inputs']), labels)
             return self._accumulated_update(self, part, optim_wrapper, average, self.update_ends)
         self.set_update_ratio(get_world_size())
-        with UpdateParts().replaying(), mmdet_update_means():
+        with UpdateParts().replaying():
             return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
 
     @property
@@ -404,7 +409,7 @@ class ZeroShotDetector(BaseModel):
                 quantizer.update_ratio = ratio
 
     @torch.no_grad()
-    def run_divisors(self, inputs: Tensor, data_samples: Any) -> None:
+    def run_divisors(self, inputs: Tensor, data_samples: Any, distillation: bool = True) -> None:
         """Compute the divisors of all losses in the order of :meth:`losses`. Only random generators change.
 
         Those of distillation depend on the teacher alone, those of the detection loss also on the student.
@@ -412,9 +417,10 @@ class ZeroShotDetector(BaseModel):
         Args:
             inputs: Images from :meth:`augment`.
             data_samples: As in :meth:`loss`.
+            distillation: Whether to include those of distillation.
         """
         outputs = None
-        if self.distillation_losses:
+        if distillation and self.distillation_losses:
             # The student's regions will be those of the teacher.
             with update_regions(self.teacher):
                 outputs = self.paired_forward.teacher_outputs(inputs, data_samples)
@@ -422,11 +428,8 @@ class ZeroShotDetector(BaseModel):
             # Losses may modify labels, and BatchNorm in train mode its statistics.
             labels = copy.deepcopy(data_samples)
             add_ignored_semantic_labels(self.student, labels)
-            buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
-            with frozen_train_mode(self.student), update_regions(self.student):
+            with kept_buffers(self.student), frozen_train_mode(self.student), update_regions(self.student):
                 detection_losses(self.student, inputs, labels)
-            for buffer, value in buffers:
-                buffer.copy_(value)
         if outputs is not None:
             for loss in self.distillation_losses:
                 loss(outputs, outputs, self.student)

@@ -17,6 +17,7 @@ from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmcv.ops import (
     DeformConv2d,
     DeformConv2dPack,
+    MaskedConv2d,
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
     deform_conv2d,
@@ -82,6 +83,16 @@ class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
+        weight = self.weight_quantizer(self.filters())
+        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+
+
+@register_quantized(MaskedConv2d)
+class QuantMaskedConv2d(QuantizedLayer, MaskedConv2d, nn.Conv2d):
+    """Convolution of heads with guided anchors (Wang et al., 2019), with quantized weight and input."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolve (N, C_in, H, W) into (N, C_out, H', W'), everywhere: the mask only saves time."""
         weight = self.weight_quantizer(self.filters())
         return self._conv_forward(self.input_quantizer(x), weight, self.bias)
 

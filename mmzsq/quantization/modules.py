@@ -74,20 +74,20 @@ def register_quantized(*float_classes: type[nn.Module]) -> Callable[[Class], Cla
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C_in, H, W) into (N, C_out, H', W')."""
         weight = self.weight_quantizer(self.filters())
-        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
 
 
 @register_quantized(nn.Conv1d)
 class QuantConv1d(QuantizedLayer, nn.Conv1d):
     """Convolution over a sequence, with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve (N, C_in, L) into (N, C_out, L')."""
         weight = self.weight_quantizer(self.filters())
-        return self._conv_forward(self.input_quantizer(x), weight, self.bias)
+        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
 
 
 @register_quantized(nn.ConvTranspose2d, mmcv_layers.ConvTranspose2d)
@@ -98,10 +98,10 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         """Return the weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
         return self._swap_channels(self.applied_weight())
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W'); ``output_size`` selects one of several possible sizes."""
         output_padding = self._output_padding(
-            x,
+            input,
             output_size,
             self.stride,  # type: ignore[arg-type]
             self.padding,  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             self.dilation,  # type: ignore[arg-type]
         )
         return F.conv_transpose2d(
-            self.input_quantizer(x),
+            self.input_quantizer(input),
             self._swap_channels(self.weight_quantizer(self.filters())),
             self.bias,
             self.stride,
@@ -129,9 +129,9 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 class QuantLinear(QuantizedLayer, nn.Linear):
     """Linear layer with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.filters()), self.bias)
+        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.filters()), self.bias)
 
 
 def quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:

@@ -161,6 +161,9 @@ def decompose_attention(model: nn.Module) -> None:
     The outputs of the model stay the same. Only modules of the exact class are changed, and only those without
     ``add_bias_kv`` and ``add_zero_attn``: what these append to keys and values passes through no layer.
 
+    ``nn.TransformerEncoderLayer`` then calls its layers in eval mode too. Without gradients, PyTorch would compute it
+    by one operator that reads the weights of all its layers.
+
     Args:
         model: Any model.
     """
@@ -169,6 +172,9 @@ def decompose_attention(model: nn.Module) -> None:
             module.__class__ = DecomposedMultiheadAttention
             for index, name in enumerate(PROJECTIONS):
                 setattr(module, name, Projection(module, index).train(module.training))
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Read for the choice of that operator alone; 0 is an activation function that it lacks.
+            module.activation_relu_or_gelu = 0
 
 
 def _to_additive(mask: Tensor, scores: Tensor) -> Tensor:

@@ -676,3 +676,10 @@ def test_real_images_need_a_test_pipeline(user: Config) -> None:
     user.pop('test_dataloader')
     with pytest.raises(UserError, match='no test_dataloader'):
         composed(user, calibration_set=dict(real=dict(type='CocoDataset')))
+
+
+@pytest.mark.parametrize('kind', ['mmcv.Normalize', 'Normalize'])
+def test_a_pipeline_that_normalizes_is_refused(user: Config, kind: str) -> None:
+    user.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type=kind, mean=[0], std=[255])]
+    with pytest.raises(UserError, match=rf'normalizes images \({kind}\).*set mean, std and bgr_to_rgb'):
+        compose(user)

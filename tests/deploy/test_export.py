@@ -13,13 +13,14 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from quantized_detectors import random_detector, run_both_stages
+from torch import nn
 
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.deploy import DeployReport, OnnxDetector, Session, detector_of, export, verify
 from mmzsq.deploy.heads import parts_of
 from mmzsq.deploy.verify import agreement
 from mmzsq.errors import UserError
-from mmzsq.quantization import quantized_layers
+from mmzsq.quantization import QuantizationConfig, prepare, quantized_layers
 
 RUNTIMES = ('onnxruntime', 'openvino')
 
@@ -200,4 +201,14 @@ def test_decoded_boxes_are_those_of_mmdetection(tiny_cfg: Callable[[str], Any], 
 def test_what_cannot_be_exported_is_named(name: str, tiny_cfg: Callable[[str], Any], tmp_path: Path) -> None:
     detector: Any = MODELS.build(tiny_cfg(name))
     with pytest.raises(UserError, match='roi_head \\(HybridTaskCascadeRoIHead\\) cannot be exported'):
+        parts_of(detector, (64, 64), raw=False)
+
+
+def test_an_extractor_of_regions_with_layers_is_refused(tiny_cfg: Callable[[str], Any]) -> None:
+    """GRoIE's extractor has convolutions, which would be in none of the files."""
+    detector: Any = MODELS.build(tiny_cfg('faster-rcnn_r18'))
+    extractor = detector.roi_head.bbox_roi_extractor
+    extractor.post = nn.Sequential(nn.Conv2d(4, 4, 1))
+    prepare(extractor, QuantizationConfig(w_bits=8, a_bits=8, first_bits='same', last_bits='same'))
+    with pytest.raises(UserError, match=r'roi_head.bbox_roi_extractor \(SingleRoIExtractor\) cannot be exported'):
         parts_of(detector, (64, 64), raw=False)

@@ -313,3 +313,67 @@ def test_tracing_leaves_no_trace() -> None:
     lowered(model, x)
     assert model.training and model[1].training and 'forward' not in vars(model[0].input_quantizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class _PoolsToSize(nn.Module):
+    """Computes the kernel size of a pooling layer from sizes, as the merging cells of NAS-FPN do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        side = x.size(-1) // 4
+        x = torch.max_pool2d(x, (x.shape[-2] // 2, side), (x.shape[-2] // 2, side))
+        return self.last(x)
+
+
+def test_numbers_computed_from_sizes_are_constants_if_the_batch_is_fixed(assert_same: Check) -> None:
+    x = torch.randn(1, 3, 8, 12)
+    model = _PoolsToSize()
+    quantized(model, x)
+    built = assert_same(model, x)
+    assert {node.op_type for node in built.model.graph.node} <= {
+        'Conv', 'MaxPool', 'QuantizeLinear', 'DequantizeLinear', 'Clip', 'Constant',
+    }  # fmt: skip
+
+
+def test_an_error_of_the_exporter_is_one_sentence() -> None:
+    x = torch.randn(1, 3, 8, 12)
+    model = _PoolsToSize()
+    quantized(model, x)
+    with pytest.raises(UserError) as raised:
+        lowered(model, x, dynamic_batch=True)
+    assert str(raised.value) == (
+        "The network cannot be exported: PyTorch's exporter does not take it (a number that _PoolsToSize computes is "
+        'not constant). Try it without --dynamic-batch.'
+    )
+
+
+class _ForeignOperator(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        return g.op('mmcv::Double', x).setType(x.type())
+
+
+class _Doubles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(_ForeignOperator.apply(x))
+
+
+def test_an_operator_that_onnx_lacks_is_refused() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    model = _Doubles()
+    quantized(model, x)
+    with pytest.raises(UserError, match='needs the operator mmcv::Double, which ONNX does not have'):
+        lowered(model, x)

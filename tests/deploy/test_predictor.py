@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmdet.utils import register_all_modules
 from onnx import TensorProto, helper
 from torch import nn
 
-from mmzsq.deploy import Session
+from mmzsq.deploy import Session, detector_of, export_float
 from mmzsq.deploy.heads import parts_of
 from mmzsq.deploy.predictor import read_metadata, run_images, runtime_for, select
 from mmzsq.errors import UserError
@@ -112,3 +113,15 @@ def test_files_that_cannot_be_evaluated_are_named(tmp_path: Path) -> None:
     (tmp_path / 'text.onnx').write_text('not a model')
     with pytest.raises(UserError, match=r'text\.onnx is damaged or not an ONNX file'):
         read_metadata(tmp_path / 'text.onnx')
+
+
+def test_a_plain_config_builds_the_detector_of_a_file(tiny_cfg: Any, tmp_path: Path) -> None:
+    """MMDetection's heads read attributes of their ``test_cfg``."""
+    detector: Any = MODELS.build(tiny_cfg('retinanet_r18')).eval()
+    export_float(detector, tmp_path / 'float.onnx', size=(64, 64))
+    deployed = detector_of(tmp_path / 'float.onnx', tiny_cfg('retinanet_r18').to_dict())
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0)))
+    batch = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)], data_samples=[sample])
+    expected, found = (owner.test_step(copy.deepcopy(batch))[0].pred_instances for owner in (detector, deployed))
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-5)

@@ -12,6 +12,7 @@ from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmcv.ops import (
     DeformConv2d,
     DeformConv2dPack,
+    MaskedConv2d,
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
     modulated_deform_conv2d,
@@ -69,6 +70,7 @@ def other_convolutions() -> dict[str, tuple[nn.Module, Tensor]]:
         'DeformConv2dPack': (DeformConv2dPack(4, 6, 3, padding=1), x),
         'ModulatedDeformConv2d': (Moved(ModulatedDeformConv2d(4, 6, 3, padding=1), 9, True), x),
         'ModulatedDeformConv2dPack': (ModulatedDeformConv2dPack(4, 6, 3, padding=1, deform_groups=2), x),
+        'MaskedConv2d': (MaskedConv2d(4, 6, 3, padding=1), x),
         'Conv1d': (nn.Conv1d(4, 6, 3), x[:, :, 0]),
     }
 

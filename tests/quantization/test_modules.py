@@ -90,3 +90,15 @@ def test_a_transposed_convolution_learns_its_steps() -> None:
     assert (layer.weight_quantizer.log_step.grad != 0).all()
     assert (layer.input_quantizer.log_step.grad != 0).all()
     assert (layer.weight.grad != 0).any()
+
+
+@pytest.mark.parametrize(
+    'layer', [nn.Conv2d(4, 6, 1), nn.Conv1d(4, 6, 1), nn.ConvTranspose2d(4, 6, 1), nn.Linear(4, 6)], ids=repr
+)
+def test_layers_take_their_input_by_the_name_that_pytorch_gives_it(layer: nn.Module) -> None:
+    x = torch.randn({nn.Linear: (2, 4), nn.Conv1d: (2, 4, 5)}.get(type(layer), (2, 4, 5, 5)))
+    model = nn.Sequential(layer)
+    prepare(model, QuantizationConfig.from_dict(dict(first_bits='same', last_bits='same')))
+    with torch.no_grad(), calibrating(model):
+        model(x)
+    assert torch.equal(layer(input=x), layer(x))

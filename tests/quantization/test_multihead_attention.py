@@ -148,3 +148,23 @@ def test_attention_with_learned_keys_stays_float_with_the_reason(options: dict[s
     assert rows['attention.in_proj_weight'].reason == 'a parameter that is not the weight of a known layer'
     assert not rows['attention.in_proj_weight'].quantized
     assert not rows['attention.out_proj'].quantized and rows['attention.out_proj'].reason
+
+
+@pytest.mark.parametrize('stacked', [False, True])
+def test_an_encoder_layer_of_pytorch_is_quantized_without_gradients_too(stacked: bool) -> None:
+    """In eval mode without gradients, PyTorch computes the float layer by one operator."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2) if stacked else layer
+    model = nn.Sequential(nn.Linear(3, 8), encoder, nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        before = model(TOKENS)
+    quantize(model, first_bits='same', last_bits='same')
+    # Gradients turn that operator off.
+    expected = model(TOKENS.clone().requires_grad_()).detach()
+    with torch.no_grad():
+        found = model(TOKENS)
+    torch.testing.assert_close(found, expected)
+    assert float((found - before).abs().max()) > 1e-2
+    set_quantization(model, False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), before)

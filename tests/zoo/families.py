@@ -183,7 +183,17 @@ BACKBONES = (
         needs='zsq.synthesis.require_feature_prior=False: it has no BatchNorm',
     ),
 )
-FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MASK_QUERIES, *MULTI_STAGE, *BACKBONES)
+COMBINATIONS = (
+    Family('PAFPN', 'pafpn/faster-rcnn_r50_pafpn_1x_coco.py', changes=RESNET_18),
+    Family('NAS-FPN', 'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py', size=128, changes=RESNET_18),
+    Family('Guided anchoring', 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py'),
+    Family('GHM', 'ghm/retinanet_r50_fpn_ghm-1x_coco.py', changes=RESNET_18),
+    Family(
+        'Gradient checkpointing', 'retinanet/retinanet_r50_fpn_1x_coco.py', changes={'model.backbone.with_cp': True}
+    ),
+)
+"""Other necks, heads and settings of detectors above."""
+FAMILIES = (*DENSE, *MASKS, *TRANSFORMERS, *MASK_QUERIES, *MULTI_STAGE, *BACKBONES, *COMBINATIONS)
 FULL_SIZE = (
     Family('VFNet R50', 'vfnet/vfnet_r50_fpn_1x_coco.py', size=640, shrink=1),
     Family('TOOD R50', 'tood/tood_r50_fpn_1x_coco.py', size=640, shrink=1),
