@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/results.md (the paper's tables with our numbers) and the summary in README.md, or check both.
+"""Write docs/results.md (the paper's tables with our numbers) and their summary in other pages, or check them.
 
     python benchmarks/results_page.py
     python benchmarks/results_page.py --check
 
 ``yolo_tables.py`` defines the tables and the method of each cell. ``yolo.py`` stores the result of a run as
 ``benchmarks/results/yolov5-n/METHOD_BITS_seedSEED.json``. Cells without a run are empty and listed below their table.
-Runs whose settings differ from the current ones of their cell are shown and listed as well. The summary of README.md
-is written between two lines:
+Runs whose settings differ from the current ones of their cell are shown and listed as well. The summary is
+written to the pages of ``SUMMARY_PAGES`` between two lines:
 
     <!-- summary of benchmarks/results/yolov5-n -->
     <!-- end of summary -->
@@ -50,7 +50,7 @@ from mmzsq.errors import UserError
 
 PAGE = 'docs/results.md'
 RESULTS = 'benchmarks/results/yolov5-n'
-README = 'README.md'
+SUMMARY_PAGES = ('README.md', 'docs/choosing.md')
 BLOCK = re.compile(rf'(<!-- summary of {RESULTS} -->\n).*?(<!-- end of summary -->)', re.DOTALL)
 LABELS = 'benchmarks/results/yolov5-n_labels.json'
 LABELS_PLOT = 'docs/images/yolov5-n/labels.png'
@@ -125,12 +125,14 @@ def main() -> None:
     try:
         runs = read_runs(args.root)
         text = render(runs, read_labels(args.root))
-        current, readme = (read_text(path) if path.is_file() else '' for path in (page, args.root / README))
+        current = read_text(page) if page.is_file() else ''
     except UserError as error:
         raise SystemExit(f'error: {error}') from None
     renew(page, current, text, args.check, Path(__file__).name)
-    summary = BLOCK.sub(lambda block: f'{block[1]}\n{render_summary(runs)}\n\n{block[2]}', readme)
-    renew(args.root / README, readme, summary, args.check, Path(__file__).name)
+    for other in (args.root / name for name in SUMMARY_PAGES if (args.root / name).is_file()):
+        before = read_text(other)
+        after = BLOCK.sub(lambda block: f'{block[1]}\n{render_summary(runs)}\n\n{block[2]}', before)
+        renew(other, before, after, args.check, Path(__file__).name)
 
 
 def read_runs(root: Path) -> Runs:
@@ -194,9 +196,10 @@ def render_summary(runs: Runs) -> str:
         measured = _accuracies(cell, runs)
         return f'{100 * _mean(measured)[0]:.1f}' if measured else ''
 
-    rows = [['full precision', *[ap(Cell('default', BITS[0], 'float'))] * len(BITS)]]
-    for text, methods in SUMMARY:
-        rows.append([text, *(ap(Cell(methods[bits], bits)) if bits in methods else '' for bits in BITS)])
+    rows = [
+        [text, *(ap(Cell(methods[bits], bits, metric)) if bits in methods else '' for bits in BITS)]
+        for text, metric, methods in SUMMARY
+    ]
     return markdown_table(['', *map(str.upper, BITS)], rows)
 
 

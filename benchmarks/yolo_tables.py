@@ -350,22 +350,14 @@ _ALLOCATED = dict(w6a6='allocated', w5a5='mixed-operations', w4a8='mixed-size', 
 """Suffix of the methods with allocated bits, by the uniform bits that define their budget."""
 
 SUMMARY = (
-    ('zero-shot, shortened recipe of the paper', dict.fromkeys(BITS, 'paper')),
+    ('full precision', 'float', dict.fromkeys(BITS, 'default')),
+    (f'PTQ on {IMAGES} synthetic images', 'ptq', dict.fromkeys(BITS, 'default')),
+    (f'zero-shot QAT on {IMAGES} synthetic images', 'zero_shot', dict.fromkeys(BITS, 'default')),
     (
-        f'LSQ on {REAL_IMAGES} real images and their labels, shortened too',
-        dict.fromkeys(BITS, f'paper_lsq-real{REAL_IMAGES}'),
+        'zero-shot QAT, bits per layer by sensitivity',
+        'zero_shot',
+        {bits: f'default_{name}' for bits, name in _ALLOCATED.items()},
     ),
-    (f'our recipe on {REAL_IMAGES} real images', dict.fromkeys(BITS, f'default_real{REAL_IMAGES}')),
-    *(
-        row
-        for images, method in ((IMAGES, 'default'), (1024, 'default_1024'))
-        for row in (
-            (f'zero-shot, {images} images', dict.fromkeys(BITS, method)),
-            (
-                f'zero-shot, {images} images, bits per layer by sensitivity',
-                {bits: f'{method}_{name}' for bits, name in _ALLOCATED.items()},
-            ),
-        )
-    ),
+    (f'QAT on {REAL_IMAGES} real images', 'zero_shot', dict.fromkeys(BITS, f'default_real{REAL_IMAGES}')),
 )
-"""Summary in README.md: the text of each row, and its method by bits."""
+"""Summary in README.md: the text of each row, the metric, and the method by bits."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the configs and commands of docs/your_detector.md on a small version of its detector."""
+"""Run the configs and commands of docs/your_detector.md and of the README on a small version of its detector."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,12 @@ from mmengine.config import Config, config
 from mmengine.dataset import base_dataset
 from PIL import Image
 
-from mmzsq import base, cli
+from mmzsq import base, cli, predict, quantize
+from mmzsq.errors import UserError
 from mmzsq.report import __main__ as report
 
 GUIDE = Path(__file__).resolve().parents[1] / 'docs' / 'your_detector.md'
+README = GUIDE.parents[1] / 'README.md'
 TOOLS = ('mmzsq.train', 'mmzsq.test', 'mmzsq.generate', 'mmzsq.export')
 SMALL_DETECTOR = (
     *('model.backbone.depth=18', 'model.backbone.base_channels=8', 'model.backbone.init_cfg=None'),
@@ -51,14 +54,14 @@ SMALL_SET = (
 LAST = 'epoch_20.pth'
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf'```{language}\n(.*?)```', GUIDE.read_text(), re.DOTALL)
+def blocks(language: str, page: Path = GUIDE) -> list[str]:
+    return re.findall(rf'```{language}\n(.*?)```', page.read_text(), re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """Commands of the guide, each split into words."""
-    lines = [line for block in blocks('bash') for line in block.replace('\\\n', ' ').splitlines()]
-    return [shlex.split(line) for line in lines]
+def commands(page: Path = GUIDE) -> list[list[str]]:
+    """Commands of a page, each split into words."""
+    lines = [line for block in blocks('bash', page) for line in block.replace('\\\n', ' ').splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.fixture
@@ -175,6 +178,40 @@ def test_all_commands_of_the_guide_run_in_order(
     small.dump('small.py')
     (site / 'use_it.py').write_text(code)
     assert len(runpy.run_path('use_it.py')['found'].bboxes) > 0
+
+
+def test_the_commands_of_the_readme_run_in_order(
+    run: Callable[[list[str]], None], site: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [leaf] = blocks('python', README)
+    (site / 'my_detector_w4a8.py').write_text(leaf)
+    shutil.copy('work_dirs/my_detector/epoch_12.pth', 'my_detector.pth')
+    shutil.copytree('data/site/val', 'images')
+    targets = re.findall(r'^([\w-]+):', (repo / 'Makefile').read_text(), re.M)
+    extras = [path.stem for path in (repo / 'requirements').glob('*.txt')] + ['lite']
+    out = site / 'work_dirs/my_detector_w4a8'
+    for words in commands(README):
+        if words[0] == 'make':
+            assert words[1] in targets
+        elif words[:2] == ['pip', 'install']:
+            assert all(extra in extras for extra in re.findall(r'\w+', words[2]))
+        elif '--rehearse' in words:
+            # The test above runs it.
+            assert words in commands()
+        elif words[2] == 'mmzsq.quantize':
+            # tests/test_quantize.py runs the command with a file. Here, it starts to read one.
+            with pytest.raises(UserError, match=f'{words[3]} does not exist'):
+                quantize.main(words[3:])
+        elif words[2] == 'mmzsq.predict':
+            monkeypatch.setattr(sys, 'argv', words[2:])
+            cli.run(predict.main)
+        else:
+            run(words)
+        if (out / 'epoch_2.pth').exists() and not (out / LAST).exists():
+            (out / 'epoch_2.pth').rename(out / LAST)
+    assert (out / 'report.html').is_file()
+    assert json.loads((site / 'deploy.json').read_text())['passed'] is True
+    assert len(list((site / 'work_dirs/predictions').glob('*.jpg'))) == 2
 
 
 def test_messages_in_the_guide_match_the_package(repo: Path) -> None:

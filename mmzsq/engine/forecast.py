@@ -54,6 +54,9 @@ CUDA_TRAIN_STEPS = 12
 WARM_UP_SHARE = 0.5
 """Share of the measured steps that are not timed."""
 
+LONG_SECONDS = 6 * 3600.0
+"""Time of a run on a CPU from which the forecast names shorter ones."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -121,7 +124,7 @@ class Forecast:
 
 
 def cost_lines(costs: Sequence[StepCost], num_images: int) -> list[str]:
-    """Return one line for each cost, and one for their sum.
+    """Return one line for each cost, one for their sum, and one with shorter runs if a CPU takes hours.
 
     Args:
         costs: At least one.
@@ -141,6 +144,11 @@ def cost_lines(costs: Sequence[StepCost], num_images: int) -> list[str]:
         f'of quantizers and the evaluation; peak memory {max(cost.peak_mb for cost in costs):.0f} MB '
         f'({"GPU" if torch.cuda.is_available() else "resident memory; larger batches take more"})'
     )
+    if total > LONG_SECONDS and not torch.cuda.is_available():
+        lines.append(
+            'without a GPU, zsq.preset=instant takes minutes: it initializes quantizers of 6 to 8 bits on procedural '
+            'pictures. Fewer images (zsq.calibration_set.num_images) or iterations (zsq.synthesis) shorten this run'
+        )
     return lines
 
 

@@ -61,8 +61,9 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
         params[:] = join_groups(params)
         for group in params:
-            settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params') or 'as configured'
-            print_log(f'optimizer: {len(group["params"])} parameters with {settings}', logger='current')
+            settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params')
+            how = f'with {settings}' if settings else 'as configured'
+            print_log(f'optimizer: {len(group["params"])} parameters {how}', logger='current')
 
 
 def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ def check_settings(detector: ZeroShotDetector, checkpoint: Mapping[str, Any]) ->
     if differing:
         raise UserError(
             f'the checkpoint was trained with other settings of zsq.quantizer: {"; ".join(differing)}. Give the '
-            'config that it was trained with'
+            'config that it was trained with, which its run keeps in the work directory'
         )
 
 

@@ -267,31 +267,36 @@ def test_numbers_of_the_page_match_the_kept_runs(repo: Path) -> None:
     assert tables(page) == tables(results_page.render(results_page.read_runs(repo), results_page.read_labels(repo)))
 
 
-def test_the_summary_of_the_readme_is_that_of_the_page(
+def test_the_summary_of_other_pages_is_that_of_the_page(
     root: Path, keep: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = root / 'README.md'
-    readme.write_text(f'before\n<!-- summary of {results_page.RESULTS} -->\n<!-- end of summary -->\nafter\n')
-    for name, ap in (('default_w4a8_seed0', 210), ('default_w4a8_seed1', 230), ('default_w8a8_seed0', 290)):
-        keep(name, ap)
-    keep('default_1024_w6a6_seed0', 280)
+    pages = [root / name for name in results_page.SUMMARY_PAGES]
+    for page in pages:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f'before\n<!-- summary of {results_page.RESULTS} -->\n<!-- end of summary -->\nafter\n')
+    keep('default_w4a8_seed0', 210, ptq=90)
+    keep('default_w4a8_seed1', 230, ptq=110)
+    keep('default_w8a8_seed0', 290, ptq=288)
     keep('default_mixed-size_w4a8_seed0', 250)
-    keep('default_1024_allocated_w6a6_seed0', 285)
     keep('default_real337_w8a8_seed0', 295)
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root)])
     results_page.main()
-    text = readme.read_text()
+    text, other = (page.read_text() for page in pages)
+    assert text == other
     assert text.startswith('before\n') and text.endswith('<!-- end of summary -->\nafter\n')
     cells = [[cell.strip() for cell in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('|')]
-    head, _, full, paper, lsq, real, zero_shot, mixed, more, more_mixed = cells
+    head, _, full, ptq, zero_shot, mixed, real = cells
     assert head == ['W8A8', 'W6A6', 'W5A5', 'W4A8', 'W4A4']
-    assert full == ['30.0'] * 5 and lsq == paper == [''] * 5 and real == ['29.5', *[''] * 4]
-    assert zero_shot == ['29.0', '', '', '22.0', ''] and more == ['', '28.0', '', '', '']
-    assert mixed == ['', '', '', '25.0', ''] and more_mixed == ['', '28.5', '', '', '']
-    # The check of the page covers it.
+    assert full == ['30.0', '', '', '30.0', '']
+    assert ptq == ['28.8', '', '', '10.0', '']
+    assert zero_shot == ['29.0', '', '', '22.0', '']
+    assert mixed == ['', '', '', '25.0', ''] and real == ['29.5', *[''] * 4]
+    # The check of the page covers them.
     monkeypatch.setattr(sys, 'argv', [TOOL, '--root', str(root), '--check'])
     results_page.main()
-    readme.write_text(text.replace('22.0', '23.0'))
-    with pytest.raises(SystemExit):
-        results_page.main()
-    assert 'README.md is not up to date' in capsys.readouterr().err
+    for page in pages:
+        page.write_text(text.replace('22.0', '23.0'))
+        with pytest.raises(SystemExit):
+            results_page.main()
+        assert f'{page.name} is not up to date' in capsys.readouterr().err
+        page.write_text(text)

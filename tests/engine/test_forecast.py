@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmzsq.engine import forecast as module
-from mmzsq.engine.forecast import forecast
+from mmzsq.engine.forecast import StepCost, cost_lines, forecast
 from mmzsq.errors import UserError
 
 SCHEDULE = {
@@ -55,6 +55,15 @@ def test_a_forecast_says_what_to_expect_and_leaves_no_set(make_runner: Any) -> N
     [log] = Path('out').glob('*/*.log')
     text = log.read_text()
     assert 'dry run: 8 images by the whole schedule' in text and 'whole run: 100 images and training in about' in text
+
+
+@pytest.mark.parametrize(('hours', 'gpu', 'named'), [(7, False, True), (5, False, False), (7, True, False)])
+def test_shorter_runs_are_named_if_a_cpu_takes_hours(
+    hours: int, gpu: bool, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    cost = StepCost('synthesize', (640, 640), 64, 2500, 100.0, hours * 3600.0, 900.0, captured=False)
+    assert ('zsq.preset=instant takes minutes' in cost_lines([cost], 2000)[-1]) is named
 
 
 def test_a_long_schedule_is_shortened_with_all_stages_and_says_so(

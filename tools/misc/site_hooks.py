@@ -88,7 +88,7 @@ def _uri(target: Path | None) -> str | None:
         return posixpath.join(*path.parts[1:])
     if str(path) == 'README.md':
         return 'README.md'
-    shown = ('.md', '.jpg', '.png', '.svg')
+    shown = ('.md', '.jpg', '.png', '.svg', '.ipynb')
     return f'source/{path.as_posix()}' + ('' if path.suffix in shown else '.txt')
 
 
