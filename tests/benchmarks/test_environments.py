@@ -53,3 +53,13 @@ def test_a_failed_step_is_named_and_ends_with_an_error(
 def test_this_interpreter_is_found() -> None:
     assert environments.find_python(f'{sys.version_info.major}.{sys.version_info.minor}') == sys.executable
     assert environments.find_python('3.99') is None
+
+
+def test_the_outcomes_of_all_groups_are_added_up() -> None:
+    output = (
+        '5 passed in 0.10s\n'
+        '2 failed, 3 passed, 1 skipped, 9 deselected, 4 warnings in 75.25s (0:01:15)\n'
+        'a test printed: 7 passed in vain\n'
+        '=========== 1 passed, 1 error in 2.00s ===========\n'
+    )
+    assert environments.count_tests(output) == dict(passed=9, failed=2, skipped=1, error=1)
