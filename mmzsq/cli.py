@@ -358,8 +358,11 @@ def _next_command() -> str:
     spec = getattr(sys.modules['__main__'], '__spec__', None)
     program = ['python', '-m', spec.name] if spec is not None else ['python', sys.argv[0]]
     arguments = sys.argv[1:]
+    tool = Path(sys.argv[0]).stem
+    if tool == 'stock' and arguments:
+        tool = Path(arguments[0]).stem
     if (
-        Path(sys.argv[0]).stem == 'train'
+        tool == 'train'
         and _last_checkpoint() is not None
         and not any(argument.startswith(('--resume', '--rehearse')) for argument in arguments)
     ):
