@@ -69,10 +69,13 @@ class Environment(NamedTuple):
     detectors: tuple[str, ...] = STOCK_DETECTORS
 
 
-# PyTorch 2.1 was built for NumPy 1, and OpenCV has required NumPy 2 since 4.12.
-OLDEST = ('torch==2.1.0', 'torchvision==0.16.0', 'numpy<2', 'opencv-python<4.12')
+# PyTorch 2.1 and 2.2 were built for NumPy 1, and OpenCV has required NumPy 2 since 4.12.
+NUMPY_1 = ('numpy<2', 'opencv-python<4.12')
 MATRIX = {
-    'oldest': Environment('3.10', (*OLDEST, '{repo}[lite]')),
+    'oldest': Environment('3.10', ('torch==2.1.0', 'torchvision==0.16.0', *NUMPY_1, '{repo}[lite]')),
+    # The oldest torchvision for these versions of Python, and its PyTorch.
+    'oldest-3.12': Environment('3.12', ('torch==2.2.0', 'torchvision==0.17.0', *NUMPY_1, '{repo}[lite]')),
+    'oldest-3.13': Environment('3.13', ('torch==2.6.0', 'torchvision==0.21.0', '{repo}[lite]')),
     'stock-3.10': Environment('3.10', ('{repo}[lite]',)),
     'stock-3.11': Environment('3.11', ('{repo}[lite]',)),
     'stock-3.12': Environment('3.12', ('{repo}[lite]',)),
