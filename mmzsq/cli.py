@@ -314,6 +314,9 @@ def _end_interrupted(number: int) -> NoReturn:
         if hasattr(signal, name):
             # A second Ctrl-C must not interrupt the message.
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'SIGCHLD'):
+        # Data loaders raise an error when the same signal ends their processes.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if int(os.environ.get('RANK', 0)) == 0:
         kept = _kept() or 'nothing was written yet'
         sys.stderr.write(
