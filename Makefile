@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test` install into .venv on first use. They need nothing but Python.
+# `make demo` and `make test` install into .venv on first use. They need nothing but Python. EXTRA=onedl installs OneDL's forks
+# of OpenMMLab into .venv-onedl instead.
 
 PYTHON ?= python3
-VENV ?= .venv
+EXTRA ?= stock
+VENV ?= .venv$(if $(filter-out stock,$(EXTRA)),-$(EXTRA))
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-zoo test-reliability test-environments benchmark lint format site clean
+.PHONY: demo test suite test-zoo test-reliability test-environments benchmark lint format site clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
@@ -15,11 +17,15 @@ demo: $(VENV)/.runtime
 		echo 'The packages of requirements/deploy.txt cannot be installed here: the demo ends without the export.'; \
 	fi
 
+test: $(VENV)/.tests
+	$(MAKE) suite
+
+# The tests, in an environment as it is.
 # One process per core with one thread each. Tests of data sets and of runs depend on MMEngine's state of a process, so
 # each group has processes of its own. A process that crashes ends the run: xdist may wait for ever for its replacement.
 GROUPS = tests/datasets tests/engine tests/reliability
-test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.tests
+suite: export OMP_NUM_THREADS = 1
+suite:
 	$(BIN)/python -m pytest tests/datasets
 	$(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile tests/engine tests/reliability
 	$(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile $(addprefix --ignore=,$(GROUPS))
@@ -35,9 +41,10 @@ test-reliability: $(VENV)/.tests
 	$(BIN)/python benchmarks/reliability.py
 
 # Installs and rehearses the package on each Python that is here, with stock OpenMMLab, OneDL's forks and MMYOLO. Takes a few
-# GB and about ten minutes for each; others are skipped. For single ones: make test-environments ENVIRONMENTS='onedl mmyolo'
+# GB and about ten minutes for each; others are skipped. For single ones: make test-environments ENVIRONMENTS='onedl mmyolo'.
+# SUITE=1 runs all tests in each of them, too.
 test-environments:
-	$(PYTHON) benchmarks/environments.py $(ENVIRONMENTS)
+	$(PYTHON) benchmarks/environments.py $(if $(SUITE),--suite) $(ENVIRONMENTS)
 
 # Compares a GPU with the goals of docs/performance.md. Without a GPU, only the checks that need none run.
 benchmark: $(VENV)/.tests
@@ -65,9 +72,10 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: setup.py $(addprefix requirements/,runtime.txt stock.txt deploy.txt mmcv-lite.txt) | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[stock,deploy]'
-	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install -r requirements/mmcv-lite.txt
+# mmcv-lite is installed without dependencies, since it requires the stock MMEngine. Any MMEngine brings what it needs.
+$(VENV)/.runtime: setup.py $(addprefix requirements/,runtime.txt $(EXTRA).txt deploy.txt mmcv-lite.txt) | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[$(EXTRA),deploy]'
+	$(BIN)/python -c 'import mmcv' 2>/dev/null || $(BIN)/python -m pip install --no-deps -r requirements/mmcv-lite.txt
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.runtime requirements/tests.txt

@@ -3,11 +3,12 @@
 
 Each environment is a virtual environment of its own. There, the package is installed as the README says, imported,
 composes its configs, and runs small detectors from synthesis to the results. The student of the demo's detector is also
-tested. Environments whose Python is not on this machine are skipped with a line that says so::
+tested. ``--suite`` then runs all tests. Environments whose Python is not on this machine are skipped with a line::
 
     python benchmarks/environments.py                     # all, a few GB of disk and ten minutes each
     python benchmarks/environments.py stock-3.12 onedl    # these only
     python benchmarks/environments.py --no-install onedl  # an environment of ROOT/onedl as it is
+    python benchmarks/environments.py --suite onedl       # all tests, too: half an hour more
 
 The last lines are a table in Markdown. The exit code is 1 if a step failed.
 """
@@ -17,10 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +69,13 @@ class Environment(NamedTuple):
     detectors: tuple[str, ...] = STOCK_DETECTORS
 
 
-# PyTorch 2.1 was built for NumPy 1, and OpenCV has required NumPy 2 since 4.12.
-OLDEST = ('torch==2.1.0', 'torchvision==0.16.0', 'numpy<2', 'opencv-python<4.12')
+# PyTorch 2.1 and 2.2 were built for NumPy 1, and OpenCV has required NumPy 2 since 4.12.
+NUMPY_1 = ('numpy<2', 'opencv-python<4.12')
 MATRIX = {
-    'oldest': Environment('3.10', (*OLDEST, '{repo}[lite]')),
+    'oldest': Environment('3.10', ('torch==2.1.0', 'torchvision==0.16.0', *NUMPY_1, '{repo}[lite]')),
+    # The oldest torchvision for these versions of Python, and its PyTorch.
+    'oldest-3.12': Environment('3.12', ('torch==2.2.0', 'torchvision==0.17.0', *NUMPY_1, '{repo}[lite]')),
+    'oldest-3.13': Environment('3.13', ('torch==2.6.0', 'torchvision==0.21.0', '{repo}[lite]')),
     'stock-3.10': Environment('3.10', ('{repo}[lite]',)),
     'stock-3.11': Environment('3.11', ('{repo}[lite]',)),
     'stock-3.12': Environment('3.12', ('{repo}[lite]',)),
@@ -114,21 +120,37 @@ def call(command: Sequence[str | Path], log: Path, **options: Any) -> str:
     with log.open('a', encoding='utf-8') as file:
         file.write(f'$ {" ".join(str(word) for word in command)}\n{result.stdout}\n')
     if result.returncode:
-        lines = [line for line in result.stdout.splitlines() if line.strip()] or ['no output']
+        # The line before those of make says more.
+        lines = [line for line in result.stdout.splitlines() if line.strip() and not line.startswith('make')]
+        lines = lines or ['no output']
         raise StepFailed(f'exit code {result.returncode}: {lines[-1].strip()}')
     return result.stdout
 
 
-def install(environment: Environment, folder: Path, python: str, log: Path) -> None:
-    """Make the virtual environment and install its packages."""
+def install(environment: Environment, folder: Path, python: str, log: Path, extras: Sequence[str] = ()) -> None:
+    """Make the virtual environment and install its packages, and those of more extras of this package."""
     call([python, '-m', 'venv', folder], log)
     pip: list[str | Path] = [folder / 'bin' / 'python', '-m', 'pip', 'install', '--disable-pip-version-check', '-q']
-    call([*pip, *(package.format(repo=REPO) for package in environment.packages)], log)
+    packages = [package.format(repo=REPO) for package in environment.packages]
+    call([*pip, *packages, *(f'{REPO}[{extra}]' for extra in extras)], log)
     if environment.alone:
         call([*pip, '--no-deps', *environment.alone], log)
 
 
-def check(name: str, environment: Environment, root: Path, installs: bool) -> dict[str, Any]:
+def count_tests(output: str) -> dict[str, int]:
+    """Add up the last lines of several runs of pytest.
+
+    >>> count_tests('2 failed, 7 passed, 4 deselected, 1 warning in 61.50s (0:01:01)')
+    {'failed': 2, 'passed': 7}
+    """
+    counts: Counter[str] = Counter()
+    for line in re.findall(r'^(?:=+ )?(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s', output, re.MULTILINE):
+        for number, outcome in re.findall(r'(\d+) (passed|failed|errors?|skipped)', line):
+            counts[outcome] += int(number)
+    return dict(counts)
+
+
+def check(name: str, environment: Environment, root: Path, installs: bool, suite: bool = False) -> dict[str, Any]:
     """Run all steps of an environment.
 
     Args:
@@ -136,10 +158,11 @@ def check(name: str, environment: Environment, root: Path, installs: bool) -> di
         environment: Its row.
         root: Folder of the virtual environments.
         installs: Whether to install. If not, the environment is used as it is, with this source tree.
+        suite: Whether to run all tests, too.
 
     Returns:
         ``name``; ``skipped``, the reason, or the results: ``versions``, ``composed`` (number of configs), ``rehearsed``
-        (seconds by detector), and ``failed``, the first error, if any.
+        (seconds by detector), ``tests`` (their number by outcome), and ``failed``, the first error, if any.
     """
     folder = root / name
     python = folder / 'bin' / 'python'
@@ -160,7 +183,7 @@ def check(name: str, environment: Environment, root: Path, installs: bool) -> di
     inside: list[str | Path] = [python, Path(__file__).resolve(), '--inside']
     try:
         if interpreter is not None and installs:
-            install(environment, folder, interpreter, log)
+            install(environment, folder, interpreter, log, ('deploy', 'tests') if suite else ())
         options: dict[str, Any] = dict(cwd=work_dir, env=variables)
         row['versions'] = json.loads(call([*inside, 'versions'], log, **options).splitlines()[-1])
         row['composed'] = int(call([*inside, 'compose'], log, **options).splitlines()[-1])
@@ -187,6 +210,10 @@ def check(name: str, environment: Environment, root: Path, installs: bool) -> di
             if not results.get('model_mb'):
                 raise StepFailed(f'{detector}: results.json has no model sizes')
             row['rehearsed'][leaf] = round(time.perf_counter() - started, 1)
+        if suite:
+            started = time.perf_counter()
+            row['tests'] = count_tests(call(['make', '-C', REPO, 'suite', f'VENV={folder}'], log, env=variables))
+            row['tests']['seconds'] = round(time.perf_counter() - started)
     except StepFailed as error:
         row['failed'] = str(error)
     return row
@@ -247,8 +274,8 @@ def write_leaf(base: str, path: str) -> None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Format the results as a table in Markdown."""
     packages = ('python', 'torch', 'numpy', 'mmdet', 'mmengine', 'mmcv')
-    lines = [f'| environment | {" | ".join(packages)} | configs composed | rehearsed |']
-    lines.append(f'| {" | ".join(["---"] * (len(packages) + 3))} |')
+    lines = [f'| environment | {" | ".join(packages)} | configs composed | rehearsed | tests |']
+    lines.append(f'| {" | ".join(["---"] * (len(packages) + 4))} |')
     for row in rows:
         found = row.get('versions', {})
         rehearsed = ', '.join(
@@ -263,6 +290,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             *(found.get(package, '') for package in packages),
             str(row.get('composed', '')),
             rehearsed,
+            ', '.join(f'{number} {outcome}' for outcome, number in row.get('tests', {}).items()),
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -274,6 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'environments: {", ".join(MATRIX)}')
     parser.add_argument('--root', type=Path, default=REPO / 'work_dirs' / 'environments', help='folder for them')
     parser.add_argument('--no-install', action='store_true', help='use the environments of ROOT as they are')
+    parser.add_argument('--suite', action='store_true', help='run all tests, too')
     parser.add_argument('--out', type=Path, help='JSON file for the results')
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in MATRIX]
@@ -281,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f'unknown environments {", ".join(unknown)}: choose from {", ".join(MATRIX)}')
     rows = []
     for name in args.names or MATRIX:
-        row = check(name, MATRIX[name], args.root.resolve(), not args.no_install)
+        row = check(name, MATRIX[name], args.root.resolve(), not args.no_install, args.suite)
         print(f'{name}: {row.get("skipped") or row.get("failed") or "passed"}', flush=True)  # noqa: T201
         rows.append(row)
     print(table(rows))  # noqa: T201

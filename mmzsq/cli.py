@@ -314,6 +314,9 @@ def _end_interrupted(number: int) -> NoReturn:
         if hasattr(signal, name):
             # A second Ctrl-C must not interrupt the message.
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'SIGCHLD'):
+        # Data loaders raise an error when the same signal ends their processes.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if int(os.environ.get('RANK', 0)) == 0:
         kept = _kept() or 'nothing was written yet'
         sys.stderr.write(
@@ -358,8 +361,11 @@ def _next_command() -> str:
     spec = getattr(sys.modules['__main__'], '__spec__', None)
     program = ['python', '-m', spec.name] if spec is not None else ['python', sys.argv[0]]
     arguments = sys.argv[1:]
+    tool = Path(sys.argv[0]).stem
+    if tool == 'stock' and arguments:
+        tool = Path(arguments[0]).stem
     if (
-        Path(sys.argv[0]).stem == 'train'
+        tool == 'train'
         and _last_checkpoint() is not None
         and not any(argument.startswith(('--resume', '--rehearse')) for argument in arguments)
     ):

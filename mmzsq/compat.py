@@ -15,10 +15,12 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,6 +47,7 @@ def install() -> None:
     register_checkpoint_loaders()
     resolve_package_bases()
     resolve_package_modules()
+    import_fork_quietly()
 
 
 def provide_mmcv_ops() -> None:
@@ -58,6 +61,22 @@ def provide_mmcv_ops() -> None:
         return
     if importlib.util.find_spec(EXTENSION) is None:
         sys.modules[EXTENSION] = TorchvisionOps()
+
+
+def import_fork_quietly() -> None:
+    """Import OneDL's MMDetection with its standard output on standard error.
+
+    Without compiled operators it prints on import which of its parts are missing, and tools print a config or JSON to
+    standard output.
+    """
+    try:
+        distribution('onedl-mmdetection')
+    except PackageNotFoundError:
+        return
+    if isinstance(sys.modules.get(EXTENSION), TorchvisionOps):
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module('mmdet.datasets')
+            importlib.import_module('mmdet.models')
 
 
 def allow_mmengine_checkpoints() -> None:

@@ -50,10 +50,15 @@ def main() -> None:
         raise UserError(f'MMDetection has no tool {name}. Its tools: {", ".join(names)}.')
     # analysis_tools/browse_dataset rather than analysis_tools/mot/browse_dataset.
     path = folder / f'{min(found, key=lambda known: known.count("/"))}.py'
-    sys.argv = [str(path), *sys.argv[2:]]
+    typed = sys.argv
+    sys.argv = [str(path), *typed[2:]]
     # Python starts a script with its folder in front.
     sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name='__main__')
+    try:
+        runpy.run_path(str(path), run_name='__main__')
+    finally:
+        # Messages name the command as it was typed.
+        sys.argv = typed
 
 
 if __name__ == '__main__':

@@ -158,6 +158,11 @@ def test_mmengine_sees_that_the_operators_are_not_compiled() -> None:
     assert mmcv_full_available() is not stand_in
 
 
+def test_importing_the_commands_leaves_standard_output_to_them(repo: Path) -> None:
+    # OneDL's MMDetection prints on import which of its parts are missing.
+    assert python('import mmzsq.cli', repo).stdout == ''
+
+
 def test_installing_twice_changes_nothing() -> None:
     before = Config._get_cfg_path, sys.modules['mmcv._ext']
     compat.install()

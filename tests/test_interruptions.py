@@ -52,6 +52,7 @@ def default_signals() -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGCHLD: signal.SIG_DFL,
     }
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
@@ -163,6 +164,19 @@ def test_an_interrupted_formatter_of_configs_is_not_taken_for_a_defect(end: Any)
         'Kept: the checkpoint out/iter_10.pth. To continue, run `python tools/train.py my.py --work-dir out --resume`\n'
     )
     signal.signal(signal.SIGINT, before)
+
+
+def test_workers_that_the_same_signal_ends_raise_no_error_after_the_message(end: Any) -> None:
+    def error_of_a_loader(number: int, frame: object) -> None:
+        raise RuntimeError('DataLoader worker is killed by signal: Terminated.')
+
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGCHLD, error_of_a_loader)
+    code, _ = end(lambda: signal.raise_signal(signal.SIGTERM))
+    # A worker ends while the process exits.
+    subprocess.run(['true'], check=True)
+    assert code == 143 and signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_other_processes_leave_the_message_to_the_first(end: Any, monkeypatch: pytest.MonkeyPatch) -> None:

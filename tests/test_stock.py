@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from mmzsq import stock
+from mmzsq import cli, stock
 from mmzsq.errors import UserError
 
 LEAF = """
@@ -37,6 +38,25 @@ def test_an_unknown_tool_is_refused_with_the_names_of_all(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, 'argv', ['stock', 'quantify'])
     with pytest.raises(UserError, match=r'no tool quantify\. Its tools: .*analysis_tools/get_flops.*train'):
         stock.main()
+
+
+def test_the_command_that_continues_names_the_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'train.py').write_text(
+        'from pathlib import Path\n'
+        'from mmzsq import cli\n'
+        'cli._RUN.work_dir = Path(__file__).parent\n'
+        "raise OSError(28, 'No space left on device', 'out/log.txt')\n"
+    )
+    with ZipFile(tmp_path / 'epoch_1.pth', 'w') as archive:
+        archive.writestr('data', '')
+    monkeypatch.setattr(stock, 'tools_folder', lambda: tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['mmzsq/stock.py', 'train', 'my.py', '--work-dir', 'out'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    with pytest.raises(SystemExit):
+        cli.run(stock.main)
+    assert capsys.readouterr().err.endswith(' train my.py --work-dir out --resume`\n')
 
 
 @pytest.mark.nightly

@@ -148,6 +148,7 @@ def rehearse(cfg: Config, build: Callable[[Config], Any]) -> Rehearsal:
     (folder / REPORT_FILE).unlink(missing_ok=True)
     runner = build(small)
     hook = next(hook for hook in runner.hooks if isinstance(hook, CalibrationSetHook))
+    hook.measures_health = False
     _choose_sizes(runner, hook, whole.zsq.synthesis)
     runner.measured_layers = MEASURED_LAYERS
     runner.train()

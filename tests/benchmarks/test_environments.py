@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import environments
 import pytest
+import yaml
 
 
 def test_the_matrix_covers_all_promised_pythons_and_distributions(repo: Path) -> None:
@@ -53,3 +56,30 @@ def test_a_failed_step_is_named_and_ends_with_an_error(
 def test_this_interpreter_is_found() -> None:
     assert environments.find_python(f'{sys.version_info.major}.{sys.version_info.minor}') == sys.executable
     assert environments.find_python('3.99') is None
+
+
+def test_the_outcomes_of_all_groups_are_added_up() -> None:
+    output = (
+        '5 passed in 0.10s\n'
+        '2 failed, 3 passed, 1 skipped, 9 deselected, 4 warnings in 75.25s (0:01:15)\n'
+        'a test printed: 7 passed in vain\n'
+        '=========== 1 passed, 1 error in 2.00s ===========\n'
+    )
+    assert environments.count_tests(output) == dict(passed=9, failed=2, skipped=1, error=1)
+
+
+def test_the_workflow_runs_all_checks_with_both_distributions(repo: Path) -> None:
+    [job] = yaml.safe_load((repo / '.github' / 'workflows' / 'tests.yml').read_text())['jobs'].values()
+    [extra] = [name for name, value in job['env'].items() if value == '${{ matrix.extra }}']
+    assert [step['run'] for step in job['steps'] if 'run' in step] == ['.ci/run']
+    assert job['strategy']['matrix'] == dict(extra=['stock', 'onedl'])
+    folders = set()
+    for name in job['strategy']['matrix']['extra']:
+        # Without the variables of a make that runs these tests.
+        variables = dict(PATH=os.environ['PATH'], PYTHON=sys.executable) | {extra: name}
+        command = ['make', '--dry-run', '--always-make', 'test']
+        lines = subprocess.run(command, cwd=repo, env=variables, capture_output=True, text=True, check=True).stdout
+        [line] = [line for line in lines.splitlines() if '--editable' in line]
+        assert f"'.[{name},deploy]'" in line
+        folders.add(line.split()[0])
+    assert len(folders) == 2

@@ -87,6 +87,8 @@ def test_a_rehearsal_runs_all_stages_and_leaves_the_run_alone(make_config: Any) 
     measured = json.loads(Path('out/rehearsal/sensitivity.json').read_text())['layers']
     assert len(measured) == 2 and all(growth.keys() == {'2', '8'} for growth in measured.values())
     assert 'whole run: 100 images and training in about' in text and 'not part of a rehearsal' in text
+    # No advice for images that mean nothing.
+    assert 'image health' not in text
 
 
 def test_a_second_rehearsal_replaces_the_set_of_the_first(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

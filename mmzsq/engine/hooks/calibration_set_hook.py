@@ -100,7 +100,13 @@ class CalibrationSetHook(Hook):
         source: ``'synthesized'``, ``'procedural'``, ``'mixed'`` or ``'auto'``, see
             :class:`~mmzsq.config.sections.CalibrationSetConfig`.
         label_pictures: Whether the teacher labels procedural pictures. By default they get no labels.
+
+    Attributes:
+        measures_health: Whether the health of the images is measured and stored with them. Images of a rehearsal
+            mean nothing.
     """
+
+    measures_health = True
 
     def __init__(
         self,
@@ -344,7 +350,7 @@ class CalibrationSetHook(Hook):
 
         Pictures that do not depend on the detector are not measured.
         """
-        if task is None or get_rank() != 0 or 'health' in (calibration_set.manifest or {}):
+        if task is None or not self.measures_health or get_rank() != 0 or 'health' in (calibration_set.manifest or {}):
             return
         try:
             images, labels, _ = load_labeled_images(self.root, measured_images(self.num_images))
