@@ -83,14 +83,7 @@ def test_found_objects_are_those_of_pycocotools() -> None:
         images=[dict(id=image) for image in range(5)],
         categories=[dict(id=0), dict(id=1)],
         annotations=[
-            dict(
-                id=100 * image + index + 1,
-                image_id=image,
-                category_id=int(row[5]),
-                iscrowd=0,
-                area=1.0,
-                bbox=_xywh(row),
-            )
+            dict(id=100 * image + index + 1, image_id=image, iscrowd=0, area=1.0, **_category_and_box(row))
             for image, rows in enumerate(objects)
             for index, row in enumerate(rows)
         ],
