@@ -57,6 +57,7 @@ OUR_BITS = ('w8a8', 'w6a6', 'w5a5', 'w4a8', 'w4a4')
 GPTQ_EPOCHS = 5
 GPTQ_IMAGES = 16
 GPTQ_BATCH = 4
+EVALUATION_BATCH = 2
 SOURCE_TITLES = dict(
     noise='noise', procedural='procedural pictures', synthetic='synthetic images', real32='real images',
     real300='real images',
@@ -199,6 +200,8 @@ def run(bench: Bench, cases: Sequence[Case], out: Path, limit: int | None = None
         out: Folder of the results.
         limit: As of :func:`~deploy_models.evaluate`.
     """
+    # Images are letterboxed to one size, so that this changes nothing but the memory.
+    bench.config.test_dataloader.batch_size = EVALUATION_BATCH
     for case in cases:
         path = out / f'{case.name}.json'
         if path.is_file():

@@ -213,7 +213,7 @@ def pair_minutes(runs: Sequence[Run]) -> float:
     for one in runs:
         stages = (one.results['calibration_set'].get('stages') or {}).values()
         sets[one.results['settings']['calibration_set']['dir']] = sum(stage['seconds'] for stage in stages)
-        seconds += sum(value for name, value in one.results['seconds'].items() if name != 'calibration_set')
+        seconds += sum(one.results['seconds'].values())
     return (seconds + sum(sets.values())) / 60
 
 

@@ -93,7 +93,7 @@ def write_run(folder: Path, ap: float | None, set_dir: str) -> None:
         quantizer={},
         model_mb={},
         settings=dict(calibration_set=dict(dir=set_dir)),
-        seconds=dict(calibration_set=100.0, train=60.0, evaluate_float=3.0),
+        seconds=dict(train=60.0, evaluate_float=3.0),
         calibration_set=dict(stages=dict(refine=dict(seconds=27.0), synthesize=dict(seconds=30.0))),
         versions=dict(mmzsq='1.2.3'),
         device='a GPU',
