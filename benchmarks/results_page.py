@@ -216,7 +216,8 @@ def render_scores(scores: Mapping[str, Any]) -> str:
         'student agree. That of the objectness is the one of `tools/model_converters/calibrate_scores.py`.',
         'At W4A4 it brings the shift from -0.17 to zero, and recall and F1 toward those of the teacher. At W4A8 '
         'and W6A6 it trades precision for recall at nearly equal F1. An offset of the class logits moves scores less, '
-        'and at W4A4 it costs F1, because it also raises the classes that an object does not have. Offsets for each class, shrunk '
+        'and at W4A4 it costs F1, because it also raises the classes that an object does not have. Offsets '
+        'for each class, shrunk '
         'toward the common one where a class is rare, add nothing to it. At 8 bits there is nothing to correct, and '
         'the offset is too large: synthetic images are made so that the teacher is confident, and the student is a '
         'little less so on them. The offset is therefore no default. One detector and one seed were measured.',
