@@ -172,7 +172,7 @@ class Bench:
     def _calibrated(self, case: Evaluation) -> tuple[Any, dict[str, Any]]:
         assert case.source is not None
         model = self._float_file()
-        inputs = self._inputs(case.source)
+        inputs = self.inputs(case.source)
         count = len(np.load(inputs, mmap_mode='r'))
         suffix = 'xml' if case.what == 'nncf' else 'onnx'
         out = self.files / f'{case.what}_{case.source}.{suffix}'
@@ -193,7 +193,7 @@ class Bench:
         structure = json.loads(session.metadata['structure'])
         detector.bbox_head.forward = lambda images: unflatten(structure, run_images(session, images))  # type: ignore[arg-type]
 
-    def _inputs(self, source: str) -> Path:
+    def inputs(self, source: str) -> Path:
         """Write network inputs as ``.npy``, (N, 3, H, W) float32, if they are not there."""
         path = self.files / f'inputs_{source}.npy'
         if path.is_file():

@@ -93,7 +93,9 @@ def build_float(cfg: Config, checkpoint: Path | None = None) -> Any:
     return detector.eval()
 
 
-def build_student(cfg: Config, checkpoint: Path | None = None, float_detector: nn.Module | None = None) -> Any:
+def build_student(
+    cfg: Config, checkpoint: Path | None = None, float_detector: nn.Module | None = None, calibrate: bool = True
+) -> Any:
     """Build the quantized detector of a config.
 
     Args:
@@ -101,6 +103,7 @@ def build_student(cfg: Config, checkpoint: Path | None = None, float_detector: n
         checkpoint: A checkpoint that ``python -m mmzsq.train`` wrote.
         float_detector: Without a checkpoint, the student takes these weights, and its steps fit an image of noise.
             This is enough to measure time.
+        calibrate: Whether steps fit noise; otherwise they are left to the caller.
     """
     cfg = copy.deepcopy(cfg)
     _forget_pretrained(cfg.model)
@@ -112,6 +115,8 @@ def build_student(cfg: Config, checkpoint: Path | None = None, float_detector: n
         raise UserError('a student needs a checkpoint or the weights of a float detector')
     holder.student.load_state_dict(float_detector.state_dict(), strict=False)
     student = holder.student.eval()
+    if not calibrate:
+        return student
     set_quantization(student, False)
     parts = parts_of(student, NOISE_SIZE, raw=True)
     set_quantization(student, True)

@@ -20,18 +20,19 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.runner import BaseLoop, Runner
-from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.engine.random_state import random_state, set_random_state
+from mmzsq.engine.scores import detection_rows
 from mmzsq.image_detector import ImageDetector
 from mmzsq.qat import ZeroShotDetector
 from mmzsq.quantization import quantized_layers
 from mmzsq.quantization.quantizers import LSQ
 from mmzsq.report import DETAILS_FILE, FOLDER, write_report
 from mmzsq.report.boxes_of_sets import relative_size
-from mmzsq.report.matching import match
+from mmzsq.report.runs import RESULTS_FILE
+from mmzsq.report.scores import MIN_SCORE, TEACHER, compare_scores, describe_scores, score_pairs
 from mmzsq.visualization.gallery import load_labeled_images
 
 SHOWN_IMAGES = 8
@@ -46,23 +47,25 @@ MEASURED_IMAGES = 4
 LABELED_IMAGES = 2000
 """Images of the evaluation data whose boxes are counted at most."""
 
-MIN_SCORE = 0.05
-MAX_BOXES = 100
 IMAGE_SIDE = 480
 BINS = 48
 CURVE_POINTS = 400
 SAMPLED_VALUES = 200_000
 
 
-def write_details(runner: Runner, detector: ZeroShotDetector, class_ap: Mapping[str, Mapping[str, float]]) -> None:
+def write_details(
+    runner: Runner, detector: ZeroShotDetector, class_ap: Mapping[str, Mapping[str, float]], results: dict[str, Any]
+) -> None:
     """Measure what the report shows, and write it and ``report.html`` into the work_dir, on rank 0.
 
-    A failure is a warning: the results of the run are written before.
+    A failure is a warning: the results of the run are written before. Without an evaluation, they receive the scores on
+    images of the calibration set, and are written again.
 
     Args:
         runner: The runner after its evaluation.
         detector: Its model, without a wrapper for distributed training.
         class_ap: AP of each class by its name, for each row of the results.
+        results: Content of ``results.json``.
     """
     if not is_main_process():
         return
@@ -72,6 +75,11 @@ def write_details(runner: Runner, detector: ZeroShotDetector, class_ap: Mapping[
         make_directory(folder)
         details = _collect(runner, detector, folder)
         details['class_ap'] = class_ap
+        scores = details.get('detections', {}).pop('comparison', None)
+        if results['scores'] is None and scores is not None:
+            results['scores'] = scores
+            runner.logger.info(describe_scores(scores))
+            write_atomically(Path(runner.work_dir) / RESULTS_FILE, to_json(results, indent=2))
         write_atomically(folder / DETAILS_FILE, to_json(details))
         runner.logger.info(f'report in {write_report([runner.work_dir])}')
     except Exception as error:
@@ -144,18 +152,27 @@ def _detections(runner: Runner, detector: ZeroShotDetector, folder: Path) -> dic
     teacher, student = (_image_detector(network, runner) for network in (detector.load_teacher(), detector.student))
     shown = [index * len(images) // SHOWN_IMAGES for index in range(SHOWN_IMAGES)] if images else []
     rows: list[dict[str, Any]] = []
-    pairs: list[tuple[float, float]] = []
-    scores: dict[str, list[float]] = dict(float=[], quantized=[])
+    name = 'zero_shot' if runner.max_iters else 'ptq'
+    found: dict[str, list[np.ndarray]] = {TEACHER: [], name: []}
     for index, image in enumerate(images):
-        boxes = dict(float=_boxes(teacher, image), quantized=_boxes(student, image))
-        for name, found in boxes.items():
-            scores[name] += [box[4] for box in found]
-        pairs += [(one[4], other[4]) for one, other in match(boxes['float'], boxes['quantized'])]
+        boxes = [detection_rows(network([image])[0].pred_instances) for network in (teacher, student)]
+        for detections, detected in zip(found.values(), boxes, strict=True):
+            detections.append(detected)
         if index in shown:
-            name = f'image_{len(rows):02d}.jpg'
-            rows.append(dict(file=name, height=image.shape[0], width=image.shape[1], **boxes))
-            write_atomically(folder / name, encode_jpeg(image))
-    return dict(source=source, compared=len(images), min_score=MIN_SCORE, images=rows, pairs=pairs, scores=scores)
+            file = f'image_{len(rows):02d}.jpg'
+            size = dict(height=image.shape[0], width=image.shape[1])
+            rows.append(dict(file=file, **size, float=_rounded(boxes[0]), quantized=_rounded(boxes[1])))
+            write_atomically(folder / file, encode_jpeg(image))
+    scores = [[_short(score) for detected in detections for score in detected[:, 4]] for detections in found.values()]
+    return dict(
+        source=source,
+        compared=len(images),
+        min_score=MIN_SCORE,
+        images=rows,
+        pairs=[[_short(score) for score in pair] for pair in score_pairs(found[TEACHER], found[name])],
+        scores=dict(float=scores[0], quantized=scores[1]),
+        comparison=dict(source=source, **compare_scores(found)),
+    )
 
 
 class PlainDetector:
@@ -207,13 +224,8 @@ def _spread(total: int, count: int = SCORED_IMAGES) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def _boxes(detector: ImageDetector | PlainDetector, image: np.ndarray) -> list[list[float]]:
-    """Return x1, y1, x2, y2, score and label of the best detections."""
-    found: InstanceData = detector([image])[0].pred_instances.cpu()
-    found = found[found.scores >= MIN_SCORE]
-    found = found[found.scores.argsort(descending=True)[:MAX_BOXES]]
-    table = torch.cat((found.bboxes.float(), found.scores.float()[:, None], found.labels.float()[:, None]), 1)
-    return [[round(value, 4 if place == 4 else 1) for place, value in enumerate(row)] for row in table.tolist()]
+def _rounded(detected: np.ndarray) -> list[list[float]]:
+    return [[round(value, 4 if place == 4 else 1) for place, value in enumerate(row)] for row in detected.tolist()]
 
 
 def encode_jpeg(image: np.ndarray, side: int = IMAGE_SIDE, quality: int = 82) -> bytes:

@@ -35,9 +35,11 @@ from mmzsq.engine.evaluation import (
     scalar_metrics,
 )
 from mmzsq.engine.hooks.quantizer_init_hook import PTQ_FILE
+from mmzsq.engine.scores import Detections, collected_detections, evaluation_scores
 from mmzsq.errors import UserError
 from mmzsq.patching import patched
 from mmzsq.qat import ZeroShotDetector
+from mmzsq.report.scores import describe_scores
 from mmzsq.synthesis import CalibrationSet
 from mmzsq.version import __version__
 
@@ -83,7 +85,8 @@ def report_results(
     metrics: Metrics = {}
     evaluation_seconds: dict[str, float] = {}
     class_ap: Metrics = {}
-    problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent, class_ap)
+    found: dict[str, Detections] = {}
+    problem = _evaluate_if_possible(runner, detector, metrics, evaluation_seconds, absent, class_ap, found)
     reason = f'{damaged_image(runner._val_loop)}{describe(problem)}' if isinstance(problem, BaseException) else problem
     if isinstance(problem, str):
         runner.logger.warning(f'accuracy is not measured: {problem}')
@@ -97,6 +100,7 @@ def report_results(
         quantizer=section.quantizer.to_dict(),
         metrics=metrics,
         not_evaluated=reason,
+        scores=_scores(runner, found) if problem is None else None,
         evaluation_images=_evaluation_images(runner),
         checkpoint=_last_checkpoint(runner),
         model_mb=dict(float=report.size_before, quantized=report.size_after),
@@ -121,7 +125,7 @@ def report_results(
         runner.logger.info(f'results in {path}\n{format_table(results)}')
         write_atomically(path, to_json(results, indent=2))
     if not isinstance(problem, BaseException) or isinstance(problem, Exception):
-        write_details(runner, detector, class_ap)
+        write_details(runner, detector, class_ap, results)
     if not isinstance(problem, BaseException):
         return None
     if not isinstance(problem, Exception):
@@ -163,6 +167,14 @@ def reported(runner: Runner, checkpoint: str) -> bool:
     trained = (results.get('train') or {}).get('iterations')
     evaluated = runner._val_loop is None or bool(results.get('metrics'))
     return Path(checkpoint).resolve().parent == path.resolve().parent and trained == meta.get('iter') and evaluated
+
+
+def _scores(runner: Runner, found: Mapping[str, Detections]) -> dict[str, Any] | None:
+    try:
+        return evaluation_scores(runner, found)
+    except Exception as error:
+        runner.logger.warning(f'the results lack the scores: {describe(error)}')
+        return None
 
 
 def _evaluation_images(runner: Runner) -> int:
@@ -218,6 +230,7 @@ def _evaluate_if_possible(
     seconds: dict[str, float],
     absent: str | None,
     class_ap: Metrics,
+    found: dict[str, Detections],
 ) -> BaseException | str | None:
     """Evaluate, and add metrics and times of the rows that are done.
 
@@ -231,7 +244,7 @@ def _evaluate_if_possible(
         return f'the evaluation data is not here ({missing})'
     try:
         build_evaluation(runner)
-        _evaluate_all(runner, detector, metrics, seconds, class_ap)
+        _evaluate_all(runner, detector, metrics, seconds, class_ap, found)
     except FileNotFoundError as error:
         if absent is not None:
             return f'the evaluation data is not here ({error.filename or error})'
@@ -247,10 +260,15 @@ def _evaluate_all(
     metrics: Metrics,
     seconds: dict[str, float],
     class_ap: Metrics,
+    found: dict[str, Detections],
 ) -> None:
     @contextmanager
     def row(name: str) -> Iterator[None]:
-        with _timed(seconds, f'evaluate_{name}'), class_accuracy(runner, class_ap.setdefault(name, {})):
+        with (
+            _timed(seconds, f'evaluate_{name}'),
+            class_accuracy(runner, class_ap.setdefault(name, {})),
+            collected_detections(runner, found, name),
+        ):
             yield
 
     with row('float'), detector.predict_with_teacher():
@@ -329,4 +347,5 @@ def format_table(results: Mapping[str, Any]) -> str:
     console = Console(width=110, no_color=True, file=None, record=True, quiet=False)
     with console.capture() as capture:
         console.print(table)
-    return capture.get()
+    scores = results.get('scores')
+    return capture.get() if scores is None else f'{capture.get()}{describe_scores(scores)}\n'

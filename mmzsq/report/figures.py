@@ -196,9 +196,7 @@ def _scores(run: Run) -> Drawing | None:
         axis.scatter(pairs[:, 0], pairs[:, 1], s=10, color=STUDENT, alpha=0.5, lw=0)
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel='score of the full-precision detector', ylabel='quantized')
         axis.set_aspect('equal')
-    shift = float(np.median(pairs[:, 1] - pairs[:, 0]))
-    caption = f'Scores of the same objects, {len(pairs)} pairs. The median shift is {shift:+.3f}.'
-    return Drawing('scores', caption, figure)
+    return Drawing('scores', f'Scores of the same objects, {len(pairs)} pairs.', figure)
 
 
 def thresholds(run: Run) -> list[tuple[float, float, int]]:

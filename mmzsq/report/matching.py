@@ -1,39 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching of two lists of detections of one image."""
+"""Matching of two lists of boxes of one image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 MIN_IOU = 0.5
 
 
-def match(
-    one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
-) -> list[tuple[Sequence[float], Sequence[float]]]:
-    """Pair detections of one class that overlap, the best of ``one`` first, each with what it overlaps most.
+def match(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
+    """Pair boxes of one class that overlap, the best of ``one`` first, each with what it overlaps most.
 
     Args:
-        one: Rows of x1, y1, x2, y2, score and label.
-        other: Likewise.
+        one: Rows of x1, y1, x2, y2, score and label, (n, 6).
+        other: Likewise, (m, 6). Its scores are not used.
 
     Returns:
-        Pairs of a row of ``one`` and a row of ``other`` with an IoU of at least 0.5. No row is in two pairs.
+        Pairs of an index of ``one`` and an index of ``other`` whose IoU is at least 0.5. No index is in two pairs.
     """
-    left = list(range(len(other)))
+    overlaps = iou(one, other) * (one[:, None, 5] == other[None, :, 5])
+    overlaps[overlaps < MIN_IOU] = 0
     pairs = []
-    for row in sorted(one, key=lambda row: -row[4]):
-        overlaps = [(iou(row, other[index]), index) for index in left if other[index][5] == row[5]]
-        best, index = max(overlaps, default=(0.0, -1))
-        if best >= MIN_IOU:
-            pairs.append((row, other[index]))
-            left.remove(index)
+    for index in np.argsort(-one[:, 4], kind='stable').tolist():
+        if overlaps[index].any():
+            best = int(overlaps[index].argmax())
+            pairs.append((index, best))
+            overlaps[:, best] = 0
     return pairs
 
 
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the intersection over union of two boxes, which begin with x1, y1, x2, y2."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inside = max(width, 0.0) * max(height, 0.0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
-    return inside / union if union > 0 else 0.0
+def iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of boxes, whose rows begin with x1, y1, x2, y2.
+
+    Args:
+        one: Shape (n, 4 or more).
+        other: Shape (m, 4 or more).
+
+    Returns:
+        Shape (n, m), 0 for a pair without an area.
+    """
+    inside = intersection(one, other)
+    union = area(one)[:, None] + area(other) - inside
+    return np.divide(inside, union, out=np.zeros(inside.shape), where=union > 0)
+
+
+def intersection(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the areas that boxes (n, 4 or more) and (m, 4 or more) share, (n, m)."""
+    corner = np.maximum(one[:, None, :2], other[:, :2])
+    size = np.minimum(one[:, None, 2:4], other[:, 2:4]) - corner
+    shared: np.ndarray = size.clip(min=0).prod(-1)
+    return shared
+
+
+def area(boxes: np.ndarray) -> np.ndarray:
+    """Return the areas of boxes (n, 4 or more), (n,)."""
+    size: np.ndarray = (boxes[:, 2:4] - boxes[:, :2]).prod(-1)
+    return size

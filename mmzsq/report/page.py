@@ -101,6 +101,7 @@ def render(
         figures={name: Markup(drawing.inline()) for name, drawing in drawings.items()},
         captions={name: drawing.caption for name, drawing in drawings.items()},
         thresholds=figures.thresholds(run),
+        scores=run.results.get('scores'),
         source=detections.get('source'),
         compared=detections.get('compared'),
         health=(run.results.get('calibration_set') or {}).get('health'),

@@ -253,11 +253,11 @@ def test_calibration_inputs_are_those_of_the_network(tmp_path: Path, repo: Path)
     images = np.random.default_rng(0).integers(0, 256, (2, 640, 640, 3), dtype=np.uint8)
     np.save(tmp_path / 'images.npy', images)
     bench = deploy_accuracy.Bench(None, None, tmp_path, tmp_path / 'files')
-    inputs = np.load(bench._inputs('synthetic'))
+    inputs = np.load(bench.inputs('synthetic'))
     # YOLOv5 takes RGB in [0, 1].
     np.testing.assert_allclose(inputs, images.transpose(0, 3, 1, 2) / 255, atol=1e-6)
     with pytest.raises(UserError, match='--format npy'):
-        deploy_accuracy.Bench(None, None, tmp_path / 'none', tmp_path / 'other')._inputs('synthetic')
+        deploy_accuracy.Bench(None, None, tmp_path / 'none', tmp_path / 'other').inputs('synthetic')
 
 
 def test_quantize_static_keeps_the_metadata_and_nncf_is_optional(tmp_path: Path, tiny: Any) -> None:

@@ -29,6 +29,7 @@ def test_run_writes_its_report(make_runner: Any, monkeypatch: pytest.MonkeyPatch
     written = run.details
     # AP of classes is no metric of the run.
     assert not [name for row in run.results['metrics'].values() for name in row if name.endswith('_precision')]
+    _check_scores(run.results['scores'])
     assert set() < set(written['class_ap']['float']) <= set(run.classes)
     assert written['class_ap'].keys() == {'float', 'ptq', 'zero_shot'}
     assert all(0 <= value <= 1 for row in written['class_ap'].values() for value in row.values())
@@ -59,6 +60,13 @@ def test_run_writes_its_report(make_runner: Any, monkeypatch: pytest.MonkeyPatch
     _check_failure(runner, monkeypatch)
 
 
+def _check_scores(scores: dict[str, Any]) -> None:
+    assert scores['source'] == 'evaluation' and scores['images'] == 2
+    assert scores['rows'].keys() == {'float', 'ptq', 'zero_shot'}
+    log = ''.join(path.read_text() for path in Path('out').glob('*/*.log'))
+    assert 'scores of PTQ: ' in log and 'scores of the student: ' in log
+
+
 def _check_without_evaluation(runner: Any) -> None:
     """Without evaluation data, teacher and student are compared on the calibration set."""
     val_loop, runner._val_loop = runner._val_loop, None
@@ -66,6 +74,11 @@ def _check_without_evaluation(runner: Any) -> None:
     assert compared['source'] == 'calibration set' and compared['compared'] == 3
     assert compared['images'][0]['width'] == 96
     assert details._real_labels(runner) is None
+    results = dict(json.loads(Path('out/results.json').read_text()), scores=None)
+    write_details(runner, runner.detector, {}, results)
+    scores = json.loads(Path('out/results.json').read_text())['scores']
+    assert (scores['source'], scores['images'], scores['threshold']) == ('calibration set', 3, None)
+    assert scores['rows'].keys() == {'float', 'zero_shot'}
     runner._val_loop = val_loop
 
 
@@ -81,7 +94,7 @@ def _check_failure(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(runner.logger, 'warning', lambda text, *args, **kwargs: warnings.append(str(text)))
     random_state = torch.get_rng_state()
-    write_details(runner, runner.detector, {})
+    write_details(runner, runner.detector, {}, dict(scores=None))
     assert warnings == [
         'the report lacks detections: OSError: no space left',
         'the report is not written: OSError: no space left',

@@ -52,6 +52,11 @@ def results(student: float = 0.4, seed: int = 0, **quantizer: Any) -> dict[str, 
         quantizer=dict(w_bits=4, a_bits=4, **quantizer),
         metrics=metrics,
         not_evaluated=None,
+        scores=dict(
+            source='evaluation', images=10, threshold=0.37,
+            rows=dict(float=dict(recall=0.612, precision=0.71), zero_shot=dict(
+                recall=0.523, precision=None, matched=77, shift=[-0.2, -0.123, 0.1])),
+        ),
         evaluation_images=10,
         checkpoint='epoch_2.pth',
         model_mb=dict(float=8.0, quantized=1.25),
@@ -62,7 +67,7 @@ def results(student: float = 0.4, seed: int = 0, **quantizer: Any) -> dict[str, 
         seconds=dict(train=12.25),
         device='CPU, 1 threads',
         versions=dict(mmzsq='1.2.3'),
-    )
+    )  # fmt: skip
 
 
 DETAILS = dict(
@@ -133,6 +138,8 @@ def test_page_has_all_numbers_and_loads_nothing(tmp_path: Path) -> None:
     for row in results()['metrics'].values():
         for value in row.values():
             assert f'<td>{value:.3f}' in page
+    for text in ('-0.123</td><td>0.523', '<td>0.612</td><td>0.710', 'best threshold, 0.37'):
+        assert text in page
     for text in ('8.00', '1.25', 'ab' * 32, 'python -m mmzsq.train detector_w4a4.py', '7.5 s', '12.2 s', 'epoch_2.pth'):
         assert text in page
     parser = _Addresses()
@@ -271,19 +278,21 @@ def test_thresholds_keep_the_number_of_detections(tmp_path: Path) -> None:
 def test_matches_are_the_best_pairs() -> None:
     generator = np.random.default_rng(0)
     corners = generator.uniform(0, 50, (20, 2))
-    rows = np.concatenate((corners, corners + generator.uniform(10, 50, (20, 2)), generator.random((20, 1))), 1)
-    one = [[*row, index % 2] for index, row in enumerate(rows.tolist())]
-    other = [[*(value + 2 for value in row[:4]), row[4] / 2, row[5]] for row in reversed(one)]
-    for a in one:
-        for b in other:
-            assert iou(a, b) == pytest.approx(float(box_iou(tensor([a[:4]]), tensor([b[:4]]))), abs=1e-5)
+    sizes, labels = generator.uniform(10, 50, (20, 2)), np.arange(20)[:, None] % 2
+    one = np.concatenate((corners, corners + sizes, generator.random((20, 1)), labels), 1)
+    other = one[::-1].copy()
+    other[:, :4] += 2
+    overlaps = iou(one, other)
+    assert overlaps == pytest.approx(box_iou(tensor(one[:, :4]), tensor(other[:, :4])).numpy(), abs=1e-5)
     pairs = match(one, other)
-    assert all(a[5] == b[5] and iou(a, b) >= 0.5 for a, b in pairs)
-    assert len({id(b) for _, b in pairs}) == len(pairs)
-    best = max(one, key=lambda row: row[4])
-    candidates = [row for row in other if row[5] == best[5]]
-    assert pairs[0] == (best, max(candidates, key=lambda row: iou(best, row)))
-    assert match(one, []) == [] and match([[0, 0, 9, 9, 1, 0]], [[0, 0, 9, 9, 1, 1]]) == []
+    assert all(one[i, 5] == other[j, 5] and overlaps[i, j] >= 0.5 for i, j in pairs)
+    assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
+    best = int(one[:, 4].argmax())
+    same = np.where(other[:, 5] == one[best, 5], overlaps[best], 0)
+    assert pairs[0] == (best, int(same.argmax()))
+    assert match(one, other[:0]) == [] and match(one[:0], other) == []
+    assert match(np.array([[0, 0, 9, 9, 1, 0]]), np.array([[0, 0, 9, 9, 1, 1]])) == []
+    assert iou(np.zeros((1, 4)), np.zeros((1, 4))) == 0
 
 
 def test_size_is_the_root_of_the_covered_share() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of tools/analysis_tools/rank_checkpoints.py."""
+"""Tests of tools that read checkpoints of a student: rank_checkpoints.py and calibrate_scores.py."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from mmengine.runner.checkpoint import load_from_local
 
 from mmzsq import generate, train
 from mmzsq.errors import UserError
+from mmzsq.qat import score_offset
 
 TOOL = 'tools/analysis_tools/rank_checkpoints.py'
+CALIBRATE = 'tools/model_converters/calibrate_scores.py'
 LEAF = 'configs/zsq/yolov5-p_shapes_w4a4.py'
 SMALL = (
     *('zsq.calibration_set.num_images=4', 'zsq.label_sampler.warmup=1', 'zsq.label_sampler.interval=1'),
@@ -48,7 +50,9 @@ def run(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.mark.filterwarnings('ignore:.*instance named of visualizer:UserWarning')
-def test_a_student_is_ranked_above_one_that_was_spoilt(run: Run, repo: Path, tmp_path: Path) -> None:
+def test_a_student_is_ranked_above_one_that_was_spoilt(
+    run: Run, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = runpy.run_path(str(repo / TOOL))
     run(train.main, '--work-dir', 'run')
     run(generate.main, '--work-dir', 'other', small=(*SMALL, 'zsq.calibration_set.seed=1'))
@@ -70,6 +74,29 @@ def test_a_student_is_ranked_above_one_that_was_spoilt(run: Run, repo: Path, tmp
     run(tool['main'], *held_out, '--out', 'again.json', '--work-dir', 'ranks', '--checkpoints', 'run/epoch_1.pth')
     (again,) = json.loads(Path('again.json').read_text())['checkpoints']
     assert again['loss'] == pytest.approx(loss['epoch_1.pth'], rel=1e-5)
+    # No location of so small images has a score that counts.
+    monkeypatch.setattr(score_offset, 'score_offset', lambda *args: 0.5)
+    _check_calibrated(run, repo)
+
+
+def _check_calibrated(run: Run, repo: Path) -> None:
+    """The checkpoint with other scores differs from the student by one offset of its objectness."""
+    main = runpy.run_path(str(repo / CALIBRATE))['main']
+    run(main, 'spoilt.pth', 'calibrated.pth', '--batches', '1', '--work-dir', 'run')
+    before, after = (load_from_local(name, map_location='cpu') for name in ('spoilt.pth', 'calibrated.pth'))
+    assert after.keys() == before.keys() and after['meta'] == before['meta']
+    changed = {
+        name: after['state_dict'][name] - value
+        for name, value in before['state_dict'].items()
+        if not torch.equal(after['state_dict'][name], value)
+    }
+    assert changed.keys() == {f'bbox_head.convs.{scale}.bias' for scale in range(3)}
+    for change in changed.values():
+        entries = change.view(3, -1)
+        assert not entries[:, [*range(4), *range(5, entries.shape[1])]].any()
+        torch.testing.assert_close(entries[:, 4], torch.full((3,), 0.5))
+    with pytest.raises(UserError, match=r'checkpoint absent\.pth does not exist'):
+        run(main, 'absent.pth', 'out.pth')
 
 
 def test_two_rankings_are_compared(repo: Path) -> None:
