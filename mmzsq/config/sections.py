@@ -136,10 +136,26 @@ class TrainConfig(TypedSection):
         return self
 
 
+class ReconstructionConfig(TypedSection):
+    """Reconstruction of the student unit by unit, without labels and losses of the detector."""
+
+    images: Positive = 64
+    """Images of the set that are used, at most those of ``zsq.train.init_batches``."""
+    batch_size: Positive = 4
+    """Images of one iteration."""
+    iterations: Positive = 400
+    """Iterations of each unit."""
+    drop: Share = 0.5
+    """Share of activations that are not quantized in an iteration, at random. The last quantizer of a network without
+    them would fit the few images too closely."""
+    cache_gib: PositiveFloat = 2.0
+    """Memory for the inputs and outputs of one unit in GiB. A unit with large maps learns from fewer images."""
+
+
 class ZsqSection(TypedSection):
     """The section ``zsq`` of a config."""
 
-    preset: Literal['default', 'instant', 'paper', 'paper_transformer']
+    preset: Literal['default', 'instant', 'reconstruct', 'paper', 'paper_transformer']
     """Defaults of all keys that the config does not set."""
     teacher: str | None = None
     """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""
@@ -155,6 +171,8 @@ class ZsqSection(TypedSection):
     """Synthesis of images."""
     distillation: DistillationConfig
     """Losses of the student."""
+    reconstruction: ReconstructionConfig | None = None
+    """Learned rounding of weights, and steps, before training. None: no reconstruction."""
     train: TrainConfig
     """Training of the student."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.errors import UserError
+from mmzsq.quantization.reconstruction import Errors
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, StepProgress
 from mmzsq.visualization import save_gallery
 
@@ -64,6 +65,31 @@ class AllocationProgress:
             self.logged = now
             left = (now - self.start) / done * (total - done)
             self.logger.info(f'bits: {MEASURING[phase]}, {done}/{total}, {done / total:.0%}, {left:.0f} s left')
+
+
+class ReconstructionProgress:
+    """Logs each unit that is reconstructed, and the time that the others will take.
+
+    Args:
+        logger: Receives the lines.
+    """
+
+    def __init__(self, logger: MMLogger) -> None:
+        self.logger = logger
+        self.start = time.perf_counter()
+
+    def update(self, name: str, errors: Errors, done: int, total: int) -> None:
+        """Log a unit that is done.
+
+        Args:
+            name: Name of the unit.
+            errors: Errors of its output.
+            done: Units that are done.
+            total: All units.
+        """
+        left = (time.perf_counter() - self.start) / done * (total - done)
+        change = f'error {errors.before:.4f} -> {errors.after:.4f}'
+        self.logger.info(f'reconstruction: {done}/{total}, {name}: {change}, {left:.0f} s left')
 
 
 class PictureProgress:
