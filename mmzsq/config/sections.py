@@ -141,13 +141,10 @@ class ReconstructionConfig(TypedSection):
 
     images: Positive = 64
     """Images of the set that are used, at most those of ``zsq.train.init_batches``."""
-    batch_size: Positive = 4
-    """Images of one iteration."""
-    iterations: Positive = 400
+    batch_size: Positive = 1
+    """Images that run together. An iteration takes several batches if the maps of a unit are small."""
+    iterations: Positive = 300
     """Iterations of each unit."""
-    drop: Share = 0.5
-    """Share of activations that are not quantized in an iteration, at random. The last quantizer of a network without
-    them would fit the few images too closely."""
     cache_gib: PositiveFloat = 2.0
     """Memory for the inputs and outputs of one unit in GiB. A unit with large maps learns from fewer images."""
 

@@ -32,15 +32,13 @@ class Reconstructor(NamedTuple):
         images: Largest number of images.
         batch_size: Images of one iteration.
         iterations: Iterations of each unit.
-        drop: Probability that an activation is not quantized in an iteration.
         cache_gib: Memory for inputs and outputs of one unit in GiB.
-        seed: Seed of the order of images and of the activations that are not quantized.
+        seed: Seed of the order of images.
     """
 
     images: int
     batch_size: int
     iterations: int
-    drop: float
     cache_gib: float
     seed: int
 
@@ -89,7 +87,7 @@ class Reconstructor(NamedTuple):
         for done, name in enumerate(units, 1):
             unit = student.get_submodule(name)
             calls = self._record(name, student, original, pieces)
-            errors = Reconstruction(unit, calls, learned, self.drop, generator).run(self.iterations)
+            errors = Reconstruction(unit, calls, learned, generator).run(self.iterations)
             learned.update(quantizer for _, quantizer in quantizers(unit))
             for module, training in modes.items():
                 module.training = training

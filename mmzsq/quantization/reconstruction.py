@@ -2,9 +2,7 @@
 """Reconstruct a unit of a quantized model: learn roundings and steps that bring its output back to that of float.
 
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", 2021,
-https://arxiv.org/abs/2102.05426, with the learned rounding of :mod:`mmzsq.quantization.adaptive_rounding`, and Wei et
-al., "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization", 2022,
-https://arxiv.org/abs/2203.05740, which leaves random activations float.
+https://arxiv.org/abs/2102.05426, with the learned rounding of :mod:`mmzsq.quantization.adaptive_rounding`.
 
 No label and no loss of the detector is read. The integers of a weight move by at most one.
 """
@@ -13,27 +11,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmzsq.patching import patched, patched_forwards
+from mmzsq.patching import patched_forwards
 from mmzsq.quantization.adaptive_rounding import AdaptiveRounding
 from mmzsq.quantization.calibrate import quantizers
 from mmzsq.quantization.modules import quantized_layers
 from mmzsq.quantization.quantizers import LSQ
 from mmzsq.quantization.units import tensors_in
 
-ROUNDING_LR = 2e-2
+ROUNDING_LR = 3e-2
 """Learning rate of the variables of roundings."""
 STEP_LR = 4e-3
 """Learning rate of the logarithms of steps of activations."""
-PENALTY = 0.5
+ELEMENTS = 2**17
+"""Values of outputs that one iteration compares, in up to :data:`MAX_CALLS` calls. Small maps need more images."""
+MAX_CALLS = 8
+PENALTY = 50.0
 """Weight of the regularizer of roundings, relative to the error of the unit before."""
-EXPONENTS = (20.0, 2.0)
+EXPONENTS = (10.0, 2.0)
 """Exponents of the regularizer at its start and its end."""
 FREE = 0.2
 """Part of the iterations without the regularizer."""
@@ -45,20 +46,18 @@ class Call:
 
     Attributes:
         args: Positional and keyword arguments in the quantized model.
-        float_args: The same in the float model.
         targets: Tensors that the unit returned in the float model.
         modes: Whether each module of the unit was in train mode.
     """
 
     args: tuple[tuple[Any, ...], dict[str, Any]]
-    float_args: tuple[tuple[Any, ...], dict[str, Any]]
     targets: list[Tensor]
     modes: dict[nn.Module, bool]
 
     @property
     def nbytes(self) -> int:
         """Memory of all tensors in bytes."""
-        return sum(tensor.nbytes for tensor in tensors_in([self.args, self.float_args, self.targets]))
+        return sum(tensor.nbytes for tensor in tensors_in([self.args, self.targets]))
 
 
 class Errors(NamedTuple):
@@ -93,8 +92,8 @@ def recording_calls(unit: nn.Module, float_unit: nn.Module) -> Iterator[list[Cal
     }
     with patched_forwards(forwards):
         yield calls
-    for (args, _, modes), (float_args, targets, _) in zip(seen, float_seen, strict=True):
-        calls.append(Call(args, float_args, targets, modes))
+    for (args, _, modes), (_, targets, _) in zip(seen, float_seen, strict=True):
+        calls.append(Call(args, targets, modes))
 
 
 def _recording(module: nn.Module, seen: list[tuple[Any, ...]]) -> Callable[..., Any]:
@@ -111,16 +110,16 @@ def _recording(module: nn.Module, seen: list[tuple[Any, ...]]) -> Callable[..., 
     return record
 
 
-def _copied(value: Any, of: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()) -> Any:
-    """Return nested tuples, lists and dicts with all tensors replaced by ``of`` of them."""
+def _copied(value: Any) -> Any:
+    """Return nested tuples, lists and dicts with copies of all tensors."""
     if isinstance(value, Tensor):
-        return of(value)
+        return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(item, of) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, '_fields'):
-        return type(value)(*(_copied(item, of) for item in value))
+        return type(value)(*(_copied(item) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item, of) for item in value)
+        return type(value)(_copied(item) for item in value)
     return value
 
 
@@ -131,7 +130,6 @@ class Reconstruction:
         unit: Module with initialized quantizers.
         calls: Recorded calls, at least one.
         fixed: Quantizers whose steps stay, since another unit has learned them.
-        drop: Probability that an activation, or a value of the unit's input, is float in an iteration.
         generator: Random generator of the order of calls, on the CPU.
     """
 
@@ -140,27 +138,26 @@ class Reconstruction:
         unit: nn.Module,
         calls: Sequence[Call],
         fixed: set[LSQ],
-        drop: float,
         generator: torch.Generator,
     ) -> None:
-        self.unit, self.calls, self.drop, self.generator = unit, calls, drop, generator
+        self.unit, self.calls, self.generator = unit, calls, generator
         self.layers = [layer for _, layer in quantized_layers(unit) if layer.can_set_filters]
         self.roundings = [AdaptiveRounding(layer.weight_quantizer, layer.filters()) for layer in self.layers]
         weight_quantizers = {layer.weight_quantizer for _, layer in quantized_layers(unit)}
         self.activations = [q for _, q in quantizers(unit) if q not in weight_quantizers | fixed]
         count = len(calls[0].targets)
+        elements = sum(tensor.numel() for call in calls for tensor in call.targets) / len(calls)
+        self.width = min(max(round(ELEMENTS / elements), 1), MAX_CALLS)
         self.scales = [
             1 / max(sum(float(call.targets[i].float().var(correction=0)) for call in calls) / len(calls), 1e-12)
             for i in range(count)
         ]
-        device = self.roundings[0].step.device if self.roundings else calls[0].targets[0].device
-        self.random = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
 
     def run(self, iterations: int) -> Errors:
         """Learn, and keep the result if it is better than the initial state on the recorded calls.
 
         Args:
-            iterations: Number of updates; each takes one recorded call.
+            iterations: Number of updates.
 
         Returns:
             The errors before and after.
@@ -180,12 +177,12 @@ class Reconstruction:
     @torch.no_grad()
     def error(self) -> float:
         """Return the error of the unit as it is, averaged over all calls."""
-        return sum(float(self._distance(call, call.args)) for call in self.calls) / len(self.calls)
+        return sum(float(self._distance(call)) for call in self.calls) / len(self.calls)
 
-    def _distance(self, call: Call, args: Any) -> Tensor:
+    def _distance(self, call: Call) -> Tensor:
         for module, training in call.modes.items():
             module.training = training
-        positional, named = _copied(args, lambda tensor: tensor.clone())
+        positional, named = _copied(call.args)
         outputs = list(tensors_in(self.unit(*positional, **named)))
         terms = [
             (output.float() - target.float()).square().mean() * scale
@@ -207,15 +204,12 @@ class Reconstruction:
         rates = [group['lr'] for group in optimizer.param_groups]
         weights = {layer.weight_quantizer: r for layer, r in zip(self.layers, self.roundings, strict=True)}
         sizes = sum(rounding.variable.numel() for rounding in self.roundings)
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(patched_forwards({q: rounding.forward for q, rounding in weights.items()}))
-            for quantizer in self.activations:
-                stack.enter_context(patched(quantizer, 'forward', self._dropping(quantizer)))
+        with torch.enable_grad(), patched_forwards({q: rounding.forward for q, rounding in weights.items()}):
             for iteration in range(iterations):
                 progress = iteration / iterations
-                call = self.calls[int(torch.randint(len(self.calls), (), generator=self.generator))]
-                loss = self._distance(call, self._mixed(call)) / unit_error
+                chosen = torch.randint(len(self.calls), (self.width,), generator=self.generator).tolist()
+                distances = [self._distance(self.calls[i]) for i in chosen]
+                loss = torch.stack(distances).mean() / unit_error
                 if progress >= FREE:
                     annealed = (progress - FREE) / (1 - FREE)
                     exponent = EXPONENTS[1] + (EXPONENTS[0] - EXPONENTS[1]) * (1 - annealed)
@@ -231,27 +225,3 @@ class Reconstruction:
                 optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-
-    def _mixed(self, call: Call) -> Any:
-        """Return the arguments of a call, of which random values are those of the float model."""
-        floats = tensors_in(call.float_args)
-
-        def mix(tensor: Tensor) -> Tensor:
-            other = next(floats)
-            if not self.drop or not tensor.is_floating_point() or tensor.shape != other.shape:
-                return tensor
-            return torch.where(self._dropped(tensor), other, tensor)
-
-        return _copied(call.args, mix)
-
-    def _dropping(self, quantizer: LSQ) -> Callable[[Tensor], Tensor]:
-        forward = quantizer.forward
-
-        def drop(x: Tensor) -> Tensor:
-            quantized = forward(x)
-            return torch.where(self._dropped(x), x, quantized) if self.drop else quantized
-
-        return drop
-
-    def _dropped(self, tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=self.random, device=tensor.device) < self.drop
