@@ -9,7 +9,7 @@ layer of an FPN with its normalization, or a layer of a head. A layer that sever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class _Calls:
 
         return record
 
-    def is_unit(self, module: nn.Module, layers: list[nn.Module]) -> bool:
+    def is_unit(self, module: nn.Module, layers: Sequence[nn.Module]) -> bool:
         """Return whether a module can be a unit that holds some layers."""
         return (
             bool(self.total[module])

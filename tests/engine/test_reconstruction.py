@@ -28,14 +28,14 @@ def test_a_run_reconstructs_before_the_snapshot_and_repeats(make_runner: Any, mo
     reconstruct = QuantizerInitHook._reconstruct
     seen: dict[str, Any] = {}
 
-    def twice(self: Any, runner: Any, batches: Any) -> None:
+    def twice(self: Any, runner: Any, *args: Any) -> None:
         detector = runner.detector
         seen['before'] = copy.deepcopy(detector.student)
         start = copy.deepcopy(detector.state_dict())
-        reconstruct(self, runner, batches)
+        reconstruct(self, runner, *args)
         seen['first'] = copy.deepcopy(detector.state_dict())
         detector.load_state_dict(start)
-        reconstruct(self, runner, batches)
+        reconstruct(self, runner, *args)
 
     monkeypatch.setattr(QuantizerInitHook, '_reconstruct', twice)
     # Training starts from what was reconstructed.

@@ -70,15 +70,14 @@ class QuantizerInitHook(Hook):
         detector.initialize_quantizers(batches)
         runner.logger.info(f'quantizers initialized on {self.num_batches} batches\n{detector.report.to_table()}')
         if self.reconstruction is not None:
-            self._reconstruct(runner, batches)
+            self._reconstruct(runner, batches, Reconstructor(**self.reconstruction, seed=runner.seed))
         self._save(runner)
 
-    def _reconstruct(self, runner: Runner, batches: list[Any]) -> None:
+    def _reconstruct(self, runner: Runner, batches: list[Any], reconstructor: Reconstructor) -> None:
         """Reconstruct the student in rank 0, and give its state to all processes."""
         detector = runner.detector
         # Rank 0 may take longer than the usual timeout.
         group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
-        reconstructor = Reconstructor(**self.reconstruction, seed=runner.seed)
         progress = ReconstructionProgress(runner.logger)
 
         def reconstruct() -> dict[str, Any]:
