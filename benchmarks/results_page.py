@@ -221,18 +221,24 @@ def render_reconstructions(found: Sequence[Mapping[str, Any]]) -> str:
         devices = ', '.join(dict.fromkeys(run['device'] for run in of_bits))
         times = (f'{value:.1f}' for value in minutes)
         rows.append([bits.upper(), shown('ptq'), shown('reconstructed'), *times, seeds, devices])
-    head = ('bits', 'PTQ', 'PTQ with reconstruction', 'minutes', 'CPU minutes', 'seeds', 'device')
-    widths = ' '.join(dict.fromkeys(run['bits'] for run in found))
-    seeds = ' '.join(map(str, sorted({run['seed'] for run in found})))
+        changed = (f'{key.removeprefix("zsq.")}={value}' for key, value in of_bits[0]['options'].items())
+        rows[-1].append(' '.join(f'`{text}`' for text in changed))
+    head = ('bits', 'PTQ', 'PTQ with reconstruction', 'minutes', 'CPU minutes', 'seeds', 'device', 'settings (`zsq.`)')
     parts = (
         '## Post-training quantization with reconstruction',
-        'Ours, not in the paper: `zsq.preset=reconstruct` on 64 procedural pictures of 320 px, without training, '
-        'labels, or real images. Both students of a row start from the same steps. Minutes are those of the '
-        'reconstruction, by the clock and of processor time. Two ingredients were tried and removed. '
-        'Activations that stay float at random (QDrop) raised the error of a stage on other pictures from 0.18 to 0.21 '
-        'at W4A8. Trained scales and shifts of BatchNorm, and biases, left it at 0.20 to 0.21.',
+        'Ours, not in the paper: `zsq.preset=reconstruct` on procedural pictures, without training, labels, or real '
+        'images. Both students of a row start from the same steps. At W4A8 these come from 32 of the pictures. Minutes '
+        'are those of the reconstruction, by the clock on two cores shared with other programs, and of processor time. '
+        'Two ingredients were tried and removed. Activations that stay float at random (QDrop) raised the error of a '
+        'stage on other pictures from 0.18 to 0.21 at W4A8. Trained biases, and scales and shifts of BatchNorm, '
+        'left it as it was (0.20 and 0.21). The rows were measured before reconstruction.py was complete, by the same '
+        'functions with these settings.',
         markdown_table(head, rows),
-        f'```bash\npython benchmarks/reconstruction.py --bits {widths} --seeds {seeds}\n```',
+        *(
+            f'```bash\npython benchmarks/reconstruction.py --bits {run["bits"]} --seeds {run["seed"]} \\\n'
+            f'    --cfg-options {" ".join(f"{key}={value}" for key, value in run["options"].items())}\n```'
+            for run in found
+        ),
     )
     return '\n\n'.join(parts) + '\n'
 
