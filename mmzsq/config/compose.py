@@ -20,7 +20,7 @@ from mmengine.optim import OPTIMIZERS
 
 from mmzsq.class_names import declared_classes
 from mmzsq.config.plain_types import plain_section, stable_text, with_plain_types
-from mmzsq.config.presets import INSTANT, PRESETS, preset_section
+from mmzsq.config.presets import DERIVED, PRESETS, preset_section
 from mmzsq.config.sections import PresetChanges, TrainConfig, ZsqSection
 from mmzsq.distillation import DistillationLoss
 from mmzsq.errors import UserError, check_keys
@@ -90,9 +90,9 @@ def read_section(zsq: Any) -> tuple[ZsqSection, dict[str, Any]]:
     if isinstance(changes, str):
         source, changes = changes, {}
     adapted = of_presets.get('default')
-    if source == 'instant' and isinstance(adapted, Mapping):
+    if source in DERIVED and isinstance(adapted, Mapping):
         # Such as the image size of the detector.
-        changes = merge(merge(adapted, INSTANT), changes)
+        changes = merge(merge(adapted, DERIVED[source]), changes)
     user = {key: value for key, value in zsq.items() if key not in ('presets', 'composed')}
     defaults = preset_section(source, merge(changes, user))
     plain = merge(merge(defaults, changes), dict(user, preset=preset))
@@ -452,7 +452,11 @@ def _custom_hooks(
     )
     own: list[dict[str, Any]] = [
         *([generate] if section.calibration_set.real is None else []),
-        dict(type='mmzsq.QuantizerInitHook', num_batches=section.train.init_batches),
+        dict(
+            type='mmzsq.QuantizerInitHook',
+            num_batches=section.train.init_batches,
+            reconstruction=None if section.reconstruction is None else section.reconstruction.model_dump(),
+        ),
         dict(type='mmzsq.FiniteLossHook'),
     ]
     if section.train.ema is not None and section.train.max_epochs:

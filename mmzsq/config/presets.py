@@ -2,7 +2,8 @@
 """Presets: complete defaults of the ``zsq`` section.
 
 ``default`` is the best label-free recipe measured in this project, for any detector. ``instant`` is post-training
-quantization on procedural pictures, within minutes and without a GPU. ``paper`` repeats the paper's
+quantization on procedural pictures, within minutes and without a GPU. ``reconstruct`` adds learned rounding to it, see
+:mod:`mmzsq.quantization.reconstruction`. ``paper`` repeats the paper's
 YOLOv5 settings, and follows the authors' code where the two differ. ``paper_transformer`` repeats the paper's Mask
 R-CNN with Swin. Leaves of other architectures override single numbers.
 """
@@ -86,6 +87,7 @@ _DEFAULT: dict[str, Any] = dict(
             dict(type='mmzsq.FeatureMSELoss', modules=None, loss_weight=1.0, normalize=True),
         ],
     ),
+    reconstruction=None,
     train=dict(
         max_epochs=20,
         batch_size=16,
@@ -115,12 +117,20 @@ INSTANT: dict[str, Any] = dict(
 )
 """Differences of the preset ``instant`` from ``default``."""
 
-_INSTANT: dict[str, Any] = dict(
-    _DEFAULT,
-    preset='instant',
-    calibration_set=dict(_DEFAULT['calibration_set'], **INSTANT['calibration_set']),
-    train=dict(_DEFAULT['train'], **INSTANT['train']),
-)
+DERIVED: dict[str, dict[str, Any]] = dict(instant=INSTANT, reconstruct=dict(INSTANT, reconstruction=dict()))
+"""Differences of presets from ``default``. They keep what a leaf changes in ``default`` elsewhere."""
+
+
+def _derived(name: str) -> dict[str, Any]:
+    changes = DERIVED[name]
+    return dict(
+        _DEFAULT,
+        preset=name,
+        calibration_set=dict(_DEFAULT['calibration_set'], **changes['calibration_set']),
+        reconstruction=changes.get('reconstruction'),
+        train=dict(_DEFAULT['train'], **changes['train']),
+    )
+
 
 _PAPER: dict[str, Any] = dict(
     preset='paper',
@@ -170,6 +180,7 @@ _PAPER: dict[str, Any] = dict(
             dict(type='mmzsq.FeatureMSELoss', modules=['type:Conv2d', 'type:_BatchNorm'], loss_weight=1.0),
         ],
     ),
+    reconstruction=None,
     train=dict(
         max_epochs=100,
         batch_size=32,
@@ -239,7 +250,10 @@ _PAPER_TRANSFORMER: dict[str, Any] = dict(
     ),
 )
 
-_SECTIONS = {section['preset']: section for section in (_DEFAULT, _INSTANT, _PAPER, _PAPER_TRANSFORMER)}
+_SECTIONS = {
+    section['preset']: section
+    for section in (_DEFAULT, _derived('instant'), _derived('reconstruct'), _PAPER, _PAPER_TRANSFORMER)
+}
 
 PRESETS: dict[str, ZsqSection] = {
     name: ZsqSection.parse(section, f'preset {name}') for name, section in _SECTIONS.items()

@@ -136,10 +136,23 @@ class TrainConfig(TypedSection):
         return self
 
 
+class ReconstructionConfig(TypedSection):
+    """Reconstruction of the student unit by unit, without labels and losses of the detector."""
+
+    images: Positive = 64
+    """Images of the set that are used, at most those of ``zsq.train.init_batches``."""
+    batch_size: Positive = 1
+    """Images that run together. An iteration takes several batches if the maps of a unit are small."""
+    iterations: Positive = 300
+    """Iterations of each unit."""
+    cache_gib: PositiveFloat = 2.0
+    """Memory for the inputs and outputs of one unit in GiB. A unit with large maps learns from fewer images."""
+
+
 class ZsqSection(TypedSection):
     """The section ``zsq`` of a config."""
 
-    preset: Literal['default', 'instant', 'paper', 'paper_transformer']
+    preset: Literal['default', 'instant', 'reconstruct', 'paper', 'paper_transformer']
     """Defaults of all keys that the config does not set."""
     teacher: str | None = None
     """Checkpoint of the full-precision detector: a file or URL. None: ``load_from``."""
@@ -155,6 +168,8 @@ class ZsqSection(TypedSection):
     """Synthesis of images."""
     distillation: DistillationConfig
     """Losses of the student."""
+    reconstruction: ReconstructionConfig | None = None
+    """Learned rounding of weights, and steps, before training. None: no reconstruction."""
     train: TrainConfig
     """Training of the student."""
 

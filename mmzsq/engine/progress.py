@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of the synthesis: losses and throughput on the console, and previews on disk and in visualizer backends."""
+"""Progress of synthesis and reconstruction: losses and throughput on the console, previews on disk and in backends."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from mmzsq.atomic_files import make_directory, to_json, write_atomically
 from mmzsq.engine.backends import Backends
-from mmzsq.engine.console import ConsoleProgress
+from mmzsq.engine.console import FILE_ONLY, ConsoleProgress, PhaseProgress
 from mmzsq.errors import UserError
+from mmzsq.quantization.reconstruction import Errors
 from mmzsq.synthesis import CalibrationSet, CalibrationSetGenerator, Stage, StepProgress
 from mmzsq.visualization import draw_gallery, save_gallery
 
@@ -31,6 +33,30 @@ FORMING_STATES = 7
 
 FORMING_SIDE = 144
 """Side of these images, in pixels."""
+
+
+class ReconstructionProgress(PhaseProgress):
+    """Progress of a reconstruction by units. The log file also has the errors of each unit.
+
+    Args:
+        logger: Receives the lines.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger, dict(units='reconstruction'), 'units')
+
+    def update_unit(self, name: str, errors: Errors, done: int, total: int) -> None:
+        """Show that a unit is done.
+
+        Args:
+            name: Name of the unit.
+            errors: Errors of its output.
+            done: Units that are done.
+            total: All units.
+        """
+        change = f'error {errors.before:.4f} -> {errors.after:.4f}'
+        self.logger.info(f'reconstruction of {name}: {change}', extra=FILE_ONLY)
+        self.update('units', done, total)
 
 
 class SynthesisProgress:

@@ -52,7 +52,7 @@ Metrics = dict[str, dict[str, float]]
 """Metrics by name, for each row of the table."""
 
 RESULTS_FILE = 'results.json'
-REPORTED_SECTIONS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'train')
+REPORTED_SECTIONS = ('calibration_set', 'label_sampler', 'synthesis', 'distillation', 'reconstruction', 'train')
 
 
 def report_results(
@@ -106,7 +106,7 @@ def report_results(
         model_mb=dict(float=report.size_before, quantized=report.size_after),
         bit_operations=dict(float=report.bops_before, quantized=report.bops_after, image_size=report.image_size),
         calibration_set=_summarize_calibration_set(runner),
-        settings={key: section[key].to_dict() for key in REPORTED_SECTIONS},
+        settings=_settings(section),
         train=dict(iterations=runner.max_iters, **_train_time(runner, first_iter, seconds['train'])),
         seconds={**seconds, **evaluation_seconds},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads',
@@ -157,7 +157,7 @@ def reported(runner: Runner, checkpoint: str) -> bool:
     expected = dict(
         checkpoint=Path(checkpoint).name,
         quantizer=section.quantizer.to_dict(),
-        settings={key: section[key].to_dict() for key in REPORTED_SECTIONS},
+        settings=_settings(section),
     )
     # As JSON has them: tuples are lists.
     expected = json.loads(to_json(expected))
@@ -175,6 +175,12 @@ def _scores(runner: Runner, found: Mapping[str, Detections]) -> dict[str, Any] |
     except Exception as error:
         runner.logger.warning(f'the results lack the scores: {describe(error)}')
         return None
+
+
+def _settings(section: Any) -> dict[str, Any]:
+    """Return the plain form of :data:`REPORTED_SECTIONS`."""
+    plain: dict[str, Any] = section.to_dict()
+    return {key: plain.get(key) for key in REPORTED_SECTIONS}
 
 
 def _evaluation_images(runner: Runner) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class QuantConvWS2d(QuantizedLayer, ConvWS2d, nn.Conv2d):
     The standardized weight is quantized, since an integer deployment stores only that.
     """
 
+    can_set_filters: ClassVar[bool] = False
+
     eps: float
 
     def filters(self) -> Tensor:
@@ -74,6 +76,8 @@ class QuantConvAWS2d(QuantizedLayer, ConvAWS2d, nn.Conv2d):
 
     The standardized weight is quantized, as in :class:`QuantConvWS2d`.
     """
+
+    can_set_filters: ClassVar[bool] = False
 
     _get_weight: Callable[[Tensor], Tensor]
 

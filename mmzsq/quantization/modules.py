@@ -9,7 +9,7 @@ the float layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers as mmcv_layers
@@ -27,7 +27,10 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight_quantizer: Quantizer of the weight. It is called with :meth:`filters`.
         input_quantizer: Quantizer of the input.
+        can_set_filters: Whether :meth:`set_filters` works: whether filters are the weight, in any arrangement.
     """
+
+    can_set_filters: ClassVar[bool] = True
 
     weight: Tensor
     weight_quantizer: LSQ
@@ -36,6 +39,15 @@ class QuantizedLayer(nn.Module):
     def filters(self) -> Tensor:
         """Return the weight as the layer applies it, with the output channels first, (C_out, ...)."""
         return self.applied_weight()
+
+    def set_filters(self, filters: Tensor) -> None:
+        """Set the weight so that :meth:`filters` returns the given tensor, up to rounding by its factors.
+
+        Args:
+            filters: Tensor in the shape of :meth:`filters`. Layers with ``can_set_filters=False`` take none.
+        """
+        scale = input_scale(self) if learned_log_scale(self) is not None else None
+        self.weight.data.copy_(filters if scale is None else scaled_weight(self, 1 / scale, filters))
 
     def applied_weight(self) -> Tensor:
         """Return the weight, multiplied by the learned factors of the input channels if the layer has any."""
@@ -97,6 +109,10 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def filters(self) -> Tensor:
         """Return the weight as (C_out, C_in / groups, kH, kW); it is stored as (C_in, C_out / groups, kH, kW)."""
         return self._swap_channels(self.applied_weight())
+
+    def set_filters(self, filters: Tensor) -> None:
+        """Set the weight from filters, (C_out, C_in / groups, kH, kW)."""
+        super().set_filters(self._swap_channels(filters))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W'); ``output_size`` selects one of several possible sizes."""

@@ -264,11 +264,8 @@ def test_numbers_of_the_page_match_the_kept_runs(repo: Path) -> None:
         return [line for line in text.splitlines() if line[:1] == '|']
 
     page = (repo / results_page.PAGE).read_text(encoding='utf-8')
-    assert tables(page) == tables(
-        results_page.render(
-            results_page.read_runs(repo), results_page.read_labels(repo), results_page.read_scores(repo)
-        )
-    )
+    extras = results_page.read_labels(repo), results_page.read_scores(repo), results_page.read_reconstructions(repo)
+    assert tables(page) == tables(results_page.render(results_page.read_runs(repo), *extras))
 
 
 def test_the_summary_of_other_pages_is_that_of_the_page(

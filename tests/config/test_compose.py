@@ -252,8 +252,8 @@ def test_masks_are_loaded_if_the_detection_loss_uses_them(user: Config, model: d
         (dict(distillation=dict(loss=[])), "Did you mean 'losses'?"),
         (
             dict(preset='papper'),
-            "zsq.preset is 'papper', but must be one of 'default', 'instant', 'paper', 'paper_transformer'. "
-            "Did you mean 'paper'",
+            "zsq.preset is 'papper', but must be one of 'default', 'instant', 'reconstruct', 'paper', "
+            "'paper_transformer'. Did you mean 'paper'",
         ),
         (dict(presets=dict(defalt={})), "'default'"),
         (dict(presets=dict(default='papper')), "zsq.presets.default is 'papper', but must be one of 'default', .*"),

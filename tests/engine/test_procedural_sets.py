@@ -148,7 +148,7 @@ def test_a_detector_without_a_feature_prior_uses_pictures_and_says_so(groupnorm:
     # The paper's presets keep the error.
     sources = {name: preset.calibration_set.source for name, preset in PRESETS.items()}
     paper = dict.fromkeys(('paper', 'paper_transformer'), 'synthesized')
-    assert sources == dict(paper, default='auto', instant='procedural')
+    assert sources == dict(paper, default='auto', instant='procedural', reconstruct='procedural')
 
 
 def test_synthesis_can_start_from_pictures(make_runner: Any) -> None:

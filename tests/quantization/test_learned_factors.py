@@ -204,7 +204,7 @@ def test_depthwise_layers_get_factors_by_default(options: dict[str, Any], learne
 def test_the_paper_has_no_factors() -> None:
     sections = {name: section.quantizer for name, section in PRESETS.items()}
     assert {name: section.equalize for name, section in sections.items()} == dict(
-        default='depthwise', instant='depthwise', paper=False, paper_transformer=False
+        default='depthwise', instant='depthwise', reconstruct='depthwise', paper=False, paper_transformer=False
     )
 
 

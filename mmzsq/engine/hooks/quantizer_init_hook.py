@@ -7,9 +7,11 @@ import io
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from mmengine.dist import master_only
+import torch.distributed as dist
+from mmengine.dist import get_rank, get_world_size, master_only
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -20,6 +22,10 @@ from mmzsq.class_names import choose_classes
 from mmzsq.config.compose import class_names
 from mmzsq.engine.backends import Backends
 from mmzsq.engine.console import FILE_ONLY, PhaseProgress
+from mmzsq.engine.hooks.calibration_set_hook import BARRIER_TIMEOUT
+from mmzsq.engine.progress import ReconstructionProgress
+from mmzsq.engine.shared_errors import on_main
+from mmzsq.qat.reconstruct import Reconstructor
 from mmzsq.qat.student_checkpoint import check_initialized, check_student, uninitialized
 from mmzsq.registry import HOOKS
 from mmzsq.visualization import draw_steps
@@ -45,13 +51,16 @@ class QuantizerInitHook(Hook):
 
     Args:
         num_batches: Number of training batches on each rank from which the steps are computed. Defaults to 4.
+        reconstruction: The section ``zsq.reconstruction``: arguments of
+            :class:`~mmzsq.qat.reconstruct.Reconstructor`. None, the default: no reconstruction.
     """
 
     # After the model is loaded, and before another hook copies it (EMAHook).
     priority = 'VERY_HIGH'
 
-    def __init__(self, num_batches: int = 4) -> None:
+    def __init__(self, num_batches: int = 4, reconstruction: dict[str, Any] | None = None) -> None:
         self.num_batches = num_batches
+        self.reconstruction = reconstruction
 
     def before_train(self, runner: Runner) -> None:
         """Initialize uninitialized quantizers, and write the PTQ checkpoint and the report.
@@ -66,7 +75,7 @@ class QuantizerInitHook(Hook):
         if not uninitialized(detector.student):
             return
         with PhaseProgress(runner.logger, CALIBRATING, 'steps') as progress:
-            batches = itertools.islice(runner.train_dataloader, self.num_batches)
+            batches = list(itertools.islice(runner.train_dataloader, self.num_batches))
             detector.initialize_quantizers(batches, progress.update)
         report = detector.report
         runner.logger.info(report.to_table(), extra=FILE_ONLY)
@@ -74,8 +83,25 @@ class QuantizerInitHook(Hook):
             f'quantizers initialized on {self.num_batches} batches: {report.summary()}. All layers: '
             f'{Path(runner.work_dir) / REPORT_FILE}, and the log file'
         )
+        if self.reconstruction is not None:
+            self._reconstruct(runner, batches, Reconstructor(**self.reconstruction, seed=runner.seed))
         Backends(runner).add_image('steps', lambda: draw_steps(detector.student), 0)
         self._save(runner)
+
+    def _reconstruct(self, runner: Runner, batches: list[Any], reconstructor: Reconstructor) -> None:
+        """Reconstruct the student in rank 0, and give its state to all processes."""
+        detector = runner.detector
+        # Rank 0 may take longer than the usual timeout.
+        group = dist.new_group(backend='gloo', timeout=BARRIER_TIMEOUT) if get_world_size() > 1 else None
+
+        def reconstruct() -> dict[str, Any]:
+            with ReconstructionProgress(runner.logger) as progress:
+                reconstructor.run(detector, batches, progress.update_unit)
+            return {name: value.cpu() for name, value in detector.state_dict().items()}
+
+        state = on_main(reconstruct, group)
+        if get_rank() > 0:
+            detector.load_state_dict(state)
 
     @master_only
     def _save(self, runner: Runner) -> None:
