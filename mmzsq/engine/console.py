@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from mmengine.dist import get_rank
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import Self
 
 Item = TypeVar('Item')
 DUMPS = (
@@ -234,7 +235,7 @@ class PhaseProgress:
         self.unit = unit
         self._shown: tuple[str, ConsoleProgress] | None = None
 
-    def __enter__(self) -> PhaseProgress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
