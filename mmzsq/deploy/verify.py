@@ -221,7 +221,7 @@ def _compare_detections(
     report: VerifyReport,
     references: References,
     found: Sequence[InstanceData],
-    on_progress: Callable[[str, int, int], None],
+    on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> None:
     """Enter the agreement on detections, and that of PyTorch with itself by as many draws as decide the check."""
     report.agreement = agreement(references.own, found)

@@ -49,11 +49,13 @@ def test_objectness_of_a_student_returns_to_that_of_its_teacher(repo: Path) -> N
     biases = [student.get_submodule(name).bias for name in last]
     expected = [bias.detach().clone() for bias in biases]
     groups = [bias.data.view(3, -1) for bias in biases]
+    calibration = ScoreCalibration(student, teacher, last)
+    # Rounding alone moves the scores a little.
+    own = calibration.measure([(images, [])])
+    assert abs(own) < 0.3
     for group in groups:
         group[:, 4] -= 1.2
-    calibration = ScoreCalibration(student, teacher, last)
-    offset = calibration.measure([(images, [])])
-    assert offset == pytest.approx(1.2, abs=0.1)
+    assert calibration.measure([(images, [])]) - own == pytest.approx(1.2, abs=0.02)
     assert calibration.add(1.2, images, []) == [f'{name}.bias' for name in last]
     for bias, before in zip(biases, expected, strict=True):
         torch.testing.assert_close(bias.detach(), before)
