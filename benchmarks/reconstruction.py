@@ -30,6 +30,7 @@ from mmzsq.config.sections import ReconstructionConfig
 from mmzsq.engine import ZeroShotRunner
 from mmzsq.engine.evaluation import build_evaluation, evaluate
 from mmzsq.engine.progress import ReconstructionProgress
+from mmzsq.errors import UserError
 from mmzsq.qat.reconstruct import Reconstructor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,8 +48,11 @@ def main() -> None:
     for seed, bits in itertools.product(args.seeds, args.bits):
         if any((run['bits'], run['seed']) == (bits, seed) for run in kept):
             continue
-        for run in measure(bits, seed, args.work_dir, {**OPTIONS, **(args.cfg_options or {})}):
-            write_atomically(args.out, to_json([*kept, run], indent=2))
+        try:
+            for run in measure(bits, seed, args.work_dir, {**OPTIONS, **(args.cfg_options or {})}):
+                write_atomically(args.out, to_json([*kept, run], indent=2))
+        except UserError as error:
+            raise SystemExit(f'error: {error}') from None
         kept.append(run)
         sys.stdout.write(f'{json.dumps(run)}\n')
 

@@ -44,7 +44,9 @@ def test_a_run_fills_the_backends_of_its_config(make_runner: Any) -> None:
     SCALARS.clear()
     IMAGES.clear()
     backends = [dict(type='LocalVisBackend'), dict(type='RecordingVisBackend')]
-    runner = make_runner(vis_backends=backends, visualizer=dict(type='DetLocalVisualizer', vis_backends=backends))
+    runner = make_runner(
+        vis_backends=backends, visualizer=dict(type='DetLocalVisualizer', name='recording', vis_backends=backends)
+    )
     runner.train()
     curves: dict[str, list[int]] = {}
     for name, step, value in SCALARS:

@@ -90,9 +90,9 @@ def test_a_run_on_real_images_reports_box_and_mask_ap_and_its_data(
     run: Callable[..., ZeroShotRunner], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[str] = []
-    monkeypatch.setattr(logging.Logger, 'warning', lambda self, text, *args: warned.append(text))
+    monkeypatch.setattr(logging.Logger, 'warning', lambda self, text, *args, **options: warned.append(text))
     told: list[str] = []
-    monkeypatch.setattr(logging.Logger, 'info', lambda self, text, *args: told.append(str(text)))
+    monkeypatch.setattr(logging.Logger, 'info', lambda self, text, *args, **options: told.append(str(text)))
     compared: list[bool] = []
     compare = TwoStagePairedForward.__call__
     monkeypatch.setattr(
