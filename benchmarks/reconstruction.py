@@ -105,12 +105,11 @@ def measure(bits: str, seed: int, work: Path, options: dict[str, Any]) -> Iterat
     runner._val_loop = validation
     build_evaluation(runner)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
-    run = dict(bits=bits, seed=seed, options=options, metrics={}, minutes=minutes, device=device)
-    run['metrics'] = dict(reconstructed=_evaluate(runner))
+    metrics = dict(reconstructed=_evaluate(runner))
+    run = dict(bits=bits, seed=seed, options=options, metrics=metrics, minutes=minutes, device=device)
     yield run
     detector.load_state_dict(plain)
-    run['metrics'] = dict(run['metrics'], ptq=_evaluate(runner))
-    yield run
+    yield dict(run, metrics=dict(metrics, ptq=_evaluate(runner)))
 
 
 def _evaluate(runner: Any) -> dict[str, float]:
