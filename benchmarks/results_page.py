@@ -238,20 +238,21 @@ def render_reconstructions(found: Sequence[Mapping[str, Any]]) -> str:
     parts = (
         '## Post-training quantization with reconstruction',
         'Ours, not in the paper: `zsq.preset=reconstruct` on procedural pictures, without training, labels, or real '
-        'images. Both students of a row start from the same steps. At W4A8 these come from 32 of the pictures. Minutes '
-        'are those of the reconstruction, by the clock on two cores shared with other programs, and of processor time. '
+        'images. Both students of a row start from the same steps. Minutes are those of the reconstruction, by the '
+        'clock and of processor time; pictures and first steps take less than a minute. '
         'Two ingredients were tried and removed. Activations that stay float at random (QDrop) raised the error of a '
         'stage on other pictures from 0.18 to 0.21 at W4A8. Trained biases, and scales and shifts of BatchNorm, '
-        'left it as it was (0.20 and 0.21). The rows were measured before reconstruction.py was complete, by the same '
-        'functions with these settings.',
+        'left it as it was (0.20 and 0.21).',
         markdown_table(head, rows),
-        *(
-            f'```bash\npython benchmarks/reconstruction.py --bits {run["bits"]} --seeds {run["seed"]} \\\n'
-            f'    --cfg-options {" ".join(f"{key}={value}" for key, value in run["options"].items())}\n```'
-            for run in found
-        ),
+        f'```bash\npython benchmarks/reconstruction.py {_reconstruction_options(found)}\n```',
     )
     return '\n\n'.join(parts) + '\n'
+
+
+def _reconstruction_options(found: Sequence[Mapping[str, Any]]) -> str:
+    bits = dict.fromkeys(run['bits'] for run in found)
+    seeds = dict.fromkeys(str(run['seed']) for run in found)
+    return f'--bits {" ".join(bits)} --seeds {" ".join(seeds)}'
 
 
 def render_scores(scores: Mapping[str, Any]) -> str:
