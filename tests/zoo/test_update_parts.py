@@ -31,6 +31,7 @@ LEFT_OUT = {
     'PISA': 'ranks of the objects of a batch',
     'VFNet': 'IoUs of an untrained detector add up to less than their minimum',
     'RTMDet': 'IoUs of an untrained detector add up to less than their minimum',
+    'RTMDet-Ins': 'IoUs of an untrained detector add up to less than their minimum',
     'SSD': 'needs images of 300 pixels; divides as RetinaNet',
 }
 """Detectors whose update in parts differs from one batch, or cannot be compared, and the reason."""
