@@ -73,7 +73,7 @@ class _Calls:
         total: Number of calls of each module.
         first: Position of the first call of each module in the run.
         within: Calls of layers within the calls of each module.
-        returns_tensors: Modules of which every call returned floating-point tensors.
+        other_outputs: Modules of which a call returned no tensor, or one that is not of floating point.
     """
 
     def __init__(self, model: nn.Module) -> None:

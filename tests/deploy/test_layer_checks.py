@@ -13,7 +13,7 @@ from quantized_networks import Flat, lowered, quantized
 from torch import nn
 
 from mmzsq.deploy.heads import Part
-from mmzsq.deploy.layer_checks import _Pieces, check_layers
+from mmzsq.deploy.layer_checks import LayerCheck, _Pieces, check_layers
 from mmzsq.deploy.markers import ActivationGrid
 from mmzsq.quantization import QuantizationConfig, calibrating, prepare, quantized_layers
 
@@ -42,6 +42,13 @@ def test_values_of_another_grid_are_a_fault(values: torch.Tensor) -> None:
     assert 'differ from PyTorch' in str(fault(values, coarse.numpy()))
 
 
+def _checked(model: nn.Module, x: torch.Tensor, outputs: list[str]) -> tuple[list[LayerCheck], list[str]]:
+    """Export a quantized model for ONNX Runtime, and check its layers there."""
+    part = Part('detector', Flat(model), x, 'images', outputs, 0, [])
+    content = lowered(model, x, 'onnxruntime', output_names=outputs).model.SerializeToString()
+    return check_layers(model, part, content, x, 'onnxruntime', 'onnxruntime')
+
+
 class _ActivationBeforeNorm(nn.Module):
     """A convolution whose activation function works in place, in front of a BatchNorm."""
 
@@ -61,9 +68,7 @@ def test_a_batch_norm_behind_an_activation_in_place_is_not_that_of_the_layer(act
     x = torch.randn(1, 3, 8, 8)
     model = _ActivationBeforeNorm(activation)
     quantized(model, x)
-    part = Part('detector', Flat(model), x, 'images', ['map'], 0, [])
-    content = lowered(model, x, 'onnxruntime', output_names=['map']).model.SerializeToString()
-    checks, failures = check_layers(model, part, content, x, 'onnxruntime', 'onnxruntime')
+    checks, failures = _checked(model, x, ['map'])
     assert [check.reason for check in checks] == [None, None]
     assert not failures
 
@@ -100,11 +105,7 @@ def test_values_that_are_rounded_for_all_readers_or_constant_are_no_fault(model:
     prepare(model.eval(), config, run=lambda: model(x))
     with torch.no_grad(), calibrating(model):
         model(x)
-    count = len(model(x))
-    part = Part('detector', Flat(model), x, 'images', [f'map{index}' for index in range(count)], 0, [])
-    built = lowered(model, x, 'onnxruntime', output_names=part.output_names)
-    content = built.model.SerializeToString()
-    checks, failures = check_layers(model, part, content, x, 'onnxruntime', 'onnxruntime')
+    checks, failures = _checked(model, x, [f'map{index}' for index in range(len(model(x)))])
     assert [check.reason for check in checks] == [None] * len(checks)
     assert len(checks) == len(list(quantized_layers(model)))
     assert not failures
@@ -128,7 +129,5 @@ def test_the_tail_of_an_engines_sigmoid_is_no_fault(error: float, same: bool) ->
     x = torch.randn(1, 3, 8, 8)
     model = _UnlikelyScores(error)
     quantized(model, x)
-    part = Part('detector', Flat(model), x, 'images', ['scores'], 0, [])
-    content = lowered(model, x, 'onnxruntime', output_names=['scores']).model.SerializeToString()
-    _, failures = check_layers(model, part, content, x, 'onnxruntime', 'onnxruntime')
+    _, failures = _checked(model, x, ['scores'])
     assert bool(failures) != same
