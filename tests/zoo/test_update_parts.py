@@ -63,6 +63,10 @@ def finding_objects(detector: nn.Module) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
             elif 'head' in name and 'cls' in name and name.endswith('bias'):
                 parameter.add_(3.0)
+            elif 'head' in name and name.endswith('bias'):
+                # Sums of quantized products are often 0: without a bias, rounding would decide on which side of a ReLU
+                # they lie.
+                parameter.add_(0.01 * torch.randn_like(parameter))
             elif not parameter.any() and name.endswith('.weight'):
                 # The last BatchNorm of a residual branch, through which no gradient would pass.
                 parameter.fill_(0.5)
