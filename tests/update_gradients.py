@@ -62,7 +62,9 @@ def build(
             weight.mul_(1 + 0.1 * torch.randn_like(weight))
     inputs = model.data_preprocessor(images())['inputs']
     with torch.no_grad(), calibrating(model.eval().student):
-        model.student(inputs, data_samples([labels(0)] * IMAGES, SIZE, torch.device('cpu')), mode='tensor')
+        # Some heads take masks of the labeled objects alone.
+        samples = data_samples([labels(image) for image in range(IMAGES)], SIZE, torch.device('cpu'))
+        model.student(inputs, samples, mode='tensor')
     return model.double().train()
 
 
