@@ -185,6 +185,7 @@ FORMER_VALUES: dict[str, Any] = {
     'synthesis.balance': False,
     'synthesis.detection_interval': 1,
     'synthesis.fit_batches': False,
+    'train.weight_size': None,
 }
 """Settings that were added after runs were kept, by key below ``zsq``, with the values of these runs."""
 

@@ -164,6 +164,7 @@ def keep(job: Job, out: Path) -> str:
     settings = found['settings']['calibration_set']
     kept['images'] = found['calibration_set']['statistics']['images']
     kept['batch_size'] = found['settings']['train']['batch_size']
+    kept['weight_size'] = found['settings']['train'].get('weight_size')
     kept['source'] = 'real' if settings['real'] else settings['source']
     write(json.dumps(kept, indent=1).encode() + b'\n', out / f'{job.name}.json')
     metrics: dict[str, Any] = found['metrics']
@@ -225,10 +226,15 @@ def _table(title: str, found: Mapping[str, Mapping[str, Sequence[Mapping[str, An
                 )
             )
     teacher = 100 * some['metrics']['float']['coco/bbox_mAP']
-    return (
+    caption = (
         f'**{title}**, full precision {teacher:.1f} AP, {some["evaluation_images"]} images, '
-        f'{some["train"]["iterations"]} steps of {some["batch_size"]}, {some["device"]}:\n\n{markdown_table(header, rows)}'
+        f'{some["train"]["iterations"]} steps of {some["batch_size"]}, {some["device"]}'
     )
+    if all(
+        student.get('weight_size') is None for by_bits in found.values() for of in by_bits.values() for student in of
+    ):
+        caption += ', `zsq.train.weight_size=None`'
+    return f'{caption}:\n\n{markdown_table(header, rows)}'
 
 
 def _cell(students: Sequence[Mapping[str, Any]], row: str) -> str:

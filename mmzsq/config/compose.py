@@ -404,6 +404,7 @@ def _optim_wrapper(train: TrainConfig, optimizer: Mapping[str, Any]) -> dict[str
         paramwise_cfg=dict(
             norm_decay_mult=0.0,
             bias_decay_mult=0.0,
+            weight_size=train.weight_size,
             # Input factors are part of the grid, as steps are.
             custom_keys={key: dict(lr_mult=multiplier, decay_mult=0.0) for key in ('_quantizer.', '.log_input_scale')},
         ),

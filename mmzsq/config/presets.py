@@ -94,6 +94,8 @@ _DEFAULT: dict[str, Any] = dict(
         accumulate=1,
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4),
+        # Weights of YOLOv5, for which the rate was chosen. Those of small depthwise networks are several times larger.
+        weight_size=0.04,
         step_lr=2e-3,
         schedule='cosine',
         final_lr_ratio=0.0,
@@ -187,6 +189,7 @@ _PAPER: dict[str, Any] = dict(
         accumulate=1,
         num_workers=2,
         optimizer=dict(type='Adam', lr=1e-4, weight_decay=5e-4),
+        weight_size=None,
         step_lr=None,
         schedule='linear',
         final_lr_ratio=0.01,
@@ -263,7 +266,8 @@ PRESETS: dict[str, ZsqSection] = {
 def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of a preset.
 
-    Those of ``default`` depend on the bits, and on whether the student learns from labels.
+    Those of ``default`` depend on the bits, on whether the student learns from labels, and on whether the user chose
+    the learning rate.
 
     Args:
         name: A key of :data:`PRESETS`.
@@ -273,12 +277,14 @@ def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
     if name != 'default':
         return section
     # Values of a wrong type are refused later, when the section is parsed.
-    quantizer, distillation = (
-        value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation')
+    quantizer, distillation, train = (
+        value if isinstance(value := user.get(key), Mapping) else {} for key in ('quantizer', 'distillation', 'train')
     )
     if all(quantizer.get(key, section['quantizer'][key]) == 8 for key in ('w_bits', 'a_bits')):
         # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
         section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
+    if isinstance(optimizer := train.get('optimizer'), Mapping) and 'lr' in optimizer:
+        section['train'] = dict(section['train'], weight_size=None)
     if distillation.get('detection_weight'):
         # The detector's own loss reads labels, which augmentation does not move.
         section['train'] = dict(section['train'], augmentation=None)

@@ -100,6 +100,9 @@ class TrainConfig(TypedSection):
     """Processes that load images, for each training process."""
     optimizer: OptimizerConfig
     """The optimizer."""
+    weight_size: PositiveFloat | None
+    """Size of the weights for which ``optimizer.lr`` is meant: the root mean square of a layer, and of these the
+    median. Larger weights have larger rounding steps, and learn as much faster. None: ``optimizer.lr`` as it is."""
     step_lr: NonNegativeFloat | None
     """Learning rate of the quantizers' steps. None: the same as of weights."""
     schedule: Literal['cosine', 'linear', 'constant']

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer constructor that merges parameter groups with equal settings."""
+"""Optimizer constructor that merges parameter groups with equal settings, and knows the size of weights."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +17,8 @@ from mmzsq.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 FUSED_OPTIMIZERS = ('Adam', 'AdamW')
 """PyTorch optimizers with a ``fused`` implementation, one kernel for many parameters, on GPUs from torch 2.1 on."""
-MIN_SIZE = 1e-8
-"""Least root mean square of a weight that rates are relative to."""
+LARGEST_FACTOR = 10.0
+"""Largest factor of the learning rate for the size of the weights."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -27,6 +28,11 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     With ``paramwise_cfg``, MMEngine makes one group per parameter, and PyTorch's optimizers launch kernels group by
     group. For a detector of some hundred parameters, that takes longer than backward. Groups with equal settings are
     merged here. On a GPU, Adam and AdamW also use ``fused=True`` unless the config sets it. The updates are the same.
+
+    ``paramwise_cfg['weight_size']`` is the size of weights that the learning rate is meant for, see
+    :func:`typical_size`. Where weights are larger, all parameters without a rate of their own learn as much faster, up
+    to :data:`LARGEST_FACTOR` times: Adam moves a weight by about the rate in each step, and the grid that it has to
+    cross is as coarse as the weights are large.
     """
 
     optimizer_cfg: dict[str, Any]
@@ -57,13 +63,42 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        with _mute_paramwise_log():
+        # MMEngine logs the settings of each parameter; there are hundreds.
+        with muted('paramwise_options'):
             super().add_params(params, module, prefix, is_dcn_module)
+        self._fit_to_weights(params)
         params[:] = join_groups(params)
         for group in params:
             settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params')
             how = f'with {settings}' if settings else 'as configured'
             print_log(f'optimizer: {len(group["params"])} parameters {how}', logger='current')
+
+    def _fit_to_weights(self, params: list[dict[str, Any]]) -> None:
+        """Raise the learning rate of the groups without one of their own to the size of their weights."""
+        intended = (self.paramwise_cfg or {}).get('weight_size')
+        groups = [group for group in params if 'lr' not in group]
+        size = typical_size([p for group in groups for p in group['params']])
+        if intended is None or size is None or size <= intended:
+            return
+        factor = min(size / intended, LARGEST_FACTOR)
+        lr = self.base_lr * float(f'{factor:.2g}')
+        for group in groups:
+            group['lr'] = lr
+        print_log(
+            f'optimizer: lr={lr:.2g}, {factor:.2g} times that of the config, since the weights of this detector are '
+            f'larger: {size:.2g} in place of {intended:g} (zsq.train.weight_size)',
+            logger='current',
+        )
+
+
+def typical_size(parameters: Iterable[nn.Parameter]) -> float | None:
+    """Return the median of the root mean squares of weights, or None if there are none.
+
+    Args:
+        parameters: Parameters. Those of less than two dimensions, such as biases, do not count.
+    """
+    sizes = [float(p.detach().float().square().mean().sqrt()) for p in parameters if p.dim() > 1]
+    return statistics.median(sizes) if sizes else None
 
 
 def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,11 +133,15 @@ def join_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _mute_paramwise_log() -> Iterator[None]:
-    """Drop MMEngine's log lines with the settings of each parameter inside the block; there are hundreds."""
+def muted(start: str) -> Iterator[None]:
+    """Drop log lines inside the block.
+
+    Args:
+        start: Start of the lines.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith('paramwise_options')
+        return not record.getMessage().startswith(start)
 
     logger = MMLogger.get_current_instance()
     logger.addFilter(keep)

@@ -28,6 +28,7 @@ from mmzsq.config.compose import class_names
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.console import shorten_console
 from mmzsq.engine.evaluation import check_evaluation
+from mmzsq.engine.optim_wrapper_constructor import muted
 from mmzsq.engine.report import report_results, reported
 from mmzsq.engine.safe_checkpoints import (
     POSITION_KEY,
@@ -247,7 +248,7 @@ class ZeroShotRunner(Runner):
             # Inside of the wrapper that seeds its transforms.
             dataset = dataset['dataset']
         for where, build in (
-            ('zsq.train.optimizer', lambda: self.build_optim_wrapper(copy.deepcopy(self.cfg.optim_wrapper))),
+            ('zsq.train.optimizer', self._try_optimizer),
             ('the pipeline of the training data', lambda: Compose(copy.deepcopy(dataset.get('pipeline', [])))),
         ):
             try:
@@ -261,6 +262,11 @@ class ZeroShotRunner(Runner):
                 DATASETS.build(copy.deepcopy(dataset))
             except Exception as error:
                 raise UserError(f'zsq.calibration_set.real cannot be built: {_text(error)}') from error
+
+    def _try_optimizer(self) -> None:
+        """Build the optimizer, without its log lines: the weights that its rates may depend on are not loaded yet."""
+        with muted('optimizer:'):
+            self.build_optim_wrapper(copy.deepcopy(self.cfg.optim_wrapper))
 
     def _allocate_bits(self) -> None:
         """Give layers their bits; a resumed run has them already."""

@@ -572,6 +572,21 @@ def test_students_of_8_bits_have_lower_rates(bits: tuple[int, int], lr: float, s
     assert (paper['optimizer']['lr'], paper['step_lr']) == (1e-4, None)
 
 
+@pytest.mark.parametrize(
+    ('train', 'size'),
+    [
+        ({}, 0.04),
+        (dict(optimizer=dict(weight_decay=0.1)), 0.04),
+        (dict(optimizer=dict(lr=1e-4)), None),
+        (dict(optimizer=dict(lr=1e-4), weight_size=0.1), 0.1),
+    ],
+)
+def test_a_learning_rate_of_the_user_is_taken_as_it_is(user: Config, train: dict[str, Any], size: float | None) -> None:
+    cfg = composed(user, train=train)
+    assert cfg.zsq.train.weight_size == size
+    assert cfg.optim_wrapper.paramwise_cfg.weight_size == size
+
+
 # Defaults that depend on the detector.
 
 

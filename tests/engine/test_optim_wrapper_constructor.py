@@ -86,3 +86,34 @@ def test_a_parameter_in_two_groups_stays_in_the_first() -> None:
     ]  # fmt: skip
     assert join_groups(groups) == [dict(params=[shared], lr=1.0), dict(params=[single], lr=2.0)]
     assert join_groups([*groups, dict(params=[shared], lr=3.0)]) == join_groups(groups)
+
+
+def scaled(size: float) -> nn.Module:
+    """A network with weights of a root mean square of ``size``, ``size`` and ``100 * size``, and a BatchNorm."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+    with torch.no_grad():
+        for index, factor in ((0, 1.0), (2, 1.0), (3, 100.0)):
+            weight = network[index].weight
+            weight.mul_(factor * size / weight.square().mean().sqrt())
+    return network
+
+
+@pytest.mark.parametrize(('size', 'factor'), [(0.02, 1.0), (0.04, 1.0), (0.1, 2.5), (4.0, 10.0)])
+def test_large_weights_learn_as_much_faster(size: float, factor: float) -> None:
+    wrapper = wrap(scaled(size), 'mmzsq.GroupedOptimWrapperConstructor', weight_size=0.04)
+    assert all(group['lr'] == pytest.approx(factor * LR) for group in wrapper.optimizer.param_groups)
+
+
+def test_steps_of_quantizers_keep_their_rate(model: nn.Module) -> None:
+    wrapper = wrap(model, 'mmzsq.GroupedOptimWrapperConstructor', weight_size=0.01)
+    rates = {id(p): group['lr'] for group in wrapper.optimizer.param_groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        if '_quantizer.' in name:
+            assert rates[id(parameter)] == pytest.approx(10 * LR)
+        else:
+            assert rates[id(parameter)] > 1.5 * LR
+
+
+def test_without_a_size_the_rate_stays() -> None:
+    wrapper = wrap(scaled(4.0), 'mmzsq.GroupedOptimWrapperConstructor', weight_size=None)
+    assert {group['lr'] for group in wrapper.optimizer.param_groups} == {LR}
