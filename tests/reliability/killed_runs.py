@@ -201,7 +201,7 @@ def _run(argv: list[str], folder: str, output: str, environment: dict[str, str],
         os.environ.update(environment)
         from mmengine.config import Config
 
-        from mmzsq import cli, generate, train
+        from mmzsq import cli, generate, quantize, train
 
         # Without layout: yapf takes a second for each file.
         Config.pretty_text = property(  # type: ignore[assignment]
@@ -210,7 +210,7 @@ def _run(argv: list[str], folder: str, output: str, environment: dict[str, str],
         sys.argv = argv
         values = [injected.get(key) for key in ('die_at', 'die_on', 'max_bytes')]
         _inject(Path(folder), _points_file(Path(output)), *values)
-        cli.run(dict(train=train.main, generate=generate.main)[argv[0]])
+        cli.run(dict(train=train.main, generate=generate.main, quantize=quantize.main)[argv[0]])
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
@@ -224,6 +224,7 @@ def _run(argv: list[str], folder: str, output: str, environment: dict[str, str],
 
 def _serve() -> None:
     import mmzsq.generate
+    import mmzsq.quantize
     import mmzsq.train  # noqa: F401
 
     answers = os.fdopen(os.dup(1), 'w')

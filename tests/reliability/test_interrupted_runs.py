@@ -206,6 +206,46 @@ def test_a_kill_at_any_moment_of_training_changes_nothing(
     conclude(verdicts, record_property)
 
 
+QUANTIZE = (
+    *('--bits', 'w4a8', '--work-dir', 'out', '--target', 'onnxruntime', '--size', '128', '128', '--cfg-options'),
+    *('zsq.calibration_set.source=procedural', 'zsq.calibration_set.num_images=4', 'zsq.train.max_epochs=2'),
+    *('zsq.train.init_batches=1', 'zsq.train.batch_size=2', 'zsq.train.num_workers=0'),
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_a_killed_quantization_ends_with_the_same_file(
+    server: Server, shared: Path, tmp_path: Path, record_property: Record
+) -> None:
+    pytest.importorskip('onnxruntime')
+    command = ('quantize', str(shared / 'weights/yolov5n.pt'), *QUANTIZE)
+
+    def exported(folder: Path) -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / 'out').glob('*.onnx')}
+
+    folder = tmp_path / 'whole'
+    folder.mkdir()
+    run = server.run(folder, *command)
+    assert run.wait() == 0, run.output
+    expected, count = exported(folder), len(run.points)
+    assert 'yolov5n_w4a8.onnx' in expected
+    verdicts = {}
+    for number in spread(1, count, 8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run = server.run(folder, *command, die_at=number)
+        assert run.wait() == -9, run.output
+        name = f'{number} {run.points[-1]}'
+        run = server.run(folder, *command)
+        if run.wait() != 0:
+            verdicts[name] = f'lost: {run.output[-500:]}'
+        else:
+            verdicts[name] = 'bit-equal' if exported(folder) == expected else 'other bits'
+        shutil.rmtree(folder)
+    conclude(verdicts, record_property)
+
+
 # Disk full.
 
 
