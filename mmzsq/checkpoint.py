@@ -16,7 +16,7 @@ import os
 import socket
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -24,9 +24,10 @@ from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from mmengine.dist import barrier, get_local_rank
-from mmengine.logging import print_log
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
@@ -46,6 +47,8 @@ TIMEOUT = 20.0
 #: Whether torch can load MMEngine's checkpoints with ``weights_only=True``; true since torch 2.6.
 SAFE_LOADING: bool = digit_version(torch.__version__) >= digit_version('2.6')
 
+HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
+
 _mmengine_load_from_local = mmengine_checkpoint.load_from_local
 
 PATH_OPTION = '--cfg-options load_from=PATH (zsq.teacher=PATH if the config sets zsq.teacher)'
@@ -58,6 +61,35 @@ def register_checkpoint_loaders() -> None:
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
     CheckpointLoader.register_scheme(SCHEME, load_from_mmzsq, force=True)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Register the objects in MMEngine's checkpoints as safe to load.
+
+    MMEngine 0.10.7 saves its message hub in every checkpoint. The hub contains ``HistoryBuffer`` objects that wrap
+    numpy arrays. Since torch 2.6, ``torch.load`` uses ``weights_only=True`` by default and rejects objects that are not
+    registered as safe. The functions registered here only build arrays and numbers. Earlier versions of torch have no
+    such register, and this function does nothing there.
+
+    It runs before each load: OneDL's MMEngine removes the same objects from the register after loads of its own.
+    """
+    if not SAFE_LOADING:
+        return
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(code)) for code in np.typecodes['AllInteger'] + 'efd?']
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    # numpy 2 renamed numpy.core to numpy._core. A checkpoint uses the name in the version that wrote it.
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        allowed += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
+    # Pickles refer to methods through getattr, which is unsafe in general: allow a restricted version only.
+    allowed += [(_history_statistic, 'builtins.getattr')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _history_statistic(owner: type, name: str) -> Callable[..., Any]:
+    if owner is HistoryBuffer and name in HISTORY_STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise UnpicklingError(f'the file refers to the attribute {name!r} of {owner!r}')
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -104,6 +136,7 @@ def _torch_load(path: Path, map_location: Any) -> Any:
             level=logging.WARNING,
         )
         return _mmengine_load_from_local(str(path), map_location)
+    allow_mmengine_checkpoints()
     with warnings.catch_warnings():
         # Of pickle protocols above 2, which the error names.
         warnings.filterwarnings('ignore', message='Detected pickle protocol')

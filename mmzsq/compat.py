@@ -5,7 +5,7 @@ The package uses MMEngine, MMDetection and MMCV as released, stock or of the One
 ``mmzsq`` is imported. It may run more than once and changes nothing that already works:
 
 * :func:`provide_mmcv_ops` makes ``mmcv.ops`` work without compiled operators.
-* :func:`allow_mmengine_checkpoints` and :mod:`mmzsq.checkpoint` make checkpoints load with ``weights_only=True``.
+* :mod:`mmzsq.checkpoint` makes checkpoints load with ``weights_only=True``.
 * :func:`resolve_package_bases` finds the base configs of installed packages, including ``mmzsq::...``.
 * :func:`resolve_package_modules` does so for pure-Python configs.
 
@@ -19,25 +19,19 @@ import contextlib
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config import config as config_module
 from mmengine.config import utils as config_utils
-from mmengine.logging import HistoryBuffer
 
-from mmzsq.checkpoint import SAFE_LOADING, register_checkpoint_loaders
+from mmzsq.checkpoint import allow_mmengine_checkpoints, register_checkpoint_loaders
 from mmzsq.errors import UserError
 from mmzsq.mmcv_ops.pytorch_ops import at_least_fp32
 from mmzsq.mmcv_ops.torchvision_ops import EXTENSION, TorchvisionOps
-
-HISTORY_STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def install() -> None:
@@ -77,27 +71,6 @@ def import_fork_quietly() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             importlib.import_module('mmdet.datasets')
             importlib.import_module('mmdet.models')
-
-
-def allow_mmengine_checkpoints() -> None:
-    """Register the objects in MMEngine's checkpoints as safe to load.
-
-    MMEngine 0.10.7 saves its message hub in every checkpoint. The hub contains ``HistoryBuffer`` objects that wrap
-    numpy arrays. Since torch 2.6, ``torch.load`` uses ``weights_only=True`` by default and rejects objects that are not
-    registered as safe. The functions registered here only build arrays and numbers. Earlier versions of torch have no
-    such register, and this function does nothing there.
-    """
-    if not SAFE_LOADING:
-        return
-    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(code)) for code in np.typecodes['AllInteger'] + 'efd?']
-    allowed = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
-    # numpy 2 renamed numpy.core to numpy._core. A checkpoint uses the name in the version that wrote it.
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed += [(reconstruct, f'{module}._reconstruct'), (scalar, f'{module}.scalar')]
-    # Pickles refer to methods through getattr, which is unsafe in general: allow a restricted version only.
-    allowed += [(_history_statistic, 'builtins.getattr')]
-    torch.serialization.add_safe_globals(allowed)
 
 
 def resolve_package_bases() -> None:
@@ -277,9 +250,3 @@ def _no_such_config(name: str, root: Path | None) -> str:
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f' Did you mean one of {", ".join(nearest)}?' if nearest else ''
     return f'mmzsq has no config {name!r}.{hint} All configs are in {root}.'
-
-
-def _history_statistic(owner: type, name: str) -> Callable[..., Any]:
-    if owner is HistoryBuffer and name in HISTORY_STATISTICS:
-        return getattr(HistoryBuffer, name)
-    raise UnpicklingError(f'the file refers to the attribute {name!r} of {owner!r}')

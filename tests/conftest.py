@@ -17,6 +17,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from mmengine.config import Config
 
 import mmzsq  # noqa: F401  before any test imports mmdet or mmcv.ops
 
@@ -165,3 +166,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker('cuda'):
             item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
+
+@pytest.fixture
+def unformatted_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print configs without layout: yapf takes longer than all the rest of a small run."""
+    lines = property(lambda cfg: ''.join(f'{key} = {value!r}\n' for key, value in cfg.to_dict().items()))
+    monkeypatch.setattr(Config, 'pretty_text', lines)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmzsq.models  # noqa: F401  which applies the patches of MMDetection
 from mmzsq import compat
+from mmzsq.checkpoint import SAFE_LOADING, read_checkpoint
 from mmzsq.errors import UserError
 from mmzsq.mmcv_ops import torchvision_ops
 
@@ -169,7 +170,7 @@ def test_installing_twice_changes_nothing() -> None:
     assert before == (Config._get_cfg_path, sys.modules['mmcv._ext'])
 
 
-needs_safe_loading = pytest.mark.skipif(not compat.SAFE_LOADING, reason='torch before 2.6 cannot register safe objects')
+needs_safe_loading = pytest.mark.skipif(not SAFE_LOADING, reason='torch before 2.6 cannot register safe objects')
 
 
 @needs_safe_loading
@@ -187,6 +188,16 @@ def test_log_history_and_numpy_values_load_with_weights_only(tmp_path: Path) -> 
     assert loaded['history'].statistics('max') == 0.5
     assert (loaded['float'], loaded['int']) == (2.5, 7)
     np.testing.assert_array_equal(loaded['flags'], saved['flags'])
+
+
+@needs_safe_loading
+def test_a_checkpoint_loads_after_another_load_cleared_the_register(tmp_path: Path) -> None:
+    torch.save({'state_dict': {}, 'message_hub': {'loss': HistoryBuffer([0.5], [1])}}, tmp_path / 'a.pth')
+    # OneDL's MMEngine does so.
+    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray, np.dtype, *np.dtype('f8').__reduce__()[:1]]):
+        pass
+    assert HistoryBuffer not in torch.serialization.get_safe_globals()
+    assert read_checkpoint(tmp_path / 'a.pth')['message_hub']['loss'].mean() == 0.5
 
 
 @needs_safe_loading

@@ -20,7 +20,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config, config
+from mmengine.config import Config
 from mmengine.dataset import base_dataset
 from PIL import Image
 
@@ -65,11 +65,9 @@ def commands(page: Path = GUIDE) -> list[list[str]]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, unformatted_configs: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with the guide's files, a teacher, and two evaluation images."""
     monkeypatch.chdir(tmp_path)
-    # Formatting the printed configs would take longer than everything else.
-    monkeypatch.setattr(config, 'FormatCode', lambda text, **options: (text, True))
     # Each data set of MMEngine collects garbage before it serializes its records: a third of a second.
     monkeypatch.setattr(base_dataset, 'gc', SimpleNamespace(collect=lambda: 0))
     for block in blocks('python'):

@@ -231,7 +231,8 @@ def test_a_killed_quantization_ends_with_the_same_file(
     expected, count = exported(folder), len(run.points)
     assert 'yolov5n_w4a8.onnx' in expected
     verdicts = {}
-    for number in spread(1, count, 8):
+    # Progress is logged by the clock, so that another run may pass fewer points.
+    for number in spread(1, int(0.9 * count), 8):
         folder = tmp_path / str(number)
         folder.mkdir()
         run = server.run(folder, *command, die_at=number)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mmengine.config import Config, config
+from mmengine.config import Config
 
 from mmzsq import train
 from mmzsq.config import compose
@@ -37,11 +37,9 @@ Command = Callable[..., None]
 
 
 @pytest.fixture
-def command(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(repo: Path, tmp_path: Path, unformatted_configs: None, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run the tool as a user does, in a folder of the test."""
     monkeypatch.chdir(tmp_path)
-    # Making the printed configs beautiful takes longer than all the rest.
-    monkeypatch.setattr(config, 'FormatCode', lambda text, **options: (text, True))
 
     def command(*options: str, small: tuple[str, ...] = SMALL) -> None:
         monkeypatch.setattr(sys, 'argv', [TOOL, *options, '--cfg-options', *small])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import config
 from mmengine.runner.checkpoint import load_from_local
 
 from mmzsq import generate, train
@@ -36,11 +35,9 @@ Run = Callable[..., None]
 
 
 @pytest.fixture
-def run(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(repo: Path, tmp_path: Path, unformatted_configs: None, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a tool as a user does, in a folder of the test."""
     monkeypatch.chdir(tmp_path)
-    # Making the printed configs beautiful takes longer than all the rest.
-    monkeypatch.setattr(config, 'FormatCode', lambda text, **options: (text, True))
 
     def run(main: Callable[[], None], *options: str, small: tuple[str, ...] = SMALL) -> None:
         monkeypatch.setattr(sys, 'argv', ['tool', str(repo / LEAF), *options, '--cfg-options', *small])
