@@ -12,7 +12,8 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/train.py configs/zsq/yolov5-p_shapes_w4a4.py --work-dir work_dirs/demo
 	if $(BIN)/python -m pip install -r requirements/deploy.txt; then \
-		$(BIN)/python demo/export_demo.py work_dirs/demo; \
+		$(BIN)/python -m mmzsq.export configs/zsq/yolov5-p_shapes_w4a4.py "$$(cat work_dirs/demo/last_checkpoint)" \
+			--work-dir work_dirs/demo --out work_dirs/demo/student.onnx --verify 4 --benchmark; \
 	else \
 		echo 'The packages of requirements/deploy.txt cannot be installed here: the demo ends without the export.'; \
 	fi

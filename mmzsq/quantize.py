@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line, None: that of the process.
     """
     args = _parse_args(arguments)
+    if args.benchmark and args.target is None:
+        raise UserError('--benchmark measures the exported file: give a runtime by --target.')
     if args.target is not None:
         # Otherwise missing packages would show after the training.
         export.runtimes_for(args.target)
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work_dir = args.work_dir or Path('work_dirs', name)
     run_dir, out = work_dir / 'run', work_dir / f'{name}.onnx'
     state = _State.open(work_dir, _settings(args, detector))
-    if args.target is not None and state.is_done('export', args.target):
+    goal = f'{args.target} --benchmark' if args.benchmark else args.target
+    if goal is not None and (state.is_done('export', goal) or state.is_done('export', f'{goal} --benchmark')):
         sys.stdout.write(f'{out} is finished and verified. To make it again, delete it.\n')
         return
     weights, config = work_dir / 'teacher.safetensors', work_dir / f'{name}.py'
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f'The student is {last_student(run_dir)}. To export it:\npython -m mmzsq.export {command}\n')
     else:
         export.main(shlex.split(command))
-        state.finish('export', args.target, sorted(work_dir.glob(f'{out.stem}*.onnx')))
+        state.finish('export', goal, sorted(work_dir.glob(f'{out.stem}*.onnx')))
     if not_evaluated is not None:
         raise not_evaluated
 
@@ -86,6 +89,11 @@ def _parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument('file', type=Path, help=SUPPORTED)
     options.add_argument('--bits', choices=BITS, default='w8a8', help='bits of weights and activations (default: w8a8)')
     options.add_argument('--target', choices=TARGETS, help='runtime to export to and to verify in (default: no export)')
+    options.add_argument(
+        '--benchmark',
+        action='store_true',
+        help='with --target: also export the float detector as NAME.float.onnx, and compare the speed on this CPU',
+    )
     options.add_argument('--preset', choices=sorted(PRESETS), default='default', help='recipe (default: default)')
     options.add_argument('--work-dir', type=Path, help='folder of all output (default: ./work_dirs/<file>_<bits>)')
     options.add_argument(
@@ -199,7 +207,7 @@ def _train(config: Path, run_dir: Path, options: Sequence[str]) -> NotEvaluatedE
 def _export_command(args: argparse.Namespace, config: Path, run_dir: Path, out: Path) -> str:
     """Write the arguments of ``mmzsq.export``, as in a shell."""
     size = [] if args.size is None else ['--size', *map(str, args.size)]
-    checks = ['--verify', str(VERIFIED_IMAGES), '--out', str(out)]
+    checks = ['--verify', str(VERIFIED_IMAGES), *(['--benchmark'] if args.benchmark else []), '--out', str(out)]
     files = [str(config), str(last_student(run_dir)), '--work-dir', str(run_dir)]
     return shlex.join([*files, '--target', args.target or TARGETS[0], *checks, *size, *_options(args)])
 

@@ -128,7 +128,7 @@ class Steps:
 
     def export(self, arguments: list[str]) -> None:
         """Write a file, as ``mmzsq.export`` does."""
-        self.step('export')
+        self.step('export --benchmark' if '--benchmark' in arguments else 'export')
         assert 'epoch_2.pth' in arguments[1]
         out = Path(arguments[arguments.index('--out') + 1])
         out.write_bytes(b'onnx')
@@ -176,6 +176,19 @@ def test_a_run_continues_with_the_step_in_which_it_was_killed(
     assert steps.done == ['export']
 
 
+def test_a_speed_that_is_missing_is_measured_without_training(steps: Steps) -> None:
+    command = ['my.pt', '--target', 'openvino', '--work-dir', 'out']
+    quantize.main(command)
+    steps.done = []
+    quantize.main([*command, '--benchmark'])
+    assert steps.done == ['export --benchmark']
+    # What was measured stays.
+    steps.done = []
+    quantize.main([*command, '--benchmark'])
+    quantize.main(command)
+    assert steps.done == []
+
+
 def test_a_student_for_any_runtime_is_exported_for_openvino_without_training(steps: Steps) -> None:
     quantize.main(['my.pt'])
     assert steps.done == ['set', 'training']
@@ -219,6 +232,7 @@ def test_a_student_that_was_not_evaluated_is_exported_before_the_command_fails(s
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        (['--benchmark'], '--benchmark measures the exported file: give a runtime by --target'),
         (['--size', '300', '320'], '--size is 300 320, but both must be multiples of 32'),
         (['--work-dir', 'my.pt/out'], 'cannot write my.pt/out'),
         (['--work-dir', 'foreign'], 'foreign holds a run of another command'),

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
+from mmzsq import export
 from mmzsq.config import compose
 from mmzsq.datasets.shapes_drawing import draw_scene
 from mmzsq.registry import MODELS
@@ -42,18 +43,21 @@ def work_dir(repo: Path, tmp_path: Path) -> Path:
 
 
 def test_the_demo_ends_with_a_verified_file_and_its_speed(
-    repo: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repo: Path, work_dir: Path, unformatted_configs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec: Any = importlib.util.spec_from_file_location('export_demo', repo / 'demo/export_demo.py')
-    export_demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(export_demo)
-    monkeypatch.setattr(export_demo, 'ROUNDS', 1)
-    monkeypatch.setattr(sys, 'argv', ['export_demo.py', str(work_dir)])
-    export_demo.main()
-    printed = capsys.readouterr().out
-    for runtime in ('onnxruntime', 'openvino'):
-        assert f'{runtime}: verified: 60 layers, integers equal' in printed
-        assert json.loads((work_dir / f'deploy_{runtime}.json').read_text())['passed'] is True
-    assert 'INFERENCE_PRECISION_HINT f32' in printed
-    sizes = [(work_dir / f'{name}.onnx').stat().st_size for name in ('student', 'teacher')]
+    makefile = (repo / 'Makefile').read_text().replace('\\\n', ' ')
+    command = re.search(r'-m mmzsq\.export (.*?);', makefile)[1]  # type: ignore[index]
+    folder = 'work_dirs/demo'
+    checkpoint = f'"$$(cat {folder}/last_checkpoint)"'
+    assert checkpoint in command
+    words = command.replace(checkpoint, str(work_dir / 'epoch_1.pth')).replace(folder, str(work_dir)).split()
+    monkeypatch.chdir(repo)
+    monkeypatch.setattr(importlib.import_module('mmzsq.deploy.latency'), 'PAIRS', 5)
+    export.main(words)
+    entry = json.loads((work_dir / 'deploy.json').read_text())['models']['student.onnx']
+    assert entry['runtimes'].keys() == {'onnxruntime', 'openvino'}
+    assert all(checks['passed'] for checks in entry['runtimes'].values())
+    assert entry['speed']['runtime'] == 'openvino'
+    assert entry['speed']['pairs'] == 5
+    sizes = [(work_dir / f'{name}.onnx').stat().st_size for name in ('student', 'student.float')]
     assert sizes[0] < sizes[1] / 2
