@@ -28,7 +28,8 @@ def random_batch_norms(model: nn.Module) -> None:
 
 def quantize_detector(detector: Any, run: Callable[[], Any], bits: int, **config: Any) -> Any:
     cfg = QuantizationConfig.from_dict(dict(w_bits=bits, a_bits=bits, first_bits='same', last_bits='same', **config))
-    prepare(detector.eval(), cfg)
+    # Grids on values between layers are placed where a run needs them.
+    prepare(detector.eval(), cfg, run=run if cfg.outputs else None)
     with torch.no_grad():
         if cfg.equalize:
             equalize(detector, run)
@@ -55,19 +56,17 @@ def shipped_detector(repo: Path, bits: int, **config: Any) -> tuple[Any, Any, to
     return quantize_detector(detector, lambda: detector(images), bits, **config), cfg, images
 
 
-def random_detector(cfg: Any, size: int, run: Callable[[Any, torch.Tensor], Any]) -> Any:
-    """Build a detector with random weights and BatchNorms, and quantize it to 8 bits."""
+def random_detector(cfg: Any, size: int, run: Callable[[Any, torch.Tensor], Any], **settings: Any) -> Any:
+    """Build a detector with random weights and BatchNorms, and quantize it to 8 bits, with more settings if given."""
     detector: Any = MODELS.build(cfg).eval()
     random_batch_norms(detector)
     images = torch.randn(1, 3, size, size)
-    return quantize_detector(detector, lambda: run(detector, images), 8)
+    return quantize_detector(detector, lambda: run(detector, images), 8, **settings)
 
 
-def run_both_stages(detector: Any, images: torch.Tensor) -> None:
+def run_both_stages(detector: Any, images: torch.Tensor) -> Any:
     features = detector.extract_feat(images)
-    detector.rpn_head(features)
-    for part in _heads_of(detector):
-        part(features)
+    return detector.rpn_head(features), [part(features) for part in _heads_of(detector)]
 
 
 def _heads_of(detector: Any) -> list[Callable[[Any], Any]]:

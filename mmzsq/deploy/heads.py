@@ -373,7 +373,8 @@ def _without_values(detector: Any, images: Tensor) -> Any | None:
     detector.eval()
     try:
         with torch.no_grad(), marking(detector):
-            return torch.func.functional_call(module, state, (images.to('meta'),))
+            # Quantizers belong to several layers. PyTorch would swap a tied module twice, and not restore it.
+            return torch.func.functional_call(module, state, (images.to('meta'),), tie_weights=False)
     except Exception:
         # Whatever code of a detector raises on this device; a run with values then says what is wrong.
         return None
