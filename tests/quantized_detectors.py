@@ -29,7 +29,7 @@ def random_batch_norms(model: nn.Module) -> None:
 def quantize_detector(detector: Any, run: Callable[[], Any], bits: int, **config: Any) -> Any:
     cfg = QuantizationConfig.from_dict(dict(w_bits=bits, a_bits=bits, first_bits='same', last_bits='same', **config))
     # Grids on values between layers are placed where a run needs them.
-    prepare(detector.eval(), cfg, run=run if cfg.outputs else None)
+    prepare(detector.eval(), cfg, run=run if cfg.outputs or cfg.target else None)
     with torch.no_grad():
         if cfg.equalize:
             equalize(detector, run)

@@ -238,11 +238,12 @@ def _follows_layer(graph: Graph, node: NodeProto) -> bool:
     return any(source.op_type in WEIGHTED and _has_weight(graph, source) for source in sources)
 
 
-def _step_of(graph: Graph, value: str) -> float | None:
+def _step_of(graph: Graph, value: str) -> tuple[float, ...] | None:
+    """The step of a quantized value, or its steps by channel; None if it is float."""
     source = graph.producer(value)
     if source is None or source.op_type != 'DequantizeLinear':
         return None
-    return float(graph.constants[source.input[1]])
+    return tuple(graph.constants[source.input[1]].ravel().tolist())
 
 
 def _check_pair(graph: Graph, name: str, inputs: list[str]) -> list[str]:

@@ -133,14 +133,16 @@ def test_a_predictor_refuses_files_of_others(demo: Any, tmp_path: Path, tiny_cfg
         ('mask-rcnn_r18', 'onnxruntime'),
         ('cascade-rcnn_r18', 'openvino'),
         ('mask-rcnn_swin', 'openvino'),
+        ('mask-rcnn_swin', 'tensorrt'),
     ],
 )
 def test_two_stage_detectors_are_verified_in_parts(
     name: str, target: str, tiny_cfg: Callable[[str], Any], tmp_path: Path
 ) -> None:
     cfg = tiny_cfg(name)
-    # Layers share the quantizers of their inputs and outputs.
-    detector = random_detector(cfg, 64, run_both_stages, **(dict(outputs=8) if target == 'onnxruntime' else {}))
+    # For ONNX Runtime, layers share the quantizers of their inputs and outputs.
+    settings: dict[str, Any] = dict(onnxruntime=dict(outputs=8), tensorrt=dict(target='tensorrt'))
+    detector = random_detector(cfg, 64, run_both_stages, **settings.get(target, {}))
     state = {key: value.clone() for key, value in detector.state_dict().items()}
     report = export(detector, tmp_path / 'model.onnx', target, size=(64, 64))
     assert all(torch.equal(value, state[key]) for key, value in detector.state_dict().items())
@@ -152,7 +154,8 @@ def test_two_stage_detectors_are_verified_in_parts(
             'cascade-rcnn_r18': {'features', 'box_head0', 'box_head1', 'box_head2'},
         }[name]
     )
-    for runtime in RUNTIMES:
+    # OpenVINO computes wrong values for files for TensorRT.
+    for runtime in ('onnxruntime',) if target == 'tensorrt' else RUNTIMES:
         checks = verify(detector, report, runtime=runtime, threads=1)
         assert checks.passed, checks.failures
 
