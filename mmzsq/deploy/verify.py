@@ -64,8 +64,8 @@ class OutputCheck:
         difference: Mean difference from PyTorch relative to the mean. ONNX Runtime runs without rounding biases here.
         difference_as_run: The same as the runtime runs the file by default. ONNX Runtime then rounds biases to the grid
             of the products, which shows in layers of few bits.
-        noise: That of PyTorch from itself, the largest of the outputs of the file: in another memory format, and, unless
-            this suffices to pass, with quantizer inputs changed by 1e-6 of the largest.
+        noise: That of PyTorch from itself, the largest of the outputs of the file: in another memory format, and,
+            unless this suffices to pass, with quantizer inputs changed by 1e-6 of the largest.
         floor: Difference that is always allowed.
     """
 
