@@ -186,7 +186,12 @@ BACKBONES = (
 COMBINATIONS = (
     Family('PAFPN', 'pafpn/faster-rcnn_r50_pafpn_1x_coco.py', changes=RESNET_18),
     Family('NAS-FPN', 'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py', size=128, changes=RESNET_18),
-    Family('Guided anchoring', 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py'),
+    Family(
+        'Guided anchoring',
+        'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py',
+        # An untrained head expects objects nowhere.
+        changes={'model.bbox_head.loc_filter_thr': 0.0},
+    ),
     Family('GHM', 'ghm/retinanet_r50_fpn_ghm-1x_coco.py', changes=RESNET_18),
     Family(
         'Gradient checkpointing', 'retinanet/retinanet_r50_fpn_1x_coco.py', changes={'model.backbone.with_cp': True}

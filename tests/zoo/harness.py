@@ -239,9 +239,13 @@ class _Run:
         synthesizer = self.generator.synthesizer
         made = synthesizer.run(self.labels, stage.image_size, stage.iterations, seed=0, start=start, lr=stage.lr)
         after, _ = self.objective(made.images, self.labels)
-        # Each term counts by its share, whatever it adds up to, as in the balance of synthesis.
-        share = float((after / before.clamp(min=1e-12)).mean())
-        expect(share < 1, f'the losses do not fall: {before.tolist()} before, {after.tolist()} after')
+        # Each term counts by its share, whatever it adds up to, as in the balance of synthesis. A prior that noise nearly
+        # minimizes, such as that of attention, may grow: then the detection loss falls.
+        shares = after / before.clamp(min=1e-12)
+        expect(
+            float(min(shares.mean(), shares[0])) < 1,
+            f'the losses do not fall: {before.tolist()} before, {after.tolist()} after',
+        )
         self.result.fp32_reason = task.loss_precision.fp32_reason
 
     def relabel(self) -> None:
