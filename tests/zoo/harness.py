@@ -239,8 +239,8 @@ class _Run:
         synthesizer = self.generator.synthesizer
         made = synthesizer.run(self.labels, stage.image_size, stage.iterations, seed=0, start=start, lr=stage.lr)
         after, _ = self.objective(made.images, self.labels)
-        # Each term counts by its share, whatever it adds up to, as in the balance of synthesis. A prior that noise nearly
-        # minimizes, such as that of attention, may grow: then the detection loss falls.
+        # Each term counts by its share, whatever it adds up to, as in the balance of synthesis. A prior that noise
+        # nearly minimizes, such as that of attention, may grow: then the detection loss falls.
         shares = after / before.clamp(min=1e-12)
         expect(
             float(min(shares.mean(), shares[0])) < 1,
