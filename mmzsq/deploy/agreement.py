@@ -21,6 +21,9 @@ from mmzsq.quantization import quantized_layers, quantizers
 
 NOISE = 1e-6
 """Change of the inputs of quantizers, relative to the largest, that measures how PyTorch differs from itself."""
+LARGE_NOISE = 1e-5
+"""The same for long sums, and for layers of few levels: a value that crosses a border there changes the outputs by
+percents, but few do."""
 NOISE_DRAWS = 4
 """Largest number of such changes that are drawn."""
 MIN_IOU = 0.75
@@ -118,14 +121,14 @@ def _count_pairs(overlap: Tensor) -> int:
 
 
 @contextmanager
-def disturbing(detector: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Change the input of each activation quantizer by :data:`NOISE`, as another order of summation does."""
+def disturbing(detector: nn.Module, generator: torch.Generator, noise: float = NOISE) -> Iterator[None]:
+    """Change the input of each activation quantizer by a part of its largest value, as another order of sums does."""
     of_weights = {layer.weight_quantizer for _, layer in quantized_layers(detector)}
 
     def disturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
-        return (x + noise * (NOISE * x.abs().max()), *args[1:])
+        change = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
+        return (x + change * (noise * x.abs().max()), *args[1:])
 
     with ExitStack() as stack:
         for _, quantizer in quantizers(detector):

@@ -30,7 +30,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmzsq.atomic_files import to_json, write_atomically
-from mmzsq.deploy.agreement import NOISE_DRAWS, References, agreement, detect, disturbing
+from mmzsq.deploy.agreement import LARGE_NOISE, NOISE, NOISE_DRAWS, References, agreement, detect, disturbing
 from mmzsq.deploy.export import DeployReport, metadata_of, unwrap
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.heads import Part, parts_of
@@ -65,7 +65,7 @@ class OutputCheck:
         difference_as_run: The same as the runtime runs the file by default. ONNX Runtime then rounds biases to the grid
             of the products, which shows in layers of few bits.
         noise: That of PyTorch from itself, the largest of the outputs of the file: in another memory format, and,
-            unless this suffices to pass, with quantizer inputs changed by 1e-6 of the largest.
+            unless this suffices to pass, with quantizer inputs changed by 1e-6 and 1e-5 of the largest.
         floor: Difference that is always allowed.
     """
 
@@ -378,9 +378,10 @@ def _other_outputs(detector: nn.Module, part: Part, inputs: Tensor) -> Iterator[
     """Yield the outputs of PyTorch in another memory format, and with other rounding of the quantizers' inputs."""
     twin = copy.deepcopy(part.module).to(memory_format=torch.channels_last)
     yield twin(inputs.contiguous(memory_format=torch.channels_last))
-    for seed in range(NOISE_DRAWS):
-        with disturbing(detector, torch.Generator().manual_seed(seed)):
-            yield part.module(inputs)
+    for noise in (NOISE, LARGE_NOISE):
+        for seed in range(NOISE_DRAWS):
+            with disturbing(detector, torch.Generator().manual_seed(seed), noise):
+                yield part.module(inputs)
 
 
 def float_layers(session: Session, content: bytes) -> list[str]:
