@@ -3,11 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
+
+from mmzsq.patching import patched
+
+
+@contextmanager
+def open_backends(runner: Runner) -> Iterator[None]:
+    """Keep the backends of a runner open inside the block, and close them at its end.
+
+    MMEngine's ``LoggerHook`` closes them after the training, but the evaluation that follows writes to them too, and W&B
+    takes nothing after its ``finish()``.
+
+    Args:
+        runner: The runner whose visualizer is used.
+    """
+    visualizer = runner.visualizer
+    close = visualizer.close
+    try:
+        with patched(visualizer, 'close', lambda: None):
+            yield
+    finally:
+        try:
+            close()
+        except Exception as error:
+            # The last upload of a tracker. The run itself needs none.
+            runner.logger.warning(f'vis_backends did not close: {type(error).__name__}: {error}')
 
 
 class Backends:

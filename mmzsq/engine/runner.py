@@ -25,6 +25,7 @@ from mmzsq.checkpoint import read_checkpoint
 from mmzsq.class_names import check_built_dataset, check_data, check_dataset, choose_classes
 from mmzsq.config import compose
 from mmzsq.config.compose import class_names
+from mmzsq.engine.backends import open_backends
 from mmzsq.engine.bit_allocation import allocate_bits
 from mmzsq.engine.console import shorten_console
 from mmzsq.engine.evaluation import check_evaluation
@@ -175,6 +176,10 @@ class ZeroShotRunner(Runner):
         if self._is_finished():
             self.logger.info(f'the run in {self.work_dir} is finished: nothing is left to do, and no file changes')
             return self.model
+        with open_backends(self):
+            return self._train()
+
+    def _train(self) -> nn.Module:
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
         self._check_training_settings()

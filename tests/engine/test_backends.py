@@ -11,7 +11,7 @@ import pytest
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import BaseVisBackend
 
-from mmzsq.engine.backends import Backends
+from mmzsq.engine.backends import Backends, open_backends
 from mmzsq.visualization.steps import draw_steps, steps_by_kind
 
 SCALARS: list[tuple[str, int, float]] = []
@@ -22,8 +22,13 @@ IMAGES: dict[tuple[str, int], np.ndarray] = {}
 class RecordingVisBackend(BaseVisBackend):
     """Keeps what a tracker such as TensorBoard, W&B or MLflow would show, and takes what they take."""
 
+    closed = 0
+
     def _init_env(self) -> None:
         pass
+
+    def close(self) -> None:
+        type(self).closed += 1
 
     @property
     def experiment(self) -> RecordingVisBackend:
@@ -33,9 +38,11 @@ class RecordingVisBackend(BaseVisBackend):
         self, scalar_dict: dict[str, Any], step: int = 0, file_path: str | None = None, **kwargs: Any
     ) -> None:
         assert 'step' not in scalar_dict, 'TensorboardVisBackend refuses this'
+        assert not self.closed, 'WandbVisBackend takes nothing after wandb.finish()'
         SCALARS.extend((name, step, float(value)) for name, value in scalar_dict.items())
 
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: Any) -> None:
+        assert not self.closed
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         IMAGES[name, step] = image
 
@@ -43,11 +50,13 @@ class RecordingVisBackend(BaseVisBackend):
 def test_a_run_fills_the_backends_of_its_config(make_runner: Any) -> None:
     SCALARS.clear()
     IMAGES.clear()
+    RecordingVisBackend.closed = 0
     backends = [dict(type='LocalVisBackend'), dict(type='RecordingVisBackend')]
     runner = make_runner(
         vis_backends=backends, visualizer=dict(type='DetLocalVisualizer', name='recording', vis_backends=backends)
     )
     runner.train()
+    assert runner.not_evaluated is None and RecordingVisBackend.closed == 1
     curves: dict[str, list[int]] = {}
     for name, step, value in SCALARS:
         # Classes without an object have no accuracy.
@@ -92,6 +101,19 @@ def test_a_backend_that_fails_is_a_warning() -> None:
         backends.add_scalars(dict(loss=1.0), step)
     assert runner.visualizer.calls == 1
     assert warnings == ['no more losses and images in vis_backends: ConnectionError: no route to the tracker']
+
+
+def test_a_backend_that_does_not_close_is_a_warning() -> None:
+    class Offline:
+        def close(self) -> None:
+            raise ConnectionError('no route to the tracker')
+
+    warnings: list[str] = []
+    logger = type('Logger', (), dict(warning=lambda self, text: warnings.append(text)))()
+    runner: Any = type('Runner', (), dict(visualizer=Offline(), logger=logger))
+    with open_backends(runner):
+        runner.visualizer.close()
+    assert warnings == ['vis_backends did not close: ConnectionError: no route to the tracker']
 
 
 def test_other_processes_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
