@@ -69,7 +69,11 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self._fit_to_weights(params)
         params[:] = join_groups(params)
         for group in params:
-            settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params')
+            settings = ', '.join(
+                f'{key}={value:g}' if isinstance(value, float) else f'{key}={value}'
+                for key, value in group.items()
+                if key != 'params'
+            )
             how = f'with {settings}' if settings else 'as configured'
             print_log(f'optimizer: {len(group["params"])} parameters {how}', logger='current')
 

@@ -46,6 +46,9 @@ from mmzsq.registry import RUNNERS
 from mmzsq.tasks.detection_task import num_classes
 from mmzsq.version import __version__
 
+FEWEST_BITS_UNTRAINED = 6
+"""Bits from which post-training quantization alone keeps most of the accuracy (docs/choosing.md)."""
+
 
 @RUNNERS.register_module()
 class ZeroShotRunner(Runner):
@@ -183,6 +186,7 @@ class ZeroShotRunner(Runner):
         val_loop: Any = self._val_loop
         self._val_loop: Any = None
         self._check_training_settings()
+        self._warn_of_few_bits()
         self._check_classes()
         absent = check_evaluation(self)
         self.generate()
@@ -267,6 +271,17 @@ class ZeroShotRunner(Runner):
                 DATASETS.build(copy.deepcopy(dataset))
             except Exception as error:
                 raise UserError(f'zsq.calibration_set.real cannot be built: {_text(error)}') from error
+
+    def _warn_of_few_bits(self) -> None:
+        """Warn if neither training nor reconstruction follows the first steps of few bits."""
+        zsq = self.cfg.zsq
+        bits = min(zsq.quantizer.w_bits, zsq.quantizer.a_bits)
+        if zsq.train.max_epochs or zsq.reconstruction is not None or bits >= FEWEST_BITS_UNTRAINED:
+            return
+        self.logger.warning(
+            f'nothing is trained (zsq.train.max_epochs=0), and {bits} bits without training can lose most of the accuracy. '
+            'zsq.preset=reconstruct learns the rounding, in minutes on a CPU, and zsq.preset=default trains'
+        )
 
     def _try_optimizer(self) -> None:
         """Build the optimizer, without its log lines: the weights that its rates may depend on are not loaded yet."""

@@ -205,6 +205,35 @@ def test_instant_quantizes_without_training(make_runner: Any, make_config: Any, 
     cli.run(test_tool.main)
 
 
+@pytest.mark.parametrize(
+    ('changes', 'warned'),
+    [
+        ({}, False),
+        ({'zsq.quantizer.w_bits': 6}, False),
+        ({'zsq.quantizer.w_bits': 5}, True),
+        ({'zsq.quantizer.a_bits': 4}, True),
+        ({'zsq.quantizer.w_bits': 4, 'zsq.preset': 'reconstruct', 'zsq.reconstruction': dict(iterations=1)}, False),
+        ({'zsq.quantizer.w_bits': 4, 'zsq.preset': 'default', 'zsq.train.max_epochs': 1}, False),
+    ],
+)
+def test_few_bits_without_training_are_a_warning(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], warned: bool
+) -> None:
+    runner = make_runner(**{**SIZE, **INSTANT, 'zsq.quantizer.w_bits': 8, 'zsq.quantizer.a_bits': 8, **changes})
+    monkeypatch.setattr(runner, '_check_classes', lambda: raise_(StopRun))
+    with pytest.raises(StopRun):
+        runner.train()
+    assert ('zsq.preset=reconstruct learns the rounding' in log_of('out')) is warned
+
+
+class StopRun(Exception):
+    """Ends a run before its work."""
+
+
+def raise_(error: type[Exception]) -> None:
+    raise error
+
+
 def test_a_run_without_training_resumes_to_the_same_student_and_can_be_trained(make_runner: Any) -> None:
     none = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
     make_runner(**SIZE, **INSTANT, **none).train()
