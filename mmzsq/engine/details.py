@@ -96,9 +96,7 @@ def _collect(runner: Runner, detector: ZeroShotDetector, folder: Path) -> dict[s
     parts = dict(
         losses=lambda: _losses(runner),
         detections=lambda: _detections(runner, detector, folder),
-        layers=lambda: measure_layers(
-            detector, runner.cfg.zsq.calibration_set.dir, runner.cfg.zsq.calibration_set.num_images
-        ),
+        layers=lambda: measure_layers(detector, _calibration_images(runner, MEASURED_IMAGES)),
         real_labels=lambda: _real_labels(runner),
     )
     # The report shows the averaged weights, which were evaluated.
@@ -213,10 +211,18 @@ def _compared_images(runner: Runner) -> tuple[str, list[np.ndarray]]:
         dataset: Any = loop.dataloader.dataset
         load = dataset.pipeline.transforms[0]
         return 'evaluation', [load(dataset.get_data_info(index))['img'] for index in _spread(len(dataset))]
-    root = runner.cfg.zsq.calibration_set.dir
-    count = runner.cfg.zsq.calibration_set.num_images
-    images, _, _ = load_labeled_images(root, _spread(count))
-    return 'calibration set', [np.ascontiguousarray(image[..., ::-1]) for image in images]
+    return 'calibration set', _calibration_images(runner, SCORED_IMAGES)
+
+
+def _calibration_images(runner: Runner, count: int) -> list[np.ndarray]:
+    """Return some images that the student learned from, (H, W, 3) uint8 in the order B, G, R."""
+    settings = runner.cfg.zsq.calibration_set
+    if settings.real is not None:
+        dataset = runner.train_dataloader.dataset
+        items = [dataset[index] for index in _spread(len(dataset), count)]
+        return [np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()) for item in items]
+    images, _, _ = load_labeled_images(settings.dir, _spread(settings.num_images, count))
+    return [np.ascontiguousarray(image[..., ::-1]) for image in images]
 
 
 def _spread(total: int, count: int = SCORED_IMAGES) -> list[int]:
@@ -258,13 +264,12 @@ def _real_labels(runner: Runner) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def measure_layers(detector: ZeroShotDetector, root: str, num_images: int) -> list[dict[str, Any]]:
-    """Measure weights and inputs of all quantized layers on some images of the calibration set.
+def measure_layers(detector: ZeroShotDetector, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Measure weights and inputs of all quantized layers on some images.
 
     Args:
         detector: Detector with an initialized student in eval mode.
-        root: Folder of the calibration set.
-        num_images: Number of its images.
+        images: Images that the student learned from, (H, W, 3) uint8 in the order B, G, R.
 
     Returns:
         One entry for each layer of the student's report: its attributes and, if it is quantized and runs, ``weight``
@@ -272,11 +277,10 @@ def measure_layers(detector: ZeroShotDetector, root: str, num_images: int) -> li
     """
     student = detector.student
     measured: dict[str, dict[str, Any]] = {}
-    images, _, _ = load_labeled_images(root, _spread(num_images, MEASURED_IMAGES))
     run = PlainDetector(student)
     with _observed(student, measured):
         for image in images:
-            run([np.ascontiguousarray(image[..., ::-1])])
+            run([image])
     rows = []
     for layer in detector.report.to_dict()['layers']:
         row = {key: layer[key] for key in ('name', 'type', 'role', 'weights', 'w_bits', 'a_bits', 'reason', 'macs')}

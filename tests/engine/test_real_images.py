@@ -111,6 +111,10 @@ def test_a_run_on_real_images_reports_box_and_mask_ap_and_its_data(
     assert all(name in table for name in ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'QAT on real images'))
     assert 'zero-shot' not in table and 'synthetic' not in table
     assert not Path(kind, 'calibration_set').exists()
+    # The report has layers, measured on these images.
+    assert not any('report lacks' in text for text in warned)
+    layers = json.loads(Path(kind, 'report/details.json').read_text())['layers']
+    assert any(len(layer.get('input', {}).get('counts', ())) for layer in layers)
     # Only distillation runs the teacher.
     assert bool(compared) == (kind == 'lsq-real-distil')
     before, after = runner.detector.teacher.state_dict(), runner.detector.state_dict()
