@@ -17,7 +17,7 @@ from mmzsq.patching import patched
 def open_backends(runner: Runner) -> Iterator[None]:
     """Keep the backends of a runner open inside the block, and close them at its end.
 
-    MMEngine's ``LoggerHook`` closes them after the training, but the evaluation that follows writes to them too, and W&B
+    MMEngine's ``LoggerHook`` closes them after the training. The evaluation that follows writes to them too, and W&B
     takes nothing after its ``finish()``.
 
     Args:

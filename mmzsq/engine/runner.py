@@ -279,8 +279,8 @@ class ZeroShotRunner(Runner):
         if zsq.train.max_epochs or zsq.reconstruction is not None or bits >= FEWEST_BITS_UNTRAINED:
             return
         self.logger.warning(
-            f'nothing is trained (zsq.train.max_epochs=0), and {bits} bits without training can lose most of the accuracy. '
-            'zsq.preset=reconstruct learns the rounding, in minutes on a CPU, and zsq.preset=default trains'
+            f'nothing is trained (zsq.train.max_epochs=0), and {bits} bits without training can lose most of the '
+            'accuracy. zsq.preset=reconstruct learns the rounding, in minutes on a CPU, and zsq.preset=default trains'
         )
 
     def _try_optimizer(self) -> None:

@@ -34,9 +34,9 @@ class CapturedStep:
     """Runs the training steps of one model, as a CUDA graph from the third step with one input shape on.
 
     A step runs eagerly, as in MMEngine, if a graph could not represent it: on the CPU, with gradient accumulation, with
-    images of another shape than the captured one, with padded images, and if the loss synchronizes with the device. The
-    log tells when steps run as a graph, and a warning if the loss prevents it. The all-reduce of the normalizers of a
-    loss is part of the graph; only the NCCL backend supports that.
+    images of another shape than the captured one, with padded images, and if the loss synchronizes with the device. On
+    a GPU, the log says once that steps run as a graph, or why not. The all-reduce of the normalizers of a loss is part
+    of the graph; only the NCCL backend supports that.
 
     Args:
         allowed: Whether to capture a graph at all.
@@ -44,6 +44,7 @@ class CapturedStep:
 
     def __init__(self, allowed: bool = True) -> None:
         self.allowed = allowed
+        self._said = False
         self.eager_steps: Counter[torch.Size] = Counter()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.targets: PaddedTargets | None = None
@@ -68,7 +69,7 @@ class CapturedStep:
         model: BaseModel,
         data: dict[str, Any],
         optim_wrapper: OptimWrapper,
-        capturable: bool = True,
+        obstacle: str | None = None,
         average: Callable[[nn.Module], None] | None = None,
         targets: PaddedTargets | None = None,
     ) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ class CapturedStep:
             model: The trained model.
             data: ``inputs`` (N, 3, H, W), normalized, on the device, and ``data_samples``.
             optim_wrapper: Optimizer wrapper of the model.
-            capturable: Whether the loss depends only on the pixels and ``targets``, not on state of the host.
+            obstacle: Why the loss depends on more than the pixels and ``targets``, for the log; None if it does not.
             average: Averages the gradients of the model over all processes.
             targets: Padded targets that the loss takes instead of the data samples, if it supports them.
 
@@ -87,7 +88,9 @@ class CapturedStep:
         """
         inputs, samples = data['inputs'], data['data_samples']
         labels = samples if targets is None else targets
-        if not (self.allowed and capturable and _can_capture(inputs, samples, optim_wrapper)):
+        obstacle = obstacle or _obstacle(inputs, samples, optim_wrapper)
+        if not self.allowed or obstacle is not None:
+            self.say_why(obstacle, inputs)
             log_vars = _forward_backward(model, inputs, labels, optim_wrapper)
         elif self.graph is None:
             log_vars = self._eager_or_capture(model, inputs, labels, optim_wrapper)
@@ -101,6 +104,18 @@ class CapturedStep:
             optim_wrapper.step()
             optim_wrapper.zero_grad()
         return log_vars
+
+    def say_why(self, obstacle: str | None, inputs: Any) -> None:
+        """Log once why steps run eagerly on a GPU. On the CPU nothing else is expected.
+
+        Args:
+            obstacle: The reason as a clause; None to log nothing.
+            inputs: The images of the step.
+        """
+        if obstacle is None or not self.allowed or self._said or not (isinstance(inputs, Tensor) and inputs.is_cuda):
+            return
+        self._said = True
+        print_log(f'training: steps do not run as a CUDA graph, since {obstacle}', logger='current')
 
     def _has_captured_shapes(self, inputs: Tensor, targets: PaddedTargets | None) -> bool:
         """Return whether the shapes are those of the captured graph."""
@@ -161,16 +176,22 @@ class CapturedStep:
         return {name: value.clone() for name, value in self.log_vars.items()}
 
 
-def _can_capture(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrapper) -> bool:
-    return (
-        isinstance(inputs, Tensor)
-        and inputs.is_cuda
-        and type(optim_wrapper) in OPTIM_WRAPPERS
-        and optim_wrapper._accumulative_counts == 1
-        and (not is_distributed() or get_backend() == 'nccl')
+def _obstacle(inputs: Any, samples: Sequence[Any], optim_wrapper: OptimWrapper) -> str | None:
+    """Return why a graph cannot represent a step with these arguments, as a clause, or None."""
+    if not isinstance(inputs, Tensor):
+        return 'images differ in size'
+    if not inputs.is_cuda:
+        return 'there is no GPU'
+    if type(optim_wrapper) not in OPTIM_WRAPPERS:
+        return f'{type(optim_wrapper).__name__} may update weights in other ways'
+    if optim_wrapper._accumulative_counts != 1:
+        return 'gradients are accumulated'
+    if is_distributed() and get_backend() != 'nccl':
+        return 'only the NCCL backend can be part of a graph'
+    if any(tuple(sample.img_shape[:2]) != tuple(inputs.shape[-2:]) for sample in samples):
         # Padding differs from batch to batch, and attention masks depend on it.
-        and all(tuple(sample.img_shape[:2]) == tuple(inputs.shape[-2:]) for sample in samples)
-    )
+        return 'images are padded'
+    return None
 
 
 def _forward_backward(

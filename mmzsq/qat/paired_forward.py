@@ -80,10 +80,11 @@ class PairedForward:
         taps: Names of the modules whose outputs are recorded.
 
     Attributes:
-        capturable: Whether the same operations run for all images of one shape, so that a CUDA graph can hold them.
+        obstacle: Why operations differ between images of one shape, so that no CUDA graph can hold them; None if they
+            do not.
     """
 
-    capturable: ClassVar[bool] = True
+    obstacle: ClassVar[str | None] = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> None:
         taps = sorted(taps)
@@ -236,7 +237,7 @@ class ProposalPairedForward(PairedForward):
         taps: Names of the modules whose outputs are recorded.
     """
 
-    capturable = False  # the number of proposals differs between images
+    obstacle = 'the number of proposals differs between images'
 
     def __init__(self, student: nn.Module, teacher: nn.Module, taps: Iterable[str]) -> None:
         taps = set(taps)

@@ -351,21 +351,22 @@ class ZeroShotDetector(BaseModel):
             Each loss, and their sum as ``'loss'``; empty if the batch waits for others.
         """
         data = _preprocess(self.data_preprocessor, data)
-        capturable = not self.distillation_losses or self.paired_forward.capturable
+        obstacle = self.paired_forward.obstacle if self.distillation_losses else None
         targets = None
         if self.detection_weight and takes_padded_targets(self.student):
             instances = [sample.gt_instances for sample in data['data_samples']]
             targets = self._target_capacity.pad(instances, fixed=self._captured_step.graph is not None)
         elif self.detection_weight:
-            capturable = False
+            obstacle = "the detector's own loss assigns labels image by image"
         own_divisors = bool(self.detection_weight) and targets is None and get_world_size() > 1
         if optim_wrapper._accumulative_counts > 1 or own_divisors:
+            self._captured_step.say_why('several batches make one update', data['inputs'])
             labels = data['data_samples'] if targets is None else targets
             part = Part(self.augment(data['inputs']), labels)
             return self._accumulated_update(self, part, optim_wrapper, average, self.update_ends)
         self.set_update_ratio(get_world_size())
         with UpdateParts().replaying():
-            return self._captured_step(self, data, optim_wrapper, capturable, average, targets)
+            return self._captured_step(self, data, optim_wrapper, obstacle, average, targets)
 
     @property
     def paired_forward(self) -> PairedForward:

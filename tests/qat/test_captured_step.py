@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData
 
 from mmzsq.config.presets import preset_section
 from mmzsq.models.padded_targets import PaddedTargets, pad_targets
-from mmzsq.qat import ZeroShotDetector, captured_step
+from mmzsq.qat import ZeroShotDetector, captured_step, zero_shot_detector
 from mmzsq.qat.captured_step import EAGER_STEPS, CapturedStep
 from mmzsq.quantization import calibrating
 from mmzsq.tasks.detection_task import blank_samples, data_samples
@@ -103,8 +103,11 @@ def weights(model: ZeroShotDetector) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters() if weight.requires_grad])
 
 
-def train(model: ZeroShotDetector, data: list[dict[str, Any]], wrapper: str = 'OptimWrapper') -> list[dict[str, float]]:
-    options: dict[str, Any] = dict(dtype='bfloat16') if wrapper == 'AmpOptimWrapper' else {}
+def train(
+    model: ZeroShotDetector, data: list[dict[str, Any]], wrapper: str = 'OptimWrapper', **options: Any
+) -> list[dict[str, float]]:
+    if wrapper == 'AmpOptimWrapper':
+        options['dtype'] = 'bfloat16'
     optim_wrapper = build_optim_wrapper(
         model,
         dict(
@@ -143,6 +146,43 @@ def test_captured_steps_match_eager_steps(make: Make, name: str, wrapper: str) -
     assert copy.deepcopy(model)._captured_step.graph is None
 
 
+class OnGPU(torch.Tensor):
+    """A tensor on the CPU that passes for one on a GPU."""
+
+    is_cuda = True
+
+
+def test_the_log_says_once_why_steps_run_eagerly_on_a_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    changes: dict[str, Any] = {}
+    preprocess = zero_shot_detector._preprocess
+
+    def preprocess_for(*args: Any) -> dict[str, Any]:
+        data = preprocess(*args)
+        if changes.get('padded'):
+            data['data_samples'][0].set_metainfo(dict(img_shape=(8, 8)))
+        inputs = data['inputs']
+        return dict(data, inputs=inputs if changes.get('on_cpu') else inputs.as_subclass(OnGPU))
+
+    monkeypatch.setattr(captured_step, 'print_log', lambda text, **options: said.append(text))
+    monkeypatch.setattr(zero_shot_detector, '_preprocess', preprocess_for)
+    # Without a GPU, no operator may take these images.
+    monkeypatch.setattr(captured_step, '_forward_backward', lambda *args: dict(loss=torch.zeros(())))
+    for name, changes, why in (
+        ('mask-rcnn_r18', {}, 'the number of proposals differs between images'),
+        ('retinanet_r18', dict(padded=True), 'images are padded'),
+        ('retinanet_r18', dict(accumulate=2), 'several batches make one update'),
+        ('retinanet_r18', dict(capture=False, padded=True), None),
+        ('retinanet_r18', dict(on_cpu=True), None),
+    ):
+        said.clear()
+        model = make(name, capture=changes.get('capture', True))
+        monkeypatch.setattr(model, 'augment', lambda inputs: inputs)
+        monkeypatch.setattr(model, '_accumulated_update', lambda *args: dict(loss=torch.zeros(())))
+        train(model, batches(3), accumulative_counts=changes.get('accumulate', 1))
+        assert said == ([] if why is None else [f'training: steps do not run as a CUDA graph, since {why}'])
+
+
 def test_release_frees_the_graph_and_a_new_one_is_captured() -> None:
     step, reset = CapturedStep(), []
     step.release()
@@ -171,11 +211,18 @@ def test_training_continues_after_a_release(make: Make) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_losses_with_labels_or_proposals_run_eagerly(make: Make) -> None:
-    for name, preset in (('retinanet_r18', PAPER), ('mask-rcnn_r18', DEFAULT)):
+def test_losses_with_labels_or_proposals_run_eagerly_and_say_why(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr('mmzsq.qat.captured_step.print_log', lambda text, **options: said.append(text))
+    for name, preset, why in (
+        ('retinanet_r18', PAPER, 'labels image by image'),
+        ('mask-rcnn_r18', DEFAULT, 'proposals'),
+    ):
+        said.clear()
         model = make(name, preset).cuda()
         train(model, batches(EAGER_STEPS + 2))
         assert model._captured_step.graph is None
+        assert len(said) == 1 and why in said[0]
 
 
 @pytest.mark.cuda
@@ -268,7 +315,7 @@ def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
     captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process has seen only zeros."""
-    monkeypatch.setattr(captured_step, '_can_capture', lambda *args: captured)
+    monkeypatch.setattr(captured_step, '_obstacle', lambda *args: None if captured else 'it is not')
     model, step = Line(), CapturedStep()
     step.graph = Graph(step, model) if captured else None
     optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -281,7 +328,7 @@ def test_gradients_are_averaged_between_backward_and_the_step_of_the_optimizer(
 
 
 def test_a_graph_gets_the_targets_of_each_batch_if_their_shape_matches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured_step, '_can_capture', lambda *args: True)
+    monkeypatch.setattr(captured_step, '_obstacle', lambda *args: None)
     model, step = Line(), CapturedStep()
     step.graph = Graph(step, model)
     optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
