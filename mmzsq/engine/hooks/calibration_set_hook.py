@@ -406,14 +406,15 @@ class CalibrationSetHook(Hook):
             first = f'{", ".join(self.classes[:3])}{", ..." if len(self.classes) > 3 else ""}'
             raise UserError(
                 f'the data sets of this config have {len(self.classes)} classes ({first}), but the detector has '
-                f'{count}: set its class names, val_dataloader.dataset.metainfo=dict(classes=[...])'
+                f'{count}: set metainfo=dict(classes=[...]) of these data sets to the names of the detector'
             )
         known = choose_classes(self.classes, detector.teacher_meta, count, detector.teacher_checkpoint)
         if known is not None:
             return known
         print_log(
             f'neither the config nor the teacher names the {count} classes: they are called class_0, class_1, ... To '
-            'name them, set val_dataloader.dataset.metainfo=dict(classes=[...])',
+            'name them, set metainfo=dict(classes=[...]) of the data sets in the config, or meta.dataset_meta.classes of '
+            'the checkpoint',
             logger='current',
             level=logging.WARNING,
         )
