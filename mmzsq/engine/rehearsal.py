@@ -252,13 +252,10 @@ def _checks_of_run(runner: Any, hook: CalibrationSetHook, source: Source, zsq: A
     layers = [layer for layer in detector.report.layers if layer.weights and layer.type != 'Parameter']
     kept = [layer for layer in layers if not layer.quantized]
     why = '; '.join(sorted({layer.reason for layer in kept}))
-    checks.append(
-        Check(
-            'quantizers',
-            RAN,
-            f'{len(layers) - len(kept)} layers quantized, {len(kept)} float' + f' ({why})' * bool(why),
-        )
-    )
+    found = [f'{len(layers) - len(kept)} layers quantized', f'{len(kept)} float' + f' ({why})' * bool(why)]
+    if others := detector.report.float_parameters():
+        found.append(others)
+    checks.append(Check('quantizers', RAN, ', '.join(found)))
     if detector.quantization_config.allocate is None:
         checks.append(Check('bit allocation', NOT_RUN, 'zsq.quantizer.allocate is not set'))
     else:

@@ -153,12 +153,24 @@ class QuantizationReport:
             model['float_values'] = self.float_values
         return {'model': model, 'layers': layers}
 
+    def float_parameters(self) -> str | None:
+        """Return, as a phrase, the share of weights that stay float since no known layer owns them (``F.conv2d``).
+
+        None if it is less than one percent.
+        """
+        others = [layer.weights for layer in self.layers if layer.type == 'Parameter']
+        share = sum(others) / max(sum(layer.weights for layer in self.layers), 1)
+        if share < 0.01:
+            return None
+        return f'{share:.0%} of the weights float, since no layer owns them'
+
     def summary(self) -> str:
-        """Return one line: how many layers have which bits, and the size of the model."""
+        """Return one line: how many layers have which bits, what else stays float, and the size of the model."""
         layers = [layer for layer in self.layers if layer.type != 'Parameter']
         counts = Counter(f'W{layer.w_bits}A{layer.a_bits}' if layer.quantized else 'float' for layer in layers)
         bits = ', '.join(f'{count} {name}' for name, count in counts.most_common())
-        return f'{len(layers)} layers ({bits}), {self.size_before:.2f} MB -> {self.size_after:.2f} MB'
+        others = f', {found}' if (found := self.float_parameters()) else ''
+        return f'{len(layers)} layers ({bits}){others}, {self.size_before:.2f} MB -> {self.size_after:.2f} MB'
 
     def to_table(self) -> str:
         """Return the report as text: a header, one line per layer, and one or two lines about the model."""

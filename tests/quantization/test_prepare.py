@@ -221,6 +221,27 @@ def test_table_has_a_line_for_each_layer(model: nn.Module, images: Tensor) -> No
     assert report.to_dict()['model']['bops_image_size'] is None
 
 
+@pytest.mark.parametrize('side', [1, 8])
+def test_the_summary_names_weights_that_are_used_without_a_layer(side: int) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(side, 1, 1)
+            self.kernel = nn.Parameter(torch.ones(side, 32, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(nn.functional.conv2d(self.first(x), self.kernel))
+
+    model = Functional()
+    report = prepare(model, _config(), lambda: model(torch.ones(1, 3, 4, 4)))
+    # 8 * 32 of 8 * 32 + 3 * 32 * 9 + 8 weights; 32 of 897 are less, but more than one percent.
+    share = dict([(1, '4%'), (8, '23%')])[side]
+    assert f'{share} of the weights float, since no layer owns them' in report.summary()
+    plain = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 1, 1))
+    report = prepare(plain, _config(), lambda: plain(torch.ones(1, 3, 4, 4)))
+    assert 'owns' not in report.summary()
+
+
 def test_the_report_names_the_image_of_its_operations() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1))
     report = prepare(model, _config(), run=lambda: model(torch.zeros(1, 3, 4, 6)), image_size=(4, 6))
