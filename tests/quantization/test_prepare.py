@@ -235,7 +235,7 @@ def test_the_summary_names_weights_that_are_used_without_a_layer(side: int) -> N
     model = Functional()
     report = prepare(model, _config(), lambda: model(torch.ones(1, 3, 4, 4)))
     # 8 * 32 of 8 * 32 + 3 * 32 * 9 + 8 weights; 32 of 897 are less, but more than one percent.
-    share = dict([(1, '4%'), (8, '23%')])[side]
+    share = {1: '4%', 8: '23%'}[side]
     assert f'{share} of the weights float, since no layer owns them' in report.summary()
     plain = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 1, 1))
     report = prepare(plain, _config(), lambda: plain(torch.ones(1, 3, 4, 4)))

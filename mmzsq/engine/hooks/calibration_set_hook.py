@@ -413,8 +413,8 @@ class CalibrationSetHook(Hook):
             return known
         print_log(
             f'neither the config nor the teacher names the {count} classes: they are called class_0, class_1, ... To '
-            'name them, set metainfo=dict(classes=[...]) of the data sets in the config, or meta.dataset_meta.classes of '
-            'the checkpoint',
+            'name them, set metainfo=dict(classes=[...]) of the data sets in the config, or '
+            'meta.dataset_meta.classes of the checkpoint',
             logger='current',
             level=logging.WARNING,
         )
