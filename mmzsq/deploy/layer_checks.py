@@ -13,7 +13,6 @@ Together, the pieces cover every node that an output of the file depends on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.deploy.dialects import container
+from mmzsq.deploy.differences import equal_in_float32, mean_difference, relative_difference
 from mmzsq.deploy.fold import LEAST_STEP
-from mmzsq.deploy.graph import Graph, attribute, sources
+from mmzsq.deploy.graph import Graph, sources
+from mmzsq.deploy.grid_checks import (
+    entry_of,
+    grid_fault,
+    integers_equal,
+    on_grid_values,
+    quantizer_name,
+    rounding_fault,
+    within_steps,
+)
 from mmzsq.deploy.heads import Part
 from mmzsq.deploy.markers import ActivationGrid, activation_grids, weight_grids
 from mmzsq.deploy.place import DATA_INPUTS
@@ -43,12 +52,6 @@ QUANTIZED_TOLERANCE = 1e-4
 """Largest mean difference, relative to the mean, of a piece that holds quantizers, such as those of attention."""
 ROUNDING_FACTOR = 4.0
 """Largest difference of a piece's output, relative to what the rounding of its inputs to float32 changes."""
-EXACT = 1e-6
-"""Largest difference of a step or a bias, relative to the largest: both are computed in float64 and stored in float32.
-"""
-TIE = 1e-3
-"""Distance from half way between two levels, in levels, within which engines may round in either direction."""
-QUANTIZER_NAME = re.compile(r'(?P<name>.+)/(?P<call>\d+)/quantize(_\d+)?')
 
 
 @dataclass
@@ -169,10 +172,10 @@ class _Pieces:
         for node in self.graph.nodes:
             if node.op_type != 'QuantizeLinear':
                 continue
-            name = _quantizer_name(node)
+            name = quantizer_name(node)
             reason: str | None = 'training has no such quantizer.'
             if name in self.grids:
-                reason = _grid_fault(self.graph, node, self.grids[name]) or self._zero_point_fault(name, node)
+                reason = grid_fault(self.graph, node, self.grids[name]) or self._zero_point_fault(name, node)
             if reason:
                 failures.append(f'{name or node.name}: {reason}')
         return failures
@@ -220,15 +223,15 @@ class _Pieces:
             return 'integers differ from those of training.'
         # A gamma of 0 leaves no step; the file holds the least one, with integers that then count for nothing.
         step = np.maximum(trained.step.astype(np.float64) * np.abs(gain), LEAST_STEP)
-        if not _close(step, self.graph.constants[weight.input[1]]):
+        if not equal_in_float32(step, self.graph.constants[weight.input[1]]):
             return 'the step of the weight differs from that of training.'
         bias = call.layer.bias
         bias = np.zeros(()) if bias is None else bias.detach().cpu().double().numpy()
-        if not _close(bias * gain + shift, self._bias_of(operator, call.layer)):
+        if not equal_in_float32(bias * gain + shift, self._bias_of(operator, call.layer)):
             return 'the bias differs from that of training.'
         quantizer, entry = self._quantizer_of(operator)
         grid = self.grids[self.names[call.layer.input_quantizer]]
-        fault = _grid_fault(self.graph, quantizer, grid)
+        fault = grid_fault(self.graph, quantizer, grid)
         if fault:
             return f'at its input, {fault}'
         dequantized = next(iter(self.graph.consumers(quantizer.output[0]))).output[0]
@@ -238,7 +241,7 @@ class _Pieces:
         given = self._run(
             self._nodes_between([dequantized], {entry}), {entry: rounded if settled else call.x}, dequantized
         )
-        fault = _rounding_fault(call.x, rounded, torch.from_numpy(given).to(rounded), grid)
+        fault = rounding_fault(call.x, rounded, torch.from_numpy(given).to(rounded), grid)
         if fault:
             return fault
         # On the grid, so that no value lies half way between two levels.
@@ -274,12 +277,12 @@ class _Pieces:
         if quantized:
             difference = mean_difference(expected, torch.from_numpy(given))
             fault = f'differ from PyTorch by {difference:.1e} of their mean.'
-            if difference <= QUANTIZED_TOLERANCE or (grid is not None and _within_steps(expected, given, grid.step)):
+            if difference <= QUANTIZED_TOLERANCE or (grid is not None and within_steps(expected, given, grid.step)):
                 return difference, None
             if grid is not None:
                 # The layer rounds what reaches it. One side may be rounded to this grid already, for another reader of
                 # the value: then all values differ by less than a step, and a few by those of the grids before.
-                on_grid = mean_difference(_on_grid(expected, grid), _on_grid(torch.from_numpy(given), grid))
+                on_grid = mean_difference(on_grid_values(expected, grid), on_grid_values(torch.from_numpy(given), grid))
                 if on_grid <= QUANTIZED_TOLERANCE:
                     return on_grid, None
             return difference, fault
@@ -287,9 +290,9 @@ class _Pieces:
         fault = f'differ from PyTorch by {difference:.1e} of the largest.'
         if difference <= TOLERANCE or difference <= self._rounding(nodes, found, value, given, least):
             return difference, None
-        if grid is not None and mean_difference(expected, _on_grid(expected, grid)) <= TOLERANCE:
+        if grid is not None and mean_difference(expected, on_grid_values(expected, grid)) <= TOLERANCE:
             # PyTorch rounded the value to this grid already, for all its readers.
-            on_grid = mean_difference(expected, _on_grid(torch.from_numpy(given), grid))
+            on_grid = mean_difference(expected, on_grid_values(torch.from_numpy(given), grid))
             if on_grid <= QUANTIZED_TOLERANCE:
                 return on_grid, None
         return difference, fault
@@ -344,7 +347,7 @@ class _Pieces:
         """Whether a node is a quantizer of neither a weight nor a layer's input; the latter must not be there."""
         if node.op_type != 'QuantizeLinear':
             return False
-        name = _quantizer_name(node)
+        name = quantizer_name(node)
         if name.endswith('.input_quantizer'):
             raise PieceError(f'pass {name}, which belongs directly in front of its layer.')
         return True
@@ -355,7 +358,7 @@ class _Pieces:
         quantize = None if dequantize is None else self.graph.producer(dequantize.input[0])
         if dequantize is None or quantize is None or dequantize.op_type != 'DequantizeLinear':
             return value
-        return value if _grid_fault(self.graph, quantize, grid) else _entry_of(self.graph, quantize)
+        return value if grid_fault(self.graph, quantize, grid) else entry_of(self.graph, quantize)
 
     def _output_of(self, operator: NodeProto, layer: Any) -> str:
         if self._adds_bias(operator) and getattr(layer, 'bias', None) is not None:
@@ -384,7 +387,7 @@ class _Pieces:
             if producer is None:
                 continue
             if producer.op_type == 'QuantizeLinear':
-                return producer, _entry_of(self.graph, producer)
+                return producer, entry_of(self.graph, producer)
             if producer.op_type in ('DequantizeLinear', 'Pad', *DATA_INPUTS):
                 pending += sources(producer)
         raise PieceError('it has no quantizer at its input.')
@@ -430,67 +433,6 @@ class _Pieces:
         return session(*(value.contiguous().cpu().numpy() for value in feeds.values()))[0]
 
 
-def relative_difference(expected: np.ndarray, given: np.ndarray, least: float = 0.0) -> float:
-    """Return the largest difference relative to the largest expected value, or to ``least`` if that is larger.
-
-    It is infinite for unlike shapes, and where only one of both is infinite or NaN. Boxes of untrained detectors may
-    be infinite in both.
-    """
-    if expected.shape != given.shape:
-        return float('inf')
-    finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite], given[~finite], equal_nan=True) or not np.isfinite(given[finite]).all():
-        return float('inf')
-    expected, given = expected[finite], given[finite]
-    largest = max(float(np.abs(expected).max(initial=0.0)), least)
-    difference = float(np.abs(expected - given).max(initial=0.0))
-    return difference / largest if largest else difference
-
-
-def mean_difference(expected: Tensor, given: Tensor) -> float:
-    """Return the mean difference relative to the mean of the expected values, infinite as the largest difference is.
-
-    Values that are infinite or NaN in both are left out.
-    """
-    expected, given = expected.double().cpu(), given.double().cpu()
-    if expected.shape != given.shape:
-        return float('inf')
-    finite = expected.isfinite()
-    if not torch.equal(finite, given.isfinite()):
-        return float('inf')
-    expected, given = expected[finite], given[finite]
-    if not expected.numel():
-        return 0.0
-    scale = float(expected.abs().mean())
-    difference = float((expected - given).abs().mean())
-    return difference / scale if scale else difference
-
-
-def integers_equal(
-    graph: Graph, node: NodeProto, operator: NodeProto, trained: np.ndarray, sign: np.ndarray | int = 1
-) -> bool:
-    """Compare the integers of a DequantizeLinear with those of training.
-
-    Args:
-        graph: Graph that holds the node.
-        node: The DequantizeLinear of a weight.
-        operator: The operator that reads it.
-        trained: Integers of training, (C_out, ...).
-        sign: Sign of each output channel, that of the gamma of a folded BatchNorm; scalar or (C_out,).
-
-    Returns:
-        Whether all integers are equal.
-    """
-    stored = graph.constants[node.input[0]].astype(np.int32)
-    transposed = operator.op_type in ('ConvTranspose', 'MatMul')
-    axis = attribute(node, 'axis') if graph.constants[node.input[1]].ndim else None
-    stored = np.moveaxis(stored, (1 if transposed else 0) if axis is None else axis, 0)
-    if stored.shape != trained.shape:
-        return False
-    signs = np.broadcast_to(sign, len(trained))[:, None]
-    return bool((stored.reshape(len(stored), -1) == trained.astype(np.int32).reshape(len(trained), -1) * signs).all())
-
-
 def _affine(bn: Any) -> tuple[np.ndarray, np.ndarray]:
     """Gain and shift of a BatchNorm in eval mode, in float64; of none, 1 and 0."""
     if bn is None:
@@ -502,133 +444,6 @@ def _affine(bn: Any) -> tuple[np.ndarray, np.ndarray]:
         gain = gain * bn.weight.detach().cpu().double().numpy()
         shift = bn.bias.detach().cpu().double().numpy()
     return gain, shift - mean * gain
-
-
-def _close(expected: np.ndarray, given: np.ndarray) -> bool:
-    """Whether values are equal up to the rounding of float32; one value may stand for all."""
-    expected, given = np.asarray(expected, np.float64).reshape(-1), np.asarray(given, np.float64).reshape(-1)
-    if expected.size != given.size and 1 not in (expected.size, given.size):
-        return False
-    return bool((np.abs(expected - given) <= EXACT * np.abs(expected).max(initial=0.0)).all())
-
-
-def _quantizer_name(node: NodeProto) -> str:
-    """Name of the detector's quantizer that a QuantizeLinear stands for; empty if it names none."""
-    match = QUANTIZER_NAME.fullmatch(node.name)
-    return f'{match["name"]}_quantizer' if match else ''
-
-
-def _entry_of(graph: Graph, quantize: NodeProto) -> str:
-    """Name of the value before a quantizer and its Clip."""
-    clip = graph.producer(quantize.input[0])
-    # A Clip that is part of the quantizer, not one of the network's.
-    return clip.input[0] if clip is not None and _is_clip_of_quantizer(clip) else quantize.input[0]
-
-
-def _is_clip_of_quantizer(node: NodeProto) -> bool:
-    return node.op_type == 'Clip' and node.name.rstrip('_0123456789').endswith('/clip')
-
-
-def _grid_fault(graph: Graph, quantize: NodeProto, grid: ActivationGrid) -> str | None:
-    """Say how a quantizer of a file differs from the grid of training."""
-    parameters = [graph.constants[name] for name in quantize.input[1:3] if name in graph.constants]
-    if [value.size for value in parameters] != [1, 1]:
-        return 'the quantizer has no constant step and zero point.'
-    step, zero_point = (value.reshape(()) for value in parameters)
-    if step != np.float32(grid.step):
-        return f'the step is {float(step):.9g}, but {np.float32(grid.step):.9g} in training.'
-    for reader in graph.consumers(quantize.output[0]):
-        if reader.op_type == 'DequantizeLinear' and any(
-            not np.array_equal(graph.constants.get(name, np.zeros(0)), value)
-            for name, value in zip(reader.input[1:3], parameters, strict=False)
-        ):
-            return 'DequantizeLinear has another step or zero point than QuantizeLinear.'
-    info = np.iinfo(zero_point.dtype)
-    low, high = info.min - int(zero_point), info.max - int(zero_point)
-    clip = graph.producer(quantize.input[0])
-    if clip is not None and _is_clip_of_quantizer(clip):
-        ends = [graph.constants.get(name, np.full((), np.nan)) for name in clip.input[1:3]]
-        levels = [float(end) / grid.step for end in ends]
-        if not np.allclose(levels, np.round(levels), atol=TIE):
-            return 'Clip does not end on levels of the grid.'
-        low, high = max(low, round(levels[0])), min(high, round(levels[1]))
-    else:
-        settled = _settled_range(graph, quantize, grid)
-        low, high = (low, high) if settled is None else settled
-    expected = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
-    if (low, high) != expected:
-        return (
-            f'levels {low} to {high} around zero, but {expected[0]} to {expected[1]} in training: the zero point or '
-            'Clip differs.'
-        )
-    return None
-
-
-def _settled_range(graph: Graph, quantize: NodeProto, grid: ActivationGrid) -> tuple[int, int] | None:
-    """Range of levels of a quantizer without Clip whose values all come from quantizers; None if others reach it."""
-    info = np.iinfo(graph.constants[quantize.input[2]].dtype)
-    pending, seen, found = [quantize.input[0]], set(), False
-    while pending:
-        name = pending.pop()
-        producer = graph.producer(name)
-        if name in seen:
-            continue
-        seen.add(name)
-        if producer is None:
-            return None
-        if producer.op_type == 'DequantizeLinear':
-            above = graph.producer(producer.input[0])
-            if above is None or not _same_parameters(graph, above, quantize) or _grid_fault(graph, above, grid):
-                return None
-            found = True
-        elif producer.op_type in DATA_INPUTS and not producer.domain:
-            pending += list(producer.input)[: DATA_INPUTS[producer.op_type]]
-        else:
-            return None
-    if not found:
-        return None
-    zero_point = int(graph.constants[quantize.input[2]])
-    low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
-    # The type must hold them, and nothing else arrives.
-    return (low, high) if info.min <= low + zero_point and high + zero_point <= info.max else None
-
-
-def _same_parameters(graph: Graph, first: NodeProto, second: NodeProto) -> bool:
-    return all(
-        np.array_equal(graph.constants[one], graph.constants[other])
-        for one, other in zip(first.input[1:3], second.input[1:3], strict=True)
-    )
-
-
-def _rounding_fault(x: Tensor, expected: Tensor, given: Tensor, grid: ActivationGrid) -> str | None:
-    """Compare rounded inputs. Values half way between two levels may be rounded in either direction."""
-    if given.shape != expected.shape or not bool(given.isfinite().all()):
-        return 'its rounded input has another shape or is not finite.'
-    levels = ((given - expected) / grid.step).abs()
-    position = x.double() / grid.step
-    tie = ((position - position.floor()) - 0.5).abs() < TIE
-    wrong = (levels > TIE) & ~(tie & (levels < 1 + TIE))
-    if bool(wrong.any()):
-        return (
-            f'{int(wrong.sum())} of {wrong.numel()} inputs are rounded to another level than in PyTorch, by up to '
-            f'{float(levels[wrong].max()):.3g} levels.'
-        )
-    return None
-
-
-def _on_grid(values: Tensor, grid: ActivationGrid) -> Tensor:
-    """Round values to a grid, as the quantizer of a layer does, in float64."""
-    levels = (values.detach().cpu().double() / grid.step).round() + grid.zero_point
-    return (levels.clamp(grid.qmin, grid.qmax) - grid.zero_point) * grid.step
-
-
-def _within_steps(expected: Tensor, given: np.ndarray, step: float) -> bool:
-    """Whether values differ by at most two steps, and by half a step on average.
-
-    Engines compute the functions between trained grids in integers, and round in another order than PyTorch.
-    """
-    difference = np.abs(expected.cpu().numpy() - given)
-    return bool(difference.max(initial=0.0) <= 2.01 * step and difference.mean() <= 0.5 * step)
 
 
 @contextmanager

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from mmzsq.atomic_files import to_json, write_atomically
 from mmzsq.deploy.agreement import LARGE_NOISE, NOISE, NOISE_DRAWS, References, agreement, detect, disturbing
+from mmzsq.deploy.differences import mean_difference
 from mmzsq.deploy.export import DeployReport, metadata_of, unwrap
 from mmzsq.deploy.graph import Graph
 from mmzsq.deploy.heads import Part, parts_of
-from mmzsq.deploy.layer_checks import PROBABILITIES, LayerCheck, check_layers, mean_difference
+from mmzsq.deploy.layer_checks import PROBABILITIES, LayerCheck, check_layers
 from mmzsq.deploy.nms import DETECTIONS, NmsSettings, nms_of, suppress
 from mmzsq.deploy.predictor import detector_of
 from mmzsq.deploy.runtime import Session
