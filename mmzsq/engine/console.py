@@ -34,11 +34,13 @@ DUMPS = (
     'Iter(train)',
     'Iter(val)',
     'Exp name: ',
+    # One line for each epoch. The console names the folder of the checkpoints.
+    'Saving checkpoint at ',
     # The table of classes, which the report has.
     '\n+--',
 )
 """Starts of MMEngine's messages about the environment, the whole config, the order of hooks, its own code, the
-iterations of training and evaluation, and classes."""
+iterations of training and evaluation, checkpoints, and classes."""
 
 FILE_ONLY = {'mmzsq_file_only': True}
 """Value of ``extra`` of a message that only the log file gets: ``logger.info(text, extra=FILE_ONLY)``."""

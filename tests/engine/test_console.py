@@ -63,8 +63,9 @@ def test_the_console_lacks_what_the_file_has(tmp_path: Path) -> None:
     runner = Quiet(nn.Linear(1, 1), str(tmp_path), experiment_name='quiet_console')
     runner.logger.info('a line of the run')
     runner.logger.info('a table of layers', extra=FILE_ONLY)
+    runner.logger.info('Saving checkpoint at 3 epochs')
     (file,) = tmp_path.rglob('*.log')
-    for text in ('System environment', 'Hooks will be executed', 'a table of layers'):
+    for text in ('System environment', 'Hooks will be executed', 'a table of layers', 'Saving checkpoint'):
         assert text in file.read_text()
         assert text not in shown.getvalue()
     assert 'a line of the run' in shown.getvalue() and 'a line of the run' in file.read_text()
