@@ -27,6 +27,7 @@ from mmzsq.config import compose
 from mmzsq.config.compose import class_names
 from mmzsq.engine.backends import open_backends
 from mmzsq.engine.bit_allocation import allocate_bits
+from mmzsq.engine.config_text import formatted_once
 from mmzsq.engine.console import shorten_console
 from mmzsq.engine.evaluation import check_evaluation
 from mmzsq.engine.optim_wrapper_constructor import muted
@@ -89,7 +90,8 @@ class ZeroShotRunner(Runner):
             cfg.optim_wrapper.pop('dtype', None)
         # Images then move to the GPU while it still works on the batch before.
         cfg.train_dataloader.pin_memory = torch.cuda.is_available()
-        runner = super().from_cfg(cfg)
+        with formatted_once():
+            runner = super().from_cfg(cfg)
         for note in notes:
             runner.logger.warning(note)
         return runner
@@ -179,7 +181,7 @@ class ZeroShotRunner(Runner):
         if self._is_finished():
             self.logger.info(f'the run in {self.work_dir} is finished: nothing is left to do, and no file changes')
             return self.model
-        with open_backends(self):
+        with open_backends(self), formatted_once():
             return self._train()
 
     def _train(self) -> nn.Module:
