@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
+from torch.utils.data import DataLoader
 
 from mmzsq.engine.backends import Backends
 from mmzsq.engine.console import ConsoleProgress
@@ -43,7 +44,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         with ConsoleProgress(
             self.runner.logger, 'training', self._max_iters, 'iterations', start=self._iter
         ) as self._progress:
-            return super().run()
+            model = super().run()
+        end_workers(self.dataloader)
+        return model
 
     def _state(self) -> str:
         """Return the epoch and the latest losses."""
@@ -129,3 +132,16 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.runner.detector.update_ends = self._batch == len(self.dataloader)
         super().run_iter(idx, data_batch)
         self._progress.update(self._iter, self._state)
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the persistent worker processes of a data loader. It starts new ones when it is iterated again.
+
+    Otherwise they live as long as the loader. After a run on a GPU with two of them, the process took 19 s to end, and 2 s
+    without workers.
+    """
+    # PyTorch keeps persistent workers here and has no public way to end them.
+    iterator: Any = getattr(loader, '_iterator', None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None

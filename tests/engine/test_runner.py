@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -642,3 +643,20 @@ def test_a_composed_config_keeps_its_teacher(make_config: Any, teacher: Path) ->
         with pytest.raises(UserError, match=f'load_from is other.pth, .* with the teacher {teacher}'):
             job()
     assert not Path('out/calibration_set').exists()
+
+
+def test_workers_end_with_the_training(make_runner: Any) -> None:
+    """The runner still exists, and with it the data loader."""
+    none = {f'val_{part}': None for part in ('dataloader', 'evaluator', 'cfg')}
+    runner = make_runner(**none, **{'zsq.train.num_workers': 1})
+    workers: list[int] = []
+    step = runner.detector.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        workers.append(len(multiprocessing.active_children()))
+        return step(*args, **kwargs)
+
+    runner.detector.train_step = train_step
+    runner.train()
+    assert set(workers) == {1}
+    assert not multiprocessing.active_children()
