@@ -137,8 +137,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 def end_workers(loader: DataLoader[Any]) -> None:
     """End the persistent worker processes of a data loader. It starts new ones when it is iterated again.
 
-    Otherwise they live as long as the loader. After a run on a GPU with two of them, the process took 19 s to end, and 2 s
-    without workers.
+    Otherwise they live as long as the loader. After a run on a GPU with two of them, the process took 19 s to end, and
+    2 s without workers.
     """
     # PyTorch keeps persistent workers here and has no public way to end them.
     iterator: Any = getattr(loader, '_iterator', None)
