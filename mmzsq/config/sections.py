@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``zsq`` section of a config: all keys with their types, ranges, units and meaning.
 
-:class:`ZsqSection` joins the sections of the parts, which stand beside the code that they configure
-(:mod:`mmzsq.quantization.config`, :mod:`mmzsq.synthesis.config`, :mod:`mmzsq.distillation.config`), and those of the
-run, which are defined here. Values come from a preset (:mod:`mmzsq.config.presets`) and the user's config.
+:class:`ZsqSection` combines two kinds of sections. The sections of the components are defined next to the code that
+they configure (:mod:`mmzsq.quantization.config`, :mod:`mmzsq.synthesis.config`, :mod:`mmzsq.distillation.config`).
+The sections of the run are defined here. Values come from a preset (:mod:`mmzsq.config.presets`) and the user's config.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Sha256 = Annotated[str, Field(pattern='^[0-9a-fA-F]{64}$')]
 
 
 SMALLEST_SIDE = 32
-"""Least side of training images in pixels."""
+"""Smallest side of training images in pixels."""
 
 
 class PartConfig(TypedSection):
@@ -52,10 +52,10 @@ class CalibrationSetConfig(TypedSection):
     """The calibration set: synthetic images with labels, on disk."""
 
     dir: str | None
-    """Folder of the set. None: ``calibration_set`` in the work_dir."""
+    """Folder of the set. None: the folder ``calibration_set`` in the work_dir."""
     source: Literal['auto', 'synthesized', 'procedural', 'mixed']
-    """Images: synthesized from the detector, procedural pictures, or half of each. ``'auto'``: synthesized, or
-    procedural if no feature prior of ``zsq.synthesis`` applies to the detector."""
+    """Source of the images: synthesized from the detector, procedural pictures, or half of each (``'mixed'``).
+    ``'auto'``: synthesized, or procedural if no feature prior of ``zsq.synthesis`` applies to the detector."""
     num_images: Positive
     """Number of images."""
     batch_size: Positive
@@ -63,7 +63,7 @@ class CalibrationSetConfig(TypedSection):
     seed: Seed
     """Seed of the set, and of the run if the config has no ``randomness.seed``."""
     real: Settings | None
-    """For comparison only: config of a data set of real images to train on in place of a synthetic set."""
+    """For comparison only: config of a data set of real images to train on instead of a synthetic set."""
 
 
 class OptimizerConfig(TypedSection):
@@ -101,16 +101,17 @@ class TrainConfig(TypedSection):
     optimizer: OptimizerConfig
     """The optimizer."""
     weight_size: PositiveFloat | None
-    """Size of the weights for which ``optimizer.lr`` is meant: the root mean square of a layer, and of these the
-    median. Larger weights have larger rounding steps, and learn as much faster. None: ``optimizer.lr`` as it is."""
+    """Size of the weights that ``optimizer.lr`` is tuned for: the median over layers of the root mean square of a
+    layer's weights. Larger weights have larger rounding steps, so their learning rate is raised in proportion, at
+    most tenfold. None: ``optimizer.lr`` is not changed."""
     step_lr: NonNegativeFloat | None
-    """Learning rate of the quantizers' steps. None: the same as of weights."""
+    """Learning rate of the quantizers' steps. None: that of the weights."""
     schedule: Literal['cosine', 'linear', 'constant']
     """Decay of the learning rate."""
     final_lr_ratio: Share
     """Learning rate at the end, divided by that at the start."""
     bn: Literal['frozen', 'train']
-    """Whether BatchNorm keeps the teacher's statistics or collects new ones."""
+    """BatchNorm statistics: ``'frozen'`` keeps those of the teacher, ``'train'`` collects new ones."""
     ema: Decay | None
     """Decay of the moving average of weights that is evaluated and saved. None: no average."""
     clip_grad: NonNegativeFloat | None
@@ -118,7 +119,7 @@ class TrainConfig(TypedSection):
     amp: bool
     """Train under bfloat16 autocast. Ignored without a GPU."""
     init_batches: Positive
-    """Batches for initializing the steps of quantizers."""
+    """Number of batches that initialize the steps of the quantizers."""
     capture: bool
     """Capture a training step as a CUDA graph where possible."""
     augmentation: AugmentationConfig | None
@@ -143,7 +144,7 @@ class ReconstructionConfig(TypedSection):
     """Reconstruction of the student unit by unit, without labels and losses of the detector."""
 
     images: Positive = 64
-    """Images of the set that are used, at most those of ``zsq.train.init_batches``."""
+    """Number of images to use, at most as many as ``zsq.train.init_batches`` holds."""
     batch_size: Positive = 1
     """Images that run together. An iteration takes several batches if the maps of a unit are small."""
     iterations: Positive = 300
@@ -172,7 +173,7 @@ class ZsqSection(TypedSection):
     distillation: DistillationConfig
     """Losses of the student."""
     reconstruction: ReconstructionConfig | None = None
-    """Learned rounding of weights, and steps, before training. None: no reconstruction."""
+    """Learn the rounding of weights, and the steps, before training. None: no reconstruction."""
     train: TrainConfig
     """Training of the student."""
 

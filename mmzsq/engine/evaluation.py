@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation on a user's data: checked before a run, and never a reason to lose its results.
+"""Evaluation on a user's data. It is checked before a run, and its failure never loses the results of the run.
 
-Data that is not on this machine is no error, because quantization does not need it. Anything else that would end an
-evaluation should show before hours of training: the data set and the metrics are built once before the run, without
-reading images.
+Missing data is not an error, because quantization does not need it. Any other error of the evaluation should show
+before hours of training. The data set and the metrics are therefore built once before the run, without reading images.
 """
 
 from __future__ import annotations

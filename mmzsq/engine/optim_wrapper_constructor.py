@@ -78,7 +78,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             print_log(f'optimizer: {len(group["params"])} parameters {how}', logger='current')
 
     def _fit_to_weights(self, params: list[dict[str, Any]]) -> None:
-        """Raise the learning rate of the groups without one of their own to the size of their weights."""
+        """Scale the learning rate with the size of the weights, in groups that set no learning rate."""
         intended = (self.paramwise_cfg or {}).get('weight_size')
         groups = [group for group in params if 'lr' not in group]
         size = typical_size([p for group in groups for p in group['params']])
@@ -90,7 +90,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group['lr'] = lr
         print_log(
             f'optimizer: lr={lr:.2g}, {factor:.2g} times that of the config, since the weights of this detector are '
-            f'larger: {size:.2g} in place of {intended:g} (zsq.train.weight_size)',
+            f'larger: {size:.2g} instead of {intended:g} (zsq.train.weight_size)',
             logger='current',
         )
 
