@@ -282,7 +282,7 @@ def preset_section(name: str, user: Mapping[str, Any]) -> dict[str, Any]:
     )
     if all(quantizer.get(key, section['quantizer'][key]) == 8 for key in ('w_bits', 'a_bits')):
         # At 8 bits the student starts as good as the teacher, and larger steps only lead it away.
-        section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4)
+        section['train'] = dict(section['train'], optimizer=dict(type='Adam', lr=2e-5), step_lr=2e-4, weight_size=None)
     if isinstance(optimizer := train.get('optimizer'), Mapping) and 'lr' in optimizer:
         section['train'] = dict(section['train'], weight_size=None)
     if distillation.get('detection_weight'):

@@ -36,7 +36,7 @@ module name with `*` as a wildcard (`backbone.layer*`), `re:` and a regular expr
 
 Columns `default` and `paper` show the values of these presets. Some values of `default` depend on more:
 
-* At W8A8, `train.optimizer.lr` is 2e-05 and `train.step_lr` is 0.0002.
+* At W8A8, `train.optimizer.lr` is 2e-05, `train.step_lr` is 0.0002, and `train.weight_size` is None.
 * If `train.optimizer.lr` is set, `train.weight_size` is None.
 * With `distillation.detection_weight` above 0, `train.augmentation` is None.
 """

@@ -71,6 +71,25 @@ def test_a_cell_holds_the_mean_of_its_seeds(tmp_path: Path) -> None:
     assert page.startswith('before\n') and page.endswith('\nafter')
 
 
+def test_a_cell_with_another_rule_of_the_learning_rate_is_marked(tmp_path: Path) -> None:
+    for bits, size in (('w8a8', None), ('w6a6', 0.04), ('w4a8', None)):
+        result = dict(
+            metrics={row: {'coco/bbox_mAP': 0.1} for row in ('float', 'ptq', 'zero_shot')},
+            evaluation_images=200,
+            train=dict(iterations=640),
+            seconds=dict(train=30.0),
+            device='a device',
+            images=512,
+            batch_size=16,
+            weight_size=size,
+        )
+        (tmp_path / f'yolo-fastest_mixed_{bits}_seed0.json').write_text(json.dumps(result))
+    page = sources.with_table(f'{sources.BEGIN}\n{sources.END}', sources.read_runs(tmp_path))
+    assert '| 512 half of each, QAT | 10.0 | 10.0 |  | 10.0 * |  | 1 | 30 |' in page
+    assert '| 512 half of each, PTQ | 10.0 | 10.0 |  | 10.0 |  | 1 |  |' in page
+    assert sources.OTHER_RATE in page
+
+
 def test_the_page_is_up_to_date() -> None:
     page = sources.PAGE.read_text()
     assert sources.with_table(page, sources.read_runs(sources.RESULTS)) == page

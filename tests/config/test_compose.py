@@ -587,6 +587,14 @@ def test_a_learning_rate_of_the_user_is_taken_as_it_is(user: Config, train: dict
     assert cfg.optim_wrapper.paramwise_cfg.weight_size == size
 
 
+@pytest.mark.parametrize(('bits', 'size'), [((8, 8), None), ((8, 4), 0.04), ((6, 6), 0.04)])
+def test_the_learning_rate_of_8_bits_is_taken_as_it_is(user: Config, bits: tuple[int, int], size: float | None) -> None:
+    quantizer = dict(w_bits=bits[0], a_bits=bits[1])
+    assert composed(user, quantizer=quantizer).zsq.train.weight_size == size
+    asked = composed(user, quantizer=quantizer, train=dict(weight_size=0.1))
+    assert asked.zsq.train.weight_size == 0.1
+
+
 # Defaults that depend on the detector.
 
 
