@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_distributed
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -104,6 +104,9 @@ class ZeroShotDetector(BaseModel):
         # A copy, because building may modify the config: DETR's head does so with its class weights.
         student: Any = _build(copy.deepcopy(detector))
         turn_off_checkpointing(student)
+        if bn == 'frozen' or not is_distributed():
+            # MMEngine does this later, and would drop the hooks of the quantizers with the layers that it replaces.
+            student = revert_sync_batchnorm(student)
         # Such as YOLOX's random resizing of batches, which is for float training only.
         student.data_preprocessor.batch_augments = None
         # With pinned images, the host prepares a step while the GPU runs the previous one.

@@ -18,16 +18,18 @@ from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.model import ExponentialMovingAverage
+from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from mmengine.structures import InstanceData
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmzsq.config.presets import preset_section
 from mmzsq.errors import UserError
 from mmzsq.qat import ZeroShotDetector, zero_shot_detector
 from mmzsq.qat.teacher import digest, load_teacher
 from mmzsq.quantization import calibrating, set_quantization
+from mmzsq.quantization.units import tensors_in
 from mmzsq.tasks import DetectionTask
 from mmzsq.tasks.detection_task import num_classes, sum_losses
 
@@ -250,6 +252,21 @@ def test_batchnorm_is_frozen_or_trains_as_configured(make: Make) -> None:
         assert any('bn.weight' in name for name in changed(before, model))
     with pytest.raises(UserError, match="'frozen' or 'train', but is 'frosen'"):
         make(bn='frosen')
+
+
+def test_output_grids_remain_if_mmengine_reverts_sync_batchnorm(
+    make: Make, detector_cfg: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Runner and MMDetection's ``init_detector`` replace such layers in a model that is complete."""
+    for part in ('backbone', 'neck'):
+        monkeypatch.setitem(detector_cfg[part], 'norm_cfg', dict(type='SyncBN', momentum=0.03, eps=0.001))
+    model = make(quantizer=dict(QUANTIZER, outputs=8)).eval()
+    images = torch.rand(2, 3, *SIZE)
+    with torch.no_grad():
+        expected = model.student(images, mode='tensor')
+        maps = revert_sync_batchnorm(model).student(images, mode='tensor')
+    assert any(isinstance(m, _BatchNorm) and hasattr(m, 'output_quantizer') for m in model.student.modules())
+    assert all(torch.equal(a, b) for a, b in zip(tensors_in(maps), tensors_in(expected), strict=True))
 
 
 def test_ema_averages_weights_and_steps_of_the_student(make: Make) -> None:
