@@ -14,9 +14,10 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import onnx
 import torch
 from onnx import NodeProto
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mmzsq.deploy.graph import Graph, attribute
@@ -234,6 +236,7 @@ def export_marked(
         stack.enter_context(patched(torch.onnx, 'is_in_onnx_export', lambda: False))
         # The TorchScript exporter writes it as a loop over a sequence, which no runtime loads.
         stack.enter_context(patched(torch.Tensor, 'tensor_split', _split_at))
+        stack.enter_context(patched(F, 'adaptive_avg_pool2d', partial(_pool_adaptively, F.adaptive_avg_pool2d)))
         trace = _trace_torchscript if exporter == 'torchscript' else _trace_dynamo
         model = trace(module, root, inputs, input_name, output_names, dynamic_batch, opset)
     _check_domains(model)
@@ -367,6 +370,26 @@ def _split_at(x: Tensor, indices: int | Sequence[int], dim: int = 0) -> tuple[Te
         ends = [int(index) for index in indices]
     starts = [0, *ends]
     return tuple(x.narrow(dim, start, end - start) for start, end in zip(starts, [*ends, int(size)], strict=True))
+
+
+def _pool_adaptively(pool: Callable[..., Tensor], x: Tensor, output_size: Any) -> Tensor:
+    """Adaptive average pooling, also to a size that does not divide that of the map, which ONNX does not have."""
+    sizes = [int(size) for size in x.shape[-2:]]
+    targets = list(output_size) if isinstance(output_size, (tuple, list)) else [output_size] * 2
+    targets = [size if target is None else int(target) for size, target in zip(sizes, targets, strict=True)]
+    if all(size % target == 0 for size, target in zip(sizes, targets, strict=True)):
+        return pool(x, output_size)
+    rows, columns = (_window_means(size, target).to(x) for size, target in zip(sizes, targets, strict=True))
+    return rows @ x @ columns.T
+
+
+def _window_means(size: int, target: int) -> Tensor:
+    """Return the matrix (target, size) that averages the windows of adaptive pooling in one dimension."""
+    means = torch.zeros(target, size)
+    for index in range(target):
+        window = slice(index * size // target, -(-(index + 1) * size // target))
+        means[index, window] = 1 / (window.stop - window.start)
+    return means
 
 
 def _check_ready(name: str, quantizer: LSQ) -> None:

@@ -352,6 +352,26 @@ def test_an_error_of_the_exporter_is_one_sentence() -> None:
     )
 
 
+class _PoolsAdaptively(nn.Module):
+    """Pools a map to sizes that do and do not divide it, as a pyramid of pooled contexts does."""
+
+    def __init__(self, pool: Callable[..., Tensor], sizes: list[Any]) -> None:
+        super().__init__()
+        self.pool, self.sizes = pool, sizes
+        self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.conv(x)
+        return [self.last(self.pool(x, size)) for size in self.sizes]
+
+
+def test_adaptive_average_pooling_to_any_size(assert_same: Check) -> None:
+    x = torch.randn(2, 3, 7, 12)
+    model = _PoolsAdaptively(lambda x, size: nn.functional.adaptive_avg_pool2d(x, size), [1, 3, 6, (5, None), (7, 4)])
+    quantized(model, x)
+    assert_same(model, x)
+
+
 class _ForeignOperator(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
