@@ -289,6 +289,9 @@ def _trace_torchscript(
 def _reason(error: Exception) -> str:
     """Return the reason of an error of the exporter, in one line."""
     if isinstance(error, torch.onnx.errors.SymbolicValueError):
+        unsupported = re.match(r'Unsupported: ONNX export of operator (.+?)\. Please', str(error))
+        if unsupported:
+            return unsupported[1]
         # The scope of the node is a path of CLASS::NAME.
         scope = re.search(r'scope: (?:\S*/)?(\S+)::', str(error))
         place = f'a number that {scope[1].rpartition(".")[2]} computes' if scope else 'a number'
@@ -423,10 +426,11 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporters' own warnings, which concern their developers."""
+    """Hide the exporters' own warnings and graphs, which concern their developers."""
     logger = logging.getLogger('torch.onnx')
     level = logger.level
-    with warnings.catch_warnings():
+    # Prints the whole graph after an error, whatever the log level.
+    with warnings.catch_warnings(), patched(torch._C, '_jit_onnx_log', lambda *args: None):
         warnings.simplefilter('ignore')
         logger.setLevel(logging.ERROR)
         try:

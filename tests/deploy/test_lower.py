@@ -372,6 +372,15 @@ def test_adaptive_average_pooling_to_any_size(assert_same: Check) -> None:
     assert_same(model, x)
 
 
+def test_an_operator_that_cannot_be_exported_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(1, 3, 7, 12)
+    model = _PoolsAdaptively(lambda x, size: nn.functional.adaptive_max_pool2d(x, size), [3])
+    quantized(model, x)
+    with pytest.raises(UserError, match=r'does not take it \(adaptive_max_pool2d, output size .* input size\)\.$'):
+        lowered(model, x)
+    assert 'graph' not in ''.join(capfd.readouterr())
+
+
 class _ForeignOperator(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
