@@ -121,12 +121,20 @@ def flatten(nested: Any, flat: list[Tensor]) -> Any:
 
     Returns:
         The same nesting, in lists, with the index of each tensor in its place.
+
+    Raises:
+        UserError: If there is another value, such as a dict.
     """
     if nested is None:
         return None
     if isinstance(nested, Tensor):
         flat.append(nested)
         return len(flat) - 1
+    if not isinstance(nested, (tuple, list)):
+        raise UserError(
+            f'The detector cannot be exported: its head returns a value of type {type(nested).__name__}. Let the '
+            'forward of the head return tensors in lists or tuples.'
+        )
     return [flatten(item, flat) for item in nested]
 
 

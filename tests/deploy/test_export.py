@@ -220,6 +220,15 @@ def test_what_cannot_be_exported_is_named(name: str, tiny_cfg: Callable[[str], A
         parts_of(detector, (64, 64), raw=False)
 
 
+@pytest.mark.parametrize('raw', [False, True])
+def test_a_head_that_returns_a_dict_is_refused(raw: bool, tiny_cfg: Callable[[str], Any]) -> None:
+    detector: Any = MODELS.build(tiny_cfg('retinanet_r18'))
+    forward = detector.bbox_head.forward
+    detector.bbox_head.forward = lambda x: dict(zip(('classes', 'boxes'), forward(x), strict=True))
+    with pytest.raises(UserError, match='its head returns a value of type dict'):
+        parts_of(detector, (64, 64), raw)
+
+
 def test_an_extractor_of_regions_with_layers_is_refused(tiny_cfg: Callable[[str], Any]) -> None:
     """GRoIE's extractor has convolutions, which would be in none of the files."""
     detector: Any = MODELS.build(tiny_cfg('faster-rcnn_r18'))
